@@ -1,0 +1,211 @@
+/* Every architectural number of kvmmu, once.
+ *
+ * _SHIFT first, _MASK derived. Python sees these values through _bits.pyx, Cython through _bits.pxd.
+ * Sources: SDM vol. 3, "Paging" and "VMX Support for Address Translation"; APM vol. 2, "Page Translation and Protection".
+ */
+#ifndef KVMMU_BITS_H
+#define KVMMU_BITS_H
+
+#include <stdint.h>
+
+#define KVMMU_BIT(n) (UINT64_C(1) << (n))
+/* bits a through b inclusive */
+#define KVMMU_BITS(a, b) ((~UINT64_C(0) >> (63 - (b))) & (~UINT64_C(0) << (a)))
+
+/* ---- levels, counted from the leaf ---------------------------------------------------------------------------- */
+#define PG_LEVEL_NONE 0
+#define PG_LEVEL_4K 1
+#define PG_LEVEL_2M 2
+#define PG_LEVEL_1G 3
+#define PG_LEVEL_512G 4
+#define PG_LEVEL_256T 5
+#define PT_MAX_LEVELS 5
+
+#define PAGE_SHIFT 12
+#define PAGE_SIZE KVMMU_BIT(PAGE_SHIFT)
+#define PAGE_OFFSET_MASK (PAGE_SIZE - 1)
+#define GPA_BITS 52
+#define GPA_LIMIT KVMMU_BIT(GPA_BITS)
+#define INVALID_GPA (~UINT64_C(0))
+
+/* ---- paging-structure entries: 64-bit and what both widths share ---------------------------------------------- */
+#define PT_PRESENT_SHIFT 0
+#define PT_WRITABLE_SHIFT 1
+#define PT_USER_SHIFT 2
+#define PT_ACCESSED_SHIFT 5
+#define PT_DIRTY_SHIFT 6
+#define PT_PAGE_SIZE_SHIFT 7
+#define PT_AMD_MBZ_SHIFT 8 /* of a PML4E or PML5E: must be zero on AMD */
+#define PT_PRESENT_MASK KVMMU_BIT(PT_PRESENT_SHIFT)
+#define PT_WRITABLE_MASK KVMMU_BIT(PT_WRITABLE_SHIFT)
+#define PT_USER_MASK KVMMU_BIT(PT_USER_SHIFT)
+#define PT_ACCESSED_MASK KVMMU_BIT(PT_ACCESSED_SHIFT)
+#define PT_DIRTY_MASK KVMMU_BIT(PT_DIRTY_SHIFT)
+#define PT_PAGE_SIZE_MASK KVMMU_BIT(PT_PAGE_SIZE_SHIFT)
+#define PT_AMD_MBZ_MASK KVMMU_BIT(PT_AMD_MBZ_SHIFT)
+
+#define PT64_INDEX_BITS 9
+#define PT64_INDEX_MASK (KVMMU_BIT(PT64_INDEX_BITS) - 1)
+#define PT64_BASE_ADDR_MASK KVMMU_BITS(PAGE_SHIFT, GPA_BITS - 1)
+#define PT64_PKEY_SHIFT 59
+#define PT64_PKEY_MASK KVMMU_BITS(0, 3) /* after the shift */
+#define PT64_NX_SHIFT 63
+#define PT64_NX_MASK KVMMU_BIT(PT64_NX_SHIFT)
+#define PT64_2M_RSVD_MASK KVMMU_BITS(13, 20) /* below the address of a 2M page, above its PAT bit */
+#define PT64_1G_RSVD_MASK KVMMU_BITS(13, 29)
+#define PAE_PDPTE_RSVD_MASK (KVMMU_BITS(1, 2) | KVMMU_BITS(5, 8))
+#define PAE_RSVD_LIMIT_SHIFT 62 /* PAE reserves MAXPHYADDR..62, long mode only MAXPHYADDR..51 */
+
+#define PT32_INDEX_BITS 10
+#define PT32_INDEX_MASK (KVMMU_BIT(PT32_INDEX_BITS) - 1)
+#define PT32_BASE_ADDR_MASK KVMMU_BITS(PAGE_SHIFT, 31)
+#define PT32_PSE36_SHIFT 13      /* PDE bit that becomes physical-address bit 32 */
+#define PT32_PSE36_LAST_SHIFT 20 /* PDE bit that becomes physical-address bit 39 */
+#define PT32_PSE36_TO_PA_SHIFT (32 - PT32_PSE36_SHIFT)
+#define PT32_PSE36_KVM_BITS 4 /* KVM always takes four bits, whatever MAXPHYADDR */
+#define PT32_4M_RSVD_LAST_SHIFT 21
+#define PT32_PAE_INDEX_SHIFT 30
+#define PT32_PAE_INDEX_MASK KVMMU_BITS(0, 1)
+
+/* ---- EPT entries ---------------------------------------------------------------------------------------------- */
+#define EPT_READABLE_SHIFT 0
+#define EPT_WRITABLE_SHIFT 1
+#define EPT_EXECUTABLE_SHIFT 2
+#define EPT_MT_SHIFT 3
+#define EPT_USER_EXECUTABLE_SHIFT 10
+#define EPT_READABLE_MASK KVMMU_BIT(EPT_READABLE_SHIFT)
+#define EPT_WRITABLE_MASK KVMMU_BIT(EPT_WRITABLE_SHIFT)
+#define EPT_EXECUTABLE_MASK KVMMU_BIT(EPT_EXECUTABLE_SHIFT)
+#define EPT_USER_EXECUTABLE_MASK KVMMU_BIT(EPT_USER_EXECUTABLE_SHIFT)
+#define EPT_TABLE_RSVD_MASK KVMMU_BITS(3, 6)
+#define EPT_2M_RSVD_MASK KVMMU_BITS(12, 20) /* no PAT bit: bit 12 is reserved too */
+#define EPT_1G_RSVD_MASK KVMMU_BITS(12, 29)
+#define EPT_MT_XWR_BITS 6
+
+/* ---- rights of a translation (ACC_*): what permissions[] is indexed by ---------------------------------------- */
+#define ACC_READ_MASK KVMMU_BIT(0)
+#define ACC_WRITE_MASK KVMMU_BIT(1)
+#define ACC_USER_MASK KVMMU_BIT(2)
+#define ACC_USER_EXEC_MASK ACC_USER_MASK
+#define ACC_EXEC_SHIFT 3
+#define ACC_EXEC_MASK KVMMU_BIT(ACC_EXEC_SHIFT)
+#define ACC_ALL (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK | ACC_EXEC_MASK)
+
+/* ---- page-fault error code ------------------------------------------------------------------------------------ */
+#define PFERR_PRESENT_MASK KVMMU_BIT(0)
+#define PFERR_WRITE_MASK KVMMU_BIT(1)
+#define PFERR_USER_MASK KVMMU_BIT(2)
+#define PFERR_RSVD_SHIFT 3
+#define PFERR_RSVD_MASK KVMMU_BIT(PFERR_RSVD_SHIFT)
+#define PFERR_FETCH_MASK KVMMU_BIT(4)
+#define PFERR_PK_MASK KVMMU_BIT(5)
+#define PFERR_SS_MASK KVMMU_BIT(6)
+
+/* ---- an access: error-code bits W, U, F in place; AC sits where permissions[] wants "SMAP does not apply" ------ */
+#define ACCESS_WRITE_MASK PFERR_WRITE_MASK
+#define ACCESS_USER_MASK PFERR_USER_MASK
+#define ACCESS_AC_MASK PFERR_RSVD_MASK
+#define ACCESS_FETCH_MASK PFERR_FETCH_MASK
+#define ACCESS_IMPLICIT_MASK KVMMU_BIT(5)
+#define ACCESS_SHADOW_STACK_MASK KVMMU_BIT(6)
+#define ACCESS_PFEC_MASK (ACCESS_WRITE_MASK | ACCESS_USER_MASK | ACCESS_FETCH_MASK)
+#define ACCESS_VALID_MASK (ACCESS_PFEC_MASK | ACCESS_AC_MASK | ACCESS_IMPLICIT_MASK)
+#define PERMISSIONS_INDEX_SHIFT 1
+#define PERMISSIONS_COUNT 16
+
+/* ---- status of a translation ---------------------------------------------------------------------------------- */
+#define STATUS_OK 0
+#define STATUS_PAGE_FAULT 1
+#define STATUS_NON_CANONICAL 2
+#define STATUS_EPT_VIOLATION 3
+#define STATUS_EPT_MISCONFIG 4
+#define STATUS_NESTED_PAGE_FAULT 5
+#define STATUS_PML_FULL 6
+
+/* ---- registers ------------------------------------------------------------------------------------------------ */
+#define CR0_PE_MASK KVMMU_BIT(0)
+#define CR0_ET_MASK KVMMU_BIT(4)
+#define CR0_WP_MASK KVMMU_BIT(16)
+#define CR0_NW_MASK KVMMU_BIT(29)
+#define CR0_CD_MASK KVMMU_BIT(30)
+#define CR0_PG_MASK KVMMU_BIT(31)
+
+#define CR3_PCID_MASK KVMMU_BITS(0, 11)
+#define CR3_PAE_PDPT_MASK KVMMU_BITS(5, 31)
+#define CR3_NOFLUSH_MASK KVMMU_BIT(63)
+
+#define CR4_PSE_MASK KVMMU_BIT(4)
+#define CR4_PAE_MASK KVMMU_BIT(5)
+#define CR4_PGE_MASK KVMMU_BIT(7)
+#define CR4_LA57_MASK KVMMU_BIT(12)
+#define CR4_PCIDE_MASK KVMMU_BIT(17)
+#define CR4_SMEP_MASK KVMMU_BIT(20)
+#define CR4_SMAP_MASK KVMMU_BIT(21)
+#define CR4_PKE_MASK KVMMU_BIT(22)
+#define CR4_CET_MASK KVMMU_BIT(23)
+
+#define EFER_SCE_MASK KVMMU_BIT(0)
+#define EFER_LME_MASK KVMMU_BIT(8)
+#define EFER_LMA_MASK KVMMU_BIT(10)
+#define EFER_NX_MASK KVMMU_BIT(11)
+#define EFER_SVME_MASK KVMMU_BIT(12)
+#define EFER_LMSLE_MASK KVMMU_BIT(13)
+#define EFER_FFXSR_MASK KVMMU_BIT(14)
+#define EFER_TCE_MASK KVMMU_BIT(15)
+#define EFER_AUTOIBRS_MASK KVMMU_BIT(21)
+
+#define RFLAGS_FIXED_MASK KVMMU_BIT(1)
+#define RFLAGS_AC_SHIFT 18
+#define RFLAGS_AC_MASK KVMMU_BIT(RFLAGS_AC_SHIFT)
+
+#define PKRU_AD_MASK KVMMU_BIT(0)
+#define PKRU_WD_MASK KVMMU_BIT(1)
+#define PKRU_BITS_PER_KEY 2
+#define PKRU_KEYS 16
+
+#define MAXPHYADDR_MIN 32
+#define MAXPHYADDR_MAX 52
+#define GVA32_MASK KVMMU_BITS(0, 31)
+#define GVA_BITS_4_LEVEL 48
+#define GVA_BITS_5_LEVEL 57
+
+/* ---- page role (low 32 bits of a cpu_role) and extended role (high 32 bits) ------------------------------------ */
+#define ROLE_LEVEL_SHIFT 0
+#define ROLE_LEVEL_MASK KVMMU_BITS(0, 3)
+#define ROLE_HAS_4_BYTE_GPTE_MASK KVMMU_BIT(4)
+#define ROLE_QUADRANT_SHIFT 5
+#define ROLE_QUADRANT_MASK KVMMU_BITS(5, 6)
+#define ROLE_DIRECT_MASK KVMMU_BIT(7)
+#define ROLE_ACCESS_SHIFT 8
+#define ROLE_ACCESS_MASK KVMMU_BITS(8, 11)
+#define ROLE_INVALID_MASK KVMMU_BIT(12)
+#define ROLE_EFER_NX_MASK KVMMU_BIT(13)
+#define ROLE_CR0_WP_MASK KVMMU_BIT(14)
+#define ROLE_SMAP_ANDNOT_WP_MASK KVMMU_BIT(15)
+#define ROLE_AD_DISABLED_MASK KVMMU_BIT(16)
+#define ROLE_GUEST_MODE_MASK KVMMU_BIT(17)
+#define ROLE_PASSTHROUGH_MASK KVMMU_BIT(18)
+#define ROLE_IS_MIRROR_MASK KVMMU_BIT(19)
+#define ROLE_CR4_SMEP_MASK KVMMU_BIT(20)
+#define ROLE_SMM_SHIFT 24
+#define ROLE_SMM_MASK KVMMU_BITS(24, 31)
+#define ROLE_EXT_VALID_MASK KVMMU_BIT(32)
+#define ROLE_EXT_EXECONLY_MASK KVMMU_BIT(33)
+#define ROLE_EXT_CR4_PSE_MASK KVMMU_BIT(34)
+#define ROLE_EXT_CR4_PKE_MASK KVMMU_BIT(35)
+#define ROLE_EXT_CR4_SMAP_MASK KVMMU_BIT(36)
+#define ROLE_EXT_CR4_LA57_MASK KVMMU_BIT(37)
+#define ROLE_EXT_EFER_LMA_MASK KVMMU_BIT(38)
+#define ROLE_EXT_HAS_PFERR_FETCH_MASK KVMMU_BIT(39)
+
+/* ---- relations that the code relies on ------------------------------------------------------------------------ */
+#if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
+_Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE_MASK && PT_USER_MASK == ACC_USER_MASK,
+               "gpte_access() takes P, W and U from an entry as they stand");
+_Static_assert(PT64_NX_SHIFT - ACC_EXEC_SHIFT == 60, "gpte_access() shifts NX to ACC_EXEC");
+_Static_assert((ACCESS_VALID_MASK & ~ACCESS_IMPLICIT_MASK) >> PERMISSIONS_INDEX_SHIFT == PERMISSIONS_COUNT - 1,
+               "an access indexes permissions[] by a shift alone");
+_Static_assert(PT_DIRTY_SHIFT == PT_ACCESSED_SHIFT + 1, "update_accessed_dirty_bits() folds D onto A by one shift");
+#endif
+
+#endif /* KVMMU_BITS_H */

@@ -1,0 +1,356 @@
+"""PageFormat: permission bitmasks, protection-key mask and reserved bits, built from roles in plain code.
+
+Sources: SDM vol. 3, "Access Rights", "Protection Keys", "Hierarchical Paging Structures: an Overview" and "EPT
+Misconfigurations"; APM vol. 2, "Page-Protection Checks" and "Nested Paging".
+"""
+
+import numpy as np
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from kvmmu._bits cimport (
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK,
+    ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
+    EPT_EXECUTABLE_MASK, EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_USER_EXECUTABLE_MASK,
+    EPT_WRITABLE_MASK, GPA_BITS, KVMMU_BITS, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAE_PDPTE_RSVD_MASK, PAE_RSVD_LIMIT_SHIFT,
+    PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PKRU_AD_MASK, PKRU_WD_MASK,
+    PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
+    PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
+)
+from kvmmu._format cimport explicit_access, kvm_page_format, permission_params, rsvd_params
+from kvmmu._format cimport permission_fault as c_permission_fault
+
+
+# ---- permissions ------------------------------------------------------------------------------------------------------
+
+cdef bint is_denied(const permission_params *p, uint64_t acc, uint64_t access) noexcept nogil:
+    """Whether rights acc (ACC_*) deny the access: one rule after the other, as the manuals tell them."""
+    cdef bint write = (access & ACCESS_WRITE_MASK) != 0
+    cdef bint user = (access & ACCESS_USER_MASK) != 0
+    cdef bint fetch = (access & ACCESS_FETCH_MASK) != 0
+    cdef bint acc_user = (acc & ACC_USER_MASK) != 0
+    cdef bint acc_exec = (acc & ACC_EXEC_MASK) != 0
+
+    if not write and not fetch and not acc & ACC_READ_MASK:
+        return True
+    if p.ept:
+        if write and not acc & ACC_WRITE_MASK:
+            return True
+        if fetch and p.smep and user:                               # MBEC: user-mode addresses have their own right
+            return not acc & ACC_USER_EXEC_MASK
+        return fetch and not acc_exec
+    if write and not acc & ACC_WRITE_MASK and (p.wp or user):
+        return True
+    if user and not acc_user and not (p.tdp and p.smep):            # GMET: U/S only restricts supervisor fetches
+        return True
+    if fetch and p.nx and not acc_exec:
+        return True
+    if fetch and p.smep and not user and acc_user:
+        return True
+    return p.smap and acc_user and not user and not fetch and not access & ACCESS_AC_MASK
+
+
+cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_params *p) noexcept nogil:
+    cdef uint64_t acc
+    cdef int index
+    for index in range(PERMISSIONS_COUNT):
+        fmt.permissions[index] = 0
+        for acc in range(ACC_ALL + 1):
+            if is_denied(p, acc, <uint64_t>index << PERMISSIONS_INDEX_SHIFT):
+                fmt.permissions[index] |= <uint64_t>1 << acc
+
+
+cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil:
+    """Protection keys guard data accesses to user pages; write-disable binds a supervisor only under CR0.WP."""
+    cdef uint64_t pfec, denied
+    fmt.pkru_mask = 0
+    if not pke:
+        return
+    for pfec in range(0, 32, 2):
+        if pfec & ACCESS_FETCH_MASK or not pfec & PFERR_RSVD_MASK:      # RSVD stands for "the page is a user page"
+            continue
+        denied = PKRU_AD_MASK
+        if pfec & ACCESS_WRITE_MASK and (pfec & ACCESS_USER_MASK or wp):
+            denied |= PKRU_WD_MASK
+        fmt.pkru_mask |= <uint32_t>(denied << pfec)
+
+
+# ---- reserved bits ----------------------------------------------------------------------------------------------------
+
+cdef uint64_t bits_from(int first, int last) noexcept nogil:
+    """Bits first through last, none if first > last."""
+    return KVMMU_BITS(first, last) if first <= last else 0
+
+
+cdef void set_rsvd(kvm_page_format *fmt, int level, uint64_t table, uint64_t large) noexcept nogil:
+    """IN table, large: reserved bits of an entry of this level whose bit 7 is 0, 1."""
+    fmt.rsvd_bits_mask[0][level - 1] = table
+    fmt.rsvd_bits_mask[1][level - 1] = large
+
+
+cdef void reset_guest_rsvds_bits_mask(kvm_page_format *fmt, const rsvd_params *p) noexcept nogil:
+    cdef uint64_t high, upper, gb7 = 0 if p.gbpages else PT_PAGE_SIZE_MASK
+    memset(fmt.rsvd_bits_mask, 0, sizeof(fmt.rsvd_bits_mask))
+    fmt.bad_mt_xwr = 0
+    if p.level == 2:
+        if p.pse:
+            fmt.rsvd_bits_mask[1][1] = bits_from(PT32_PSE36_SHIFT + p.pse36_bits, PT32_4M_RSVD_LAST_SHIFT)
+        return
+
+    high = bits_from(p.maxphyaddr, PAE_RSVD_LIMIT_SHIFT if p.level == 3 else GPA_BITS - 1)
+    if not p.nx:
+        high |= PT64_NX_MASK
+    set_rsvd(fmt, 1, high, high)
+    set_rsvd(fmt, 2, high, high | PT64_2M_RSVD_MASK)
+    if p.level == 3:
+        set_rsvd(fmt, 3, high | PT64_NX_MASK | PAE_PDPTE_RSVD_MASK, 0)
+        return
+    set_rsvd(fmt, 3, high | gb7, high | gb7 | PT64_1G_RSVD_MASK)
+    upper = high | PT_PAGE_SIZE_MASK
+    if p.amd:
+        upper |= PT_AMD_MBZ_MASK
+    set_rsvd(fmt, 4, upper, upper)
+    if p.level == 5:
+        set_rsvd(fmt, 5, upper, upper)
+
+
+cdef bint is_bad_mt_xwr(uint64_t low_bits, bint execonly) noexcept nogil:
+    """Whether memory type and rights (entry bits 5:0) are an EPT misconfiguration."""
+    cdef uint64_t mt = low_bits >> EPT_MT_SHIFT
+    cdef uint64_t xwr = low_bits & (EPT_READABLE_MASK | EPT_WRITABLE_MASK | EPT_EXECUTABLE_MASK)
+    if mt == 2 or mt == 3 or mt == 7:
+        return True
+    if xwr & EPT_WRITABLE_MASK and not xwr & EPT_READABLE_MASK:
+        return True
+    return xwr == EPT_EXECUTABLE_MASK and not execonly
+
+
+cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint execonly, int huge_page_level) noexcept nogil:
+    cdef uint64_t high = bits_from(maxphyaddr, GPA_BITS - 1), low_bits
+    cdef uint64_t g7 = PT_PAGE_SIZE_MASK if huge_page_level < PG_LEVEL_1G else 0
+    cdef uint64_t m7 = PT_PAGE_SIZE_MASK if huge_page_level < PG_LEVEL_2M else 0
+    cdef uint64_t upper = high | EPT_TABLE_RSVD_MASK | PT_PAGE_SIZE_MASK
+    set_rsvd(fmt, 5, upper, upper)
+    set_rsvd(fmt, 4, upper, upper)
+    set_rsvd(fmt, 3, high | EPT_TABLE_RSVD_MASK | g7, high | EPT_1G_RSVD_MASK | g7)
+    set_rsvd(fmt, 2, high | EPT_TABLE_RSVD_MASK | m7, high | EPT_2M_RSVD_MASK | m7)
+    set_rsvd(fmt, 1, high, high)
+    fmt.bad_mt_xwr = 0
+    for low_bits in range(64):
+        if is_bad_mt_xwr(low_bits, execonly):
+            fmt.bad_mt_xwr |= <uint64_t>1 << low_bits
+
+
+# ---- the Python face --------------------------------------------------------------------------------------------------
+
+def _check_access(access):
+    """access as a uint32 array without IMPLICIT."""
+    access = np.asarray(access)
+    if access.dtype.kind not in "ui":
+        raise ValueError(f"access: want Access values, got dtype {access.dtype}")
+    allowed = int(ACCESS_VALID_MASK)
+    bad = access[(access & ~np.array(allowed, access.dtype)) != 0] if access.dtype.kind == "u" else (
+        access[(access < 0) | (access & ~allowed != 0)])
+    if bad.size:
+        raise ValueError(f"access: {int(bad.flat[0]):#x} has a bit that is none of WRITE USER AC FETCH IMPLICIT ({allowed:#x})")
+    return np.vectorize(explicit_access, otypes=[np.uint32])(access) if access.size else access.astype(np.uint32)
+
+
+def _check_below(name, values, limit):
+    values = np.asarray(values)
+    if values.dtype.kind not in "ui" or values.size and (values.min() < 0 or values.max() >= limit):
+        raise ValueError(f"{name}: want integers from 0 to {limit - 1}, got {values}")
+    return values.astype(np.uint32)
+
+
+def _check_maxphyaddr(value):
+    if not MAXPHYADDR_MIN <= value <= MAXPHYADDR_MAX:
+        raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {value}")
+
+
+cdef class PageFormat:
+    """What the entries of one set of page tables mean (kvm_page_format).
+
+    A walk owns one for the guest's tables; `PageFormat()` is empty, the class methods build the tables alone.
+
+    Attributes
+    ----------
+    permissions : ndarray of uint16, shape (16,)
+        Index: an access shifted right by one. Bit n set: rights n (`Acc`) do not allow it.
+    pkru_mask : int
+        AD and WD of PKRU that matter, two bits per error code (with U of the translation as bit 3).
+    rsvd_bits_mask : ndarray of uint64, shape (2, 5)
+        Index: bit 7 of the entry, level - 1. Bits that must be zero.
+    bad_mt_xwr : int
+        EPT only: bit n set: entries whose low six bits are n are malformed.
+    """
+
+    cdef void set_permissions(self, const permission_params *p) noexcept:
+        self.params = p[0]
+        update_permission_bitmask(&self.fmt, p)
+
+    @property
+    def permissions(self):
+        return np.array([self.fmt.permissions[i] for i in range(PERMISSIONS_COUNT)], np.uint16)
+
+    @property
+    def pkru_mask(self):
+        return int(self.fmt.pkru_mask)
+
+    @property
+    def rsvd_bits_mask(self):
+        return np.array([[self.fmt.rsvd_bits_mask[bit7][i] for i in range(PT_MAX_LEVELS)] for bit7 in range(2)], np.uint64)
+
+    @property
+    def bad_mt_xwr(self):
+        return int(self.fmt.bad_mt_xwr)
+
+    @staticmethod
+    def permission_bitmask(*, tdp=False, ept=False, smep=False, smap=False, wp=True, nx=True):
+        """The parameterised update_permission_bitmask().
+
+        Parameters
+        ----------
+        tdp, ept, smep, smap, wp, nx : bool or array_like of bool
+            The form (ept: EPT entries; tdp without ept: NPT) and the controls; arrays broadcast. `smep` is MBEC in the ept
+            form and GMET in the tdp form.
+
+        Returns
+        -------
+        ndarray of uint16, shape (..., 16)
+            `permissions` for each combination.
+        """
+        columns = np.broadcast_arrays(*(np.asarray(flag, bool) for flag in (tdp, ept, smep, smap, wp, nx)))
+        rows = np.stack([column.ravel() for column in columns], axis=1)
+        out = np.empty((rows.shape[0], PERMISSIONS_COUNT), np.uint16)
+        cdef kvm_page_format fmt
+        cdef permission_params p
+        for i, row in enumerate(rows.tolist()):
+            p.tdp, p.ept, p.smep, p.smap, p.wp, p.nx = row
+            update_permission_bitmask(&fmt, &p)
+            out[i] = [fmt.permissions[index] for index in range(PERMISSIONS_COUNT)]
+        return out.reshape(columns[0].shape + (PERMISSIONS_COUNT,))
+
+    @staticmethod
+    def pkru_bitmask(*, pke=True, wp=True):
+        """`pkru_mask` for CR4.PKE (in long mode) and CR0.WP."""
+        cdef kvm_page_format fmt
+        update_pkru_bitmask(&fmt, bool(pke), bool(wp))
+        return int(fmt.pkru_mask)
+
+    @staticmethod
+    def guest_rsvd_bits(level, *, maxphyaddr, nx=True, gbpages=True, pse=True, pse36_bits=0, amd=False):
+        """`rsvd_bits_mask` of guest tables.
+
+        Parameters
+        ----------
+        level : int
+            Of the root: 2 (32-bit), 3 (PAE), 4 or 5.
+        maxphyaddr : int
+            32 to 52.
+        nx, gbpages, pse, amd : bool
+            EFER.NXE; 1G pages by CPUID; CR4.PSE; an AMD processor (bit 8 of PML4E and PML5E must be zero).
+        pse36_bits : int
+            Physical-address bits above 31 that a 4M PDE holds, 0 to 8.
+
+        Returns
+        -------
+        ndarray of uint64, shape (2, 5)
+        """
+        if level not in (2, 3, 4, 5):
+            raise ValueError(f"level: want 2, 3, 4 or 5, got {level}")
+        _check_maxphyaddr(maxphyaddr)
+        if not 0 <= pse36_bits <= 8:
+            raise ValueError(f"pse36_bits: want 0 to 8, got {pse36_bits}")
+        cdef rsvd_params p
+        p.level, p.maxphyaddr, p.nx, p.gbpages = level, maxphyaddr, bool(nx), bool(gbpages)
+        p.pse, p.pse36_bits, p.amd = bool(pse), pse36_bits, bool(amd)
+        cdef PageFormat self = PageFormat()
+        reset_guest_rsvds_bits_mask(&self.fmt, &p)
+        return self.rsvd_bits_mask
+
+    @staticmethod
+    def ept_rsvd_bits(*, maxphyaddr, execonly=True, huge_page_level=3):
+        """(`rsvd_bits_mask`, `bad_mt_xwr`) of EPT tables; huge_page_level: 1 4K only, 2 up to 2M, 3 up to 1G."""
+        _check_maxphyaddr(maxphyaddr)
+        if huge_page_level not in (1, 2, 3):
+            raise ValueError(f"huge_page_level: want 1, 2 or 3, got {huge_page_level}")
+        cdef PageFormat self = PageFormat()
+        reset_ept_rsvds_bits_mask(&self.fmt, maxphyaddr, bool(execonly), huge_page_level)
+        return self.rsvd_bits_mask, self.bad_mt_xwr
+
+    def is_fault(self, pte_access, access):
+        """Whether rights deny an access, protection keys aside.
+
+        Parameters
+        ----------
+        pte_access : int or array_like
+            Rights (`Acc`), 0 to 15.
+        access : Access or array_like
+            Broadcasts against `pte_access`.
+
+        Returns
+        -------
+        bool or ndarray of bool
+        """
+        acc = _check_below("pte_access", pte_access, ACC_ALL + 1)
+        index = _check_access(access) >> PERMISSIONS_INDEX_SHIFT
+        fault = ((self.permissions[index] >> acc) & 1) != 0
+        return bool(fault) if np.ndim(fault) == 0 else fault
+
+    def is_rsvd_bits_set(self, pte, level):
+        """Whether an entry, taken as present, is malformed: a reserved bit, or in EPT a bad memory type or XWR.
+
+        Parameters
+        ----------
+        pte : int or array_like of uint64
+            Entries.
+        level : int or array_like
+            Their levels, 1 to 5.
+
+        Returns
+        -------
+        bool or ndarray of bool
+        """
+        pte = np.asarray(pte, np.uint64)
+        level = np.asarray(level)
+        if level.dtype.kind not in "ui" or level.size and (level.min() < 1 or level.max() > PT_MAX_LEVELS):
+            raise ValueError(f"level: want 1 to {PT_MAX_LEVELS}, got {level}")
+        bit7 = (pte & np.uint64(PT_PAGE_SIZE_MASK)) != 0
+        bad = (pte & self.rsvd_bits_mask[bit7.astype(np.intp), level - 1]) != 0
+        if self.fmt.bad_mt_xwr:
+            low = pte & np.uint64(63)
+            low = np.where(pte & np.uint64(EPT_USER_EXECUTABLE_MASK), low | np.uint64(EPT_EXECUTABLE_MASK), low)
+            bad = bad | ((np.uint64(self.fmt.bad_mt_xwr) >> low) & np.uint64(1)).astype(bool)
+        return bool(bad) if np.ndim(bad) == 0 else bad
+
+    def permission_fault(self, pte_access, pkey, access, pkru):
+        """P or P|PK where rights, or PKRU, deny an access; 0 where they allow it (uint32, broadcast)."""
+        acc = _check_below("pte_access", pte_access, ACC_ALL + 1)
+        key = _check_below("pkey", pkey, 16)
+        rows = np.broadcast_arrays(acc, key, _check_access(access))
+        out = np.empty(rows[0].shape, np.uint32)
+        flat = out.reshape(-1)
+        for i, (a, k, x) in enumerate(zip(*(row.ravel().tolist() for row in rows))):
+            flat[i] = c_permission_fault(&self.fmt, pkru, a, k, x)
+        return out[()]
+
+    def rule(self, pte_access, access, pkey_denied=False):
+        """The first rule by which rights deny an access, as a word: read, write, user, nx, smep, smap, pkey; None if none does."""
+        cdef uint64_t acc = pte_access
+        cdef uint32_t a = explicit_access(access)
+        cdef bint user = (a & ACCESS_USER_MASK) != 0
+        if is_denied(&self.params, acc, a):
+            if not a & (ACCESS_WRITE_MASK | ACCESS_FETCH_MASK) and not acc & ACC_READ_MASK:
+                return "read"
+            if a & ACCESS_WRITE_MASK and not acc & ACC_WRITE_MASK and (self.params.ept or self.params.wp or user):
+                return "write"
+            if user and not acc & ACC_USER_MASK and not self.params.ept and not (self.params.tdp and self.params.smep):
+                return "user"
+            if a & ACCESS_FETCH_MASK:
+                if self.params.ept or self.params.nx and not acc & ACC_EXEC_MASK:
+                    return "nx"
+                return "smep"
+            return "smap"
+        return "pkey" if pkey_denied else None

@@ -1,0 +1,123 @@
+"""What an entry of each format means: the template header of the walk.
+
+`guest_walker` is a fused type over the walker structs; the first parameter of every accessor selects the format at compile
+time. `if guest_walker is ...` stands here and nowhere else: a new format is a struct and a branch in these accessors.
+Levels, reserved bits, permissions and page sizes are data of the walk (`kvm_pagewalk`), not formats.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvmmu._bits cimport (
+    ACC_EXEC_MASK, ACC_EXEC_SHIFT, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K,
+    PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT32_INDEX_MASK, PT32_PSE36_TO_PA_SHIFT, PT64_BASE_ADDR_MASK,
+    PT64_INDEX_BITS, PT64_INDEX_MASK, PT64_NX_MASK, PT64_NX_SHIFT, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_PRESENT_MASK,
+)
+from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
+
+# 2-level paging: 4-byte entries
+cdef struct guest_walker32:
+    int level                   # of the last entry read
+    int top_level               # of the first entry that has an accessed bit
+    uint8_t refs                # entries read
+    bint hole                   # the last entry lies in no slot
+    uint32_t pte_access         # ACC_*: AND over the walk
+    uint64_t gpa
+    uint32_t ptes[2]            # [level - 1]
+    uint64_t pte_gpa[2]
+    uint8_t *pte_hva[2]         # NULL: the guest cannot write there
+
+# PAE, 4-level, 5-level: 8-byte entries
+cdef struct guest_walker64:
+    int level
+    int top_level
+    uint8_t refs
+    bint hole
+    uint32_t pte_access
+    uint64_t gpa
+    uint64_t ptes[5]
+    uint64_t pte_gpa[5]
+    uint8_t *pte_hva[5]
+
+ctypedef fused guest_walker:
+    guest_walker32
+    guest_walker64
+
+
+cdef inline uint64_t gpte_index(const guest_walker *walker, uint64_t addr, int level) noexcept nogil:
+    """Index of addr in a table of this level."""
+    if guest_walker is guest_walker32:
+        return (addr >> (PAGE_SHIFT + PT32_INDEX_BITS * (level - 1))) & PT32_INDEX_MASK
+    else:
+        return (addr >> (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) & PT64_INDEX_MASK
+
+
+cdef inline uint64_t gpte_to_gpa(const guest_walker *walker, uint64_t pte) noexcept nogil:
+    """Address of the table that an entry, or the root register, points to."""
+    if guest_walker is guest_walker32:
+        return pte & PT32_BASE_ADDR_MASK
+    else:
+        return pte & PT64_BASE_ADDR_MASK
+
+
+cdef inline uint64_t leaf_gpa(const guest_walker *walker, uint64_t pte, int level, uint64_t addr, uint64_t pse36_mask) noexcept nogil:
+    """Physical address of addr in the page that a leaf entry maps. IN pse36_mask: address bits that a 4M PDE holds in its low half."""
+    cdef uint64_t offset
+    if guest_walker is guest_walker32:
+        offset = (<uint64_t>1 << (PAGE_SHIFT + PT32_INDEX_BITS * (level - 1))) - 1
+        if level > PG_LEVEL_4K:
+            return (pte & PT32_BASE_ADDR_MASK & ~offset) | ((pte & pse36_mask) << PT32_PSE36_TO_PA_SHIFT) | (addr & offset)
+        return (pte & PT32_BASE_ADDR_MASK) | (addr & offset)
+    else:
+        offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
+        return (pte & PT64_BASE_ADDR_MASK & ~offset) | (addr & offset)
+
+
+cdef inline uint64_t read_gpte(const guest_walker *walker, const uint8_t *hva) noexcept nogil:
+    if guest_walker is guest_walker32:
+        return kvmmu_read32(hva)
+    else:
+        return kvmmu_read64(hva)
+
+
+cdef inline bint cmpxchg_gpte(const guest_walker *walker, uint8_t *hva, uint64_t old, uint64_t new) noexcept nogil:
+    """Whether the entry still was old, and is new now. Atomic."""
+    if guest_walker is guest_walker32:
+        return kvmmu_cmpxchg32(hva, <uint32_t>old, <uint32_t>new)
+    else:
+        return kvmmu_cmpxchg64(hva, old, new)
+
+
+cdef inline bint is_present_gpte(const guest_walker *walker, uint64_t pte) noexcept nogil:
+    return (pte & PT_PRESENT_MASK) != 0
+
+
+cdef inline uint64_t gpte_rights(const guest_walker *walker, uint64_t pte) noexcept nogil:
+    """The entry with every restricting bit inverted, so that rights accumulate by AND."""
+    if guest_walker is guest_walker32:
+        return pte
+    else:
+        return pte ^ PT64_NX_MASK
+
+
+cdef inline uint32_t gpte_access(const guest_walker *walker, uint64_t rights) noexcept nogil:
+    """ACC_* of accumulated rights: P, W and U stand in place; execute is NX inverted, and always there without NX."""
+    cdef uint32_t rwu = <uint32_t>(rights & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK))
+    if guest_walker is guest_walker32:
+        return rwu | <uint32_t>ACC_EXEC_MASK
+    else:
+        return rwu | <uint32_t>((rights >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT)) & ACC_EXEC_MASK)
+
+
+cdef inline uint32_t gpte_pkey(const guest_walker *walker, uint64_t pte) noexcept nogil:
+    if guest_walker is guest_walker32:
+        return 0
+    else:
+        return <uint32_t>((pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK)
+
+
+cdef inline bint has_pdptrs(const guest_walker *walker, int root_level) noexcept nogil:
+    """PAE: the walk starts at the PDPTE registers, not at CR3."""
+    if guest_walker is guest_walker32:
+        return False
+    else:
+        return root_level == 3

@@ -1,0 +1,66 @@
+"""Guest-physical memory for the walkers: a slot table with one checked look-up.
+
+`gpa_to_hva()` is the only way from a guest-physical address to a host pointer. Slots are page-aligned and made of whole
+pages, and every caller asks for an aligned 4- or 8-byte entry, which therefore lies in one slot if its first byte does.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef extern from "_memory.h" nogil:
+    bint kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
+    bint kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
+    uint64_t kvmmu_read64(const void *p)
+    uint32_t kvmmu_read32(const void *p)
+
+cdef struct guest_slot:
+    uint64_t gpa
+    uint64_t size
+    uint8_t *hva
+    bint readonly               # the guest cannot write: A/D updates are skipped
+
+# A page of a slot other than the first one, in an open-addressing table keyed by frame number.
+cdef struct guest_page:
+    uint64_t gfn
+    const guest_slot *slot      # NULL: free
+
+cdef struct guest_mem:
+    const guest_slot *slots     # slots[0] is the largest, the others ascend by gpa
+    size_t count
+    const guest_page *pages     # NULL: too many pages to index, search the slots
+    uint64_t page_mask
+
+cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept nogil
+
+
+cdef inline uint64_t hash_gfn(uint64_t gfn) noexcept nogil:
+    return (gfn * <uint64_t>0x9E3779B97F4A7C15ULL) >> 32
+
+
+cdef inline uint8_t *gpa_to_hva(const guest_mem *mem, uint64_t gpa, bint *readonly) noexcept nogil:
+    """Host address of the aligned entry at gpa, NULL in a hole. OUT readonly."""
+    cdef const guest_slot *slot = mem.slots
+    cdef uint64_t offset = gpa - slot.gpa
+    if offset >= slot.size:
+        if mem.count == 1:
+            return NULL
+        slot = find_slot(mem, gpa)
+        if slot is NULL:
+            return NULL
+        offset = gpa - slot.gpa
+    readonly[0] = slot.readonly
+    return slot.hva + offset
+
+
+cdef class SlotTable:
+    """The C arrays behind one state of a GuestMemory. Immutable; kernels keep it alive while they run."""
+    cdef guest_mem mem
+    cdef guest_slot *slots
+    cdef guest_page *pages
+
+
+cdef class GuestMemory:
+    cdef SlotTable table
+    cdef list regions
+    cdef list starts
+    cdef _install(self, list regions)

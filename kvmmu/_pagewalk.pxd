@@ -1,0 +1,23 @@
+"""PageWalk, the Python face of a walk."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._contexts cimport Contexts, VcpuArch
+from kvmmu._format cimport PageFormat
+from kvmmu._memory cimport GuestMemory, SlotTable
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result
+
+
+cdef class PageWalk:
+    cdef kvm_pagewalk w
+    cdef cpu_caps caps
+    cdef VcpuArch vcpu
+    cdef SlotTable table
+    cdef object admit
+    cdef readonly GuestMemory mem
+    cdef readonly PageFormat fmt
+    cdef readonly uint64_t init_count
+    cdef const kvm_pagewalk *current(self) except NULL
+    cdef uint32_t rflags_ac(self) noexcept
+    cdef object rule_of(self, const walk_result *r, uint32_t access)
+    cdef object widths(self, Contexts contexts, ctx)

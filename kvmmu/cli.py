@@ -1,0 +1,145 @@
+"""The kvmmu command."""
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+
+import kvmmu
+from kvmmu._bits import Access, Status
+from kvmmu.faults import error_code_text
+from kvmmu.replay import recording_vcpu, replay
+from kvmmu.report import progress_bar, replay_tables, show_tables
+from kvmmu.traces import Recording, bundled
+
+__all__ = ["main"]
+
+_ACCESS_LETTERS = {"r": Access.READ, "w": Access.WRITE, "x": Access.FETCH, "u": Access.USER, "a": Access.AC, "i": Access.IMPLICIT}
+_PAGE = 0xFFF
+
+
+def main(argv=None):
+    """Run the command; returns its exit status: 0, 1 on a mismatch, 2 on bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("kvmmu: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, kvmmu.GuestFault) as error:
+        print(f"kvmmu: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="kvmmu", description="Replay and inspect page walks of recorded x86 guests.")
+    parser.add_argument("--version", action="version", version=f"kvmmu {kvmmu.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("replay", help="walk every access of a recording and check each physical address",
+                              description="Walk every access of a recording and hold each against the recorded physical "
+                                          "address. Exit status 1 on a mismatch.")
+    run.add_argument("recording", nargs="?", metavar="RECORDING",
+                     help="directory of a recording, or a trace file in it (.npz or .npz.zst); default: the bundled one")
+    run.add_argument("--phase", choices=("static", "dyn"), help="which phase (default: static if there is one)")
+    run.add_argument("--json", action="store_true", help="print one JSON object")
+    run.set_defaults(run=_replay)
+
+    walk = commands.add_parser("walk", help="print walks level by level",
+                               description="Walk linear addresses through the page tables of a recording, as they are at the "
+                                           "start of the phase. Exit status 1 if a walk contradicts a recorded address.")
+    walk.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
+    walk.add_argument("gva", nargs="+", type=_address, metavar="GVA", help="linear address, hexadecimal (0x...) or decimal")
+    walk.add_argument("--phase", choices=("static", "dyn"), help="which phase (default: static if there is one)")
+    walk.add_argument("--ctx", type=int, default=0, help="row of the recording's register contexts (default: 0)")
+    walk.add_argument("--access", type=_access, default=Access.AC, metavar="LETTERS",
+                      help="r read, w write, x fetch; u user; a EFLAGS.AC set; i implicit (default: ra)")
+    walk.add_argument("--json", action="store_true", help="print one JSON object")
+    walk.set_defaults(run=_walk)
+    return parser
+
+
+def _address(text):
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; want 0x... or decimal") from None
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text} is not within 64 bits")
+    return value
+
+
+def _access(text):
+    access = Access.READ
+    for letter in text:
+        if letter not in _ACCESS_LETTERS:
+            raise argparse.ArgumentTypeError(f"{letter!r} is none of the letters {' '.join(_ACCESS_LETTERS)}")
+        access |= _ACCESS_LETTERS[letter]
+    return access
+
+
+def _open(args):
+    path = bundled() if args.recording in (None, "bundled") else args.recording
+    return Recording.open(path, args.phase)
+
+
+def _replay(args):
+    recording = _open(args)
+    with progress_bar(f"replaying {recording.name} {recording.phase}") as progress:
+        report = replay(recording, progress=progress)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        show_tables(replay_tables(report))
+        for example in report.examples:
+            print(f"MISMATCH {example}")
+        if report.mismatches > len(report.examples):
+            print(f"... and {report.mismatches - len(report.examples):,} more")
+    return 1 if report.mismatches else 0
+
+
+def _walk(args):
+    recording = _open(args)
+    vcpu, contexts = recording_vcpu(recording)
+    if not 0 <= args.ctx < len(contexts):
+        raise ValueError(f"--ctx {args.ctx}: the recording has contexts 0 to {len(contexts) - 1}")
+    regs = contexts[args.ctx]
+    vcpu.set_regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs)
+    started = time.perf_counter()
+    records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
+    seconds = time.perf_counter() - started
+    recorded = [_recorded_gpas(recording, args.ctx, gva) for gva in args.gva]
+    verified = [record.gpa in gpas for record, gpas in zip(records, recorded, strict=True)]
+    # the tables of a dyn phase move on: an address recorded later proves nothing about its start
+    wrong = [recording.phase == "static" and bool(gpas) and record.status == Status.OK and not right
+             for record, gpas, right in zip(records, recorded, verified, strict=True)]
+    if args.json:
+        faults = {}
+        for record in records:
+            if record.status:
+                kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else record.status.name
+                faults[kind] = faults.get(kind, 0) + 1
+        walks = [record.to_dict() | {"recorded_gpa": [hex(gpa) for gpa in gpas]}
+                 for record, gpas in zip(records, recorded, strict=True)]
+        print(json.dumps({"accesses": len(records), "verified": sum(verified), "faults": faults, "mismatches": sum(wrong),
+                          "seconds": seconds, "walks": walks}))
+    else:
+        for record, gpas, right in zip(records, recorded, verified, strict=True):
+            print(record)
+            if gpas:
+                print(f"  recorded: gpa {' then '.join(hex(gpa) for gpa in gpas)}{' - as walked' if right else ''}")
+    return 1 if any(wrong) else 0
+
+
+def _recorded_gpas(recording, ctx, gva):
+    """Physical addresses that the trace recorded for a linear address in this context, in order of first use."""
+    rows = (recording.pages_gva == np.uint64(gva & ~_PAGE)) & (recording.pages_ctx == ctx)
+    return [gpa + (gva & _PAGE) for gpa in recording.pages_gpa[rows].tolist()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Columns of batch translations, and the checks of what callers pass as columns."""
+
+import numpy as np
+
+from kvmmu._bits import Access
+
+__all__ = ["COLUMNS", "Span", "Translation"]
+
+COLUMNS = {
+    "gpa": np.dtype(np.uint64), "status": np.dtype(np.uint8), "error_code": np.dtype(np.uint32),
+    "level": np.dtype(np.uint8), "pte": np.dtype(np.uint64), "pte_gpa": np.dtype(np.uint64),
+    "pte_access": np.dtype(np.uint8), "refs": np.dtype(np.uint8),
+}
+ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT)
+SPAN_MAX = 4096
+
+
+class Translation:
+    """Columns of a batch translation; None where a column was not asked for.
+
+    Attributes
+    ----------
+    gpa : ndarray of uint64, shape (n,)
+        End of the translation (bytes); INVALID_GPA where it failed.
+    status : ndarray of uint8, shape (n,)
+        `Status`.
+    error_code : ndarray of uint32, shape (n,)
+        The #PF error code as the CPU pushes it; 0 where status is not PAGE_FAULT.
+    level : ndarray of uint8, shape (n,)
+        1 4K, 2 2M or 4M, 3 1G; 0 with paging off; on a fault the level that failed.
+    pte, pte_gpa : ndarray of uint64, shape (n,)
+        The leaf, or the entry that failed, and where it lies (INVALID_GPA for a PDPTE register or none).
+    pte_access : ndarray of uint8, shape (n,)
+        Rights (`Acc`): the AND over the walk; 0 where an entry is not present.
+    refs : ndarray of uint8, shape (n,)
+        Paging-structure entries read.
+    """
+
+    __slots__ = tuple(COLUMNS)
+
+    def __init__(self, **columns):
+        for name in COLUMNS:
+            setattr(self, name, columns.pop(name, None))
+        if columns:
+            raise TypeError(f"Translation has no column {next(iter(columns))!r}, only {', '.join(COLUMNS)}")
+
+    @classmethod
+    def empty(cls, n, fields=("gpa", "status", "error_code")):
+        """Uninitialised columns of n rows, for `out=`."""
+        return cls(**{name: np.empty(n, COLUMNS[name]) for name in check_fields(fields)})
+
+    def __repr__(self):
+        present = [name for name in COLUMNS if getattr(self, name) is not None]
+        n = getattr(self, present[0]).size if present else 0
+        return f"Translation({n} rows: {', '.join(present)})"
+
+
+class Span:
+    """Columns of a batch of accesses that may cross a page.
+
+    Attributes
+    ----------
+    gpa : ndarray of uint64, shape (n,)
+        Where the first byte lies (bytes); INVALID_GPA where the access failed in its first page.
+    gpa_next : ndarray of uint64, shape (n,)
+        Where the first byte in the next page lies; INVALID_GPA where the access does not cross, or failed.
+    status : ndarray of uint8, shape (n,)
+        `Status` of the page that failed first, OK if none did.
+    error_code : ndarray of uint32, shape (n,)
+        Its #PF error code, else 0.
+    address : ndarray of uint64, shape (n,)
+        The linear address that CR2 takes: of the access where its first page failed, of the first byte of the next page
+        where that one did; 0 where none did.
+    """
+
+    __slots__ = ("address", "error_code", "gpa", "gpa_next", "status")
+
+    def __init__(self, gpa, gpa_next, status, error_code, address):
+        self.gpa, self.gpa_next, self.status = gpa, gpa_next, status
+        self.error_code, self.address = error_code, address
+
+    def __repr__(self):
+        return f"Span({self.gpa.size} rows)"
+
+
+def check_fields(fields):
+    """fields as a tuple of known column names."""
+    fields = (fields,) if isinstance(fields, str) else tuple(fields)
+    for name in fields:
+        if name not in COLUMNS:
+            raise ValueError(f"fields: {name!r} is no column, want some of {', '.join(COLUMNS)}")
+    return fields
+
+
+def check_array(name, array, dtype, n=None):
+    """array itself if it is a C-contiguous 1-d ndarray of this dtype, and of length n if that is given."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name}: want an ndarray of {dtype}, got {type(array).__name__}")
+    if array.dtype != dtype:
+        raise ValueError(f"{name}: want dtype {dtype}, got {array.dtype}")
+    if array.ndim != 1 or (n is not None and array.size != n):
+        raise ValueError(f"{name}: want shape ({'n' if n is None else n},), got {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: want a C-contiguous array; numpy.ascontiguousarray() makes a copy that is")
+    return array
+
+
+def check_access(access, n):
+    """access as a uint8 array of 1 or n rows with bits that are modelled."""
+    if isinstance(access, np.ndarray):
+        check_array("access", access, np.dtype(np.uint8), n)
+    else:
+        if not isinstance(access, (int, np.integer)):
+            raise ValueError(f"access: want an Access or an ndarray of uint8, got {type(access).__name__}")
+        if not 0 <= int(access) <= 255:
+            raise ValueError(f"access: {int(access):#x} is no combination of Access bits")
+        access = np.array([int(access)], np.uint8)
+    seen = int(np.bitwise_or.reduce(access)) if access.size else 0
+    if seen & Access.SHADOW_STACK:
+        raise ValueError("access: SHADOW_STACK accesses are not modelled; want READ WRITE USER AC FETCH IMPLICIT")
+    if seen & ~ACCESS_VALID:
+        raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT")
+    return access
+
+
+def check_out(out, fields, n):
+    """The wanted columns of `out`, by name; a new Translation if out is None."""
+    fields = check_fields(fields)
+    if out is None:
+        out = Translation.empty(n, fields)
+    elif not isinstance(out, Translation):
+        raise ValueError(f"out: want a Translation, got {type(out).__name__}")
+    wanted = {name: check_array(f"out.{name}", getattr(out, name), COLUMNS[name], n) for name in fields}
+    for name, array in wanted.items():
+        if not array.flags.writeable:
+            raise ValueError(f"out.{name}: the array is read-only")
+    return out, wanted
+
+
+def check_size(size, n):
+    """Sizes of accesses in bytes as a uint64 array of 1 or n rows."""
+    if isinstance(size, np.ndarray):
+        if size.dtype.kind != "u":
+            raise ValueError(f"size: want unsigned integers, got {size.dtype}")
+        check_array("size", size, size.dtype, n)
+    else:
+        size = np.array([int(size)], np.int64)
+    if size.size and not (int(size.min()) >= 1 and int(size.max()) <= SPAN_MAX):
+        bad = size[(size < 1) | (size > SPAN_MAX)][0]
+        raise ValueError(f"size: want 1 to {SPAN_MAX} bytes, got {int(bad)}")
+    return size.astype(np.uint64)

@@ -1,0 +1,102 @@
+"""Guest faults as exceptions of the scalar calls: the only mapping from status to exception."""
+
+from kvmmu._bits import Access, Pferr, Status
+
+__all__ = ["GeneralProtection", "GuestFault", "InvalidOpcode", "PageFault", "fault_of"]
+
+
+class GuestFault(Exception):
+    """A fault of the guest.
+
+    Attributes
+    ----------
+    address : int or None
+        The linear address (bytes) that faulted, as CR2 would hold it.
+    access : Access
+        The access that was tried.
+    error_code : int
+        The error code that the CPU pushes.
+    level : int
+        Level of the entry that failed; 0 without one.
+    entry : int
+        That entry.
+    entry_gpa : int or None
+        Where it lies; None for a register (PDPTE) or none.
+    rule : str
+        The rule that failed, as one word.
+    """
+
+    def __init__(self, message, *, address=None, access=Access.READ, error_code=0, level=0, entry=0, entry_gpa=None, rule=""):
+        super().__init__(message)
+        self.address = address
+        self.access = access
+        self.error_code = error_code
+        self.level = level
+        self.entry = entry
+        self.entry_gpa = entry_gpa
+        self.rule = rule
+
+
+class PageFault(GuestFault):
+    """#PF. `rule` is not-present, hole, reserved, read, write, user, nx, smep, smap or pkey."""
+
+
+class GeneralProtection(GuestFault):
+    """#GP: a non-canonical address, or an illegal value for a register."""
+
+
+class InvalidOpcode(GuestFault):
+    """#UD: an instruction that the registers do not allow."""
+
+
+_RULES = {
+    "not-present": "the entry is not present",
+    "hole": "the table lies in a hole of guest memory, where entries read as not present",
+    "reserved": "the entry has a reserved bit set",
+    "read": "reading is not allowed",
+    "write": "the page is read-only",
+    "user": "the page is a supervisor page",
+    "nx": "the page is execute-disabled",
+    "smep": "SMEP: a supervisor cannot fetch from a user page",
+    "smap": "SMAP: a supervisor cannot access a user page",
+    "pkey": "the protection key forbids it",
+    "non-canonical": "the address is not canonical",
+}
+_ENTRY_NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE", 4: "PML4E", 5: "PML5E"}
+
+
+def entry_name(level):
+    """PTE, PDE, PDPTE, PML4E or PML5E."""
+    return _ENTRY_NAMES[level]
+
+
+def rule_text(rule):
+    """The sentence behind the word of a rule."""
+    return _RULES[rule]
+
+
+def access_text(access):
+    """An access in words: "user write", "implicit supervisor read"."""
+    access = Access(access)
+    kind = "fetch" if access & Access.FETCH else "write" if access & Access.WRITE else "read"
+    if access & Access.IMPLICIT:
+        return f"implicit supervisor {kind}"
+    return f"{'user' if access & Access.USER else 'supervisor'} {kind}"
+
+
+def error_code_text(error_code):
+    """An error code with its bits named: 0x3 (P W)."""
+    short = {"PRESENT": "P", "WRITE": "W", "USER": "U", "FETCH": "F"}
+    names = " ".join(short.get(flag.name, flag.name) for flag in Pferr if error_code & flag)
+    return f"{error_code:#x}" + (f" ({names})" if names else "")
+
+
+def fault_of(status, *, address, access, error_code, level, entry, entry_gpa, rule):
+    """The exception for a status other than OK, not raised."""
+    details = {"address": address, "access": access, "error_code": error_code, "level": level, "entry": entry,
+               "entry_gpa": entry_gpa, "rule": rule}
+    what = f"{access_text(access)} of {address:#x}"
+    if status == Status.NON_CANONICAL:
+        return GeneralProtection(f"#GP: {what}: {rule_text(rule)}", **details)
+    place = f"{entry_name(level)} {entry:#x}" + (f" at gpa {entry_gpa:#x}" if entry_gpa is not None else "")
+    return PageFault(f"#PF {error_code_text(error_code)}: {what}: {rule_text(rule)} ({place})", **details)

@@ -1,0 +1,385 @@
+"""A live KVM vCPU as an oracle: ``KVM_TRANSLATE`` on page tables that the caller writes.
+
+The vCPU never runs. ``KVM_TRANSLATE`` walks the guest's page tables with KVM's software walker, so what it answers is
+the ``conformance="kvm"`` behaviour and not the behaviour of the processor underneath. Ioctl numbers and structure
+layouts are those of x86-64 in the kernel's public KVM API documentation.
+
+What ``KVM_TRANSLATE`` does, each found by experiment on a Linux 6.18 kernel of an AMD machine:
+
+- It is a supervisor-mode data read whatever the vCPU's CPL. ``writeable`` is always 1 and ``usermode`` always 0, also
+  for a translation that fails: neither says anything about the page.
+- It honours SMAP: with CR4.SMAP set and RFLAGS.AC clear a user page does not translate; AC set lifts that. SMEP, CR0.WP
+  and the R/W bits have no influence on a read.
+- It checks reserved bits, NX with EFER.NXE clear among them.
+- It ignores canonicality: only bits 47:0 of the linear address count.
+- It sets the accessed bits of every level, and only when the whole walk succeeds. It never sets a dirty bit.
+- It is never stale: entries that user space rewrites between two calls are seen by the second one.
+- A table outside the memory slot reads as not present; a leaf may point anywhere below MAXPHYADDR.
+- About 75,000 translations a second from Python, 25,000 changes of the registers.
+
+A KVM may take the registers of 32-bit or PAE paging and silently keep CR0.PG clear, after which every address
+translates to itself. `LiveKvm.set_sregs` reads the registers back, so that no such answer passes for a translation.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import platform
+
+import numpy as np
+
+DEVICE = "/dev/kvm"
+API_VERSION = 12
+MAX_CPUID_ENTRIES = 256
+INVALID_GPA = 2**64 - 1
+
+CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31
+CR4_PAE, CR4_LA57 = 1 << 5, 1 << 12
+EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+RFLAGS_FIXED = 1 << 1
+
+CPUID_VENDOR, CPUID_AMD_FEATURES, CPUID_ADDRESS_SIZES = 0x0, 0x80000001, 0x80000008
+CPUID_PDPE1GB = 1 << 26
+AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
+
+SEGMENT_CODE, SEGMENT_DATA = 11, 3
+
+
+class Segment(ctypes.Structure):
+    """struct kvm_segment."""
+
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("selector", ctypes.c_uint16),
+        *((name, ctypes.c_uint8) for name in ("type", "present", "dpl", "db", "s", "l", "g", "avl")),
+        *((name, ctypes.c_uint8) for name in ("unusable", "padding")),
+    ]
+
+
+class DescriptorTable(ctypes.Structure):
+    """struct kvm_dtable."""
+
+    _fields_ = [("base", ctypes.c_uint64), ("limit", ctypes.c_uint16), ("padding", ctypes.c_uint16 * 3)]
+
+
+class Sregs(ctypes.Structure):
+    """struct kvm_sregs."""
+
+    _fields_ = [
+        *((name, Segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        *((name, DescriptorTable) for name in ("gdt", "idt")),
+        *((name, ctypes.c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", ctypes.c_uint64 * 4),
+    ]
+
+
+class GeneralRegs(ctypes.Structure):
+    """struct kvm_regs."""
+
+    _fields_ = [("general", ctypes.c_uint64 * 16), ("rip", ctypes.c_uint64), ("rflags", ctypes.c_uint64)]
+
+
+class MemoryRegion(ctypes.Structure):
+    """struct kvm_userspace_memory_region."""
+
+    _fields_ = [
+        ("slot", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("guest_phys_addr", ctypes.c_uint64),
+        ("memory_size", ctypes.c_uint64),
+        ("userspace_addr", ctypes.c_uint64),
+    ]
+
+
+class CpuidEntry(ctypes.Structure):
+    """struct kvm_cpuid_entry2."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")),
+        ("padding", ctypes.c_uint32 * 3),
+    ]
+
+
+class CpuidHeader(ctypes.Structure):
+    """struct kvm_cpuid2 without its entries: the part that the ioctl numbers count."""
+
+    _fields_ = [("nent", ctypes.c_uint32), ("padding", ctypes.c_uint32)]
+
+
+class Cpuid(ctypes.Structure):
+    """struct kvm_cpuid2 with room for the entries."""
+
+    _fields_ = [("header", CpuidHeader), ("entries", CpuidEntry * MAX_CPUID_ENTRIES)]
+
+
+TRANSLATION_DTYPE = np.dtype(
+    [
+        ("linear_address", np.uint64),
+        ("physical_address", np.uint64),
+        ("valid", np.uint8),
+        ("writeable", np.uint8),
+        ("usermode", np.uint8),
+        ("padding", np.uint8, 5),
+    ]
+)
+"""struct kvm_translation."""
+
+
+def _ioctl_number(direction, number, size=0):
+    """Return the number of a KVM ioctl; `direction` is the sum of 1 (user space writes) and 2 (user space reads)."""
+    return direction << 30 | size << 16 | 0xAE << 8 | number
+
+
+def _kvm_ioctls():
+    """Return the numbers of the ioctls used here, by name."""
+    sregs, regs, header = (ctypes.sizeof(struct) for struct in (Sregs, GeneralRegs, CpuidHeader))
+    return {
+        "KVM_GET_API_VERSION": _ioctl_number(0, 0x00),
+        "KVM_CREATE_VM": _ioctl_number(0, 0x01),
+        "KVM_GET_SUPPORTED_CPUID": _ioctl_number(3, 0x05, header),
+        "KVM_CREATE_VCPU": _ioctl_number(0, 0x41),
+        "KVM_SET_USER_MEMORY_REGION": _ioctl_number(1, 0x46, ctypes.sizeof(MemoryRegion)),
+        "KVM_GET_REGS": _ioctl_number(2, 0x81, regs),
+        "KVM_SET_REGS": _ioctl_number(1, 0x82, regs),
+        "KVM_GET_SREGS": _ioctl_number(2, 0x83, sregs),
+        "KVM_SET_SREGS": _ioctl_number(1, 0x84, sregs),
+        "KVM_TRANSLATE": _ioctl_number(3, 0x85, TRANSLATION_DTYPE.itemsize),
+        "KVM_SET_CPUID2": _ioctl_number(1, 0x90, header),
+        "KVM_GET_CPUID2": _ioctl_number(3, 0x91, header),
+    }
+
+
+IOCTLS = _kvm_ioctls()
+
+
+def _ioctl(fd, name, argument=0):
+    """Issue the KVM ioctl `name`; an OSError says which one failed and why."""
+    try:
+        return fcntl.ioctl(fd, IOCTLS[name], argument)
+    except OSError as error:
+        raise OSError(error.errno, f"{name}: {os.strerror(error.errno)}") from None
+
+
+class LiveKvm:
+    """One VM with one vCPU and one memory slot at GPA 0; a context manager.
+
+    Parameters
+    ----------
+    size : int, default 64 MiB
+        Bytes of guest memory, a multiple of 4096. The memory is anonymous and sparse: untouched pages cost nothing.
+
+    Attributes
+    ----------
+    memory : numpy.ndarray of uint8
+        The guest memory itself, shared with the VM. An array taken from it stays valid after `close()`.
+    words : numpy.ndarray of uint64
+        The same memory as 8-byte words.
+    maxphyaddr : int
+        The physical-address width that the vCPU's CPUID reports.
+    gbpages : bool
+        Whether the vCPU's CPUID reports 1-GiB pages.
+    vendor : str
+        "amd" or "intel": the vendor whose paging rules KVM applies to the vCPU.
+
+    Raises
+    ------
+    OSError
+        If a step fails; the message names the step, `errno` says why.
+
+    Examples
+    --------
+    >>> with LiveKvm() as live:  # doctest: +SKIP
+    ...     live.words[0x1000 // 8] = 0x2003
+    ...     live.set_sregs(cr0=0x80010011, cr3=0x1000, cr4=0x20, efer=0x500)
+    ...     live.translate(0x1234)
+    (18446744073709551615, False, True, False)
+    """
+
+    def __init__(self, size=64 << 20):
+        if size <= 0 or size % mmap.PAGESIZE:
+            raise ValueError(f"size is {size}; it must be a positive multiple of {mmap.PAGESIZE}")
+        self._fds = []
+        try:
+            self._vm_fd, self._vcpu_fd = self._create_vcpu()
+            self.memory = self._create_memory(size)
+            self.words = self.memory.view(np.uint64)
+            self.set_cpuid()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        """Destroy the VM. Harmless when repeated."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _create_vcpu(self):
+        """Open the device, check its version and return the file descriptors of a new VM and its vCPU."""
+        try:
+            device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, f"open {DEVICE}: {os.strerror(error.errno)}") from None
+        self._fds.append(device)
+        version = _ioctl(device, "KVM_GET_API_VERSION")
+        if version != API_VERSION:
+            raise OSError(errno.ENOTSUP, f"KVM_GET_API_VERSION: version {version}, need {API_VERSION}")
+        self._fds.append(_ioctl(device, "KVM_CREATE_VM"))
+        self._fds.append(_ioctl(self._fds[-1], "KVM_CREATE_VCPU"))
+        return self._fds[-2:]
+
+    def _create_memory(self, size):
+        """Map `size` bytes, make them the VM's memory at GPA 0 and return them as an array."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
+        region = MemoryRegion(memory_size=size, userspace_addr=memory.ctypes.data)
+        _ioctl(self._vm_fd, "KVM_SET_USER_MEMORY_REGION", region)
+        return memory
+
+    def set_cpuid(self):
+        """Give the vCPU every feature that KVM supports, and read back what it now reports."""
+        table = Cpuid(header=CpuidHeader(nent=MAX_CPUID_ENTRIES))
+        _ioctl(self._fds[0], "KVM_GET_SUPPORTED_CPUID", table)
+        _ioctl(self._vcpu_fd, "KVM_SET_CPUID2", table)
+        table.header.nent = MAX_CPUID_ENTRIES
+        _ioctl(self._vcpu_fd, "KVM_GET_CPUID2", table)
+        self._cpuid = {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[: table.header.nent]}
+        self.maxphyaddr = self.cpuid(CPUID_ADDRESS_SIZES)[0] & 0xFF
+        self.gbpages = bool(self.cpuid(CPUID_AMD_FEATURES)[3] & CPUID_PDPE1GB)
+        _, ebx, ecx, edx = self.cpuid(CPUID_VENDOR)
+        name = b"".join(register.to_bytes(4, "little") for register in (ebx, edx, ecx))
+        self.vendor = "amd" if name in AMD_VENDORS else "intel"
+
+    def cpuid(self, function, index=0):
+        """Return (eax, ebx, ecx, edx) of a CPUID leaf of the vCPU; zeros for a leaf that it does not have."""
+        return self._cpuid.get((function, index), (0, 0, 0, 0))
+
+    def set_sregs(self, cr0, cr3, cr4, efer, cpl=0):
+        """Put the vCPU into 4-level long mode with these registers.
+
+        Parameters
+        ----------
+        cr0, cr3, cr4, efer : int
+            The registers; EFER.LMA is taken as given.
+        cpl : int, default 0
+            The privilege level of the code and stack segments.
+
+        Raises
+        ------
+        ValueError
+            If the registers do not select 4-level paging.
+        OSError
+            If KVM refuses the registers, with EINVAL, or takes them but keeps others, with ENOTSUP.
+        """
+        wanted = {"cr0": cr0, "cr3": cr3, "cr4": cr4, "efer": efer}
+        self._require_4_level(**wanted)
+        sregs = Sregs()
+        _ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
+        segment = {"limit": 0xFFFFFFFF, "present": 1, "dpl": cpl, "s": 1, "g": 1}
+        sregs.cs = Segment(selector=8 | cpl, type=SEGMENT_CODE, l=1, **segment)
+        sregs.ss = Segment(selector=16 | cpl, type=SEGMENT_DATA, db=1, **segment)
+        for name, value in wanted.items():
+            setattr(sregs, name, value)
+        _ioctl(self._vcpu_fd, "KVM_SET_SREGS", sregs)
+        self._check_sregs(wanted)
+
+    @staticmethod
+    def _require_4_level(cr0, cr3, cr4, efer):
+        """Raise a ValueError unless the registers select 4-level paging."""
+        paging = cr0 & CR0_PE and cr0 & CR0_PG and cr4 & CR4_PAE
+        if not paging or cr4 & CR4_LA57 or efer & (EFER_LME | EFER_LMA) != EFER_LME | EFER_LMA:
+            raise ValueError(
+                f"CR0 {cr0:#x}, CR3 {cr3:#x}, CR4 {cr4:#x}, EFER {efer:#x} do not select 4-level paging, the only mode "
+                "supported: set CR0.PE, CR0.PG, CR4.PAE, EFER.LME and EFER.LMA, and clear CR4.LA57"
+            )
+
+    def _check_sregs(self, wanted):
+        """Raise an OSError unless the vCPU holds the registers that were just set."""
+        sregs = Sregs()
+        _ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
+        held = {name: getattr(sregs, name) for name in wanted}
+        kept = [f"{name} {held[name]:#x} for {wanted[name]:#x}" for name in wanted if held[name] != wanted[name]]
+        if kept:
+            raise OSError(errno.ENOTSUP, f"KVM_SET_SREGS: succeeded, but the vCPU holds {', '.join(kept)}")
+
+    def set_rflags(self, rflags):
+        """Set RFLAGS; only AC (bit 18) matters to a translation."""
+        regs = GeneralRegs()
+        _ioctl(self._vcpu_fd, "KVM_GET_REGS", regs)
+        regs.rflags = rflags | RFLAGS_FIXED
+        _ioctl(self._vcpu_fd, "KVM_SET_REGS", regs)
+
+    def _translate(self, gvas):
+        """Issue KVM_TRANSLATE for every address and return the records that KVM filled in."""
+        gvas = np.asarray(gvas, dtype=np.uint64)
+        records = np.zeros(gvas.size, dtype=TRANSLATION_DTYPE)
+        records["linear_address"] = gvas.ravel()
+        view, step = memoryview(records.view(np.uint8)), TRANSLATION_DTYPE.itemsize
+        for start in range(0, len(view), step):
+            _ioctl(self._vcpu_fd, "KVM_TRANSLATE", view[start : start + step])
+        records["physical_address"][records["valid"] == 0] = INVALID_GPA
+        return records
+
+    def translate(self, gva):
+        """Translate one linear address.
+
+        Parameters
+        ----------
+        gva : int
+            The linear address; bits 63:48 are ignored by KVM.
+
+        Returns
+        -------
+        gpa : int
+            The guest-physical address, or ``INVALID_GPA``.
+        valid, writeable, usermode : bool
+            What KVM reports; the latter two are constants and say nothing about the page.
+        """
+        record = self._translate([gva])[0]
+        flags = (bool(record[name]) for name in ("valid", "writeable", "usermode"))
+        return int(record["physical_address"]), *flags
+
+    def translate_many(self, gvas):
+        """Translate an array of linear addresses.
+
+        Parameters
+        ----------
+        gvas : array_like of uint64, shape (n,)
+            The linear addresses.
+
+        Returns
+        -------
+        gpa : numpy.ndarray of uint64, shape (n,)
+            The guest-physical addresses; ``INVALID_GPA`` where the translation failed.
+        valid : numpy.ndarray of bool, shape (n,)
+            Where it succeeded.
+        """
+        records = self._translate(gvas)
+        return records["physical_address"].copy(), records["valid"] != 0
+
+
+def available():
+    """Say whether live translation works here.
+
+    Returns
+    -------
+    str or None
+        None if a vCPU entered 4-level long mode, else the reason why not.
+    """
+    if platform.machine() != "x86_64":
+        return f"the driver knows the KVM structures of x86_64 only, this machine is {platform.machine()}"
+    try:
+        with LiveKvm(size=mmap.PAGESIZE) as live:
+            live.set_sregs(cr0=CR0_PG | CR0_ET | CR0_PE, cr3=0, cr4=CR4_PAE, efer=EFER_LME | EFER_LMA)
+            live.translate(0)
+    except OSError as error:
+        return str(error)
+    return None

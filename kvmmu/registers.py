@@ -1,0 +1,307 @@
+"""Registers of a vCPU, the processor model, and which values are legal.
+
+Sources: SDM vol. 3, "Control Registers", "Paging Modes and Control Bits", "Enabling Protection Keys", "PDPTE Registers", "WRMSR"
+and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Feature Enable Register (EFER)".
+"""
+
+from dataclasses import dataclass, replace
+
+from kvmmu._bits import (
+    CR3_NOFLUSH,
+    CR3_PAE_PDPT,
+    CR3_PCID,
+    MAXPHYADDR_MAX,
+    MAXPHYADDR_MIN,
+    PAE_PDPTE_RSVD,
+    PT_PRESENT,
+    RFLAGS_FIXED,
+    Cr0,
+    Cr4,
+    Efer,
+)
+from kvmmu.faults import GeneralProtection, InvalidOpcode
+
+__all__ = ["CpuModel", "Regs"]
+
+_WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
+
+
+@dataclass(frozen=True)
+class CpuModel:
+    """The guest's processor.
+
+    Parameters
+    ----------
+    vendor : {"intel", "amd"}
+        Bit 8 of PML4E and PML5E is reserved on AMD.
+    maxphyaddr : int
+        Physical-address width, 32 to 52.
+    gbpages : bool
+        1G pages (CPUID.80000001H:EDX.Page1GB).
+    pse36 : bool
+        4M pages above 4 GiB.
+    conformance : {"sdm", "kvm"}
+        "sdm": what the manuals say; "kvm": what KVM's software walker does where it differs.
+    la57, nx, smep, smap, pku, pcid : bool
+        Features whose control bits may be set.
+    """
+
+    vendor: str = "intel"
+    maxphyaddr: int = 48
+    gbpages: bool = True
+    pse36: bool = True
+    conformance: str = "sdm"
+    la57: bool = True
+    nx: bool = True
+    smep: bool = True
+    smap: bool = True
+    pku: bool = True
+    pcid: bool = True
+
+    def __post_init__(self):
+        if self.vendor not in ("intel", "amd"):
+            raise ValueError(f"vendor: want 'intel' or 'amd', got {self.vendor!r}")
+        if self.conformance not in ("sdm", "kvm"):
+            raise ValueError(f"conformance: want 'sdm' or 'kvm', got {self.conformance!r}")
+        if not isinstance(self.maxphyaddr, int) or not MAXPHYADDR_MIN <= self.maxphyaddr <= MAXPHYADDR_MAX:
+            raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {self.maxphyaddr!r}")
+
+    @property
+    def rsvd_gpa_bits(self):
+        """Physical-address bits that this processor does not have, up to bit 63."""
+        return ((1 << 64) - 1) & ~((1 << self.maxphyaddr) - 1)
+
+
+@dataclass(frozen=True)
+class Regs:
+    """One set of registers. Frozen and hashable; legality is checked where it is used, not here.
+
+    Parameters
+    ----------
+    cr0, cr3, cr4, efer : int
+    pkru : int
+        32 bits: access- and write-disable of 16 keys.
+    rflags : int
+        Only AC (bit 18) matters, and only to scalar calls.
+    pdptrs : tuple of 4 int, optional
+        PAE: the PDPTE registers; None loads them from memory at CR3.
+    """
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    pkru: int = 0
+    rflags: int = int(RFLAGS_FIXED)
+    pdptrs: tuple | None = None
+
+    def __post_init__(self):
+        for name, bits in _WIDTHS.items():
+            value = getattr(self, name)
+            try:
+                value = int(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}: want an integer, got {value!r}") from None
+            if not 0 <= value < 1 << bits:
+                raise ValueError(f"{name}: want {bits} bits, got {value:#x}")
+            object.__setattr__(self, name, value)
+        if self.pdptrs is not None:
+            pdptrs = tuple(int(pdpte) for pdpte in self.pdptrs)
+            if len(pdptrs) != 4 or not all(0 <= pdpte < 1 << 64 for pdpte in pdptrs):
+                raise ValueError(f"pdptrs: want four 64-bit values, got {self.pdptrs!r}")
+            object.__setattr__(self, "pdptrs", pdptrs)
+
+    @property
+    def is_long_mode(self):
+        return bool(self.efer & Efer.LMA)
+
+    @property
+    def is_pae_paging(self):
+        """Paging with PDPTE registers: CR0.PG and CR4.PAE without long mode."""
+        return bool(self.cr0 & Cr0.PG and self.cr4 & Cr4.PAE and not self.is_long_mode)
+
+
+def _gp(rule, message):
+    return GeneralProtection(f"#GP: {message}", rule=rule)
+
+
+# CR4 bits that have a meaning and do not change translation beyond what is modelled here. Missing on purpose: PKS, LASS and
+# LAM_SUP, which would.
+_CR4_DEFINED = 0x2FFFFFF & ~(1 << 15)
+
+
+def _cr4_reserved(cpu, value):
+    """Bits of a CR4 value that are undefined, not modelled, or of a feature that the model lacks."""
+    reserved = value & ~_CR4_DEFINED
+    for has, bit in ((cpu.la57, Cr4.LA57), (cpu.pcid, Cr4.PCIDE), (cpu.smep, Cr4.SMEP), (cpu.smap, Cr4.SMAP), (cpu.pku, Cr4.PKE)):
+        if not has:
+            reserved |= value & bit
+    return reserved
+
+
+_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX | Efer.SVME | Efer.LMSLE | Efer.FFXSR | Efer.TCE | Efer.AUTOIBRS)
+
+
+def check_cr0(value):
+    """#GP unless CR0 is legal by itself."""
+    if value >> 32:
+        raise _gp("cr0-reserved", f"CR0 {value:#x}: bits 63:32 are reserved")
+    if value & Cr0.PG and not value & Cr0.PE:
+        raise _gp("cr0-pg-without-pe", f"CR0 {value:#x}: PG needs PE")
+    if value & Cr0.NW and not value & Cr0.CD:
+        raise _gp("cr0-nw-without-cd", f"CR0 {value:#x}: NW needs CD")
+
+
+def check_cr4(cpu, value):
+    """#GP unless CR4 is legal for this model."""
+    reserved = _cr4_reserved(cpu, value)
+    if reserved:
+        raise _gp("cr4-reserved", f"CR4 {value:#x}: {reserved:#x} is reserved, or a feature that the model lacks")
+
+
+def check_efer(cpu, value):
+    """#GP unless EFER is legal for this model."""
+    reserved = value & ~_EFER_DEFINED
+    if not cpu.nx:
+        reserved |= value & Efer.NX
+    if reserved:
+        raise _gp("efer-reserved", f"EFER {value:#x}: {reserved:#x} is reserved, or a feature that the model lacks")
+
+
+def check_cr3(cpu, regs):
+    """#GP unless CR3 is legal: it is physical, so reserved bits are those from MAXPHYADDR up.
+
+    Outside long mode CR3 is a 32-bit register to the guest; wider values can only come from the host and obey the same limit.
+    """
+    reserved = regs.cr3 & cpu.rsvd_gpa_bits
+    if reserved:
+        raise _gp("cr3-reserved", f"CR3 {regs.cr3:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
+
+
+def check_combination(regs):
+    """#GP unless CR0, CR4 and EFER go together."""
+    if regs.cr0 & Cr0.PG and regs.efer & Efer.LME:
+        if not regs.cr4 & Cr4.PAE:
+            raise _gp("long-mode-without-pae", "paging with EFER.LME needs CR4.PAE")
+        if not regs.efer & Efer.LMA:
+            raise _gp("long-mode-without-lma", "paging with EFER.LME means EFER.LMA, which is clear")
+    elif regs.efer & Efer.LMA:
+        raise _gp("lma-without-long-mode", "EFER.LMA is set without CR0.PG and EFER.LME")
+    if regs.cr4 & Cr4.PCIDE and not regs.efer & Efer.LMA:
+        raise _gp("pcide-outside-long-mode", "CR4.PCIDE needs long mode")
+    if regs.cr4 & Cr4.CET and not regs.cr0 & Cr0.WP:
+        raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
+
+
+def load_pdptrs(cpu, cr3, mem):
+    """The four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is there.
+
+    Source: SDM vol. 3, "PDPTE Registers".
+    """
+    base = cr3 & CR3_PAE_PDPT
+    if not mem.is_backed(base, 32):
+        raise _gp("pdpt-in-hole", f"CR3 {cr3:#x}: the PDPTEs lie in a hole of guest memory")
+    pdptrs = tuple(mem.read_u64(base + 8 * i) for i in range(4))
+    check_pdptrs(cpu, pdptrs)
+    return pdptrs
+
+
+def check_pdptrs(cpu, pdptrs):
+    """#GP if a present PDPTE has a reserved bit: 1, 2, 5 to 8, or MAXPHYADDR to 63."""
+    for i, pdpte in enumerate(pdptrs):
+        reserved = pdpte & (cpu.rsvd_gpa_bits | PAE_PDPTE_RSVD)
+        if pdpte & PT_PRESENT and reserved:
+            raise _gp("pdpte-reserved", f"PDPTE {i} is {pdpte:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
+
+
+def admit(cpu, regs, mem):
+    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole."""
+    check_cr0(regs.cr0)
+    check_cr4(cpu, regs.cr4)
+    check_efer(cpu, regs.efer)
+    check_cr3(cpu, regs)
+    check_combination(regs)
+    if not regs.is_pae_paging:
+        return regs
+    if regs.pdptrs is None:
+        return replace(regs, pdptrs=load_pdptrs(cpu, regs.cr3, mem))
+    check_pdptrs(cpu, regs.pdptrs)
+    return regs
+
+
+# ---- what the guest's own instructions may do --------------------------------------------------------------------------
+
+_RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
+
+
+def after_mov_cr(cpu, regs, n, value, mem):
+    """The registers after MOV to CRn; #GP if the transition is illegal.
+
+    Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
+    """
+    if n == 3:
+        return _after_mov_cr3(cpu, regs, value, mem)
+    if n == 0:
+        after = _after_mov_cr0(regs, value | Cr0.ET)
+        changed = regs.cr0 ^ after.cr0
+    else:
+        after = _after_mov_cr4(cpu, regs, value)
+        changed = regs.cr4 ^ after.cr4
+    check_combination(after)
+    reload = after.is_pae_paging and (changed & _RELOADS_PDPTRS[n] or regs.pdptrs is None)
+    return admit(cpu, replace(after, pdptrs=None if reload or not after.is_pae_paging else regs.pdptrs), mem)
+
+
+def _after_mov_cr0(regs, value):
+    check_cr0(value)
+    enables, disables = ~regs.cr0 & value & Cr0.PG, regs.cr0 & ~value & Cr0.PG
+    efer = regs.efer
+    if enables and efer & Efer.LME:
+        if not regs.cr4 & Cr4.PAE:
+            raise _gp("long-mode-without-pae", "enabling paging with EFER.LME needs CR4.PAE")
+        efer |= Efer.LMA
+    if disables:
+        if regs.cr4 & Cr4.PCIDE:
+            raise _gp("pg-off-with-pcide", "CR0.PG cannot be cleared while CR4.PCIDE is set")
+        efer &= ~Efer.LMA
+    return replace(regs, cr0=int(value), efer=int(efer))
+
+
+def _after_mov_cr4(cpu, regs, value):
+    check_cr4(cpu, value)
+    changed = regs.cr4 ^ value
+    if regs.is_long_mode:
+        if regs.cr4 & ~value & Cr4.PAE:
+            raise _gp("pae-off-in-long-mode", "CR4.PAE cannot be cleared in long mode")
+        if changed & Cr4.LA57:
+            raise _gp("la57-change-in-long-mode", "CR4.LA57 cannot change in long mode")
+    if changed & value & Cr4.PCIDE and regs.cr3 & CR3_PCID:
+        raise _gp("pcide-with-pcid", f"CR4.PCIDE cannot be set while CR3[11:0] is {regs.cr3 & CR3_PCID:#x}")
+    return replace(regs, cr4=value)
+
+
+def _after_mov_cr3(cpu, regs, value, mem):
+    if not regs.is_long_mode and value >> 32:
+        raise ValueError(f"outside long mode MOV to CR3 has 32 bits, got {value:#x}")
+    if regs.cr4 & Cr4.PCIDE:
+        value &= ~CR3_NOFLUSH                   # says "keep the TLB" and is not stored
+    return admit(cpu, replace(regs, cr3=value, pdptrs=None), mem)
+
+
+def after_wrmsr_efer(cpu, regs, value):
+    """The registers after WRMSR to IA32_EFER; #GP if the transition is illegal. LMA is read-only: what is written is ignored.
+
+    Source: SDM vol. 3, "Initializing IA-32e Mode"; APM vol. 2, "Extended Feature Enable Register (EFER)".
+    """
+    value = (value & ~Efer.LMA) | (regs.efer & Efer.LMA)
+    check_efer(cpu, value)
+    if regs.cr0 & Cr0.PG and (regs.efer ^ value) & Efer.LME:
+        raise _gp("lme-change-while-paging", "EFER.LME cannot change while CR0.PG is set")
+    return replace(regs, efer=int(value))
+
+
+def after_wrpkru(regs, value):
+    """The registers after WRPKRU; #UD without CR4.PKE."""
+    if not regs.cr4 & Cr4.PKE:
+        raise InvalidOpcode("#UD: WRPKRU needs CR4.PKE", rule="wrpkru-without-pke")
+    return replace(regs, pkru=value)

@@ -1,0 +1,278 @@
+"""Replay: a recording of a real guest walked access by access, each address held against the recorded one."""
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kvmmu._bits import CR3_PAE_PDPT, Access, Status
+from kvmmu._memory import GuestMemory
+from kvmmu._replay import Replayer
+from kvmmu.faults import GeneralProtection, access_text, error_code_text
+from kvmmu.registers import CpuModel, Regs, check_pdptrs
+from kvmmu.traces import Recording, RecordingError
+from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
+from kvmmu.vcpu import Vcpu
+
+__all__ = ["Mismatch", "Report", "recording_vcpu", "replay"]
+
+_EVENT_CR3 = 1
+_PDPTE_ACCESSED = 1 << 5
+_CHUNK = 1 << 20
+_EXPLAINED = 20
+_PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An access or a page fault of the recording that the walk does not reproduce.
+
+    Attributes
+    ----------
+    position : int
+        Row of the access; for a page fault, of the access that followed it.
+    gva : int
+        Linear address (bytes).
+    recorded : str
+        What the recording says.
+    walked : str
+        What the walk says, level by level.
+    """
+
+    position: int
+    gva: int
+    recorded: str
+    walked: str
+
+    def __str__(self):
+        return f"access {self.position}: recorded {self.recorded}\n  walked: {self.walked}"
+
+
+@dataclass
+class Report:
+    """What a replay found.
+
+    Attributes
+    ----------
+    name, phase, mode : str
+        Of the recording.
+    accesses, verified : int
+        Recorded, and walked to the recorded physical address.
+    kinds : dict of str to int
+        Accesses by load, store and fetch.
+    page_sizes : dict of str to int
+        Verified accesses by the size of the page they hit.
+    faults, faults_reproduced : dict of str to int
+        Recorded page faults by error code, and those that the walk reproduces with the same error code.
+    faults_checked : bool
+        False in a static phase, whose tables are those of its end: the pages of its faults are mapped in them.
+    mismatches : int
+        Accesses and faults that were not reproduced.
+    examples : list of Mismatch
+        The first of them, explained.
+    table_writes, contexts, mmio : int
+        Page-table writes applied, register contexts, and accesses to MMIO pages.
+    seconds : float
+        Time for walking and checking, without reading files.
+    """
+
+    name: str
+    phase: str
+    mode: str
+    accesses: int
+    verified: int = 0
+    kinds: dict = field(default_factory=dict)
+    page_sizes: dict = field(default_factory=dict)
+    faults: dict = field(default_factory=dict)
+    faults_reproduced: dict = field(default_factory=dict)
+    faults_checked: bool = True
+    mismatches: int = 0
+    examples: list = field(default_factory=list)
+    table_writes: int = 0
+    contexts: int = 0
+    mmio: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self):
+        """Accesses per second."""
+        return self.accesses / self.seconds if self.seconds else 0.0
+
+    def to_dict(self):
+        """Plain data for JSON."""
+        plain = dict(self.__dict__)
+        plain["examples"] = [example.__dict__ for example in self.examples]
+        return plain | {"rate": self.rate}
+
+
+def recording_vcpu(recording):
+    """A vCPU over the page tables of a recording, and the register sets of its contexts.
+
+    Parameters
+    ----------
+    recording : Recording
+
+    Returns
+    -------
+    Vcpu, list of Regs
+        The vCPU has the registers of the first context.
+    """
+    if recording.nested:
+        raise RecordingError(f"{recording.path}: has a nested guest, whose second-stage tables this version does not walk")
+    mem = GuestMemory.from_pages(recording.table_pfn << np.uint64(12), recording.table_data)
+    cpu = CpuModel(vendor="amd", maxphyaddr=recording.maxphyaddr)
+    contexts = [_context(mem, cpu, recording, *registers) for registers in recording.ctx.tolist()]
+    vcpu = Vcpu(mem, cpu=cpu)
+    if contexts:
+        vcpu.set_regs(**_registers(contexts[0]))
+    return vcpu, contexts
+
+
+def _context(mem, cpu, recording, _guest, cr3, _ncr3, cr0, cr4, efer):
+    regs = Regs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru)
+    return replace(regs, pdptrs=_pdptrs(mem, cpu, cr3)) if regs.is_pae_paging else regs
+
+
+def _pdptrs(mem, cpu, cr3):
+    """The PDPTEs at CR3 as the recorded CPU took them; none present where there is no PDPT (yet).
+
+    QEMU's TCG sets bit 5 of the PDPTEs that it walks, which is reserved on a CPU: it is cleared here.
+    """
+    base = cr3 & CR3_PAE_PDPT
+    pdptrs = tuple(mem.read_u64(base + 8 * i) & ~_PDPTE_ACCESSED for i in range(4))
+    try:
+        check_pdptrs(cpu, pdptrs)
+    except GeneralProtection:
+        return (0, 0, 0, 0)
+    return pdptrs
+
+
+def _registers(regs):
+    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
+
+
+def replay(trace, *, phase=None, progress=None):
+    """Walk every access of a recording and hold each against the recorded physical address.
+
+    Parameters
+    ----------
+    trace : Recording, str or path-like
+        The recording, or where it lies.
+    phase : {"static", "dyn"}, optional
+        Of a path: which phase.
+    progress : callable, optional
+        Called with (accesses done, accesses in all) about every million accesses.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    RecordingError
+        The recording cannot be read, or has parts that cannot be replayed.
+    """
+    recording = trace if isinstance(trace, Recording) else Recording.open(trace, phase)
+    return _Run(recording, progress).run()
+
+
+class _Run:
+    """One replay under way."""
+
+    def __init__(self, recording, progress):
+        self.recording = recording
+        self.progress = progress
+        self.vcpu, self.regs = recording_vcpu(recording)
+        self.walk = self.vcpu.gva_walk
+        self.contexts = self.walk.prepare(self.regs)
+        access_of = (ACCESS_OF_KIND[:, None] | ACCESS_OF_PRIV).ravel()
+        self.replayer = Replayer(self.walk, self.contexts, recording, access_of)
+        kinds = np.bincount(recording.kind, minlength=3).tolist()
+        self.report = Report(
+            name=recording.name, phase=recording.phase, mode=recording.mode, accesses=len(recording),
+            kinds=dict(zip(("load", "store", "fetch"), kinds, strict=True)), contexts=len(self.regs),
+            faults_checked=recording.phase == "dyn",
+            mmio=int(recording.pages_io[recording.pidx].sum()) if recording.pages_io.any() else 0)
+
+    def run(self):
+        recording, report = self.recording, self.report
+        started = time.perf_counter()
+        for start, stop, action in self._segments():
+            self._walk_rows(start, stop)
+            action()
+            if self.progress:
+                self.progress(stop, len(recording))
+        report.seconds = time.perf_counter() - started
+        report.verified = self.replayer.verified
+        report.table_writes = self.replayer.writes
+        report.page_sizes = {
+            self._page_size(level): count for level, count in enumerate(self.replayer.page_sizes) if count}
+        return report
+
+    def _page_size(self, level):
+        return "4M" if self.recording.mode == "32" and level == 2 else _PAGE_SIZES[level]
+
+    def _segments(self):
+        """(start, stop, what to do before access stop): between page faults, CR3 loads that reload PDPTEs, and chunks."""
+        recording, total = self.recording, len(self.recording)
+        actions = [(pos, 1, number) for number, pos in enumerate(recording.faults.pos.tolist())]
+        if recording.mode == "pae":
+            loads = recording.events.code == _EVENT_CR3
+            actions += [(pos, 0, cr3) for pos, cr3 in zip(
+                recording.events.pos[loads].tolist(), recording.events.val[loads].tolist(), strict=True)]
+        actions += [(pos, 2, 0) for pos in range(_CHUNK, total, _CHUNK)] + [(total, 2, 0)]
+        handlers = {0: self._reload_pdptrs, 1: self._check_fault, 2: lambda _: None}
+        start = 0
+        for pos, what, argument in sorted(actions):
+            yield start, pos, lambda what=what, argument=argument: handlers[what](argument)
+            start = pos
+
+    def _walk_rows(self, start, stop):
+        while start < stop:
+            row = self.replayer.run(start, stop)
+            if row < stop:
+                self._mismatch_at(row)
+            start = row + 1
+
+    def _mismatch_at(self, row):
+        self.report.mismatches += 1
+        if len(self.report.examples) >= _EXPLAINED:
+            return
+        columns = {name: int(values[0]) for name, values in self.recording.columns(row, row + 1).items()}
+        access = int(self.recording.access_bytes(row, row + 1)[0])
+        self.report.examples.append(Mismatch(
+            row, columns["gva"], f"{access_text(access)} of {columns['gva']:#x} reached gpa {columns['gpa']:#x}",
+            self._explain(columns["gva"], access, columns["ctx"])))
+
+    def _explain(self, gva, access, ctx):
+        self.vcpu.set_regs(**_registers(self.regs[ctx]))
+        return str(self.walk.walk_record(gva, access))
+
+    def _reload_pdptrs(self, cr3):
+        """A CR3 load under PAE paging: the contexts with this CR3 take the PDPTEs as they are in memory now."""
+        for i, regs in enumerate(self.regs):
+            if regs.cr3 == cr3:
+                self.regs[i] = replace(regs, pdptrs=_pdptrs(self.vcpu.mem, self.vcpu.cpu, cr3))
+                self.walk.reload(self.contexts, i, self.regs[i])
+
+    def _check_fault(self, number):
+        """Hold the walk against a recorded page fault; the tables stand as they were when it was taken."""
+        faults, report = self.recording.faults, self.report
+        gva, error_code, ctx = (int(column[number]) for column in (faults.cr2, faults.err, faults.ctx))
+        code = error_code_text(error_code)
+        report.faults[code] = report.faults.get(code, 0) + 1
+        if not report.faults_checked:
+            return
+        self.replayer.settle(int(faults.pos[number]))
+        access = error_code & (Access.WRITE | Access.USER | Access.FETCH)
+        # A supervisor's fault does not tell EFLAGS.AC: SMAP faults only with it clear, all others with it set too.
+        for tried in (access,) if access & Access.USER else (access | Access.AC, access):
+            t = self.walk.translate(
+                np.array([gva], np.uint64), int(tried), regs=self.contexts, ctx=np.array([ctx], np.uint32), set_ad=False)
+            if t.status[0] == Status.PAGE_FAULT and t.error_code[0] == error_code:
+                report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
+                return
+        report.mismatches += 1
+        if len(report.examples) < _EXPLAINED:
+            report.examples.append(Mismatch(
+                int(faults.pos[number]), gva, f"#PF {code} at {gva:#x}", self._explain(gva, int(access), ctx)))

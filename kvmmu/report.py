@@ -1,0 +1,86 @@
+"""Tables and progress for the terminal: with rich where it is installed (extra `cli`), in plain text without it."""
+
+import sys
+from contextlib import contextmanager
+
+try:
+    import rich.console
+    import rich.progress
+    import rich.table
+except ImportError:
+    rich = None
+
+__all__ = ["progress_bar", "replay_tables", "show_tables"]
+
+
+def replay_tables(report):
+    """A replay Report as tables: a list of (title, column names, rows of text)."""
+    share = 100 * report.verified / report.accesses if report.accesses else 100.0
+    summary = [
+        ("accesses", f"{report.accesses:,}"),
+        ("verified against recorded addresses", f"{report.verified:,} ({_percent(share, report)})"),
+        ("mismatches", f"{report.mismatches:,}"),
+        ("rate", f"{report.rate / 1e6:.1f} M accesses/s ({report.seconds:.2f} s)"),
+        ("table writes applied", f"{report.table_writes:,}"),
+        ("register contexts", f"{report.contexts:,}"),
+        ("accesses to MMIO", f"{report.mmio:,}"),
+    ]
+    tables = [
+        (f"{report.name}, {report.phase} phase, mode {report.mode}", ("", ""), summary),
+        ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
+        ("Verified, by page size", ("page", "accesses"),
+         [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
+    ]
+    if report.faults:
+        rows = [(code, f"{count:,}", f"{report.faults_reproduced.get(code, 0):,}" if report.faults_checked else "not checkable")
+                for code, count in sorted(report.faults.items())]
+        tables.append(("Page faults by error code", ("error code", "recorded", "reproduced"), rows))
+    return tables
+
+
+def _percent(share, report):
+    """100% only if it is."""
+    return "100%" if report.verified == report.accesses else f"{min(share, 99.9999):.4f}%"
+
+
+def show_tables(tables, file=None):
+    """Print tables, with rich if it is there."""
+    file = sys.stdout if file is None else file
+    if rich is None:
+        _show_plain(tables, file)
+        return
+    console = rich.console.Console(file=file)
+    for title, names, rows in tables:
+        table = rich.table.Table(title=title, title_justify="left", show_header=any(names))
+        for column, name in enumerate(names):
+            table.add_column(name, justify="right" if column else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _show_plain(tables, file):
+    for title, names, rows in tables:
+        lines = [names, *rows] if any(names) else rows
+        widths = [max(len(line[column]) for line in lines) for column in range(len(names))] if lines else []
+        print(title, file=file)
+        for line in lines:
+            cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+            print(("  " + "  ".join(cells)).rstrip(), file=file)
+        print(file=file)
+
+
+@contextmanager
+def progress_bar(description):
+    """A callable (done, total) that shows progress on stderr if that is a terminal; None if it is not."""
+    if not sys.stderr.isatty():
+        yield None
+    elif rich is None:
+        yield lambda done, total: print(f"\r{description}: {100 * done // max(total, 1)}%", end="" if done < total else "\n",
+                                        file=sys.stderr, flush=True)
+    else:
+        columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+                   rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn())
+        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)

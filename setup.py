@@ -1,0 +1,45 @@
+"""The extension modules of kvmmu, their two directive sets, and the build switches. All else is in pyproject.toml."""
+
+import os
+import sys
+from glob import glob
+
+from Cython.Build import cythonize
+from Cython.Compiler import Options
+from setuptools import Extension, setup
+
+# Kernels index memory that their callers checked; the others keep Cython's own checks.
+SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_pagewalk"]
+KERNEL = ["_walk", "_batch", "_replay"]
+
+SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
+KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
+    "boundscheck": False, "wraparound": False, "initializedcheck": False, "cdivision": True}
+
+DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks everywhere
+WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
+SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
+
+COMPILE_ARGS = ["/std:c11", "/O2"] if sys.platform == "win32" else ["-O3", "-std=gnu11", "-Wno-unused-function"]
+LINK_ARGS = []
+if WERROR:
+    Options.warning_errors = True
+    COMPILE_ARGS += ["-Werror"]
+if SANITIZE:
+    COMPILE_ARGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    LINK_ARGS += [f"-fsanitize={SANITIZE}"]
+
+
+def extensions(names, directives):
+    modules = [
+        Extension(f"kvmmu.{name}", [f"kvmmu/{name}.pyx"], include_dirs=["kvmmu"], extra_compile_args=COMPILE_ARGS,
+                  extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
+        for name in names
+    ]
+    return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")
+
+
+setup(
+    ext_modules=extensions(SAFE, SAFE_DIRECTIVES) + extensions(KERNEL, SAFE_DIRECTIVES if DEBUG else KERNEL_DIRECTIVES),
+    options={"build_ext": {"parallel": os.cpu_count()}},
+)
