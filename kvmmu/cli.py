@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,11 +21,11 @@ _ACCESS_LETTERS = {"r": Access.READ, "w": Access.WRITE, "x": Access.FETCH, "u": 
 _PAGE = 0xFFF
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 on a mismatch, 2 on bad input."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        return int(args.run(args))
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -35,7 +36,7 @@ def main(argv=None):
         return 2
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvmmu", description="Replay and inspect page walks of recorded x86 guests.")
     parser.add_argument("--version", action="version", version=f"kvmmu {kvmmu.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -63,7 +64,7 @@ def _parser():
     return parser
 
 
-def _address(text):
+def _address(text: str) -> int:
     try:
         value = int(text, 0)
     except ValueError:
@@ -73,7 +74,7 @@ def _address(text):
     return value
 
 
-def _access(text):
+def _access(text: str) -> Access:
     access = Access.READ
     for letter in text:
         if letter not in _ACCESS_LETTERS:
@@ -82,12 +83,12 @@ def _access(text):
     return access
 
 
-def _open(args):
+def _open(args: argparse.Namespace) -> Recording:
     path = bundled() if args.recording in (None, "bundled") else args.recording
     return Recording.open(path, args.phase)
 
 
-def _replay(args):
+def _replay(args: argparse.Namespace) -> int:
     recording = _open(args)
     with progress_bar(f"replaying {recording.name} {recording.phase}") as progress:
         report = replay(recording, progress=progress)
@@ -102,7 +103,7 @@ def _replay(args):
     return 1 if report.mismatches else 0
 
 
-def _walk(args):
+def _walk(args: argparse.Namespace) -> int:
     recording = _open(args)
     vcpu, contexts = recording_vcpu(recording)
     if not 0 <= args.ctx < len(contexts):
@@ -118,7 +119,7 @@ def _walk(args):
     wrong = [recording.phase == "static" and bool(gpas) and record.status == Status.OK and not right
              for record, gpas, right in zip(records, recorded, verified, strict=True)]
     if args.json:
-        faults = {}
+        faults: dict[str, int] = {}
         for record in records:
             if record.status:
                 kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else record.status.name
@@ -135,7 +136,7 @@ def _walk(args):
     return 1 if any(wrong) else 0
 
 
-def _recorded_gpas(recording, ctx, gva):
+def _recorded_gpas(recording: Recording, ctx: int, gva: int) -> list[int]:
     """Physical addresses that the trace recorded for a linear address in this context, in order of first use."""
     rows = (recording.pages_gva == np.uint64(gva & ~_PAGE)) & (recording.pages_ctx == ctx)
     return [gpa + (gva & _PAGE) for gpa in recording.pages_gpa[rows].tolist()]

@@ -1,12 +1,16 @@
 """Columns of batch translations, and the checks of what callers pass as columns."""
 
+from collections.abc import Iterable
+from typing import Any, Self
+
 import numpy as np
+from numpy.typing import NDArray
 
 from kvmmu._bits import Access
 
 __all__ = ["COLUMNS", "Span", "Translation"]
 
-COLUMNS = {
+COLUMNS: dict[str, np.dtype[Any]] = {
     "gpa": np.dtype(np.uint64), "status": np.dtype(np.uint8), "error_code": np.dtype(np.uint32),
     "level": np.dtype(np.uint8), "pte": np.dtype(np.uint64), "pte_gpa": np.dtype(np.uint64),
     "pte_access": np.dtype(np.uint8), "refs": np.dtype(np.uint8),
@@ -38,18 +42,27 @@ class Translation:
 
     __slots__ = tuple(COLUMNS)
 
-    def __init__(self, **columns):
+    gpa: NDArray[np.uint64]
+    status: NDArray[np.uint8]
+    error_code: NDArray[np.uint32]
+    level: NDArray[np.uint8]
+    pte: NDArray[np.uint64]
+    pte_gpa: NDArray[np.uint64]
+    pte_access: NDArray[np.uint8]
+    refs: NDArray[np.uint8]
+
+    def __init__(self, **columns: NDArray[Any]) -> None:
         for name in COLUMNS:
             setattr(self, name, columns.pop(name, None))
         if columns:
             raise TypeError(f"Translation has no column {next(iter(columns))!r}, only {', '.join(COLUMNS)}")
 
     @classmethod
-    def empty(cls, n, fields=("gpa", "status", "error_code")):
+    def empty(cls, n: int, fields: str | Iterable[str] = ("gpa", "status", "error_code")) -> Self:
         """Uninitialised columns of n rows, for `out=`."""
         return cls(**{name: np.empty(n, COLUMNS[name]) for name in check_fields(fields)})
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         present = [name for name in COLUMNS if getattr(self, name) is not None]
         n = getattr(self, present[0]).size if present else 0
         return f"Translation({n} rows: {', '.join(present)})"
@@ -75,24 +88,25 @@ class Span:
 
     __slots__ = ("address", "error_code", "gpa", "gpa_next", "status")
 
-    def __init__(self, gpa, gpa_next, status, error_code, address):
+    def __init__(self, gpa: NDArray[np.uint64], gpa_next: NDArray[np.uint64], status: NDArray[np.uint8],
+                 error_code: NDArray[np.uint32], address: NDArray[np.uint64]) -> None:
         self.gpa, self.gpa_next, self.status = gpa, gpa_next, status
         self.error_code, self.address = error_code, address
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Span({self.gpa.size} rows)"
 
 
-def check_fields(fields):
+def check_fields(fields: str | Iterable[str]) -> tuple[str, ...]:
     """fields as a tuple of known column names."""
-    fields = (fields,) if isinstance(fields, str) else tuple(fields)
-    for name in fields:
+    names = (fields,) if isinstance(fields, str) else tuple(fields)
+    for name in names:
         if name not in COLUMNS:
             raise ValueError(f"fields: {name!r} is no column, want some of {', '.join(COLUMNS)}")
-    return fields
+    return names
 
 
-def check_array(name, array, dtype, n=None):
+def check_array(name: str, array: object, dtype: np.dtype[Any], n: int | None = None) -> NDArray[Any]:
     """array itself if it is a C-contiguous 1-d ndarray of this dtype, and of length n if that is given."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name}: want an ndarray of {dtype}, got {type(array).__name__}")
@@ -105,7 +119,7 @@ def check_array(name, array, dtype, n=None):
     return array
 
 
-def check_access(access, n):
+def check_access(access: int | NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     """access as a uint8 array of 1 or n rows with bits that are modelled."""
     if isinstance(access, np.ndarray):
         check_array("access", access, np.dtype(np.uint8), n)
@@ -123,21 +137,21 @@ def check_access(access, n):
     return access
 
 
-def check_out(out, fields, n):
+def check_out(out: Translation | None, fields: str | Iterable[str], n: int) -> tuple[Translation, dict[str, NDArray[Any]]]:
     """The wanted columns of `out`, by name; a new Translation if out is None."""
-    fields = check_fields(fields)
+    names = check_fields(fields)
     if out is None:
-        out = Translation.empty(n, fields)
+        out = Translation.empty(n, names)
     elif not isinstance(out, Translation):
         raise ValueError(f"out: want a Translation, got {type(out).__name__}")
-    wanted = {name: check_array(f"out.{name}", getattr(out, name), COLUMNS[name], n) for name in fields}
+    wanted = {name: check_array(f"out.{name}", getattr(out, name), COLUMNS[name], n) for name in names}
     for name, array in wanted.items():
         if not array.flags.writeable:
             raise ValueError(f"out.{name}: the array is read-only")
     return out, wanted
 
 
-def check_size(size, n):
+def check_size(size: int | NDArray[np.unsignedinteger], n: int) -> NDArray[np.uint64]:
     """Sizes of accesses in bytes as a uint64 array of 1 or n rows."""
     if isinstance(size, np.ndarray):
         if size.dtype.kind != "u":

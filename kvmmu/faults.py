@@ -1,5 +1,7 @@
 """Guest faults as exceptions of the scalar calls: the only mapping from status to exception."""
 
+from typing import Any
+
 from kvmmu._bits import Access, Pferr, Status
 
 __all__ = ["GeneralProtection", "GuestFault", "InvalidOpcode", "PageFault", "fault_of"]
@@ -26,7 +28,8 @@ class GuestFault(Exception):
         The rule that failed, as one word.
     """
 
-    def __init__(self, message, *, address=None, access=Access.READ, error_code=0, level=0, entry=0, entry_gpa=None, rule=""):
+    def __init__(self, message: str, *, address: int | None = None, access: Access = Access.READ, error_code: int = 0,
+                 level: int = 0, entry: int = 0, entry_gpa: int | None = None, rule: str = "") -> None:
         super().__init__(message)
         self.address = address
         self.access = access
@@ -65,17 +68,17 @@ _RULES = {
 _ENTRY_NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE", 4: "PML4E", 5: "PML5E"}
 
 
-def entry_name(level):
+def entry_name(level: int) -> str:
     """PTE, PDE, PDPTE, PML4E or PML5E."""
     return _ENTRY_NAMES[level]
 
 
-def rule_text(rule):
+def rule_text(rule: str) -> str:
     """The sentence behind the word of a rule."""
     return _RULES[rule]
 
 
-def access_text(access):
+def access_text(access: int) -> str:
     """An access in words: "user write", "implicit supervisor read"."""
     access = Access(access)
     kind = "fetch" if access & Access.FETCH else "write" if access & Access.WRITE else "read"
@@ -84,17 +87,18 @@ def access_text(access):
     return f"{'user' if access & Access.USER else 'supervisor'} {kind}"
 
 
-def error_code_text(error_code):
+def error_code_text(error_code: int) -> str:
     """An error code with its bits named: 0x3 (P W)."""
     short = {"PRESENT": "P", "WRITE": "W", "USER": "U", "FETCH": "F"}
-    names = " ".join(short.get(flag.name, flag.name) for flag in Pferr if error_code & flag)
+    names = " ".join(short.get(name, name) for name, flag in Pferr.__members__.items() if error_code & flag)
     return f"{error_code:#x}" + (f" ({names})" if names else "")
 
 
-def fault_of(status, *, address, access, error_code, level, entry, entry_gpa, rule):
+def fault_of(status: int, *, address: int, access: Access, error_code: int, level: int, entry: int, entry_gpa: int | None,
+             rule: str) -> GuestFault:
     """The exception for a status other than OK, not raised."""
-    details = {"address": address, "access": access, "error_code": error_code, "level": level, "entry": entry,
-               "entry_gpa": entry_gpa, "rule": rule}
+    details: dict[str, Any] = {"address": address, "access": access, "error_code": error_code, "level": level, "entry": entry,
+                               "entry_gpa": entry_gpa, "rule": rule}
     what = f"{access_text(access)} of {address:#x}"
     if status == Status.NON_CANONICAL:
         return GeneralProtection(f"#GP: {what}: {rule_text(rule)}", **details)

@@ -1,6 +1,7 @@
 """The record of one walk: every entry that was read, what rights it gives, and the rule that failed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvmmu._bits import Acc, Access, Status
 from kvmmu.faults import access_text, entry_name, error_code_text, rule_text
@@ -11,13 +12,13 @@ _FLAG_BITS = ((5, "A"), (6, "D"), (8, "G"))
 _BIT7 = {1: "PAT"}
 
 
-def rights_text(acc):
+def rights_text(acc: int) -> str:
     """Rights as four letters, a dash where one is missing: rwxu."""
     letters = ((Acc.READ, "r"), (Acc.WRITE, "w"), (Acc.EXEC, "x"), (Acc.USER, "u"))
     return "".join(letter if acc & right else "-" for right, letter in letters)
 
 
-def _size_text(size):
+def _size_text(size: int | None) -> str:
     """Bytes of a page in words; None is no paging."""
     if size is None:
         return "paging off"
@@ -55,10 +56,10 @@ class WalkStep:
     pte_access: int
 
     @property
-    def name(self):
+    def name(self) -> str:
         return entry_name(self.level)
 
-    def __str__(self):
+    def __str__(self) -> str:
         place = "register    " if self.gpa is None else f"{self.gpa:#014x}"
         flags = " ".join(name for bit, name in (*_FLAG_BITS, (7, _BIT7.get(self.level, "PS"))) if self.entry >> bit & 1)
         return f"{self.name:<5} [{self.index:4}] at {place}: {self.entry:#018x} {rights_text(self.pte_access)} {flags}".rstrip()
@@ -96,18 +97,18 @@ class WalkRecord:
     error_code: int
     level: int
     rule: str | None
-    steps: tuple = ()
+    steps: tuple[WalkStep, ...] = ()
     mode_bits: int = 64
 
     @property
-    def page_size(self):
+    def page_size(self) -> int | None:
         """Bytes of the page, None on a fault or with paging off."""
         if self.status or not self.steps:
             return None
         bits = 10 if self.mode_bits == 32 else 9
         return 1 << (12 + bits * (self.level - 1))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; addresses and entries as hexadecimal text."""
         return {
             "gva": hex(self.gva), "access": access_text(self.access), "status": self.status.name,
@@ -119,14 +120,14 @@ class WalkRecord:
                       for step in self.steps],
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{access_text(self.access)} of {self.gva:#x}"]
         lines += [f"  {step}" for step in self.steps]
         if self.status == Status.OK:
             size = _size_text(self.page_size)
             lines.append(f"  -> gpa {self.gpa:#x} ({size})")
         elif self.status == Status.NON_CANONICAL:
-            lines.append(f"  -> #GP: {rule_text(self.rule)}")
+            lines.append(f"  -> #GP: {rule_text(str(self.rule))}")
         else:
-            lines.append(f"  -> #PF {error_code_text(self.error_code)}: {rule_text(self.rule)}")
+            lines.append(f"  -> #PF {error_code_text(self.error_code)}: {rule_text(str(self.rule))}")
         return "\n".join(lines)

@@ -19,6 +19,7 @@ from kvmmu._bits import (
     Cr4,
     Efer,
 )
+from kvmmu._memory import GuestMemory
 from kvmmu.faults import GeneralProtection, InvalidOpcode
 
 __all__ = ["CpuModel", "Regs"]
@@ -58,7 +59,7 @@ class CpuModel:
     pku: bool = True
     pcid: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vendor not in ("intel", "amd"):
             raise ValueError(f"vendor: want 'intel' or 'amd', got {self.vendor!r}")
         if self.conformance not in ("sdm", "kvm"):
@@ -67,7 +68,7 @@ class CpuModel:
             raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {self.maxphyaddr!r}")
 
     @property
-    def rsvd_gpa_bits(self):
+    def rsvd_gpa_bits(self) -> int:
         """Physical-address bits that this processor does not have, up to bit 63."""
         return ((1 << 64) - 1) & ~((1 << self.maxphyaddr) - 1)
 
@@ -93,9 +94,9 @@ class Regs:
     efer: int
     pkru: int = 0
     rflags: int = int(RFLAGS_FIXED)
-    pdptrs: tuple | None = None
+    pdptrs: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, bits in _WIDTHS.items():
             value = getattr(self, name)
             try:
@@ -112,16 +113,16 @@ class Regs:
             object.__setattr__(self, "pdptrs", pdptrs)
 
     @property
-    def is_long_mode(self):
+    def is_long_mode(self) -> bool:
         return bool(self.efer & Efer.LMA)
 
     @property
-    def is_pae_paging(self):
+    def is_pae_paging(self) -> bool:
         """Paging with PDPTE registers: CR0.PG and CR4.PAE without long mode."""
         return bool(self.cr0 & Cr0.PG and self.cr4 & Cr4.PAE and not self.is_long_mode)
 
 
-def _gp(rule, message):
+def _gp(rule: str, message: str) -> GeneralProtection:
     return GeneralProtection(f"#GP: {message}", rule=rule)
 
 
@@ -130,7 +131,7 @@ def _gp(rule, message):
 _CR4_DEFINED = 0x2FFFFFF & ~(1 << 15)
 
 
-def _cr4_reserved(cpu, value):
+def _cr4_reserved(cpu: CpuModel, value: int) -> int:
     """Bits of a CR4 value that are undefined, not modelled, or of a feature that the model lacks."""
     reserved = value & ~_CR4_DEFINED
     for has, bit in ((cpu.la57, Cr4.LA57), (cpu.pcid, Cr4.PCIDE), (cpu.smep, Cr4.SMEP), (cpu.smap, Cr4.SMAP), (cpu.pku, Cr4.PKE)):
@@ -142,7 +143,7 @@ def _cr4_reserved(cpu, value):
 _EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX | Efer.SVME | Efer.LMSLE | Efer.FFXSR | Efer.TCE | Efer.AUTOIBRS)
 
 
-def check_cr0(value):
+def check_cr0(value: int) -> None:
     """#GP unless CR0 is legal by itself."""
     if value >> 32:
         raise _gp("cr0-reserved", f"CR0 {value:#x}: bits 63:32 are reserved")
@@ -152,14 +153,14 @@ def check_cr0(value):
         raise _gp("cr0-nw-without-cd", f"CR0 {value:#x}: NW needs CD")
 
 
-def check_cr4(cpu, value):
+def check_cr4(cpu: CpuModel, value: int) -> None:
     """#GP unless CR4 is legal for this model."""
     reserved = _cr4_reserved(cpu, value)
     if reserved:
         raise _gp("cr4-reserved", f"CR4 {value:#x}: {reserved:#x} is reserved, or a feature that the model lacks")
 
 
-def check_efer(cpu, value):
+def check_efer(cpu: CpuModel, value: int) -> None:
     """#GP unless EFER is legal for this model."""
     reserved = value & ~_EFER_DEFINED
     if not cpu.nx:
@@ -168,7 +169,7 @@ def check_efer(cpu, value):
         raise _gp("efer-reserved", f"EFER {value:#x}: {reserved:#x} is reserved, or a feature that the model lacks")
 
 
-def check_cr3(cpu, regs):
+def check_cr3(cpu: CpuModel, regs: Regs) -> None:
     """#GP unless CR3 is legal: it is physical, so reserved bits are those from MAXPHYADDR up.
 
     Outside long mode CR3 is a 32-bit register to the guest; wider values can only come from the host and obey the same limit.
@@ -178,7 +179,7 @@ def check_cr3(cpu, regs):
         raise _gp("cr3-reserved", f"CR3 {regs.cr3:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
 
-def check_combination(regs):
+def check_combination(regs: Regs) -> None:
     """#GP unless CR0, CR4 and EFER go together."""
     if regs.cr0 & Cr0.PG and regs.efer & Efer.LME:
         if not regs.cr4 & Cr4.PAE:
@@ -193,7 +194,7 @@ def check_combination(regs):
         raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
 
 
-def load_pdptrs(cpu, cr3, mem):
+def load_pdptrs(cpu: CpuModel, cr3: int, mem: GuestMemory) -> tuple[int, ...]:
     """The four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is there.
 
     Source: SDM vol. 3, "PDPTE Registers".
@@ -206,7 +207,7 @@ def load_pdptrs(cpu, cr3, mem):
     return pdptrs
 
 
-def check_pdptrs(cpu, pdptrs):
+def check_pdptrs(cpu: CpuModel, pdptrs: tuple[int, ...]) -> None:
     """#GP if a present PDPTE has a reserved bit: 1, 2, 5 to 8, or MAXPHYADDR to 63."""
     for i, pdpte in enumerate(pdptrs):
         reserved = pdpte & (cpu.rsvd_gpa_bits | PAE_PDPTE_RSVD)
@@ -214,7 +215,7 @@ def check_pdptrs(cpu, pdptrs):
             raise _gp("pdpte-reserved", f"PDPTE {i} is {pdpte:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
 
-def admit(cpu, regs, mem):
+def admit(cpu: CpuModel, regs: Regs, mem: GuestMemory) -> Regs:
     """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole."""
     check_cr0(regs.cr0)
     check_cr4(cpu, regs.cr4)
@@ -234,7 +235,7 @@ def admit(cpu, regs, mem):
 _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
 
 
-def after_mov_cr(cpu, regs, n, value, mem):
+def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: GuestMemory) -> Regs:
     """The registers after MOV to CRn; #GP if the transition is illegal.
 
     Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
@@ -252,7 +253,7 @@ def after_mov_cr(cpu, regs, n, value, mem):
     return admit(cpu, replace(after, pdptrs=None if reload or not after.is_pae_paging else regs.pdptrs), mem)
 
 
-def _after_mov_cr0(regs, value):
+def _after_mov_cr0(regs: Regs, value: int) -> Regs:
     check_cr0(value)
     enables, disables = ~regs.cr0 & value & Cr0.PG, regs.cr0 & ~value & Cr0.PG
     efer = regs.efer
@@ -267,7 +268,7 @@ def _after_mov_cr0(regs, value):
     return replace(regs, cr0=int(value), efer=int(efer))
 
 
-def _after_mov_cr4(cpu, regs, value):
+def _after_mov_cr4(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     check_cr4(cpu, value)
     changed = regs.cr4 ^ value
     if regs.is_long_mode:
@@ -280,7 +281,7 @@ def _after_mov_cr4(cpu, regs, value):
     return replace(regs, cr4=value)
 
 
-def _after_mov_cr3(cpu, regs, value, mem):
+def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: GuestMemory) -> Regs:
     if not regs.is_long_mode and value >> 32:
         raise ValueError(f"outside long mode MOV to CR3 has 32 bits, got {value:#x}")
     if regs.cr4 & Cr4.PCIDE:
@@ -288,7 +289,7 @@ def _after_mov_cr3(cpu, regs, value, mem):
     return admit(cpu, replace(regs, cr3=value, pdptrs=None), mem)
 
 
-def after_wrmsr_efer(cpu, regs, value):
+def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     """The registers after WRMSR to IA32_EFER; #GP if the transition is illegal. LMA is read-only: what is written is ignored.
 
     Source: SDM vol. 3, "Initializing IA-32e Mode"; APM vol. 2, "Extended Feature Enable Register (EFER)".
@@ -300,7 +301,7 @@ def after_wrmsr_efer(cpu, regs, value):
     return replace(regs, efer=int(value))
 
 
-def after_wrpkru(regs, value):
+def after_wrpkru(regs: Regs, value: int) -> Regs:
     """The registers after WRPKRU; #UD without CR4.PKE."""
     if not regs.cr4 & Cr4.PKE:
         raise InvalidOpcode("#UD: WRPKRU needs CR4.PKE", rule="wrpkru-without-pke")

@@ -1,7 +1,10 @@
 """Replay: a recording of a real guest walked access by access, each address held against the recorded one."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from kvmmu._replay import Replayer
 from kvmmu.faults import GeneralProtection, access_text, error_code_text
 from kvmmu.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.traces import Recording, RecordingError
+from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vcpu import Vcpu
 
@@ -20,6 +24,8 @@ _EVENT_CR3 = 1
 _PDPTE_ACCESSED = 1 << 5
 _CHUNK = 1 << 20
 _EXPLAINED = 20
+Progress = Callable[[int, int], object]
+
 _PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
 
 
@@ -44,7 +50,7 @@ class Mismatch:
     recorded: str
     walked: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"access {self.position}: recorded {self.recorded}\n  walked: {self.walked}"
 
 
@@ -81,31 +87,31 @@ class Report:
     mode: str
     accesses: int
     verified: int = 0
-    kinds: dict = field(default_factory=dict)
-    page_sizes: dict = field(default_factory=dict)
-    faults: dict = field(default_factory=dict)
-    faults_reproduced: dict = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    page_sizes: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    faults_reproduced: dict[str, int] = field(default_factory=dict)
     faults_checked: bool = True
     mismatches: int = 0
-    examples: list = field(default_factory=list)
+    examples: list[Mismatch] = field(default_factory=list)
     table_writes: int = 0
     contexts: int = 0
     mmio: int = 0
     seconds: float = 0.0
 
     @property
-    def rate(self):
+    def rate(self) -> float:
         """Accesses per second."""
         return self.accesses / self.seconds if self.seconds else 0.0
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
         return plain | {"rate": self.rate}
 
 
-def recording_vcpu(recording):
+def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Regs]]:
     """A vCPU over the page tables of a recording, and the register sets of its contexts.
 
     Parameters
@@ -128,12 +134,13 @@ def recording_vcpu(recording):
     return vcpu, contexts
 
 
-def _context(mem, cpu, recording, _guest, cr3, _ncr3, cr0, cr4, efer):
+def _context(mem: GuestMemory, cpu: CpuModel, recording: Recording, _guest: int, cr3: int, _ncr3: int, cr0: int, cr4: int,
+             efer: int) -> Regs:
     regs = Regs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru)
     return replace(regs, pdptrs=_pdptrs(mem, cpu, cr3)) if regs.is_pae_paging else regs
 
 
-def _pdptrs(mem, cpu, cr3):
+def _pdptrs(mem: GuestMemory, cpu: CpuModel, cr3: int) -> tuple[int, ...]:
     """The PDPTEs at CR3 as the recorded CPU took them; none present where there is no PDPT (yet).
 
     QEMU's TCG sets bit 5 of the PDPTEs that it walks, which is reserved on a CPU: it is cleared here.
@@ -147,11 +154,11 @@ def _pdptrs(mem, cpu, cr3):
     return pdptrs
 
 
-def _registers(regs):
+def _registers(regs: Regs) -> dict[str, Any]:
     return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
 
 
-def replay(trace, *, phase=None, progress=None):
+def replay(trace: Recording | StrPath, *, phase: str | None = None, progress: Progress | None = None) -> Report:
     """Walk every access of a recording and hold each against the recorded physical address.
 
     Parameters
@@ -179,7 +186,7 @@ def replay(trace, *, phase=None, progress=None):
 class _Run:
     """One replay under way."""
 
-    def __init__(self, recording, progress):
+    def __init__(self, recording: Recording, progress: Progress | None) -> None:
         self.recording = recording
         self.progress = progress
         self.vcpu, self.regs = recording_vcpu(recording)
@@ -194,7 +201,7 @@ class _Run:
             faults_checked=recording.phase == "dyn",
             mmio=int(recording.pages_io[recording.pidx].sum()) if recording.pages_io.any() else 0)
 
-    def run(self):
+    def run(self) -> Report:
         recording, report = self.recording, self.report
         started = time.perf_counter()
         for start, stop, action in self._segments():
@@ -209,10 +216,10 @@ class _Run:
             self._page_size(level): count for level, count in enumerate(self.replayer.page_sizes) if count}
         return report
 
-    def _page_size(self, level):
+    def _page_size(self, level: int) -> str:
         return "4M" if self.recording.mode == "32" and level == 2 else _PAGE_SIZES[level]
 
-    def _segments(self):
+    def _segments(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
         """(start, stop, what to do before access stop): between page faults, CR3 loads that reload PDPTEs, and chunks."""
         recording, total = self.recording, len(self.recording)
         actions = [(pos, 1, number) for number, pos in enumerate(recording.faults.pos.tolist())]
@@ -221,20 +228,20 @@ class _Run:
             actions += [(pos, 0, cr3) for pos, cr3 in zip(
                 recording.events.pos[loads].tolist(), recording.events.val[loads].tolist(), strict=True)]
         actions += [(pos, 2, 0) for pos in range(_CHUNK, total, _CHUNK)] + [(total, 2, 0)]
-        handlers = {0: self._reload_pdptrs, 1: self._check_fault, 2: lambda _: None}
+        handlers: dict[int, Callable[[int], None]] = {0: self._reload_pdptrs, 1: self._check_fault, 2: lambda _: None}
         start = 0
         for pos, what, argument in sorted(actions):
-            yield start, pos, lambda what=what, argument=argument: handlers[what](argument)
+            yield start, pos, partial(handlers[what], argument)
             start = pos
 
-    def _walk_rows(self, start, stop):
+    def _walk_rows(self, start: int, stop: int) -> None:
         while start < stop:
             row = self.replayer.run(start, stop)
             if row < stop:
                 self._mismatch_at(row)
             start = row + 1
 
-    def _mismatch_at(self, row):
+    def _mismatch_at(self, row: int) -> None:
         self.report.mismatches += 1
         if len(self.report.examples) >= _EXPLAINED:
             return
@@ -244,18 +251,18 @@ class _Run:
             row, columns["gva"], f"{access_text(access)} of {columns['gva']:#x} reached gpa {columns['gpa']:#x}",
             self._explain(columns["gva"], access, columns["ctx"])))
 
-    def _explain(self, gva, access, ctx):
+    def _explain(self, gva: int, access: int, ctx: int) -> str:
         self.vcpu.set_regs(**_registers(self.regs[ctx]))
         return str(self.walk.walk_record(gva, access))
 
-    def _reload_pdptrs(self, cr3):
+    def _reload_pdptrs(self, cr3: int) -> None:
         """A CR3 load under PAE paging: the contexts with this CR3 take the PDPTEs as they are in memory now."""
         for i, regs in enumerate(self.regs):
             if regs.cr3 == cr3:
                 self.regs[i] = replace(regs, pdptrs=_pdptrs(self.vcpu.mem, self.vcpu.cpu, cr3))
                 self.walk.reload(self.contexts, i, self.regs[i])
 
-    def _check_fault(self, number):
+    def _check_fault(self, number: int) -> None:
         """Hold the walk against a recorded page fault; the tables stand as they were when it was taken."""
         faults, report = self.recording.faults, self.report
         gva, error_code, ctx = (int(column[number]) for column in (faults.cr2, faults.err, faults.ctx))

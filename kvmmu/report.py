@@ -1,22 +1,28 @@
 """Tables and progress for the terminal: with rich where it is installed (extra `cli`), in plain text without it."""
 
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
+
+from kvmmu.replay import Report
 
 try:
     import rich.console
     import rich.progress
     import rich.table
 except ImportError:
-    rich = None
+    rich = None  # type: ignore[assignment]
 
 __all__ = ["progress_bar", "replay_tables", "show_tables"]
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
-def replay_tables(report):
+
+def replay_tables(report: Report) -> list[Table]:
     """A replay Report as tables: a list of (title, column names, rows of text)."""
     share = 100 * report.verified / report.accesses if report.accesses else 100.0
-    summary = [
+    summary: list[tuple[str, ...]] = [
         ("accesses", f"{report.accesses:,}"),
         ("verified against recorded addresses", f"{report.verified:,} ({_percent(share, report)})"),
         ("mismatches", f"{report.mismatches:,}"),
@@ -25,25 +31,26 @@ def replay_tables(report):
         ("register contexts", f"{report.contexts:,}"),
         ("accesses to MMIO", f"{report.mmio:,}"),
     ]
-    tables = [
+    tables: list[Table] = [
         (f"{report.name}, {report.phase} phase, mode {report.mode}", ("", ""), summary),
         ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
         ("Verified, by page size", ("page", "accesses"),
          [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
     ]
     if report.faults:
-        rows = [(code, f"{count:,}", f"{report.faults_reproduced.get(code, 0):,}" if report.faults_checked else "not checkable")
-                for code, count in sorted(report.faults.items())]
+        rows: list[tuple[str, ...]] = [
+            (code, f"{count:,}", f"{report.faults_reproduced.get(code, 0):,}" if report.faults_checked else "not checkable")
+            for code, count in sorted(report.faults.items())]
         tables.append(("Page faults by error code", ("error code", "recorded", "reproduced"), rows))
     return tables
 
 
-def _percent(share, report):
+def _percent(share: float, report: Report) -> str:
     """100% only if it is."""
     return "100%" if report.verified == report.accesses else f"{min(share, 99.9999):.4f}%"
 
 
-def show_tables(tables, file=None):
+def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
     """Print tables, with rich if it is there."""
     file = sys.stdout if file is None else file
     if rich is None:
@@ -59,7 +66,7 @@ def show_tables(tables, file=None):
         console.print(table)
 
 
-def _show_plain(tables, file):
+def _show_plain(tables: list[Table], file: TextIO) -> None:
     for title, names, rows in tables:
         lines = [names, *rows] if any(names) else rows
         widths = [max(len(line[column]) for line in lines) for column in range(len(names))] if lines else []
@@ -71,7 +78,7 @@ def _show_plain(tables, file):
 
 
 @contextmanager
-def progress_bar(description):
+def progress_bar(description: str) -> Iterator[Callable[[int, int], object] | None]:
     """A callable (done, total) that shows progress on stderr if that is a terminal; None if it is not."""
     if not sys.stderr.isatty():
         yield None

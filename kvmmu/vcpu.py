@@ -1,6 +1,7 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 from kvmmu._contexts import VcpuArch
 from kvmmu._memory import GuestMemory
@@ -35,7 +36,8 @@ class Vcpu:
         The second stage under a nested guest. Not in use outside one.
     """
 
-    def __init__(self, mem, cpu=None, tdp="ept", *, smm_mem=None):
+    def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
+                 smm_mem: GuestMemory | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -52,42 +54,42 @@ class Vcpu:
         self._use_cpu()
         self._load(_RESET)
 
-    def _admit(self, regs):
+    def _admit(self, regs: Regs) -> Regs:
         return admit(self._cpu, regs, self.mem)
 
-    def _load(self, regs):
+    def _load(self, regs: Regs) -> None:
         """Put legal registers in force."""
         self._regs = regs
         self._arch.load(regs)
         self.gva_walk.init(smm=self._smm)
 
-    def _use_cpu(self):
+    def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
         self.gva_walk.set_cpu(self._cpu)
         self.ngpa_walk.set_cpu(self._cpu)
 
     @property
-    def mem(self):
+    def mem(self) -> GuestMemory:
         """The GuestMemory of the address space in force."""
         return self._spaces[self._smm]
 
     @property
-    def tdp(self):
+    def tdp(self) -> str | None:
         """Two-dimensional paging of the host: "ept", "npt" or None."""
         return self._tdp
 
     @property
-    def regs(self):
+    def regs(self) -> Regs:
         """The registers in force (`Regs`); after power-up those of a reset, with paging off."""
         return self._regs
 
     @property
-    def pdptrs(self):
+    def pdptrs(self) -> tuple[int, ...] | None:
         """The four PDPTE registers, stale until reloaded; None outside PAE paging."""
         return self._regs.pdptrs
 
     @property
-    def cpu(self):
+    def cpu(self) -> CpuModel:
         """The processor model. Setting it builds every role and format anew.
 
         Raises
@@ -98,24 +100,24 @@ class Vcpu:
         return self._cpu
 
     @cpu.setter
-    def cpu(self, cpu):
+    def cpu(self, cpu: CpuModel) -> None:
         regs = admit(_check_cpu(cpu), self._regs, self.mem)
         self._cpu = cpu
         self._use_cpu()
         self._load(regs)
 
     @property
-    def smm(self):
+    def smm(self) -> bool:
         """Whether the vCPU is in system-management mode: another address space, and a role of its own."""
         return self._smm
 
     @smm.setter
-    def smm(self, smm):
+    def smm(self, smm: bool) -> None:
         self._smm = bool(smm)
         self.gva_walk.set_memory(self.mem)
         self.gva_walk.init(smm=self._smm)
 
-    def set_regs(self, **registers):
+    def set_regs(self, **registers: Any) -> None:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging the PDPTEs are those given, or are
@@ -132,9 +134,9 @@ class Vcpu:
         for name in registers:
             if name not in known:
                 raise TypeError(f"set_regs() has no register {name!r}; it takes {', '.join(sorted(known))}")
-        self._load(self._admit(replace(self._regs, **{"pdptrs": None} | registers)))
+        self._load(self._admit(replace(self._regs, **({"pdptrs": None} | registers))))
 
-    def mov_cr(self, n, value):
+    def mov_cr(self, n: int, value: int) -> None:
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
 
         Setting CR0.PG under EFER.LME enters long mode, clearing it leaves it (from compatibility mode: CS.L is not
@@ -151,7 +153,7 @@ class Vcpu:
             raise ValueError(f"mov_cr: want CR 0, 3 or 4, got {n!r}")
         self._load(after_mov_cr(self._cpu, self._regs, n, _check_bits("value", value, 64), self.mem))
 
-    def wrmsr_efer(self, value):
+    def wrmsr_efer(self, value: int) -> None:
         """WRMSR to IA32_EFER by the guest. LMA is read-only: what is written there is ignored.
 
         Raises
@@ -161,7 +163,7 @@ class Vcpu:
         """
         self._load(after_wrmsr_efer(self._cpu, self._regs, _check_bits("value", value, 64)))
 
-    def wrpkru(self, value):
+    def wrpkru(self, value: int) -> None:
         """WRPKRU by the guest.
 
         Raises
@@ -171,17 +173,17 @@ class Vcpu:
         """
         self._load(after_wrpkru(self._regs, _check_bits("value", value, 32)))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Vcpu {self.gva_walk.cpu_role!r}>"
 
 
-def _check_cpu(cpu):
+def _check_cpu(cpu: CpuModel) -> CpuModel:
     if not isinstance(cpu, CpuModel):
         raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
     return cpu
 
 
-def _check_bits(name, value, bits):
+def _check_bits(name: str, value: int, bits: int) -> int:
     value = int(value)
     if not 0 <= value < 1 << bits:
         raise ValueError(f"{name}: want {bits} bits, got {value:#x}")

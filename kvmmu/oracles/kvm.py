@@ -27,8 +27,10 @@ import fcntl
 import mmap
 import os
 import platform
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 DEVICE = "/dev/kvm"
 API_VERSION = 12
@@ -128,12 +130,12 @@ TRANSLATION_DTYPE = np.dtype(
 """struct kvm_translation."""
 
 
-def _ioctl_number(direction, number, size=0):
+def _ioctl_number(direction: int, number: int, size: int = 0) -> int:
     """Return the number of a KVM ioctl; `direction` is the sum of 1 (user space writes) and 2 (user space reads)."""
     return direction << 30 | size << 16 | 0xAE << 8 | number
 
 
-def _kvm_ioctls():
+def _kvm_ioctls() -> dict[str, int]:
     """Return the numbers of the ioctls used here, by name."""
     sregs, regs, header = (ctypes.sizeof(struct) for struct in (Sregs, GeneralRegs, CpuidHeader))
     return {
@@ -155,12 +157,12 @@ def _kvm_ioctls():
 IOCTLS = _kvm_ioctls()
 
 
-def _ioctl(fd, name, argument=0):
+def _ioctl(fd: int, name: str, argument: Any = 0) -> int:
     """Issue the KVM ioctl `name`; an OSError says which one failed and why."""
     try:
-        return fcntl.ioctl(fd, IOCTLS[name], argument)
+        return int(fcntl.ioctl(fd, IOCTLS[name], argument))
     except OSError as error:
-        raise OSError(error.errno, f"{name}: {os.strerror(error.errno)}") from None
+        raise OSError(error.errno, f"{name}: {os.strerror(error.errno or 0)}") from None
 
 
 class LiveKvm:
@@ -198,10 +200,10 @@ class LiveKvm:
     (18446744073709551615, False, True, False)
     """
 
-    def __init__(self, size=64 << 20):
+    def __init__(self, size: int = 64 << 20) -> None:
         if size <= 0 or size % mmap.PAGESIZE:
             raise ValueError(f"size is {size}; it must be a positive multiple of {mmap.PAGESIZE}")
-        self._fds = []
+        self._fds: list[int] = []
         try:
             self._vm_fd, self._vcpu_fd = self._create_vcpu()
             self.memory = self._create_memory(size)
@@ -211,23 +213,23 @@ class LiveKvm:
             self.close()
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Destroy the VM. Harmless when repeated."""
         while self._fds:
             os.close(self._fds.pop())
 
-    def _create_vcpu(self):
+    def _create_vcpu(self) -> list[int]:
         """Open the device, check its version and return the file descriptors of a new VM and its vCPU."""
         try:
             device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise OSError(error.errno, f"open {DEVICE}: {os.strerror(error.errno)}") from None
+            raise OSError(error.errno, f"open {DEVICE}: {os.strerror(error.errno or 0)}") from None
         self._fds.append(device)
         version = _ioctl(device, "KVM_GET_API_VERSION")
         if version != API_VERSION:
@@ -236,7 +238,7 @@ class LiveKvm:
         self._fds.append(_ioctl(self._fds[-1], "KVM_CREATE_VCPU"))
         return self._fds[-2:]
 
-    def _create_memory(self, size):
+    def _create_memory(self, size: int) -> NDArray[np.uint8]:
         """Map `size` bytes, make them the VM's memory at GPA 0 and return them as an array."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
@@ -244,7 +246,7 @@ class LiveKvm:
         _ioctl(self._vm_fd, "KVM_SET_USER_MEMORY_REGION", region)
         return memory
 
-    def set_cpuid(self):
+    def set_cpuid(self) -> None:
         """Give the vCPU every feature that KVM supports, and read back what it now reports."""
         table = Cpuid(header=CpuidHeader(nent=MAX_CPUID_ENTRIES))
         _ioctl(self._fds[0], "KVM_GET_SUPPORTED_CPUID", table)
@@ -258,11 +260,11 @@ class LiveKvm:
         name = b"".join(register.to_bytes(4, "little") for register in (ebx, edx, ecx))
         self.vendor = "amd" if name in AMD_VENDORS else "intel"
 
-    def cpuid(self, function, index=0):
+    def cpuid(self, function: int, index: int = 0) -> tuple[int, int, int, int]:
         """Return (eax, ebx, ecx, edx) of a CPUID leaf of the vCPU; zeros for a leaf that it does not have."""
         return self._cpuid.get((function, index), (0, 0, 0, 0))
 
-    def set_sregs(self, cr0, cr3, cr4, efer, cpl=0):
+    def set_sregs(self, cr0: int, cr3: int, cr4: int, efer: int, cpl: int = 0) -> None:
         """Put the vCPU into 4-level long mode with these registers.
 
         Parameters
@@ -292,7 +294,7 @@ class LiveKvm:
         self._check_sregs(wanted)
 
     @staticmethod
-    def _require_4_level(cr0, cr3, cr4, efer):
+    def _require_4_level(cr0: int, cr3: int, cr4: int, efer: int) -> None:
         """Raise a ValueError unless the registers select 4-level paging."""
         paging = cr0 & CR0_PE and cr0 & CR0_PG and cr4 & CR4_PAE
         if not paging or cr4 & CR4_LA57 or efer & (EFER_LME | EFER_LMA) != EFER_LME | EFER_LMA:
@@ -301,7 +303,7 @@ class LiveKvm:
                 "supported: set CR0.PE, CR0.PG, CR4.PAE, EFER.LME and EFER.LMA, and clear CR4.LA57"
             )
 
-    def _check_sregs(self, wanted):
+    def _check_sregs(self, wanted: dict[str, int]) -> None:
         """Raise an OSError unless the vCPU holds the registers that were just set."""
         sregs = Sregs()
         _ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
@@ -310,14 +312,14 @@ class LiveKvm:
         if kept:
             raise OSError(errno.ENOTSUP, f"KVM_SET_SREGS: succeeded, but the vCPU holds {', '.join(kept)}")
 
-    def set_rflags(self, rflags):
+    def set_rflags(self, rflags: int) -> None:
         """Set RFLAGS; only AC (bit 18) matters to a translation."""
         regs = GeneralRegs()
         _ioctl(self._vcpu_fd, "KVM_GET_REGS", regs)
         regs.rflags = rflags | RFLAGS_FIXED
         _ioctl(self._vcpu_fd, "KVM_SET_REGS", regs)
 
-    def _translate(self, gvas):
+    def _translate(self, gvas: ArrayLike) -> NDArray[Any]:
         """Issue KVM_TRANSLATE for every address and return the records that KVM filled in."""
         gvas = np.asarray(gvas, dtype=np.uint64)
         records = np.zeros(gvas.size, dtype=TRANSLATION_DTYPE)
@@ -328,7 +330,7 @@ class LiveKvm:
         records["physical_address"][records["valid"] == 0] = INVALID_GPA
         return records
 
-    def translate(self, gva):
+    def translate(self, gva: int) -> tuple[int, bool, bool, bool]:
         """Translate one linear address.
 
         Parameters
@@ -344,10 +346,9 @@ class LiveKvm:
             What KVM reports; the latter two are constants and say nothing about the page.
         """
         record = self._translate([gva])[0]
-        flags = (bool(record[name]) for name in ("valid", "writeable", "usermode"))
-        return int(record["physical_address"]), *flags
+        return int(record["physical_address"]), bool(record["valid"]), bool(record["writeable"]), bool(record["usermode"])
 
-    def translate_many(self, gvas):
+    def translate_many(self, gvas: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """Translate an array of linear addresses.
 
         Parameters
@@ -366,7 +367,7 @@ class LiveKvm:
         return records["physical_address"].copy(), records["valid"] != 0
 
 
-def available():
+def available() -> str | None:
     """Say whether live translation works here.
 
     Returns

@@ -10,9 +10,15 @@ import math
 import shutil
 import subprocess
 import zipfile
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+StrPath = str | PathLike[str]
+Arrays = dict[str, NDArray[Any]]
 
 _ZSTD_SUFFIX = ".zst"
 _ZSTD_WINDOW_LOG = 27       # what `zstd --long` writes
@@ -25,14 +31,14 @@ class RecordingError(ValueError):
     """A recording is damaged or not in the documented layout: the message says which file, array and value."""
 
 
-def find_npz(path):
+def find_npz(path: StrPath) -> Path | None:
     """Return `path`, or `path` with `.zst` appended, whichever is a file; None if neither is."""
     path = Path(path)
     compressed = path.with_name(path.name + _ZSTD_SUFFIX)
     return next((file for file in (path, compressed) if file.is_file()), None)
 
 
-def open_npz(path):
+def open_npz(path: StrPath) -> Arrays:
     """Read every array of a numpy archive.
 
     Parameters
@@ -61,7 +67,7 @@ def open_npz(path):
     return _read_archive(file, content)
 
 
-def _read_archive(file, content):
+def _read_archive(file: Path, content: bytes) -> Arrays:
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except Exception as error:  # damaged directories raise a dozen types
@@ -78,24 +84,24 @@ def _read_archive(file, content):
     return arrays
 
 
-def _described(error):
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _read_member(archive, info):
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[np.uint8]:
     """One member as uint8[n]. Reading up to its end makes zipfile compare the CRC."""
     content = np.empty(info.file_size, np.uint8)
     view = memoryview(content)
     filled = 0
     with archive.open(info) as member:
-        while count := member.readinto(view[filled:filled + _READ_BYTES]):
+        while count := member.readinto(view[filled:filled + _READ_BYTES]):  # type: ignore[attr-defined]
             filled += count
     if filled < info.file_size:
         raise ValueError(f"it ends after {filled} of {info.file_size} bytes")
     return content
 
 
-def _parse_npy(content):
+def _parse_npy(content: NDArray[np.uint8]) -> NDArray[Any]:
     head = io.BytesIO(content[:_NPY_PREFIX_BYTES])
     version = np.lib.format.read_magic(head)
     if version not in _NPY_HEADER_READERS:
@@ -111,7 +117,7 @@ def _parse_npy(content):
     return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"])
 
 
-def _unzstd(file):
+def _unzstd(file: Path) -> bytes:
     """The decompressed bytes of `file`, by the first zstd reader that this machine has."""
     for reader in (_unzstd_stdlib, _unzstd_package, _unzstd_tool):
         try:
@@ -126,18 +132,18 @@ def _unzstd(file):
                       "(pip install 'kvmmu[zstd]') or the zstd command line tool")
 
 
-def _unzstd_stdlib(file):
+def _unzstd_stdlib(file: Path) -> bytes:
     from compression import zstd
 
     return zstd.decompress(file.read_bytes(), options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
 
 
-def _unzstd_package(file):
+def _unzstd_package(file: Path) -> bytes:
     import zstandard
 
     decoder = zstandard.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW_LOG)
     rest = file.read_bytes()
-    frames = []
+    frames: list[bytes] = []
     while rest or not frames:
         frame = decoder.decompressobj()
         frames.append(frame.decompress(rest))
@@ -147,7 +153,7 @@ def _unzstd_package(file):
     return b"".join(frames)
 
 
-def _unzstd_tool(file):
+def _unzstd_tool(file: Path) -> bytes:
     tool = shutil.which("zstd")
     if tool is None:
         raise ImportError("no zstd command line tool")

@@ -4,11 +4,13 @@ Two kinds of wrong data: what would make a reader index out of bounds or misread
 addresses and table entries are ground truth to be verified by a walk, so any value of them passes.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvmmu.traces._npz import RecordingError
+from kvmmu.traces._npz import Arrays, RecordingError
 
 PAGE_BYTES = 4096
 MAX_PFN = (1 << 40) - 1      # 52 physical address bits
@@ -18,11 +20,11 @@ EVENT_CODES = (1, 2, 3, 4, 7)
 class Column(NamedTuple):
     """One array: the dtypes allowed and its shape, where a word stands for a length shared by all that use the word."""
 
-    dtypes: tuple
-    shape: tuple
+    dtypes: tuple[str, ...]
+    shape: tuple[str | int, ...]
 
 
-def _columns(length, **dtypes):
+def _columns(length: str, **dtypes: str) -> dict[str, Column]:
     return {name: Column(tuple(allowed.split()), (length,)) for name, allowed in dtypes.items()}
 
 
@@ -53,14 +55,14 @@ class Checker:
         What the words of the schema's shapes stand for in this file.
     """
 
-    def __init__(self, file, arrays, schema):
+    def __init__(self, file: Path, arrays: Arrays, schema: dict[str, Column]) -> None:
         self._file = file
         self._arrays = arrays
-        self.lengths = {}
+        self.lengths: dict[str, int] = {}
         for name, column in schema.items():
             self._check_layout(name, column)
 
-    def _check_layout(self, name, column):
+    def _check_layout(self, name: str, column: Column) -> None:
         if name not in self._arrays:
             raise self._error(name, f"missing; the file has {', '.join(sorted(self._arrays)) or 'no arrays'}")
         array = self._arrays[name]
@@ -74,23 +76,23 @@ class Checker:
                 raise self._error(name, f"has shape {array.shape}; allowed is {expected} "
                                         f"({allowed}) instead of {length}")
 
-    def _error(self, place, problem):
+    def _error(self, place: str, problem: str) -> RecordingError:
         return RecordingError(f"{self._file}: {place}: {problem}")
 
-    def refuse(self, name, bad, allowed):
+    def refuse(self, name: str, bad: NDArray[np.bool_], allowed: str) -> None:
         """Raise for the first row of array `name` where `bad` is true."""
         if bad.any():
             row = int(np.argmax(bad))
             value = int(self._arrays[name][row].flat[0])
             raise self._error(f"{name}[{row}]", f"is {value} ({value:#x}); allowed is {allowed}")
 
-    def below(self, name, bound, meaning):
+    def below(self, name: str, bound: int, meaning: str) -> None:
         """Every value of `name` is less than `bound`."""
         values = self._arrays[name]
         if values.size and values.max() >= bound:
             self.refuse(name, values >= bound, f"below {bound}, {meaning}")
 
-    def positions(self, name, bound, meaning):
+    def positions(self, name: str, bound: int, meaning: str) -> None:
         """The values of `name` are places in the trace: ascending, and less than `bound`."""
         values = self._arrays[name]
         descends = np.zeros(values.size, bool)
@@ -99,7 +101,7 @@ class Checker:
         self.below(name, bound, meaning)
 
 
-def check_trace(file, arrays):
+def check_trace(file: Path, arrays: Arrays) -> None:
     """Raise RecordingError unless `arrays` is a trace that can be replayed without a further check."""
     check = Checker(file, arrays, TRACE)
     accesses, contexts = check.lengths["accesses"], check.lengths["contexts"]
@@ -118,7 +120,7 @@ def check_trace(file, arrays):
     check.positions("pf_pos", accesses, "the number of accesses")
 
 
-def check_tables(file, arrays):
+def check_tables(file: Path, arrays: Arrays) -> None:
     """Raise RecordingError unless `arrays` is a set of table pages."""
     check = Checker(file, arrays, TABLES)
     pfn = arrays["pfn"]
@@ -128,7 +130,7 @@ def check_tables(file, arrays):
     check.refuse("pfn", repeated, "a page number that no earlier row has")
 
 
-def check_writes(file, arrays, accesses):
+def check_writes(file: Path, arrays: Arrays, accesses: int) -> None:
     """Raise RecordingError unless `arrays` also holds a log of aligned stores to its table pages."""
     check = Checker(file, arrays, WRITES)
     check.positions("w_pos", accesses, "the number of accesses")
@@ -137,7 +139,7 @@ def check_writes(file, arrays, accesses):
     check.refuse("w_gpa", ~np.isin(gpa // PAGE_BYTES, arrays["pfn"]), "an address inside a page of pfn")
 
 
-def check_answers(file, arrays, schema):
+def check_answers(file: Path, arrays: Arrays, schema: dict[str, Column]) -> None:
     """Raise RecordingError unless `arrays` is one of the monitor's or KVM's tables of translations."""
     check = Checker(file, arrays, schema)
     for flag in {"mapped", "valid"} & schema.keys():

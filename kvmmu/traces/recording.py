@@ -10,12 +10,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvmmu.traces import _schema
-from kvmmu.traces._npz import RecordingError, find_npz, open_npz
+from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
 
 PHASES = ("static", "dyn")
 MODES = ("4l", "5l", "pae", "32")
@@ -131,15 +132,15 @@ class Recording:
 
     path: Path
     name: str
-    meta: dict
+    meta: dict[str, Any]
     phase: str
-    phases: tuple
+    phases: tuple[str, ...]
     mode: str
     nested: bool
     maxphyaddr: int
     pkru: int
-    registers: dict
-    vmcb: dict | None
+    registers: dict[str, int]
+    vmcb: dict[str, int] | None
     ctx: np.ndarray
     pages_gva: np.ndarray
     pages_gpa: np.ndarray
@@ -159,7 +160,7 @@ class Recording:
     writes: Writes
 
     @classmethod
-    def open(cls, path, phase=None):
+    def open(cls, path: StrPath, phase: str | None = None) -> Self:
         """Read and check one phase.
 
         Parameters
@@ -192,14 +193,14 @@ class Recording:
         return cls(path=root, phase=phase, phases=phases, pkru=meta.pkru if phase == "static" else 0,
                    **meta.fields(), **trace, **_read_tables(root, phase, trace["pidx"].size))
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Count the accesses."""
         return self.pidx.size
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Recording {self.name} {self.phase}: {len(self)} accesses, mode {self.mode}>"
 
-    def columns(self, start=0, stop=None):
+    def columns(self, start: int = 0, stop: int | None = None) -> Arrays:
         """Decode the accesses `start` to `stop` (as in a slice) into plain columns.
 
         Returns
@@ -214,7 +215,7 @@ class Recording:
                 "size": self.size[rows], "priv": self.priv[rows], "io": self.pages_io[pidx],
                 "ctx": self.pages_ctx[pidx]}
 
-    def access_bytes(self, start=0, stop=None):
+    def access_bytes(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Give the access byte of kvmmu for the accesses `start` to `stop` (as in a slice).
 
         Returns
@@ -223,30 +224,31 @@ class Recording:
             WRITE 2 for a store, FETCH 16 for a fetch; USER 4 for a user access, AC 8 where SMAP does not apply.
         """
         rows = slice(start, stop)
-        return ACCESS_OF_KIND[self.kind[rows]] | ACCESS_OF_PRIV[self.priv[rows]]
+        access: NDArray[np.uint8] = ACCESS_OF_KIND[self.kind[rows]] | ACCESS_OF_PRIV[self.priv[rows]]
+        return access
 
-    def gva2gpa(self):
+    def gva2gpa(self) -> Arrays:
         """Read QEMU's `gva2gpa` answers at the stop point: `gva` and `gpa` uint64 (bytes), `mapped` uint8."""
         return _read_answers(self.path, "gva2gpa.npz", _schema.GVA2GPA)
 
-    def info_tlb(self):
+    def info_tlb(self) -> Arrays:
         """Read QEMU's `info tlb` at the stop point: `gva` and `gpa` uint64 (bytes), `flags` uint16 of the leaf entry.
 
         Bits of `flags`: 0 NX, 1 G, 2 entry bit 7, 3 D, 4 A, 5 PCD, 6 PWT, 7 U, 8 W.
         """
         return _read_answers(self.path, "info_tlb.npz", _schema.INFO_TLB)
 
-    def kvm_translate(self):
+    def kvm_translate(self) -> Arrays:
         """Read the KVM_TRANSLATE answers for the nested guest: `gva` and `gpa` uint64 (bytes), `valid` uint8."""
         return _read_answers(self.path, "kvm_translate.npz", _schema.KVM_TRANSLATE)
 
 
-def bundled():
+def bundled() -> Path:
     """Return the directory of the recording that ships inside the package."""
     return Path(str(importlib.resources.files("kvmmu") / "data" / "l4"))
 
 
-def _locate(path, phase):
+def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
     """The directory of the recording, and the phase asked for by argument or by the name of a trace file."""
     if phase not in (None, *PHASES):
         raise ValueError(f"phase must be one of {PHASES}, not {phase!r}")
@@ -262,7 +264,7 @@ def _locate(path, phase):
     return path.parent, named
 
 
-def _choose_phase(root, phases, phase):
+def _choose_phase(root: Path, phases: tuple[str, ...], phase: str | None) -> str:
     if not phases:
         raise RecordingError(f"{root}: not a recording: it holds no {_TRACE_FILES}")
     if phase is not None and phase not in phases:
@@ -270,7 +272,7 @@ def _choose_phase(root, phases, phase):
     return phase or phases[0]
 
 
-def _load(root, name):
+def _load(root: Path, name: str) -> tuple[Path, Arrays]:
     """Open the archive `name` of the recording; return the file that was read and its arrays."""
     file = find_npz(root / name)
     if file is None:
@@ -278,7 +280,7 @@ def _load(root, name):
     return file, open_npz(file)
 
 
-def _read_trace(root, phase):
+def _read_trace(root: Path, phase: str) -> dict[str, Any]:
     file, arrays = _load(root, f"{phase}_trace.npz")
     _schema.check_trace(file, arrays)
     return {
@@ -291,7 +293,7 @@ def _read_trace(root, phase):
     }
 
 
-def _read_tables(root, phase, accesses):
+def _read_tables(root: Path, phase: str, accesses: int) -> dict[str, Any]:
     file, arrays = _load(root, "tables.npz" if phase == "static" else "dyn_tables.npz")
     _schema.check_tables(file, arrays)
     if phase == "static":
@@ -302,7 +304,7 @@ def _read_tables(root, phase, accesses):
     return {"table_pfn": arrays["pfn"], "table_level": arrays["level"], "table_data": arrays["data"], "writes": writes}
 
 
-def _read_answers(root, name, schema):
+def _read_answers(root: Path, name: str, schema: dict[str, _schema.Column]) -> Arrays:
     file, arrays = _load(root, name)
     _schema.check_answers(file, arrays, schema)
     return {column: arrays[column] for column in schema}
@@ -311,7 +313,7 @@ def _read_answers(root, name, schema):
 class _Meta:
     """`meta.json`, checked: what the reader needs of it, as numbers."""
 
-    def __init__(self, file):
+    def __init__(self, file: Path) -> None:
         self._file = file
         try:
             self._values = json.loads(file.read_bytes())
@@ -322,7 +324,7 @@ class _Meta:
         if not isinstance(self._values, dict):
             raise RecordingError(f"{file}: is a {type(self._values).__name__}; allowed is an object")
 
-    def _number(self, values, key):
+    def _number(self, values: dict[str, Any], key: str) -> int:
         """The integer under `key`: JSON number or hexadecimal string."""
         value = values.get(key)
         try:
@@ -334,29 +336,29 @@ class _Meta:
         return number
 
     @property
-    def pkru(self):
+    def pkru(self) -> int:
         return 0 if self._values.get("pkru_workload") is None else self._number(self._values, "pkru_workload")
 
     @property
-    def _vmcb(self):
+    def _vmcb(self) -> dict[str, int] | None:
         vmcb = self._values.get("vmcb")
         if vmcb is not None and not isinstance(vmcb, dict):
             raise RecordingError(f"{self._file}: vmcb: is {vmcb!r}; allowed is an object")
         return vmcb and {key: self._number(vmcb, key) for key in vmcb}
 
     @property
-    def _mode(self):
+    def _mode(self) -> str:
         mode = self._values.get("mode")
         if mode not in MODES:
             raise RecordingError(f"{self._file}: mode: is {mode!r}; allowed is one of {MODES}")
-        return mode
+        return str(mode)
 
     @property
-    def _maxphyaddr(self):
+    def _maxphyaddr(self) -> int:
         stated = re.search(r"\bphys-bits=(\d{1,2})\b", str(self._values.get("cpu", "")))
         return int(stated[1]) if stated else QEMU_TCG_MAXPHYADDR
 
-    def fields(self):
+    def fields(self) -> dict[str, Any]:
         """The attributes of a Recording that come from here."""
         vmcb = self._vmcb
         return {"name": str(self._values.get("scenario", self._file.parent.name)), "meta": self._values,

@@ -1,0 +1,93 @@
+# What this needs: python3 (3.11 or later) with venv and headers, a C compiler, make. Everything else goes into .venv.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := build/build.log
+SOURCES := setup.py pyproject.toml $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help replay test lint build matrix asan long clean
+
+help:
+	@echo 'make replay   walk the bundled recording of a real guest (ARGS="DIRECTORY --phase dyn" for another one)'
+	@echo 'make test     run the tests (ARGS="-k pae" to choose)'
+	@echo 'make lint     ruff, cython-lint, codespell, mypy'
+	@echo 'make build    sdist and wheel into dist/'
+	@echo 'make matrix   20 million cases of the access matrix (minutes)'
+	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
+	@echo 'make long     matrix, asan, and long differential and live-KVM runs'
+	@echo 'make clean    remove everything that make made'
+
+replay: $(VENV)/.kvmmu
+	@$(BIN)/kvmmu replay $(ARGS)
+
+test: $(VENV)/.kvmmu $(VENV)/.test
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.kvmmu $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint kvmmu
+	@$(BIN)/codespell
+	@$(BIN)/mypy
+	@echo 'lint: clean'
+
+build: $(VENV)/.dev
+	@$(BIN)/python -m build > $(LOG) 2>&1 || { tail -n 40 $(LOG); exit 1; }
+	@ls dist
+
+matrix: $(VENV)/.kvmmu $(VENV)/.test
+	KVMMU_MATRIX_CASES=20000000 $(BIN)/pytest tests/test_access_matrix.py -s
+
+asan: $(VENV)/.kvmmu $(VENV)/.test
+	$(BIN)/python tests/sanitize.py --walks 10000000
+
+long: matrix asan
+	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
+	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
+
+clean:
+	rm -rf $(VENV) build dist kvmmu.egg-info
+	find kvmmu tests \( -name '*.so' -o -name '*.c' -o -name __pycache__ \) -prune -exec rm -rf {} +
+
+# ---- the environment: each stamp has the date of its last success -----------------------------------------------------
+
+define CHECK
+import os, shlex, shutil, sys, sysconfig
+if sys.version_info < (3, 11):
+    sys.exit(f"kvmmu needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=python3.12, for example")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    sys.exit("Python.h is missing: on Debian and Ubuntu install the package python3-dev")
+if not shutil.which(shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC"))[0]):
+    sys.exit("the C compiler is missing: on Debian and Ubuntu install the package gcc")
+endef
+export CHECK
+
+define BUILD_REQUIRES
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+endef
+export BUILD_REQUIRES
+
+$(VENV)/.created: pyproject.toml
+	@$(PYTHON) -c "$$CHECK"
+	@echo 'setting up $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV) || { echo 'on Debian and Ubuntu install the package python3-venv' >&2; exit 1; }
+	@$(BIN)/python -c "$$BUILD_REQUIRES" > $(VENV)/build-requires.txt
+	@$(PIP) install --quiet -r $(VENV)/build-requires.txt
+	@touch $@
+
+$(VENV)/.kvmmu: $(VENV)/.created $(SOURCES)
+	@echo 'building kvmmu (about a minute the first time) ...'
+	@mkdir -p build
+	@$(PIP) install --verbose --no-build-isolation '.[cli,zstd]' > $(LOG) 2>&1 \
+		|| { tail -n 40 $(LOG); echo 'the whole log is in $(LOG)'; exit 1; }
+	@touch $@
+
+# The package is there: these only add what an extra of it names.
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.kvmmu
+	@echo "installing what 'kvmmu[$*]' needs ..."
+	@$(PIP) install --quiet 'kvmmu[$*]'
+	@touch $@

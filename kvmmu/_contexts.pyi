@@ -1,0 +1,9 @@
+from kvmmu.registers import Regs
+
+class VcpuArch:
+    def load(self, regs: Regs) -> None: ...
+
+class Contexts:
+    @property
+    def count(self) -> int: ...
+    def __len__(self) -> int: ...
