@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kvmmu command: what it prints, as which exit status, and that bad input ends in one clear line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_recording import NEEDS_ZSTD
+
+import kvmmu
+from kvmmu import cli, report
+from kvmmu.traces import Recording, bundled, open_npz
+
+ROOT = Path(__file__).parents[1]
+CLIPS = Path(__file__).parent / "data" / "linux"
+L4, L5, PAE = (str(CLIPS / name) for name in ("l4", "l5", "pae"))
+JSON_KEYS = {"accesses", "verified", "faults", "mismatches", "seconds"}
+CODE, HEAP, DIRECT = 0x402000, 0xFFFFFE0000000000, 0xFFFFFFFF86800000      # mapped in l4: 4K user, 4K kernel, 2M kernel
+NX_PAGE = 0x400000                                                         # in l4: a user page, read-only and not executable
+
+
+def run(capsys, *args):
+    """(exit status, stdout, stderr) of the command; argparse leaves by SystemExit, all else returns."""
+    try:
+        status = cli.main([str(arg) for arg in args])
+    except SystemExit as leave:
+        status = leave.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return status, out, err
+
+
+def command(*args, before="", **kwargs):
+    """The command in a process of its own, after the statement `before`."""
+    program = f"import sys\n{before}\nfrom kvmmu.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+                          **{"capture_output": True} | kwargs)
+
+
+@pytest.fixture(params=["rich", "plain"])
+def tables(request, monkeypatch):
+    """Tables with rich, and without it."""
+    if request.param == "plain":
+        monkeypatch.setattr(report, "rich", None)
+    else:
+        pytest.importorskip("rich")
+    return request.param
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the l4 clip that a test may spoil."""
+    return Path(shutil.copytree(L4, tmp_path / "l4"))
+
+
+def rewrite(file, **changes):
+    np.savez(file, **open_npz(file) | changes)
+
+
+def flip_row(root, row, mask=1 << 20):
+    """Change the physical address of one page row; returns the rows of its accesses and the true address."""
+    trace = open_npz(root / "static_trace.npz")
+    gpa = trace["page_gpa"].copy()
+    gpa[row] ^= np.uint64(mask)
+    rewrite(root / "static_trace.npz", page_gpa=gpa)
+    return np.flatnonzero(trace["pidx"] == row), int(trace["page_gpa"][row])
+
+
+def cells(text):
+    """The cells of printed tables, row by row."""
+    return [[cell.strip() for cell in line.replace("│", "  ").split("  ") if cell.strip()] for line in text.splitlines()]
+
+
+# -- kvmmu replay -------------------------------------------------------------------------------------------------------
+
+def test_replay_without_arguments_takes_the_bundled_recording(capsys):
+    status, out, err = run(capsys, "replay", "--json")
+    result = json.loads(out)
+    counts = json.loads((bundled() / "meta.json").read_text())["phases"]["dyn"]
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert JSON_KEYS <= set(result)
+    assert result["accesses"] == result["verified"] == counts["accesses"]
+    assert result["mismatches"] == 0
+    assert sum(result["faults"].values()) == counts["page_faults"]
+    assert result["faults"] == result["faults_reproduced"]
+
+
+def test_replay_prints_tables(capsys, tables):
+    """Counts by kind, page size and error code, the same figures with rich and without."""
+    status, out, err = run(capsys, "replay", L5)
+    rows = cells(out)
+    assert (status, err) == (0, "")
+    for row in (["accesses", "1,500,000"], ["verified against recorded addresses", "1,500,000 (100%)"], ["mismatches", "0"],
+                ["table writes applied", "11,169"], ["register contexts", "7"], ["load", "282,447"], ["fetch", "983,265"],
+                ["4K", "441,350"], ["2M", "1,058,650"], ["0x14 (U F)", "16", "16"], ["0x7 (P W U)", "19", "19"]):
+        assert row in rows
+    assert out.startswith("l5, dyn phase, mode 5l")
+    assert ("━" in out) == (tables == "rich")
+
+
+def test_replay_of_a_static_phase_calls_its_faults_not_checkable(capsys, tables):
+    status, out, _ = run(capsys, "replay", L4, "--phase", "static")
+    assert (status, "not checkable" in out) == (0, True)
+
+
+def test_replay_takes_a_trace_file(capsys):
+    status, out, _ = run(capsys, "replay", f"{L5}/dyn_trace.npz", "--json")
+    assert (status, json.loads(out)["phase"]) == (0, "dyn")
+
+
+def test_replay_reports_a_mismatch(capsys, copy, tables):
+    """One flipped bit: exit status 1, the accesses explained with both addresses, the rest counted."""
+    rows, truth = flip_row(copy, 0)
+    status, out, _ = run(capsys, "replay", copy)
+    assert status == 1
+    assert out.count("MISMATCH access ") == 20
+    assert f"MISMATCH access {rows[0]}: recorded " in out
+    assert f"... and {rows.size - 20:,} more" in out
+    assert ["mismatches", f"{rows.size:,}"] in cells(out)
+    assert f"-> gpa {truth + int(open_npz(copy / 'static_trace.npz')['off'][rows[0]]):#x} (4K page)" in out
+    assert "100%" not in out
+
+
+def test_replay_reports_a_mismatch_as_json(capsys, copy):
+    rows, _ = flip_row(copy, 7)
+    status, out, _ = run(capsys, "replay", copy, "--json")
+    result = json.loads(out)
+    assert (status, result["mismatches"], result["accesses"] - result["verified"]) == (1, rows.size, rows.size)
+    assert [example["position"] for example in result["examples"]] == rows[:20].tolist()
+
+
+def test_replay_in_a_process_of_its_own(copy):
+    """Exit status 0, 1 and 2 as the shell sees them; nothing but JSON on stdout, nothing but the error on stderr."""
+    good = command("replay", L4, "--json")
+    assert (good.returncode, good.stderr, json.loads(good.stdout)["mismatches"]) == (0, "", 0)
+    flip_row(copy, 0)
+    bad = command("replay", copy, "--json")
+    assert (bad.returncode, bad.stderr, json.loads(bad.stdout)["mismatches"] > 0) == (1, "", True)
+    lost = command("replay", copy / "lost")
+    assert (lost.returncode, lost.stdout, lost.stderr) == (2, "", f"kvmmu: {copy / 'lost'}: no such recording\n")
+
+
+def test_the_command_works_without_rich():
+    done = command("replay", PAE, before="sys.modules['rich'] = None")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ["accesses", "200,000"] in cells(done.stdout)
+
+
+@pytest.mark.parametrize("args", [("replay", PAE), ("replay", PAE, "--json"), ("walk", PAE, "0x804a000")])
+@pytest.mark.parametrize("before", ["", "sys.modules['rich'] = None"], ids=["rich", "plain"])
+def test_a_reader_that_leaves_is_no_mismatch(before, args):
+    """`kvmmu replay | head -0`: status 1 would say that the recording has a mismatch. No noise on stderr either."""
+    read, write = os.pipe()
+    os.close(read)
+    done = command(*args, before=before, capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_interrupt(capsys, monkeypatch):
+    """Ctrl-C: 130, as shells have it, and one line."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "replay", interrupted)
+    status, out, err = run(capsys, "replay", L4)
+    assert (status, out, err) == (130, "", "kvmmu: interrupted\n")
+
+
+def test_progress_on_a_terminal_only(capsys, monkeypatch, tables):
+    """A bar on stderr if that is a terminal, which ends at 100% in plain text; stdout is the same."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, out, err = run(capsys, "replay", L5, "--json")
+    assert (status, json.loads(out)["verified"]) == (0, 1_500_000)
+    if tables == "plain":
+        assert err.startswith("\rreplaying l5 dyn: ")
+        assert err.endswith("\rreplaying l5 dyn: 100%\n")
+
+
+def test_progress_is_called_about_every_million_accesses():
+    recording, calls = Recording.open(L5), []
+    kvmmu.replay(recording, progress=lambda done, total: calls.append((done, total)))
+    done = [0] + [call[0] for call in calls]
+    assert {call[1] for call in calls} == {len(recording)}
+    assert done == sorted(done)
+    assert done[-1] == len(recording)
+    assert max(np.diff(done)) <= 1 << 20
+
+
+# -- kvmmu walk ---------------------------------------------------------------------------------------------------------
+
+def by_hand(name, cr3, gva, shifts, entry_size):
+    """The entries of a walk read straight from the file: a list of (index, address, entry)."""
+    file = CLIPS / name / ("dyn_tables.npz" if name == "l5" else "tables.npz")
+    archive = open_npz(file)
+    pages = {int(pfn): page.tobytes() for pfn, page in zip(archive["pfn"], archive["data"], strict=True)}
+    table, entries = cr3, []
+    for shift in shifts:
+        index = gva >> shift & (0x3 if name == "pae" and shift == 30 else 4096 // entry_size - 1)
+        address = table + entry_size * index
+        entry = int.from_bytes(pages[address >> 12][address & 0xFFF:][:entry_size], "little")
+        entries.append((index, address, entry))
+        table = entry & 0xFFFFFFFFFF000
+        if shift < 39 and entry & 0x80:
+            break
+    return entries
+
+
+@pytest.mark.parametrize(("name", "cr3", "gva", "shifts", "names", "size"), [
+    ("l4", 0x2750000, CODE + 0x123, (39, 30, 21, 12), "PML4E PDPTE PDE PTE", "4K"),
+    ("l4", 0x2750000, DIRECT + 0x1234, (39, 30, 21, 12), "PML4E PDPTE PDE", "2M"),
+    ("l5", 0x106CE000, 0xFF1ADC201321F008, (48, 39, 30, 21, 12), "PML5E PML4E PDPTE PDE PTE", "4K"),
+    ("l5", 0x106CE000, 0xFFFFFFFF81C00FFF, (48, 39, 30, 21, 12), "PML5E PML4E PDPTE PDE", "2M"),
+    ("pae", 0x1211680, 0x804A004, (30, 21, 12), "PDPTE PDE PTE", "4K")])
+def test_walk_prints_every_entry(capsys, name, cr3, gva, shifts, names, size):
+    """Level, index, place and value of each entry; the rights so far; A and D; the page size and the recorded address."""
+    status, out, err = run(capsys, "walk", CLIPS / name, hex(gva))
+    lines = out.splitlines()
+    entries = by_hand(name, cr3, gva, shifts, 8)
+    assert (status, err) == (0, "")
+    assert lines[0] == f"supervisor read of {gva:#x}"
+    assert [line.split()[0] for line in lines[1:-2]] == names.split()
+    write = user = execute = True
+    for line, shift, (index, address, entry) in zip(lines[1:-2], shifts[:len(entries)], entries, strict=True):
+        register = name == "pae" and shift == 30
+        if register:
+            entry &= ~0x20
+        else:
+            write, user, execute = write and entry & 2, user and entry & 4, execute and not entry >> 63
+        rights = f"r{'w' if write else '-'}{'x' if execute else '-'}{'u' if user else '-'}"
+        flags = [flag for bit, flag in ((5, "A"), (6, "D"), (8, "G"), (7, "PAT" if shift == 12 else "PS")) if entry >> bit & 1]
+        assert f"[{index:4}]" in line
+        assert ("register" if register else f"at {address:#014x}:") in line
+        assert line.split(": ")[1].split() == [f"{entry:#018x}", rights, *flags]
+    page = (1 << shifts[len(entries) - 1]) - 1
+    gpa = entries[-1][2] & 0xFFFFFFFFFF000 & ~page | gva & page
+    assert lines[-2:] == [f"  -> gpa {gpa:#x} ({size} page)", f"  recorded: gpa {gpa:#x} - as walked"]
+
+
+@NEEDS_ZSTD
+def test_walk_of_a_4m_page(capsys):
+    """32-bit paging: a PDE with PS ends the walk; entries are four bytes."""
+    status, out, _ = run(capsys, "walk", CLIPS / "p32", "0xcfb25abc")
+    index, address, entry = by_hand("p32", 0x1CA8000, 0xCFB25ABC, (22, 12), 4)[0]
+    assert entry & 0x81 == 0x81
+    assert status == 0
+    assert f"PDE   [{index:4}] at {address:#014x}: {entry:#018x} rwx- A D G PS" in out
+    assert "-> gpa 0xfb25abc (4M page)\n  recorded: gpa 0xfb25abc - as walked" in out
+
+
+def test_walk_of_several_addresses_as_json(capsys):
+    status, out, _ = run(capsys, "walk", L4, CODE, str(1 << 47), 0x3039, "--json")
+    result = json.loads(out)
+    assert (status, JSON_KEYS <= set(result), result["seconds"] > 0) == (0, True, True)
+    assert (result["accesses"], result["verified"], result["mismatches"]) == (3, 1, 0)
+    assert result["faults"] == {"NON_CANONICAL": 1, "0x0": 1}
+    first, canonical, missing = result["walks"]
+    assert (first["gva"], first["status"], first["level"]) == (hex(CODE), "OK", 1)
+    assert first["recorded_gpa"] == [first["gpa"]] == ["0x28d0000"]
+    assert [step["name"] for step in first["steps"]] == ["PML4E", "PDPTE", "PDE", "PTE"]
+    assert [step["gpa"] for step in first["steps"]] == [hex(a) for _, a, _ in by_hand("l4", 0x2750000, CODE, (39, 30, 21, 12), 8)]
+    assert (canonical["rule"], canonical["steps"], canonical["gpa"]) == ("non-canonical", [], None)
+    assert (missing["rule"], missing["error_code"], missing["level"]) == ("not-present", 0, 2)
+    assert missing["steps"][-1]["entry"] == "0x0"
+
+
+@pytest.mark.parametrize(("letters", "access", "outcome"), [
+    ("r", "supervisor read", "#PF 0x1 (P): SMAP"), ("ra", "supervisor read", "-> gpa"), ("ru", "user read", "-> gpa"),
+    ("wu", "user write", "#PF 0x7 (P W U): the page is read-only"), ("xu", "user fetch", "#PF 0x15 (P U F): the page is execute"),
+    ("x", "supervisor fetch", "#PF 0x11 (P F): "), ("i", "implicit supervisor read", "#PF 0x1 (P): SMAP"),
+    ("ia", "implicit supervisor read", "#PF 0x1 (P): SMAP")])
+def test_access_letters(capsys, letters, access, outcome):
+    """r w x u a i, combined; a fault of the guest is an answer, so the status is 0."""
+    status, out, _ = run(capsys, "walk", L4, hex(NX_PAGE), "--access", letters)
+    assert (status, out.splitlines()[0]) == (0, f"{access} of {NX_PAGE:#x}")
+    assert outcome in out
+
+
+def test_walk_in_another_context(capsys):
+    """--ctx takes that row's CR3, and its recorded addresses only."""
+    trace = open_npz(CLIPS / "l5" / "dyn_trace.npz")
+    _, out, _ = run(capsys, "walk", L5, hex(HEAP), "--ctx", "3", "--json")
+    walk = json.loads(out)["walks"][0]
+    assert int(walk["steps"][0]["gpa"], 16) & ~0xFFF == int(trace["ctx"][3, 1])
+    rows = (trace["page_gva"] == HEAP) & (trace["page_ctx"] == 3)
+    assert walk["recorded_gpa"] == [hex(gpa) for gpa in trace["page_gpa"][rows].tolist()]
+
+
+def test_walk_contradicts_a_recorded_address(capsys, copy):
+    """Exit status 1, the recorded address beside the walked one; a page that was never used proves nothing."""
+    _, truth = flip_row(copy, 0)
+    status, out, _ = run(capsys, "walk", copy, hex(CODE + 5))
+    assert status == 1
+    assert out.endswith(f"-> gpa {truth + 5:#x} (4K page)\n  recorded: gpa {(truth ^ 1 << 20) + 5:#x}\n")
+    assert run(capsys, "walk", copy, hex(CODE), "--json")[0] == 1
+    assert run(capsys, "walk", copy, hex(NX_PAGE))[0] == 0
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("args", "words"), [
+    ((), ["COMMAND"]),
+    (("play",), ["'play'", "replay", "walk"]),
+    (("replay", "lost"), ["lost: no such recording"]),
+    (("replay", ROOT / "tests"), ["tests: not a recording", "static_trace.npz", "dyn_trace.npz"]),
+    (("replay", f"{L4}/meta.json"), ["meta.json: neither a directory nor", "static_trace.npz"]),
+    (("replay", L4, "--phase", "dyn"), ["no phase 'dyn'", "available is static"]),
+    (("replay", L4, "--phase", "live"), ["'live'", "static", "dyn"]),
+    (("replay", f"{L5}/dyn_trace.npz", "--phase", "static"), ["is the dyn phase", "'static'"]),
+    (("replay", L4, L5), [L5]),
+    (("replay", ""), ["not a recording"]),
+    (("walk", L4), ["GVA"]),
+    (("walk", L4, "zz"), ["'zz'", "0x", "decimal"]),
+    (("walk", L4, "0x10000000000000000"), ["0x10000000000000000", "64 bits"]),
+    (("walk", L4, "--", "-1"), ["-1", "64 bits"]),
+    (("walk", L4, "1.5"), ["'1.5'", "decimal"]),
+    (("walk", L4, "0", "--ctx", "1"), ["--ctx 1", "0 to 0"]),
+    (("walk", L5, "0", "--ctx", "-1"), ["--ctx -1", "0 to 6"]),
+    (("walk", L4, "0", "--ctx", "first"), ["--ctx", "'first'", "int"]),
+    (("walk", L4, "0", "--access", "rq"), ["'q'", "r w x u a i"]),
+    (("walk", "lost", "0"), ["lost: no such recording"]),
+    (("walk", L4, "0", "--phase", "dyn"), ["no phase 'dyn'", "available is static"])])
+def test_bad_arguments(capsys, args, words):
+    """Exit status 2; the message names the value and what is allowed; nothing on stdout."""
+    status, out, err = run(capsys, *args)
+    assert (status, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("kvmmu")
+    assert [word for word in words if word not in last] == []
+
+
+@pytest.mark.parametrize("file", ["static_trace.npz", "tables.npz", "meta.json"])
+@pytest.mark.parametrize("share", [0, 0.4, 0.999])
+@pytest.mark.parametrize("args", [("replay",), ("walk", "0x402000")])
+def test_truncated_recording(capsys, copy, file, share, args):
+    """A file cut short is named; exit status 2."""
+    whole = (copy / file).read_bytes()
+    (copy / file).write_bytes(whole[:int(share * len(whole))])
+    status, out, err = run(capsys, args[0], copy, *args[1:])
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"kvmmu: {copy / file}: ")
+
+
+@pytest.mark.parametrize("command", ["replay", "walk"])
+@pytest.mark.parametrize(("column", "mask", "word"), [
+    (4, 1 << 5, "CR4.PAE"), (1, 1 << 45, "CR3"), (3, 1 << 0, "PE"), (5, 1 << 40, "EFER")])
+def test_a_context_that_no_cpu_can_hold(capsys, copy, command, column, mask, word):
+    """Illegal registers in a recording: one line that names the rule, exit status 2."""
+    ctx = open_npz(copy / "static_trace.npz")["ctx"].copy()
+    ctx[0, column] ^= np.uint64(mask)
+    rewrite(copy / "static_trace.npz", ctx=ctx)
+    status, out, err = run(capsys, command, copy, *(["0"] if command == "walk" else []))
+    assert (status, out) == (2, "")
+    assert err.startswith("kvmmu: ")
+    assert word in err
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"kvmmu {kvmmu.__version__}\n")
+    for args in (["--help"], ["replay", "--help"], ["walk", "--help"]):
+        status, out, _ = run(capsys, *args)
+        assert (status, out.startswith("usage: kvmmu")) == (0, True)
