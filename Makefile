@@ -1,4 +1,4 @@
-# What this needs: python3 (3.11 or later) with venv and headers, a C compiler, make. Everything else goes into .venv.
+# What this needs: python3 (3.11 or later) with venv, a C compiler, make. Everything else goes into .venv.
 
 PYTHON ?= python3
 ARGS ?=
@@ -58,8 +58,6 @@ define CHECK
 import os, shlex, shutil, sys, sysconfig
 if sys.version_info < (3, 11):
     sys.exit(f"kvmmu needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=python3.12, for example")
-if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-    sys.exit("Python.h is missing: on Debian and Ubuntu install the package python3-dev")
 if not shutil.which(shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC"))[0]):
     sys.exit("the C compiler is missing: on Debian and Ubuntu install the package gcc")
 endef
@@ -82,7 +80,8 @@ $(VENV)/.created: pyproject.toml
 $(VENV)/.kvmmu: $(VENV)/.created $(SOURCES)
 	@echo 'building kvmmu (about a minute the first time) ...'
 	@mkdir -p build
-	@$(PIP) install --verbose --no-build-isolation '.[cli,zstd]' > $(LOG) 2>&1 \
+	@$(PYTHON) tools/python_headers.py $(VENV)/headers > $(VENV)/cflags
+	@CFLAGS="$$(cat $(VENV)/cflags)" $(PIP) install --verbose --no-build-isolation '.[cli,zstd]' > $(LOG) 2>&1 \
 		|| { tail -n 40 $(LOG); echo 'the whole log is in $(LOG)'; exit 1; }
 	@touch $@
 

@@ -1,45 +1,47 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 
-from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, Pferr, Status
+from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
 from kvmmu._roles import CpuRole, calc_cpu_roles
 from kvmmu.columns import Span, Translation
-from kvmmu.faults import GeneralProtection, GuestFault, InvalidOpcode, PageFault
+from kvmmu.control_blocks import ept_from_vmcs12, npt_from_vmcb, regs_from_vmcb
+from kvmmu.delivery import (
+    ExceptionInjected,
+    ExitToL1,
+    SvmExit,
+    SvmExitCode,
+    VmxExit,
+    VmxExitReason,
+    deliver_nested_fault,
+    deliver_page_fault,
+)
+from kvmmu.faults import (
+    EptMisconfig,
+    EptViolation,
+    GeneralProtection,
+    GuestFault,
+    InvalidOpcode,
+    NestedFault,
+    NestedPageFault,
+    PageFault,
+    PmlFull,
+)
+from kvmmu.figure import plot_walk
+from kvmmu.nested import Ept, Intercepts, Npt, Pml
 from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.registers import CpuModel, Regs
 from kvmmu.replay import Report, replay
 from kvmmu.vcpu import Vcpu
 
 __all__ = [
-    "INVALID_GPA",
-    "Acc",
-    "Access",
-    "Contexts",
-    "CpuModel",
-    "CpuRole",
-    "Cr0",
-    "Cr4",
-    "Efer",
-    "GeneralProtection",
-    "GuestFault",
-    "GuestMemory",
-    "InvalidOpcode",
-    "PageFault",
-    "PageFormat",
-    "PageWalk",
-    "Pferr",
-    "Regs",
-    "Report",
-    "Span",
-    "Status",
-    "Translation",
-    "Vcpu",
-    "WalkRecord",
-    "WalkStep",
-    "calc_cpu_roles",
-    "replay",
+    "Acc", "Access", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig", "EptQual",
+    "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory", "INVALID_GPA",
+    "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt", "PageFault", "PageFormat",
+    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "Report", "Span", "Status", "SvmExit", "SvmExitCode", "Translation",
+    "Vcpu", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "calc_cpu_roles", "deliver_nested_fault",
+    "deliver_page_fault", "ept_from_vmcs12", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`_pagewalk.pyx`)."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._batch cimport batch_columns
 from kvmmu._format cimport explicit_access
@@ -32,3 +32,44 @@ cdef void translate_rows(const kvm_pagewalk *walks, const uint32_t *ctx, const u
             out.pte_access[i] = r.pte_access
         if out.refs is not NULL:
             out.refs[i] = r.refs
+        if out.ngpa is not NULL:
+            out.ngpa[i] = r.ngpa
+        if out.fault_gpa is not NULL:
+            out.fault_gpa[i] = r.fault_gpa
+        if out.exit_qualification is not NULL:
+            out.exit_qualification[i] = r.exit_qualification
+
+
+cdef void *column(columns, name):
+    """Data pointer of an output column, NULL if it is not wanted."""
+    array = columns.get(name)
+    if array is None:
+        return NULL
+    return <void *><uintptr_t>array.ctypes.data
+
+
+cdef class Job:
+    def __cinit__(self, dict columns, gva, access, bint set_ad):
+        """IN columns: checked output arrays by name; gva, access: checked arrays of n >= 1 rows, access of n or one."""
+        self.arrays = (columns, gva, access)
+        self.gva = <const uint64_t *><uintptr_t>gva.ctypes.data
+        self.access = <const uint8_t *><uintptr_t>access.ctypes.data
+        self.access_stride = 1 if access.size > 1 else 0
+        self.set_ad = set_ad
+        self.columns.gpa = <uint64_t *>column(columns, "gpa")
+        self.columns.status = <uint8_t *>column(columns, "status")
+        self.columns.error_code = <uint32_t *>column(columns, "error_code")
+        self.columns.level = <uint8_t *>column(columns, "level")
+        self.columns.pte = <uint64_t *>column(columns, "pte")
+        self.columns.pte_gpa = <uint64_t *>column(columns, "pte_gpa")
+        self.columns.pte_access = <uint8_t *>column(columns, "pte_access")
+        self.columns.refs = <uint8_t *>column(columns, "refs")
+        self.columns.ngpa = <uint64_t *>column(columns, "ngpa")
+        self.columns.fault_gpa = <uint64_t *>column(columns, "fault_gpa")
+        self.columns.exit_qualification = <uint64_t *>column(columns, "exit_qualification")
+
+    def run(self, size_t start, size_t stop):
+        """Translate the rows start to stop."""
+        with nogil:
+            translate_rows(self.walks, self.ctx, self.gva, self.access, self.access_stride, start, stop, self.set_ad,
+                           &self.columns)

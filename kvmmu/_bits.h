@@ -80,7 +80,37 @@
 #define EPT_TABLE_RSVD_MASK KVMMU_BITS(3, 6)
 #define EPT_2M_RSVD_MASK KVMMU_BITS(12, 20) /* no PAT bit: bit 12 is reserved too */
 #define EPT_1G_RSVD_MASK KVMMU_BITS(12, 29)
-#define EPT_MT_XWR_BITS 6
+#define EPT_MT_XWR_MASK KVMMU_BITS(0, 5)
+#define EPT_RWX_MASK (EPT_READABLE_MASK | EPT_WRITABLE_MASK | EPT_EXECUTABLE_MASK)
+#define EPT_ACCESSED_MASK KVMMU_BIT(8)
+#define EPT_DIRTY_MASK KVMMU_BIT(9)
+#define EPT_EXECUTABLE_TO_ACC_SHIFT 1      /* bit 2 to ACC_EXEC */
+#define EPT_USER_EXECUTABLE_TO_ACC_SHIFT 8 /* bit 10 to ACC_USER_EXEC */
+
+#define EPTP_MT_MASK KVMMU_BITS(0, 2)
+#define EPTP_MT_UC 0
+#define EPTP_MT_WB 6
+#define EPTP_LEVEL_SHIFT 3 /* walk length minus one */
+#define EPTP_LEVEL_MASK KVMMU_BITS(3, 5)
+#define EPTP_AD_MASK KVMMU_BIT(6)
+
+/* ---- exits of the second stage --------------------------------------------------------------------------------- */
+#define EPT_VIOLATION_ACC_READ_MASK KVMMU_BIT(0)
+#define EPT_VIOLATION_ACC_WRITE_MASK KVMMU_BIT(1)
+#define EPT_VIOLATION_ACC_INSTR_MASK KVMMU_BIT(2)
+#define EPT_VIOLATION_PROT_READ_MASK KVMMU_BIT(3)
+#define EPT_VIOLATION_PROT_WRITE_MASK KVMMU_BIT(4)
+#define EPT_VIOLATION_PROT_EXEC_MASK KVMMU_BIT(5)
+#define EPT_VIOLATION_PROT_USER_EXEC_MASK KVMMU_BIT(6)
+#define EPT_VIOLATION_GVA_VALID_MASK KVMMU_BIT(7)
+#define EPT_VIOLATION_GVA_TRANSLATED_MASK KVMMU_BIT(8)
+#define EPT_VIOLATION_GVA_USER_MASK KVMMU_BIT(9)
+#define EPT_VIOLATION_GVA_WRITABLE_MASK KVMMU_BIT(10)
+#define EPT_VIOLATION_GVA_NX_MASK KVMMU_BIT(11)
+#define EPT_VIOLATION_NMI_UNBLOCKING_MASK KVMMU_BIT(12)
+#define PFERR_GUEST_FINAL_MASK KVMMU_BIT(32)
+#define PFERR_GUEST_PAGE_MASK KVMMU_BIT(33)
+#define PML_ENTITY_NUM 512
 
 /* ---- rights of a translation (ACC_*): what permissions[] is indexed by ---------------------------------------- */
 #define ACC_READ_MASK KVMMU_BIT(0)
@@ -205,7 +235,14 @@ _Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE
 _Static_assert(PT64_NX_SHIFT - ACC_EXEC_SHIFT == 60, "gpte_access() shifts NX to ACC_EXEC");
 _Static_assert((ACCESS_VALID_MASK & ~ACCESS_IMPLICIT_MASK) >> PERMISSIONS_INDEX_SHIFT == PERMISSIONS_COUNT - 1,
                "an access indexes permissions[] by a shift alone");
-_Static_assert(PT_DIRTY_SHIFT == PT_ACCESSED_SHIFT + 1, "update_accessed_dirty_bits() folds D onto A by one shift");
+_Static_assert(PT_DIRTY_MASK == PT_ACCESSED_MASK << 1 && EPT_DIRTY_MASK == EPT_ACCESSED_MASK << 1,
+               "a walk keeps the accessed bit alone, the dirty bit is the next one");
+_Static_assert(EPT_EXECUTABLE_MASK << EPT_EXECUTABLE_TO_ACC_SHIFT == ACC_EXEC_MASK &&
+               EPT_USER_EXECUTABLE_MASK >> EPT_USER_EXECUTABLE_TO_ACC_SHIFT == ACC_USER_EXEC_MASK,
+               "gpte_access() shifts EPT rights into place");
+_Static_assert(ACC_READ_MASK * EPT_VIOLATION_PROT_READ_MASK == EPT_VIOLATION_PROT_READ_MASK &&
+               ACC_WRITE_MASK * EPT_VIOLATION_PROT_READ_MASK == EPT_VIOLATION_PROT_WRITE_MASK,
+               "an exit qualification takes R and W of the rights as they stand");
 #endif
 
 #endif /* KVMMU_BITS_H */

@@ -65,7 +65,34 @@ cdef extern from "_bits.h" nogil:
     const uint64_t EPT_TABLE_RSVD_MASK
     const uint64_t EPT_2M_RSVD_MASK
     const uint64_t EPT_1G_RSVD_MASK
-    const int EPT_MT_XWR_BITS
+    const uint64_t EPT_MT_XWR_MASK
+    const uint64_t EPT_RWX_MASK
+    const uint64_t EPT_ACCESSED_MASK
+    const uint64_t EPT_DIRTY_MASK
+    const int EPT_EXECUTABLE_TO_ACC_SHIFT
+    const int EPT_USER_EXECUTABLE_TO_ACC_SHIFT
+    const uint64_t EPTP_MT_MASK
+    const int EPTP_MT_UC
+    const int EPTP_MT_WB
+    const int EPTP_LEVEL_SHIFT
+    const uint64_t EPTP_LEVEL_MASK
+    const uint64_t EPTP_AD_MASK
+    const uint64_t EPT_VIOLATION_ACC_READ_MASK
+    const uint64_t EPT_VIOLATION_ACC_WRITE_MASK
+    const uint64_t EPT_VIOLATION_ACC_INSTR_MASK
+    const uint64_t EPT_VIOLATION_PROT_READ_MASK
+    const uint64_t EPT_VIOLATION_PROT_WRITE_MASK
+    const uint64_t EPT_VIOLATION_PROT_EXEC_MASK
+    const uint64_t EPT_VIOLATION_PROT_USER_EXEC_MASK
+    const uint64_t EPT_VIOLATION_GVA_VALID_MASK
+    const uint64_t EPT_VIOLATION_GVA_TRANSLATED_MASK
+    const uint64_t EPT_VIOLATION_GVA_USER_MASK
+    const uint64_t EPT_VIOLATION_GVA_WRITABLE_MASK
+    const uint64_t EPT_VIOLATION_GVA_NX_MASK
+    const uint64_t EPT_VIOLATION_NMI_UNBLOCKING_MASK
+    const uint64_t PFERR_GUEST_FINAL_MASK
+    const uint64_t PFERR_GUEST_PAGE_MASK
+    const int PML_ENTITY_NUM
     const uint64_t ACC_READ_MASK
     const uint64_t ACC_WRITE_MASK
     const uint64_t ACC_USER_MASK

@@ -4,7 +4,7 @@ from libc.stdint cimport uint64_t
 
 from kvmmu._format cimport PageFormat
 from kvmmu._memory cimport GuestMemory
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
 
 
 cdef class VcpuArch:
@@ -12,11 +12,23 @@ cdef class VcpuArch:
     cdef vcpu_arch arch
 
 
+cdef class SecondStage:
+    """A second stage (Ept or Npt) ready to walk."""
+    cdef kvm_pagewalk n
+    cdef vcpu_arch arch             # holds the root
+    cdef pml_log pml
+    cdef readonly PageFormat fmt
+    cdef readonly object stage
+    cdef list tables                # slot tables that n points to, or pointed to while a batch ran
+    cdef void use_memory(self, GuestMemory mem)
+
+
 cdef class Contexts:
     """Register sets prepared for translate(regs=...): one walk each, formats shared by role."""
     cdef vcpu_arch *arches
     cdef kvm_pagewalk *walks
     cdef list formats
+    cdef list seconds               # SecondStage or None of each row
     cdef list tables                # slot tables that walks point to, or pointed to while a batch ran
     cdef readonly Py_ssize_t count
     cdef void use_memory(self, GuestMemory mem)
@@ -24,6 +36,7 @@ cdef class Contexts:
     cdef object widths(self)
 
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
-cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps) noexcept
-# IN admit: maps a Regs to one that is legal, with PDPTEs loaded, or raises
-cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps)
+cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
+cdef SecondStage second_stage(stage, const cpu_caps *caps)
+# IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; second: of rows without one
+cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps, SecondStage second)

@@ -1,7 +1,19 @@
+from kvmmu._format import PageFormat
+from kvmmu._memory import GuestMemory
+from kvmmu.nested import Stage
 from kvmmu.registers import Regs
 
 class VcpuArch:
     def load(self, regs: Regs) -> None: ...
+
+class SecondStage:
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def fmt(self) -> PageFormat: ...
+    @property
+    def pml_index(self) -> int | None: ...
+    def pdpt_gpa(self, mem: GuestMemory, ngpa: int) -> int: ...
 
 class Contexts:
     @property

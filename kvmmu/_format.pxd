@@ -7,14 +7,15 @@ guest and those of the host alike.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_IMPLICIT_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK, PERMISSIONS_INDEX_SHIFT,
+    ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_IMPLICIT_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK, EPT_EXECUTABLE_MASK,
+    EPT_MT_XWR_MASK, EPT_USER_EXECUTABLE_MASK, PERMISSIONS_INDEX_SHIFT,
     PFERR_PK_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_SHIFT, PKRU_BITS_PER_KEY, PT_PAGE_SIZE_SHIFT,
 )
 
 cdef struct kvm_page_format:
     uint64_t rsvd_bits_mask[2][5]       # [bit 7 of the entry][level - 1]: bits that must be zero
     uint64_t bad_mt_xwr                 # EPT: bit n set: an entry whose low six bits are n is malformed
-    uint32_t pkru_mask                  # two bits (AD, WD) per error code, at bit position "error code with U of the PTE as bit 3"
+    uint32_t pkru_mask                  # AD and WD for each error code with U of the translation as bit 3, at that bit
     uint16_t permissions[16]            # [access >> 1]: bit n set: rights n (ACC_*) do not allow it
 
 # What a permission bitmask is made from. smep is MBEC in the ept form, GMET in the tdp form.
@@ -68,6 +69,14 @@ cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint32_t pkru,
 cdef inline bint has_rsvd_bits(const kvm_page_format *fmt, uint64_t pte, int level) noexcept nogil:
     """Whether a present non-EPT entry has a bit set that its format reserves."""
     return (pte & fmt.rsvd_bits_mask[(pte >> PT_PAGE_SIZE_SHIFT) & 1][level - 1]) != 0
+
+
+cdef inline bint has_bad_mt_xwr(const kvm_page_format *fmt, uint64_t pte) noexcept nogil:
+    """Whether a present EPT entry has a bad memory type or combination of rights; user execute counts as execute."""
+    cdef uint64_t low = pte & EPT_MT_XWR_MASK
+    if pte & EPT_USER_EXECUTABLE_MASK:
+        low |= EPT_EXECUTABLE_MASK
+    return ((fmt.bad_mt_xwr >> low) & 1) != 0
 
 
 cdef class PageFormat:

@@ -157,6 +157,14 @@ def _check_access(access):
     return np.vectorize(explicit_access, otypes=[np.uint32])(access) if access.size else access.astype(np.uint32)
 
 
+def _check_pte(pte):
+    """Entries as uint64."""
+    array = np.asarray(pte)
+    if array.dtype.kind not in "uiO" or array.size and (array.min() < 0 or array.max() >= 1 << 64):
+        raise ValueError(f"pte: want 64-bit integers, got {pte!r}")
+    return array.astype(np.uint64)
+
+
 def _check_below(name, values, limit):
     values = np.asarray(values)
     if values.dtype.kind not in "ui" or values.size and (values.min() < 0 or values.max() >= limit):
@@ -313,7 +321,7 @@ cdef class PageFormat:
         -------
         bool or ndarray of bool
         """
-        pte = np.asarray(pte, np.uint64)
+        pte = _check_pte(pte)
         level = np.asarray(level)
         if level.dtype.kind not in "ui" or level.size and (level.min() < 1 or level.max() > PT_MAX_LEVELS):
             raise ValueError(f"level: want 1 to {PT_MAX_LEVELS}, got {level}")
@@ -329,6 +337,8 @@ cdef class PageFormat:
         """P or P|PK where rights, or PKRU, deny an access; 0 where they allow it (uint32, broadcast)."""
         acc = _check_below("pte_access", pte_access, ACC_ALL + 1)
         key = _check_below("pkey", pkey, 16)
+        if not 0 <= pkru < 1 << 32:
+            raise ValueError(f"pkru: want 32 bits, got {pkru:#x}")
         rows = np.broadcast_arrays(acc, key, _check_access(access))
         out = np.empty(rows[0].shape, np.uint32)
         flat = out.reshape(-1)
@@ -337,9 +347,9 @@ cdef class PageFormat:
         return out[()]
 
     def rule(self, pte_access, access, pkey_denied=False):
-        """The first rule by which rights deny an access, as a word: read, write, user, nx, smep, smap, pkey; None if none does."""
-        cdef uint64_t acc = pte_access
-        cdef uint32_t a = explicit_access(access)
+        """The first rule by which rights deny an access: read, write, user, nx, smep, smap or pkey; None if none does."""
+        cdef uint64_t acc = int(_check_below("pte_access", pte_access, ACC_ALL + 1))
+        cdef uint32_t a = int(_check_access(access))
         cdef bint user = (a & ACCESS_USER_MASK) != 0
         if is_denied(&self.params, acc, a):
             if not a & (ACCESS_WRITE_MASK | ACCESS_FETCH_MASK) and not acc & ACC_READ_MASK:

@@ -8,10 +8,12 @@ Levels, reserved bits, permissions and page sizes are data of the walk (`kvm_pag
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_EXEC_MASK, ACC_EXEC_SHIFT, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K,
-    PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT32_INDEX_MASK, PT32_PSE36_TO_PA_SHIFT, PT64_BASE_ADDR_MASK,
-    PT64_INDEX_BITS, PT64_INDEX_MASK, PT64_NX_MASK, PT64_NX_SHIFT, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_PRESENT_MASK,
+    ACC_EXEC_MASK, ACC_EXEC_SHIFT, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK,
+    EPT_EXECUTABLE_TO_ACC_SHIFT, EPT_USER_EXECUTABLE_TO_ACC_SHIFT, PAGE_SHIFT, PG_LEVEL_4K, PT32_BASE_ADDR_MASK,
+    PT32_INDEX_BITS, PT32_INDEX_MASK, PT32_PSE36_TO_PA_SHIFT, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT64_INDEX_MASK,
+    PT64_NX_MASK, PT64_NX_SHIFT, PT64_PKEY_MASK, PT64_PKEY_SHIFT,
 )
+from kvmmu._format cimport has_bad_mt_xwr, has_rsvd_bits, kvm_page_format
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
 
 # 2-level paging: 4-byte entries
@@ -38,9 +40,22 @@ cdef struct guest_walker64:
     uint64_t pte_gpa[5]
     uint8_t *pte_hva[5]
 
+# EPT: 8-byte entries with rights and accessed/dirty bits of their own
+cdef struct guest_walkerEPT:
+    int level
+    int top_level
+    uint8_t refs
+    bint hole
+    uint32_t pte_access
+    uint64_t gpa
+    uint64_t ptes[5]
+    uint64_t pte_gpa[5]
+    uint8_t *pte_hva[5]
+
 ctypedef fused guest_walker:
     guest_walker32
     guest_walker64
+    guest_walkerEPT
 
 
 cdef inline uint64_t gpte_index(const guest_walker *walker, uint64_t addr, int level) noexcept nogil:
@@ -59,8 +74,12 @@ cdef inline uint64_t gpte_to_gpa(const guest_walker *walker, uint64_t pte) noexc
         return pte & PT64_BASE_ADDR_MASK
 
 
-cdef inline uint64_t leaf_gpa(const guest_walker *walker, uint64_t pte, int level, uint64_t addr, uint64_t pse36_mask) noexcept nogil:
-    """Physical address of addr in the page that a leaf entry maps. IN pse36_mask: address bits that a 4M PDE holds in its low half."""
+cdef inline uint64_t leaf_gpa(const guest_walker *walker, uint64_t pte, int level, uint64_t addr,
+                              uint64_t pse36_mask) noexcept nogil:
+    """Physical address of addr in the page that a leaf entry maps.
+
+    IN pse36_mask: address bits that a 4M PDE holds in its low half.
+    """
     cdef uint64_t offset
     if guest_walker is guest_walker32:
         offset = (<uint64_t>1 << (PAGE_SHIFT + PT32_INDEX_BITS * (level - 1))) - 1
@@ -87,37 +106,48 @@ cdef inline bint cmpxchg_gpte(const guest_walker *walker, uint8_t *hva, uint64_t
         return kvmmu_cmpxchg64(hva, old, new)
 
 
-cdef inline bint is_present_gpte(const guest_walker *walker, uint64_t pte) noexcept nogil:
-    return (pte & PT_PRESENT_MASK) != 0
+cdef inline bint is_rsvd_bits_set(const guest_walker *walker, const kvm_page_format *fmt, uint64_t pte, int level) noexcept nogil:
+    """Whether a present entry is malformed."""
+    if guest_walker is guest_walkerEPT:
+        return has_rsvd_bits(fmt, pte, level) or has_bad_mt_xwr(fmt, pte)
+    else:
+        return has_rsvd_bits(fmt, pte, level)
 
 
 cdef inline uint64_t gpte_rights(const guest_walker *walker, uint64_t pte) noexcept nogil:
     """The entry with every restricting bit inverted, so that rights accumulate by AND."""
-    if guest_walker is guest_walker32:
-        return pte
-    else:
+    if guest_walker is guest_walker64:
         return pte ^ PT64_NX_MASK
+    else:
+        return pte
 
 
 cdef inline uint32_t gpte_access(const guest_walker *walker, uint64_t rights) noexcept nogil:
-    """ACC_* of accumulated rights: P, W and U stand in place; execute is NX inverted, and always there without NX."""
+    """ACC_* of accumulated rights: P, W and U stand in place; execute is NX inverted, and always there without NX.
+
+    EPT: R and W stand in place; X and the user-execute bit are shifted there.
+    """
     cdef uint32_t rwu = <uint32_t>(rights & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK))
-    if guest_walker is guest_walker32:
+    if guest_walker is guest_walkerEPT:
+        return <uint32_t>((rights & (ACC_READ_MASK | ACC_WRITE_MASK)) |
+                          ((rights << EPT_EXECUTABLE_TO_ACC_SHIFT) & ACC_EXEC_MASK) |
+                          ((rights >> EPT_USER_EXECUTABLE_TO_ACC_SHIFT) & ACC_USER_EXEC_MASK))
+    elif guest_walker is guest_walker32:
         return rwu | <uint32_t>ACC_EXEC_MASK
     else:
         return rwu | <uint32_t>((rights >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT)) & ACC_EXEC_MASK)
 
 
 cdef inline uint32_t gpte_pkey(const guest_walker *walker, uint64_t pte) noexcept nogil:
-    if guest_walker is guest_walker32:
+    if guest_walker is not guest_walker64:
         return 0
     else:
         return <uint32_t>((pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK)
 
 
 cdef inline bint has_pdptrs(const guest_walker *walker, int root_level) noexcept nogil:
-    """PAE: the walk starts at the PDPTE registers, not at CR3."""
-    if guest_walker is guest_walker32:
-        return False
-    else:
+    """PAE: the walk starts at a PDPTE, not at the root register."""
+    if guest_walker is guest_walker64:
         return root_level == 3
+    else:
+        return False

@@ -39,5 +39,9 @@ static inline uint32_t kvmmu_read32(const void *p)
     memcpy(&v, p, sizeof v);
     return v;
 }
+static inline void kvmmu_write64(void *p, uint64_t v)
+{
+    memcpy(p, &v, sizeof v);
+}
 
 #endif /* KVMMU_MEMORY_H */

@@ -11,6 +11,7 @@ cdef extern from "_memory.h" nogil:
     bint kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
     bint kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
     uint64_t kvmmu_read64(const void *p)
+    void kvmmu_write64(void *p, uint64_t v)
     uint32_t kvmmu_read32(const void *p)
 
 cdef struct guest_slot:

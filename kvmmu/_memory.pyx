@@ -243,7 +243,7 @@ cdef class GuestMemory:
     def _pieces(self, gpa, size):
         """(offset into the request, the uint8 array there, or None for a hole) for [gpa, gpa + size)."""
         if gpa < 0 or size < 0 or gpa + size > GPA_LIMIT:
-            raise ValueError(f"[{gpa:#x}, {gpa + size:#x}) is not within 52 bits of guest-physical address")
+            raise ValueError(f"{size} ({size:#x}) bytes at gpa {gpa:#x} are not within 52 bits of guest-physical address")
         at = gpa
         first = max(bisect_right(self.starts, gpa) - 1, 0)
         for region in self.regions[first:bisect_right(self.starts, gpa + size)]:
@@ -260,8 +260,9 @@ cdef class GuestMemory:
 
     def read(self, gpa, n):
         """The n bytes at gpa; holes read as zero."""
+        pieces = list(self._pieces(int(gpa), n))
         out = bytearray(n)
-        for offset, length, data in self._pieces(int(gpa), n):
+        for offset, length, data in pieces:
             if data is not None:
                 out[offset:offset + length] = data.tobytes()
         return bytes(out)
@@ -294,6 +295,8 @@ cdef class GuestMemory:
 
     def write_u64(self, gpa, value):
         """Write a little-endian 64-bit word; errors as `write()`."""
+        if not 0 <= value < 1 << 64:
+            raise ValueError(f"value: want 64 bits, got {value:#x}")
         self.write(gpa, int(value).to_bytes(8, "little"))
 
     def __repr__(self):

@@ -1,57 +1,36 @@
 """PageWalk (kvm_pagewalk): one set of guest tables, walked for one address, for arrays, or for a record."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-from kvmmu._batch cimport batch_columns, translate_rows
+from kvmmu._arguments cimport check_scalar_access, check_scalar_gva
+from kvmmu._batch cimport Job
 from kvmmu._bits cimport (
-    ACCESS_VALID_MASK, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, PFERR_PK_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK,
-    PFERR_RSVD_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS, PT_MAX_LEVELS, RFLAGS_AC_SHIFT, ROLE_DIRECT_MASK,
-    ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_NON_CANONICAL, STATUS_OK,
+    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
+    PAGE_SIZE, PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._contexts cimport Contexts, VcpuArch, fill_format, prepare_contexts, role_of
+from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, role_of, second_stage
+from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
-from kvmmu._memory cimport GuestMemory, SlotTable
-from kvmmu._walk cimport init_pagewalk, kvm_pagewalk, vcpu_arch, walk_result, walk_step
+from kvmmu._memory cimport GuestMemory
+from kvmmu._walk cimport (
+    init_pagewalk, init_second_stage_face, kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch,
+    walk_result,
+)
 
 from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole
 from kvmmu.columns import Span, check_access, check_array, check_out, check_size
-from kvmmu.faults import fault_of
-from kvmmu.record import WalkRecord, WalkStep
+from kvmmu.faults import fault_of, nested_fault_of
+from kvmmu.nested import Ept
+from kvmmu.record import WalkRecord
 
-_GVA_LIMIT = 1 << 64
 _PAGE = int(PAGE_SIZE)
-
-
-cdef uint32_t check_scalar_access(access) except? 0xffffffff:
-    """An access of a scalar call."""
-    cdef uint64_t value
-    try:
-        value = access
-    except OverflowError:
-        value = _GVA_LIMIT - 1
-    if value & ~ACCESS_VALID_MASK:
-        check_access(access, 1)
-    return <uint32_t>value
-
-
-cdef uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
-    try:
-        return gva
-    except OverflowError:
-        raise ValueError(f"gva: want 0 to {_GVA_LIMIT - 1:#x}, got {gva:#x}") from None
-
-
-cdef void *column(name, columns, Py_ssize_t n) except? NULL:
-    """Data pointer of an output column, NULL if it is not wanted. The array stays alive through `columns`."""
-    array = columns.get(name)
-    if array is None or n == 0:
-        return NULL
-    return <void *><uintptr_t>array.ctypes.data
 
 
 cdef class PageWalk:
@@ -94,7 +73,33 @@ cdef class PageWalk:
         self.init_count += 1
         init_pagewalk(&self.w, role, &self.caps)
         if not role & ROLE_DIRECT_MASK:
-            fill_format(self.fmt, role, &self.caps)
+            fill_format(self.fmt, role, &self.caps, False)
+
+    def set_second_stage(self, SecondStage second):
+        """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
+        self.second = second
+        self.w.ngpa = NULL if second is None else &second.n
+
+    def enter(self, stage):
+        """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
+
+        Returns
+        -------
+        SecondStage
+        """
+        if self.second is not None and stage == self.second.stage and self.w.cpu_role:
+            return self.second
+        cdef SecondStage second = second_stage(stage, &self.caps)
+        self.init_count += self.second is None or second.n.cpu_role != self.w.cpu_role
+        self.second = second
+        self.fmt = second.fmt
+        init_second_stage_face(&self.w, &second.n)
+        return second
+
+    def leave(self):
+        """Be no walk any more."""
+        self.second = None
+        self.w.cpu_role = 0
 
     def set_memory(self, GuestMemory mem):
         """Walk in another address space (SMM)."""
@@ -107,20 +112,32 @@ cdef class PageWalk:
         if self.table is not self.mem.table:
             self.table = self.mem.table
             self.w.mem = &self.table.mem
+        if self.second is not None:
+            self.second.use_memory(self.mem)
         return &self.w
 
     @property
     def cpu_role(self):
         return CpuRole(int(self.w.cpu_role))
 
+    def set_delivery(self, deliver):
+        """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
+        self.deliver = deliver
+
+    def inject_page_fault(self, fault, from_hardware=None):
+        """What a fault of this walk leads to, as `Vcpu.inject()` describes it."""
+        return self.deliver(fault, from_hardware)
+
     def get_guest_pgd(self):
-        """The root register as it stands: CR3."""
-        return int(self.vcpu.arch.cr3)
+        """The root as it stands: CR3, EPTP or nested CR3."""
+        return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
 
     def get_pdptr(self, i):
-        """PDPTE register i, 0 to 3. Meaningful under PAE paging only."""
+        """PDPTE i, 0 to 3: a register, or in a second stage a word in memory. Meaningful under PAE paging only."""
         if not 0 <= i < 4:
-            raise ValueError(f"a PDPTE register is one of 0 to 3, got {i}")
+            raise ValueError(f"a PDPTE is one of 0 to 3, got {i}")
+        if self.w.is_nested:
+            return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
@@ -147,8 +164,9 @@ cdef class PageWalk:
 
         Parameters
         ----------
-        regs : sequence of Regs
-            PAE sets without `pdptrs` load them from memory here.
+        regs : sequence of Regs, or of (Regs, Ept or Npt or None)
+            A pair walks under that second stage (None: none), a Regs alone under the one in force, if any. PAE sets without
+            `pdptrs` load them from memory here.
 
         Returns
         -------
@@ -159,11 +177,17 @@ cdef class PageWalk:
         GeneralProtection
             A set is illegal; the message names its row.
         """
-        return prepare_contexts(list(regs), self.admit, &self.caps)
+        if self.w.is_nested:
+            raise ValueError("regs: register sets make a first stage; translate them through gva_walk")
+        try:
+            rows = list(regs)
+        except TypeError:
+            raise TypeError(f"regs: want a sequence of Regs, got {regs!r}") from None
+        return prepare_contexts(rows, self.admit, &self.caps, self.second)
 
     def reload(self, Contexts contexts, Py_ssize_t i, regs):
         """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
-        contexts.reload(i, self.admit(regs))
+        contexts.reload(i, self.admit(regs, contexts.seconds[i]))
 
     def translate(self, gva, access=0, *, regs=None, ctx=None, fields=("gpa", "status", "error_code"), set_ad=True, threads=1,
                   out=None):
@@ -180,7 +204,8 @@ cdef class PageWalk:
         ctx : ndarray of uint32, shape (n,), optional
             Row of `regs` for each address; needed if `regs` has more than one.
         fields : sequence of str
-            Columns wanted: gpa, status, error_code, level, pte, pte_gpa, pte_access, refs.
+            Columns wanted: gpa, status, error_code, level, pte, pte_gpa, pte_access, refs, ngpa, fault_gpa,
+            exit_qualification.
         set_ad : bool
             False suppresses the stores of accessed and dirty bits, and nothing else.
         threads : int
@@ -213,8 +238,8 @@ cdef class PageWalk:
         cdef kvm_page_format fmt
         cdef const kvm_pagewalk *walks = &own
         cdef const uint32_t *ctx_data = NULL
-        cdef batch_columns columns
         cdef bint ad = bool(set_ad)
+        self.current()
         if not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: want a positive integer, got {threads!r}")
         access = check_access(access, n)
@@ -231,23 +256,12 @@ cdef class PageWalk:
             own.vcpu, own.fmt = &arch, &fmt
 
         out, wanted = check_out(out, fields, n)
-        columns.gpa = <uint64_t *>column("gpa", wanted, n)
-        columns.status = <uint8_t *>column("status", wanted, n)
-        columns.error_code = <uint32_t *>column("error_code", wanted, n)
-        columns.level = <uint8_t *>column("level", wanted, n)
-        columns.pte = <uint64_t *>column("pte", wanted, n)
-        columns.pte_gpa = <uint64_t *>column("pte_gpa", wanted, n)
-        columns.pte_access = <uint8_t *>column("pte_access", wanted, n)
-        columns.refs = <uint8_t *>column("refs", wanted, n)
         if n == 0:
             return out
 
-        cdef const uint64_t[::1] gvas = gva
-        cdef const uint8_t[::1] accesses = access
-        cdef size_t stride = 1 if accesses.shape[0] == n and n > 1 else 0
-        job = _Job(self.mem.table)
-        (<_Job>job).walks, (<_Job>job).ctx, (<_Job>job).gva = walks, ctx_data, &gvas[0]
-        (<_Job>job).access, (<_Job>job).stride, (<_Job>job).columns, (<_Job>job).set_ad = &accesses[0], stride, columns, ad
+        cdef Job job = Job(wanted, gva, access, ad)
+        job.alive = (self.mem.table, contexts, self.second)
+        job.walks, job.ctx = walks, ctx_data
         if threads == 1 or n < threads:
             job.run(0, n)
         else:
@@ -294,10 +308,17 @@ cdef class PageWalk:
         cdef walk_result r
         self.current().gva_to_gpa(&self.w, addr, explicit_access(a), True, &r)
         if r.status != STATUS_OK:
-            raise fault_of(
-                r.status, address=int(addr & self.w.gva_mask), access=Access(a), error_code=int(r.error_code), level=int(r.level),
-                entry=int(r.pte), entry_gpa=int(r.pte_gpa) if r.pte_gpa != INVALID_GPA else None, rule=self.rule_of(&r, a))
+            raise self.fault(&r, addr & self.w.gva_mask, a)
         return r.gpa
+
+    cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access):
+        """The exception behind a result."""
+        details = {"address": int(addr), "access": Access(access), "level": int(r.level), "entry": int(r.pte),
+                   "entry_gpa": int(r.pte_gpa) if r.pte_gpa != INVALID_GPA else None, "rule": self.rule_of(r, access)}
+        if r.status in (STATUS_PAGE_FAULT, STATUS_NON_CANONICAL):
+            return fault_of(r.status, error_code=int(r.error_code), **details)
+        return nested_fault_of(
+            r.status, fault_gpa=int(r.fault_gpa), exit_qualification=int(r.exit_qualification), **details)
 
     def span(self, gva, size, access=0):
         """Translate one access of size bytes, which may cross into the next page: that page is walked second.
@@ -322,6 +343,7 @@ cdef class PageWalk:
             bits of the first page are set by then.
         """
         length = int(check_size(size, 1)[0])
+        gva = int(check_scalar_gva(gva))
         first = min(length, _PAGE - gva % _PAGE)
         parts = [(self.gva_to_gpa(gva, access), first)]
         if first < length:
@@ -379,11 +401,13 @@ cdef class PageWalk:
         """The rule behind a fault, as one word."""
         if r.status == STATUS_NON_CANONICAL:
             return "non-canonical"
-        if not r.error_code & PFERR_PRESENT_MASK:
-            return "hole" if r.hole else "not-present"
-        if r.error_code & PFERR_RSVD_MASK:
-            return "reserved"
-        return self.fmt.rule(r.pte_access, access, pkey_denied=bool(r.error_code & PFERR_PK_MASK))
+        if r.status == STATUS_PAGE_FAULT:
+            return entry_rule(self.fmt, r, r.error_code, access)
+        if r.status == STATUS_EPT_MISCONFIG:
+            return "misconfig"
+        if r.status == STATUS_PML_FULL:
+            return "pml-full"
+        return second_stage_rule(self.second.fmt, r, access)
 
     def walk_record(self, gva, access=0):
         """The whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.
@@ -402,44 +426,62 @@ cdef class PageWalk:
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | self.rflags_ac()
         cdef const kvm_pagewalk *w = self.current()
-        cdef walk_step steps[PT_MAX_LEVELS]
+        if self.w.is_nested:
+            return self.second_record(addr, a & ~<uint32_t>ACCESS_AC_MASK, True, a)
         cdef walk_result r
-        cdef int i, n = w.walk_steps(w, addr, explicit_access(a), steps)
-        cdef int bits = PT32_INDEX_BITS if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS
         w.gva_to_gpa(w, addr, explicit_access(a), False, &r)
         addr &= w.gva_mask
-        acc, entries = 15, []
-        for i in range(n):
-            in_register = steps[i].pte_gpa == INVALID_GPA
-            rights = 15 if in_register and steps[i].access else int(steps[i].access)    # a PDPTE gives and takes none
-            acc &= rights
-            entries.append(WalkStep(
-                level=steps[i].level, index=int((addr >> (PAGE_SHIFT + bits * (steps[i].level - 1))) & ((1 << bits) - 1)),
-                gpa=None if in_register else int(steps[i].pte_gpa), entry=int(steps[i].pte),
-                access=rights, pte_access=acc))
+        steps = walk_steps(w, addr, explicit_access(a))
+        final = None
+        if self.second is not None:
+            table_access = self.second.n.table_access | <uint32_t>ACCESS_USER_MASK
+            steps = [replace(step, nested=self.second_record(step.gpa, table_access, False, 0)) if step.gpa is not None else step
+                     for step in steps]
+            if r.ngpa != INVALID_GPA:
+                final = self.second_record(r.ngpa, explicit_access(a), True, r.pte_access if r.status == STATUS_OK else (
+                    steps[-1].pte_access if steps else int(ACC_ALL)))
         return WalkRecord(
             gva=int(addr), access=Access(a), status=Status(r.status), gpa=int(r.gpa) if r.status == STATUS_OK else None,
             error_code=int(r.error_code), level=int(r.level), rule=None if r.status == STATUS_OK else self.rule_of(&r, a),
-            steps=tuple(entries), mode_bits=32 if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else 64)
+            steps=tuple(steps), mode_bits=32 if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else 64, refs=int(r.refs), final=final,
+            ngpa=int(r.ngpa) if self.second is not None and r.ngpa != INVALID_GPA else None,
+            exit_qualification=int(r.exit_qualification))
+
+    def second_stage_gpa(self, gpa, access, pte_access, final=True):
+        """This second stage for an access that the first stage granted with rights pte_access; see `Vcpu.translate_gpa()`.
+
+        final False: an access to a paging-structure entry of the first stage.
+        """
+        cdef uint64_t addr = check_scalar_gva(gpa)
+        cdef uint32_t a = check_scalar_access(access)
+        cdef walk_result r
+        self.current()
+        r.refs = 0
+        r.error_code = 0
+        r.status = translate_nested_gpa(&self.second.n, addr, explicit_access(a), final, pte_access, True, &r.gpa, &r)
+        if r.status != STATUS_OK:
+            raise self.fault(&r, addr, a)
+        return r.gpa
+
+    cdef object second_record(self, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access):
+        """The record of one walk of the second stage."""
+        cdef const kvm_pagewalk *n = &self.second.n
+        cdef walk_result r
+        cdef uint64_t gpa = 0
+        if self.w.is_nested:                    # by itself: U says whether the first stage would grant the page to users
+            pte_access = <uint32_t>(ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK)
+        r.refs = 0
+        r.error_code = 0
+        status = translate_nested_gpa(n, ngpa, access, final, pte_access, False, &gpa, &r)
+        r.status = status
+        steps = walk_steps(n, ngpa & n.gva_mask, second_stage_access(n, access, final, pte_access))
+        if isinstance(self.second.stage, Ept):
+            steps = [replace(step, ept=True) for step in steps]
+        return WalkRecord(
+            gva=int(ngpa), access=Access(access), status=Status(status), gpa=int(gpa) if status == STATUS_OK else None,
+            error_code=0, level=steps[-1].level if steps else 0, rule=None if status == STATUS_OK else self.rule_of(&r, access),
+            steps=tuple(steps), mode_bits=32 if n.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else 64, refs=int(r.refs),
+            exit_qualification=int(r.exit_qualification) if status != STATUS_OK else 0)
 
     def __repr__(self):
         return f"<PageWalk level {self.cpu_role.level} of {self.mem!r}>"
-
-
-cdef class _Job:
-    """One batch, so that threads can run parts of it."""
-    cdef SlotTable table                # keeps the slots alive
-    cdef const kvm_pagewalk *walks
-    cdef const uint32_t *ctx
-    cdef const uint64_t *gva
-    cdef const uint8_t *access
-    cdef size_t stride
-    cdef batch_columns columns
-    cdef bint set_ad
-
-    def __cinit__(self, SlotTable table):
-        self.table = table
-
-    def run(self, size_t start, size_t stop):
-        with nogil:
-            translate_rows(self.walks, self.ctx, self.gva, self.access, self.stride, start, stop, self.set_ad, &self.columns)

@@ -82,7 +82,8 @@ cdef class Replayer:
         """
         self.contexts.use_memory(self.walk.mem)
         if not self.apply_writes(pos):
-            raise ValueError(f"table write {self.next_write} goes to gpa {self.w_gpa[self.next_write]:#x}, which is no table page")
+            gpa = int(self.w_gpa[self.next_write])
+            raise ValueError(f"table write {self.next_write} goes to gpa {gpa:#x}, which is no table page")
 
     cdef bint apply_writes(self, uint64_t pos) noexcept nogil:
         cdef uint8_t *hva

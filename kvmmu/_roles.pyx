@@ -57,7 +57,8 @@ class CpuRole:
         The whole word, its low and its high half.
     level, quadrant, access, smm : int
         Numbers of the page role; `level` is 0 with paging off.
-    has_4_byte_gpte, direct, invalid, efer_nx, cr0_wp, smap_andnot_wp, ad_disabled, guest_mode, passthrough, is_mirror, cr4_smep : bool
+    has_4_byte_gpte, direct, invalid, efer_nx, cr0_wp, smap_andnot_wp, ad_disabled, guest_mode : bool
+    passthrough, is_mirror, cr4_smep : bool
         Flags of the page role.
     valid, execonly, cr4_pse, cr4_pke, cr4_smap, cr4_la57, efer_lma, has_pferr_fetch : bool
         Flags of the extended role.
@@ -72,6 +73,9 @@ class CpuRole:
 
     def __setattr__(self, name, value):
         raise AttributeError(f"CpuRole is frozen: cannot set {name}")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"CpuRole is frozen: cannot delete {name}")
 
     @property
     def base(self):

@@ -3,120 +3,231 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
-    INVALID_GPA, KVMMU_BITS, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, PT32_PAE_INDEX_MASK,
-    PT32_PAE_INDEX_SHIFT, PT32_PSE36_KVM_BITS, PT32_PSE36_SHIFT, PT_ACCESSED_MASK, PT_DIRTY_MASK, PT_PAGE_SIZE_MASK,
-    ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK,
-    ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_EXT_HAS_PFERR_FETCH_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_NON_CANONICAL, STATUS_OK,
-    STATUS_PAGE_FAULT,
+    ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK,
+    ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, EPT_ACCESSED_MASK, EPT_RWX_MASK, EPT_USER_EXECUTABLE_MASK,
+    EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_ACC_WRITE_MASK,
+    EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_USER_MASK,
+    EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK,
+    EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_USER_EXEC_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
+    INVALID_GPA, KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK, PG_LEVEL_4K, PML_ENTITY_NUM, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT32_PSE36_KVM_BITS,
+    PT32_PSE36_SHIFT, PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._format cimport (
-    has_rsvd_bits, kvm_page_format, permission_fault, permission_params, reset_guest_rsvds_bits_mask, rsvd_params,
-    update_permission_bitmask, update_pkru_bitmask,
-)
+from kvmmu._format cimport kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
     cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
-    guest_walker64, has_pdptrs, is_present_gpte, leaf_gpa, read_gpte,
+    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
-from kvmmu._memory cimport gpa_to_hva
+from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_read64, kvmmu_write64
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result, walk_step
 
-# What an A/D update came to.
+# What a walk came to, beside STATUS_*.
 cdef enum:
-    AD_DONE
-    AD_RACE_LOST
+    WALK_RACE_LOST = 0xff
 
 
-cdef inline int update_accessed_dirty_bits(guest_walker *walker, bint write) noexcept nogil:
+cdef inline uint64_t get_guest_pgd(const kvm_pagewalk *w) noexcept nogil:
+    return w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
+
+
+# ---- the second stage, as the first one sees it ------------------------------------------------------------------------
+
+cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
+                                  bint set_ad, uint64_t *gpa, walk_result *r) noexcept nogil:
+    cdef walk_result s
+    cdef uint64_t info
+    access = second_stage_access(n, access, final, pte_access)
+    n.gva_to_gpa(n, ngpa, access, set_ad, &s)
+    r.refs += s.refs
+    if s.status == STATUS_OK:
+        gpa[0] = s.gpa
+        return STATUS_OK
+
+    gpa[0] = INVALID_GPA
+    r.pte, r.pte_gpa, r.level, r.hole = s.pte, s.pte_gpa, s.level, s.hole
+    r.pte_access = s.pte_access
+    r.fault_gpa = ngpa & n.fault_gpa_mask
+    r.exit_qualification = 0
+    if s.status == STATUS_PML_FULL:
+        return STATUS_PML_FULL
+    if n.fault_status == STATUS_NESTED_PAGE_FAULT:
+        r.exit_qualification = s.error_code | (n.stage_final if final else n.stage_page)
+        return STATUS_NESTED_PAGE_FAULT
+    if s.error_code & PFERR_RSVD_MASK:
+        return n.rsvd_status
+    if access & ACCESS_WRITE_MASK:
+        info = EPT_VIOLATION_ACC_WRITE_MASK
+    elif access & ACCESS_FETCH_MASK:
+        info = EPT_VIOLATION_ACC_INSTR_MASK
+    else:
+        info = EPT_VIOLATION_ACC_READ_MASK
+    info |= EPT_VIOLATION_GVA_VALID_MASK | (n.stage_final if final else n.stage_page)
+    info |= (s.pte_access & 3) * EPT_VIOLATION_PROT_READ_MASK
+    if s.pte_access & ACC_EXEC_MASK:
+        info |= EPT_VIOLATION_PROT_EXEC_MASK
+    if s.pte_access & ACC_USER_EXEC_MASK and n.cpu_role & ROLE_CR4_SMEP_MASK:
+        info |= EPT_VIOLATION_PROT_USER_EXEC_MASK
+    if final and n.advanced_info:
+        if pte_access & ACC_USER_MASK:
+            info |= EPT_VIOLATION_GVA_USER_MASK
+        if pte_access & ACC_WRITE_MASK:
+            info |= EPT_VIOLATION_GVA_WRITABLE_MASK
+        if not pte_access & ACC_EXEC_MASK:
+            info |= EPT_VIOLATION_GVA_NX_MASK
+    r.exit_qualification = info
+    return n.fault_status
+
+
+cdef inline void log_dirty(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
+    """Log a page that is about to become dirty in L1's page-modification log, which is not full."""
+    cdef uint8_t *hva
+    cdef bint readonly = False
+    hva = gpa_to_hva(w.mem, w.pml.address + w.pml.index * sizeof(uint64_t), &readonly)
+    if hva is not NULL and not readonly:
+        kvmmu_write64(hva, gpa & ~PAGE_OFFSET_MASK)
+    w.pml.index -= 1
+
+
+# ---- the walk ----------------------------------------------------------------------------------------------------------
+
+cdef inline uint8_t update_accessed_dirty_bits(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, bint write,
+                                               bint set_ad, walk_result *r) noexcept nogil:
     """Step 7. Sets A on every entry of the walk and, for a write, D on the leaf; entries in read-only slots are skipped."""
     cdef int level
-    cdef uint64_t pte, wanted
+    cdef uint64_t pte, wanted, gpa
+    cdef uint8_t status, refs = r.refs             # the check of a write right reads no entry again
+    cdef bint leaf_dirties
+    if write and w.pml is not NULL and w.pml.index >= PML_ENTITY_NUM:      # before any bit changes
+        if not walker.ptes[walker.level - 1] & (w.accessed_mask << 1):
+            return STATUS_PML_FULL
     for level in range(walker.top_level, walker.level - 1, -1):
         pte = walker.ptes[level - 1]
-        wanted = pte | PT_ACCESSED_MASK
-        if write and level == walker.level:
-            wanted |= PT_DIRTY_MASK
-        if wanted == pte or walker.pte_hva[level - 1] is NULL:
+        wanted = pte | w.accessed_mask
+        leaf_dirties = write and level == walker.level
+        if leaf_dirties:
+            wanted |= w.accessed_mask << 1
+        if wanted == pte:
+            continue
+        if w.ngpa is not NULL and not w.ngpa.table_access:          # only read so far: the update is a write of its own
+            status = translate_nested_gpa(
+                w.ngpa, walker.pte_gpa[level - 1], <uint32_t>ACCESS_WRITE_MASK, False, 0, set_ad, &gpa, r)
+            r.refs = refs
+            if status != STATUS_OK:
+                return status
+        if not set_ad:
+            continue
+        if leaf_dirties and w.pml is not NULL:
+            log_dirty(w, addr)
+        if walker.pte_hva[level - 1] is NULL:
             continue
         if not cmpxchg_gpte(walker, walker.pte_hva[level - 1], pte, wanted):
-            return AD_RACE_LOST
+            return WALK_RACE_LOST
         walker.ptes[level - 1] = wanted
-    return AD_DONE
+    return STATUS_OK
 
 
-cdef inline uint32_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, uint32_t access,
-                                    bint *race_lost, bint set_ad) noexcept nogil:
-    """Steps 1 to 7 without the restart. Returns 0 or (STATUS_PAGE_FAULT << 16 | the P, RSVD and PK bits of the error code)."""
+cdef inline uint8_t final_gpa(guest_walker *walker, const kvm_pagewalk *w, uint32_t access, bint set_ad,
+                              walk_result *r) noexcept nogil:
+    """Step 8."""
+    if w.ngpa is NULL:
+        return STATUS_OK
+    return translate_nested_gpa(w.ngpa, walker.gpa, access, True, walker.pte_access, set_ad, &walker.gpa, r)
+
+
+cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, uint32_t access, bint set_ad,
+                                   walk_result *r) noexcept nogil:
+    """Steps 1 to 8. Returns STATUS_* or WALK_RACE_LOST. OUT r: error_code (P, RSVD, PK), refs, all of a second-stage fault."""
     cdef int level = w.level
-    cdef uint64_t pte = w.vcpu.cr3
+    cdef uint64_t pte = get_guest_pgd(w)
     cdef uint64_t rights = ~<uint64_t>0
-    cdef uint64_t unset
-    cdef uint32_t errcode, fault = <uint32_t>STATUS_PAGE_FAULT << 16
+    cdef uint64_t unset, gpa
     cdef uint8_t *hva
+    cdef uint8_t status
     cdef bint readonly = False, write = (access & ACCESS_WRITE_MASK) != 0
+    # in locals, because the compiler must take every store below for one to w
+    cdef const guest_mem *mem = w.mem
+    cdef const kvm_page_format *fmt = w.fmt
+    cdef const kvm_pagewalk *ngpa = w.ngpa
+    cdef uint64_t present_mask = w.present_mask, page_size_mask = w.page_size_mask
 
-    race_lost[0] = False
-    walker.refs = 0
+    r.refs = 0
+    r.error_code = 0
     walker.hole = False
     if has_pdptrs(walker, level):                                                   # step 1
-        pte = w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
         walker.level = level
-        walker.ptes[level - 1] = pte
         walker.pte_gpa[level - 1] = INVALID_GPA
         walker.pte_access = 0
-        if not is_present_gpte(walker, pte):
-            return fault
+        if w.pdptes_in_memory:
+            gpa = (pte & CR3_PAE_PDPT_MASK) + ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
+            walker.pte_gpa[level - 1] = gpa
+            r.refs += 1
+            hva = gpa_to_hva(mem, gpa, &readonly)
+            walker.hole = hva is NULL
+            pte = 0 if hva is NULL else kvmmu_read64(hva)
+        else:
+            pte = w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
+        walker.ptes[level - 1] = pte
+        if not pte & PT_PRESENT_MASK:
+            return STATUS_PAGE_FAULT
+        if pte & w.pdpte_rsvd_mask:
+            r.error_code = <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
+            return STATUS_PAGE_FAULT
         level -= 1
     walker.top_level = level
 
     while True:
         walker.level = level                                                        # step 2
-        walker.pte_gpa[level - 1] = gpte_to_gpa(walker, pte) + gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
-        hva = gpa_to_hva(w.mem, walker.pte_gpa[level - 1], &readonly)
-        walker.refs += 1
+        gpa = gpte_to_gpa(walker, pte) + gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
+        walker.pte_gpa[level - 1] = gpa
+        if ngpa is not NULL:
+            status = translate_nested_gpa(
+                ngpa, gpa, ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
+            if status != STATUS_OK:
+                return status
+        hva = gpa_to_hva(mem, gpa, &readonly)
+        r.refs += 1
         if hva is NULL:
             walker.hole = True
             walker.ptes[level - 1] = 0
             walker.pte_access = 0
-            return fault
+            return STATUS_PAGE_FAULT
         pte = read_gpte(walker, hva)
         walker.ptes[level - 1] = pte
         walker.pte_hva[level - 1] = NULL if readonly else hva
         rights &= gpte_rights(walker, pte)
-        if not is_present_gpte(walker, pte):                                        # step 3
+        if not pte & present_mask:                                                  # step 3
             walker.pte_access = 0
-            return fault
-        if has_rsvd_bits(w.fmt, pte, level):                                        # step 4
+            return STATUS_PAGE_FAULT
+        if is_rsvd_bits_set(walker, fmt, pte, level):                               # step 4
             walker.pte_access = gpte_access(walker, rights)
-            return fault | <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
-        if level == PG_LEVEL_4K or pte & w.page_size_mask:                          # step 5
+            r.error_code = <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
+            return STATUS_PAGE_FAULT
+        if level == PG_LEVEL_4K or pte & page_size_mask:                            # step 5
             break
         level -= 1
 
     walker.pte_access = gpte_access(walker, rights)                                 # step 6
-    errcode = permission_fault(w.fmt, w.vcpu.pkru, walker.pte_access, gpte_pkey(walker, pte), access)
-    if errcode:
-        return fault | errcode
-    walker.gpa = leaf_gpa(walker, pte, level, addr, w.pse36_mask)
+    r.error_code = permission_fault(fmt, w.vcpu.pkru, walker.pte_access, gpte_pkey(walker, pte), access)
+    if r.error_code:
+        return STATUS_PAGE_FAULT
+    walker.gpa = r.ngpa = leaf_gpa(walker, pte, level, addr, w.pse36_mask)
 
+    if w.final_before_ad:
+        status = final_gpa(walker, w, access, set_ad, r)
+        if status != STATUS_OK:
+            return status
     # A of every entry, and for a write D of the leaf: rights hold the AND of all A bits
-    unset = PT_ACCESSED_MASK & ~rights
+    unset = w.accessed_mask & ~rights
     if write:
-        unset |= PT_DIRTY_MASK & ~pte
-    if unset and set_ad:                                                            # step 7
-        race_lost[0] = update_accessed_dirty_bits(walker, write) == AD_RACE_LOST
-    return 0
-
-
-cdef inline uint32_t walk_addr_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, uint32_t access,
-                                       bint set_ad) noexcept nogil:
-    """The walk, restarted until no entry changed under it. Each restart finds one more bit set by us or by somebody else."""
-    cdef bint race_lost = True
-    cdef uint32_t fault = 0
-    while race_lost:
-        fault = walk_addr_once(walker, w, addr, access, &race_lost, set_ad)
-    return fault
+        unset |= (w.accessed_mask << 1) & ~pte
+    if unset:                                                                       # step 7
+        status = update_accessed_dirty_bits(walker, w, addr, write, set_ad, r)
+        if status != STATUS_OK:
+            return status
+    return STATUS_OK if w.final_before_ad else final_gpa(walker, w, access, set_ad, r)      # step 8
 
 
 cdef inline bint is_noncanonical(const kvm_pagewalk *w, uint64_t gva) noexcept nogil:
@@ -125,13 +236,14 @@ cdef inline bint is_noncanonical(const kvm_pagewalk *w, uint64_t gva) noexcept n
 
 cdef inline void set_no_walk(walk_result *r, uint64_t gpa, uint8_t status) noexcept nogil:
     """A result that no entry was read for."""
-    r.gpa = gpa
+    r.gpa = r.ngpa = gpa
     r.pte = 0
-    r.pte_gpa = INVALID_GPA
+    r.pte_gpa = r.fault_gpa = INVALID_GPA
+    r.exit_qualification = 0
     r.error_code = 0
     r.status = status
     r.level = 0
-    r.pte_access = <uint8_t>ACC_ALL
+    r.pte_access = <uint8_t>ACC_ALL if status == STATUS_OK else 0
     r.refs = 0
     r.hole = False
 
@@ -139,35 +251,52 @@ cdef inline void set_no_walk(walk_result *r, uint64_t gpa, uint8_t status) noexc
 cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
                                     walk_result *r) noexcept nogil:
     cdef uint64_t addr = gva & w.gva_mask
-    cdef uint32_t fault
+    cdef uint8_t status = WALK_RACE_LOST
     if is_noncanonical(w, addr):
         set_no_walk(r, INVALID_GPA, STATUS_NON_CANONICAL)
         return
-    fault = walk_addr_generic(walker, w, addr, access, set_ad)
-    r.status = <uint8_t>(fault >> 16)
-    r.gpa = INVALID_GPA if fault else walker.gpa
-    r.error_code = ((fault & 0xffff) | (access & w.pferr_mask)) if fault else 0
+    if addr & w.ngpa_rsvd_mask:
+        set_no_walk(r, INVALID_GPA, STATUS_PAGE_FAULT)
+        r.error_code = access & w.pferr_mask
+        return
+    r.ngpa = r.fault_gpa = INVALID_GPA
+    r.exit_qualification = 0
+    while status == WALK_RACE_LOST:         # each restart finds one more bit set by us or by somebody else
+        status = walk_addr_once(walker, w, addr, access, set_ad, r)
+    r.status = status
+    r.gpa = INVALID_GPA
+    if status == STATUS_OK:
+        r.gpa = walker.gpa
+    elif status == STATUS_PAGE_FAULT:
+        r.error_code |= access & w.pferr_mask
+        r.ngpa = INVALID_GPA
+    elif w.ngpa is not NULL:                # the entry that failed is the second stage's
+        return
     r.pte = walker.ptes[walker.level - 1]
     r.pte_gpa = walker.pte_gpa[walker.level - 1]
     r.level = <uint8_t>walker.level
     r.pte_access = <uint8_t>walker.pte_access
-    r.refs = walker.refs
     r.hole = walker.hole
 
 
 cdef inline int walk_steps_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
                                    walk_step *steps) noexcept nogil:
     cdef uint64_t addr = gva & w.gva_mask
-    cdef int level, n = 0
-    if is_noncanonical(w, addr):
+    cdef walk_result r
+    cdef int level, last, n = 0
+    if is_noncanonical(w, addr) or addr & w.ngpa_rsvd_mask:
         return 0
-    walk_addr_generic(walker, w, addr, access, False)
-    for level in range(w.level, walker.level - 1, -1):
+    for level in range(w.level):
+        walker.ptes[level] = 0
+        walker.pte_gpa[level] = INVALID_GPA
+    walk_addr_once(walker, w, addr, access, False, &r)
+    last = walker.level
+    for level in range(w.level, last - 1, -1):
         steps[n].level = level
         steps[n].pte = walker.ptes[level - 1]
         steps[n].pte_gpa = walker.pte_gpa[level - 1]
         steps[n].access = 0
-        if is_present_gpte(walker, walker.ptes[level - 1]):
+        if steps[n].pte & w.present_mask:
             steps[n].access = gpte_access(walker, gpte_rights(walker, walker.ptes[level - 1]))
         n += 1
     return n
@@ -195,8 +324,39 @@ cdef int paging64_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t acces
     return walk_steps_generic(&walker, w, gva, access, steps)
 
 
+cdef void ept_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    cdef guest_walkerEPT walker
+    gva_to_gpa_generic(&walker, w, gva, access, set_ad, r)
+
+
+cdef int ept_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil:
+    cdef guest_walkerEPT walker
+    return walk_steps_generic(&walker, w, gva, access, steps)
+
+
+cdef inline void translate_whole_gpa(const kvm_pagewalk *n, uint32_t access, uint32_t pte_access, bint set_ad,
+                                     walk_result *r) noexcept nogil:
+    """The second stage of r.ngpa, no first stage before it: the fault address is the whole address in either conformance."""
+    r.status = translate_nested_gpa(n, r.ngpa, access, True, pte_access, set_ad, &r.gpa, r)
+    if r.status != STATUS_OK:
+        r.fault_gpa = r.ngpa
+
+
 cdef void nonpaging_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    """Identity; under a second stage, that stage with every right of the first: each address is a user-mode one."""
     set_no_walk(r, gva & w.gva_mask, STATUS_OK)
+    if w.ngpa is not NULL:
+        translate_whole_gpa(w.ngpa, access, <uint32_t>ACC_ALL, set_ad, r)
+
+
+cdef void second_stage_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
+                                  walk_result *r) noexcept nogil:
+    """The second stage by itself: a final access whose U says whether the first stage would grant it to users."""
+    cdef uint32_t pte_access = <uint32_t>ACC_ALL
+    if not access & ACCESS_USER_MASK:
+        pte_access &= ~<uint32_t>ACC_USER_MASK
+    set_no_walk(r, gva, STATUS_OK)
+    translate_whole_gpa(w.ngpa, access, pte_access, set_ad, r)
 
 
 cdef int nonpaging_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil:
@@ -214,57 +374,102 @@ cdef int pse36_bits(const cpu_caps *caps) noexcept nogil:
     return min(caps.maxphyaddr, 40) - 32
 
 
-cdef void init_page_format(kvm_page_format *fmt, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """The format of the tables of a paging role."""
-    cdef permission_params p
-    cdef rsvd_params rsvd
-    p.tdp = False
-    p.ept = False
-    p.smep = (cpu_role & ROLE_CR4_SMEP_MASK) != 0
-    p.smap = (cpu_role & ROLE_EXT_CR4_SMAP_MASK) != 0
-    p.wp = (cpu_role & ROLE_CR0_WP_MASK) != 0
-    p.nx = (cpu_role & ROLE_EFER_NX_MASK) != 0
-    update_permission_bitmask(fmt, &p)
-    update_pkru_bitmask(fmt, (cpu_role & ROLE_EXT_CR4_PKE_MASK) != 0, p.wp)
-    rsvd.level = <int>(cpu_role & ROLE_LEVEL_MASK)
-    rsvd.maxphyaddr = caps.maxphyaddr
-    rsvd.nx = p.nx
-    rsvd.gbpages = caps.gbpages
-    rsvd.pse = (cpu_role & ROLE_EXT_CR4_PSE_MASK) != 0
-    rsvd.pse36_bits = pse36_bits(caps)
-    rsvd.amd = caps.amd
-    reset_guest_rsvds_bits_mask(fmt, &rsvd)
+cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
+    """What both stages share: the instance of the walk and the data of its format."""
+    w.cpu_role = cpu_role
+    w.level = <int>(cpu_role & ROLE_LEVEL_MASK)
+    w.gva_mask = ~<uint64_t>0 if cpu_role & ROLE_EXT_EFER_LMA_MASK else GVA32_MASK
+    w.canonical_shift = 0
+    w.present_mask = PT_PRESENT_MASK
+    w.page_size_mask = PT_PAGE_SIZE_MASK
+    w.pse36_mask = 0
+    w.accessed_mask = PT_ACCESSED_MASK
+    w.pferr_mask = <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK)
+    w.final_before_ad = caps.kvm
+    w.is_nested = w.pdptes_in_memory = False
+    w.pdpte_rsvd_mask = w.ngpa_rsvd_mask = 0
+    w.pml = NULL
+    if not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
+        w.gva_to_gpa = paging64_gva_to_gpa
+        w.walk_steps = paging64_walk_steps
+        return
+    w.gva_to_gpa = paging32_gva_to_gpa
+    w.walk_steps = paging32_walk_steps
+    if not cpu_role & ROLE_EXT_CR4_PSE_MASK:
+        w.page_size_mask = 0
+    if pse36_bits(caps):
+        w.pse36_mask = KVMMU_BITS(PT32_PSE36_SHIFT, PT32_PSE36_SHIFT + pse36_bits(caps) - 1)
+
+
+cdef bint reports_fetch(uint64_t cpu_role, const cpu_caps *caps, bint smep) noexcept nogil:
+    """Whether an error code tells fetches: SMEP, or NX; by the manuals NX counts only with PAE."""
+    if smep:
+        return True
+    return (cpu_role & ROLE_EFER_NX_MASK) != 0 and (caps.kvm or not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK)
 
 
 cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """All of w that follows from the role; mem, vcpu and fmt are the caller's."""
-    cdef bint lma = (cpu_role & ROLE_EXT_EFER_LMA_MASK) != 0
-    cdef bint reports_fetch = (cpu_role & ROLE_EXT_HAS_PFERR_FETCH_MASK) != 0
-    w.cpu_role = cpu_role
-    w.level = <int>(cpu_role & ROLE_LEVEL_MASK)
-    w.gva_mask = ~<uint64_t>0 if lma else GVA32_MASK
-    w.canonical_shift = 0
-    if lma:
-        w.canonical_shift = 64 - (GVA_BITS_5_LEVEL if cpu_role & ROLE_EXT_CR4_LA57_MASK else GVA_BITS_4_LEVEL)
-    w.page_size_mask = PT_PAGE_SIZE_MASK
-    w.pse36_mask = 0
+    """All of a first stage that follows from the role; mem, vcpu, fmt and ngpa are the caller's."""
+    init_instance(w, cpu_role, caps)
     if cpu_role & ROLE_DIRECT_MASK:
         w.gva_to_gpa = nonpaging_gva_to_gpa
         w.walk_steps = nonpaging_walk_steps
         w.pferr_mask = 0
         return
-    if cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
-        w.gva_to_gpa = paging32_gva_to_gpa
-        w.walk_steps = paging32_walk_steps
-        if not cpu_role & ROLE_EXT_CR4_PSE_MASK:
-            w.page_size_mask = 0
-        if pse36_bits(caps):
-            w.pse36_mask = KVMMU_BITS(PT32_PSE36_SHIFT, PT32_PSE36_SHIFT + pse36_bits(caps) - 1)
-        if not caps.kvm:                            # the manuals: EFER.NXE counts for I/D only with PAE
-            reports_fetch = (cpu_role & ROLE_CR4_SMEP_MASK) != 0
-    else:
-        w.gva_to_gpa = paging64_gva_to_gpa
-        w.walk_steps = paging64_walk_steps
-    w.pferr_mask = <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK)
-    if reports_fetch:
+    if cpu_role & ROLE_EXT_EFER_LMA_MASK:
+        w.canonical_shift = 64 - (GVA_BITS_5_LEVEL if cpu_role & ROLE_EXT_CR4_LA57_MASK else GVA_BITS_4_LEVEL)
+    if reports_fetch(cpu_role, caps, (cpu_role & ROLE_CR4_SMEP_MASK) != 0):
+        w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+
+
+cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
+    w[0] = n[0]
+    w.ngpa = n
+    w.gva_to_gpa = second_stage_gva_to_gpa
+
+
+cdef void init_nested(kvm_pagewalk *w, const cpu_caps *caps) noexcept nogil:
+    """What EPT and NPT share."""
+    w.is_nested = True
+    w.ngpa = NULL
+    w.final_before_ad = False
+    w.fault_gpa_mask = ~PAGE_OFFSET_MASK if caps.kvm else ~<uint64_t>0
+    w.user_always = w.user_by_pte = 0
+    w.advanced_info = False
+
+
+cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil:
+    cdef bint have_ad = not cpu_role & ROLE_AD_DISABLED_MASK
+    init_instance(w, cpu_role, caps)
+    init_nested(w, caps)
+    w.gva_to_gpa = ept_gva_to_gpa
+    w.walk_steps = ept_walk_steps
+    w.gva_mask = ~<uint64_t>0
+    w.present_mask = EPT_RWX_MASK | (EPT_USER_EXECUTABLE_MASK if cpu_role & ROLE_CR4_SMEP_MASK else 0)
+    w.accessed_mask = EPT_ACCESSED_MASK if have_ad else 0
+    if not caps.kvm and w.level == 4:
+        w.ngpa_rsvd_mask = KVMMU_BITS(GVA_BITS_4_LEVEL, 63)
+    w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+    w.user_by_pte = <uint32_t>ACCESS_USER_MASK
+    # With A/D bits every access to a guest paging-structure entry is a write; without, KVM's walker still asks for one
+    w.table_access = <uint32_t>ACCESS_WRITE_MASK if have_ad or caps.kvm else 0
+    w.fault_status = STATUS_EPT_VIOLATION
+    w.rsvd_status = STATUS_EPT_MISCONFIG
+    w.stage_final = EPT_VIOLATION_GVA_TRANSLATED_MASK
+    w.stage_page = EPT_VIOLATION_ACC_READ_MASK
+    w.advanced_info = advanced_info and not caps.kvm
+
+
+cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil:
+    cdef bint gmet = (cpu_role & ROLE_CR4_SMEP_MASK) != 0
+    init_instance(w, cpu_role, caps)
+    init_nested(w, caps)
+    w.pdptes_in_memory = w.level == 3
+    if not gmet:
+        w.user_always = <uint32_t>ACCESS_USER_MASK
+    w.table_access = <uint32_t>ACCESS_WRITE_MASK
+    w.fault_status = w.rsvd_status = STATUS_NESTED_PAGE_FAULT
+    w.stage_final = PFERR_GUEST_FINAL_MASK
+    w.stage_page = PFERR_GUEST_PAGE_MASK
+    if reports_fetch(cpu_role, caps, host_smep):
         w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK

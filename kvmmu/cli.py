@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import numpy as np
 import kvmmu
 from kvmmu._bits import Access, Status
 from kvmmu.faults import error_code_text
-from kvmmu.replay import recording_vcpu, replay
+from kvmmu.figure import plot_walk
+from kvmmu.replay import recording_vcpu, replay, use_context
 from kvmmu.report import progress_bar, replay_tables, show_tables
 from kvmmu.traces import Recording, bundled
 
@@ -25,15 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 on a mismatch, 2 on bad input."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        return 0
+        return _reader_left()
     except KeyboardInterrupt:
         print("kvmmu: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, kvmmu.GuestFault) as error:
         print(f"kvmmu: {error}", file=sys.stderr)
         return 2
+
+
+def _reader_left() -> int:
+    """The reader of stdout closed it, which is no mismatch. What Python still wants to flush at exit goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--access", type=_access, default=Access.AC, metavar="LETTERS",
                       help="r read, w write, x fetch; u user; a EFLAGS.AC set; i implicit (default: ra)")
     walk.add_argument("--json", action="store_true", help="print one JSON object")
+    walk.add_argument("--plot", metavar="FILE", help="save a figure of the walk of a single GVA (.png, .svg, .pdf)")
     walk.set_defaults(run=_walk)
     return parser
 
@@ -80,6 +91,8 @@ def _access(text: str) -> Access:
         if letter not in _ACCESS_LETTERS:
             raise argparse.ArgumentTypeError(f"{letter!r} is none of the letters {' '.join(_ACCESS_LETTERS)}")
         access |= _ACCESS_LETTERS[letter]
+    if access & Access.WRITE and access & Access.FETCH:
+        raise argparse.ArgumentTypeError(f"{text!r} both writes and fetches")
     return access
 
 
@@ -104,16 +117,19 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _walk(args: argparse.Namespace) -> int:
+    if args.plot is not None and len(args.gva) > 1:
+        raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
     recording = _open(args)
     vcpu, contexts = recording_vcpu(recording)
     if not 0 <= args.ctx < len(contexts):
         raise ValueError(f"--ctx {args.ctx}: the recording has contexts 0 to {len(contexts) - 1}")
-    regs = contexts[args.ctx]
-    vcpu.set_regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs)
+    use_context(vcpu, contexts[args.ctx])
     started = time.perf_counter()
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
     seconds = time.perf_counter() - started
-    recorded = [_recorded_gpas(recording, args.ctx, gva) for gva in args.gva]
+    if args.plot is not None:
+        plot_walk(records[0], args.plot)
+    recorded = [_recorded_gpas(recording, args.ctx, record.gva) for record in records]
     verified = [record.gpa in gpas for record, gpas in zip(records, recorded, strict=True)]
     # the tables of a dyn phase move on: an address recorded later proves nothing about its start
     wrong = [recording.phase == "static" and bool(gpas) and record.status == Status.OK and not right
@@ -122,7 +138,7 @@ def _walk(args: argparse.Namespace) -> int:
         faults: dict[str, int] = {}
         for record in records:
             if record.status:
-                kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else record.status.name
+                kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else Status(record.status).name
                 faults[kind] = faults.get(kind, 0) + 1
         walks = [record.to_dict() | {"recorded_gpa": [hex(gpa) for gpa in gpas]}
                  for record, gpas in zip(records, recorded, strict=True)]

@@ -1,5 +1,6 @@
 """Columns of batch translations, and the checks of what callers pass as columns."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -13,7 +14,8 @@ __all__ = ["COLUMNS", "Span", "Translation"]
 COLUMNS: dict[str, np.dtype[Any]] = {
     "gpa": np.dtype(np.uint64), "status": np.dtype(np.uint8), "error_code": np.dtype(np.uint32),
     "level": np.dtype(np.uint8), "pte": np.dtype(np.uint64), "pte_gpa": np.dtype(np.uint64),
-    "pte_access": np.dtype(np.uint8), "refs": np.dtype(np.uint8),
+    "pte_access": np.dtype(np.uint8), "refs": np.dtype(np.uint8), "ngpa": np.dtype(np.uint64),
+    "fault_gpa": np.dtype(np.uint64), "exit_qualification": np.dtype(np.uint64),
 }
 ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT)
 SPAN_MAX = 4096
@@ -37,7 +39,13 @@ class Translation:
     pte_access : ndarray of uint8, shape (n,)
         Rights (`Acc`): the AND over the walk; 0 where an entry is not present.
     refs : ndarray of uint8, shape (n,)
-        Paging-structure entries read.
+        Paging-structure entries read, in both stages: 4; 24 for 4-on-4.
+    ngpa : ndarray of uint64, shape (n,)
+        What the first stage came to; INVALID_GPA where it failed. Without a second stage the same as `gpa`.
+    fault_gpa : ndarray of uint64, shape (n,)
+        The address that the second stage could not translate, else INVALID_GPA.
+    exit_qualification : ndarray of uint64, shape (n,)
+        Of a fault of the second stage: the exit qualification, or EXITINFO1 of a nested page fault; else 0.
     """
 
     __slots__ = tuple(COLUMNS)
@@ -158,7 +166,13 @@ def check_size(size: int | NDArray[np.unsignedinteger], n: int) -> NDArray[np.ui
             raise ValueError(f"size: want unsigned integers, got {size.dtype}")
         check_array("size", size, size.dtype, n)
     else:
-        size = np.array([int(size)], np.int64)
+        try:
+            number = operator.index(size)
+        except TypeError:
+            raise ValueError(f"size: want an integer or an ndarray of unsigned integers, got {size!r}") from None
+        if not 1 <= number <= SPAN_MAX:
+            raise ValueError(f"size: want 1 to {SPAN_MAX} bytes, got {number}")
+        size = np.array([number], np.int64)
     if size.size and not (int(size.min()) >= 1 and int(size.max()) <= SPAN_MAX):
         bad = size[(size < 1) | (size > SPAN_MAX)][0]
         raise ValueError(f"size: want 1 to {SPAN_MAX} bytes, got {int(bad)}")

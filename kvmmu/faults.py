@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from kvmmu._bits import Access, Pferr, Status
+from kvmmu._bits import Access, NpfInfo, Pferr, Status
 
-__all__ = ["GeneralProtection", "GuestFault", "InvalidOpcode", "PageFault", "fault_of"]
+__all__ = [
+    "EptMisconfig", "EptViolation", "GeneralProtection", "GuestFault", "InvalidOpcode", "NestedFault", "NestedPageFault",
+    "PageFault", "PmlFull", "fault_of", "nested_fault_of",
+]
 
 
 class GuestFault(Exception):
@@ -48,6 +51,39 @@ class GeneralProtection(GuestFault):
     """#GP: a non-canonical address, or an illegal value for a register."""
 
 
+class NestedFault(GuestFault):
+    """A fault of the second stage: an exit to L1. `level` and `entry` are the second stage's.
+
+    Attributes
+    ----------
+    fault_gpa : int
+        The guest-physical address (bytes) that could not be translated.
+    exit_qualification : int
+        The exit qualification of an EPT violation, or EXITINFO1 of a nested page fault.
+    """
+
+    def __init__(self, message: str, *, fault_gpa: int, exit_qualification: int = 0, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.fault_gpa = fault_gpa
+        self.exit_qualification = exit_qualification
+
+
+class EptViolation(NestedFault):
+    """EPT violation: not present, or a right is missing."""
+
+
+class EptMisconfig(NestedFault):
+    """EPT misconfiguration: a reserved bit, a bad memory type or combination of rights."""
+
+
+class NestedPageFault(NestedFault):
+    """#NPF."""
+
+
+class PmlFull(NestedFault):
+    """L1's page-modification log is full."""
+
+
 class InvalidOpcode(GuestFault):
     """#UD: an instruction that the registers do not allow."""
 
@@ -64,7 +100,11 @@ _RULES = {
     "smap": "SMAP: a supervisor cannot access a user page",
     "pkey": "the protection key forbids it",
     "non-canonical": "the address is not canonical",
+    "misconfig": "the entry is misconfigured",
+    "pml-full": "the page-modification log is full",
 }
+_ERROR_BITS = ((Pferr.PRESENT, "P"), (Pferr.WRITE, "W"), (Pferr.USER, "U"), (Pferr.RSVD, "RSVD"), (Pferr.FETCH, "F"),
+               (Pferr.PK, "PK"), (Pferr.SS, "SS"))
 _ENTRY_NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE", 4: "PML4E", 5: "PML5E"}
 
 
@@ -89,9 +129,14 @@ def access_text(access: int) -> str:
 
 def error_code_text(error_code: int) -> str:
     """An error code with its bits named: 0x3 (P W)."""
-    short = {"PRESENT": "P", "WRITE": "W", "USER": "U", "FETCH": "F"}
-    names = " ".join(short.get(name, name) for name, flag in Pferr.__members__.items() if error_code & flag)
+    names = " ".join(name for flag, name in _ERROR_BITS if error_code & flag)
     return f"{error_code:#x}" + (f" ({names})" if names else "")
+
+
+def npf_info_text(info: int) -> str:
+    """An EXITINFO1 with its bits named: 0x100000006 (W U final)."""
+    stages = (" final" if info & NpfInfo.GUEST_FINAL else "") + (" table" if info & NpfInfo.GUEST_PAGE else "")
+    return f"{info:#x} ({' '.join(name for flag, name in _ERROR_BITS if info & flag)}{stages})"
 
 
 def fault_of(status: int, *, address: int, access: Access, error_code: int, level: int, entry: int, entry_gpa: int | None,
@@ -104,3 +149,24 @@ def fault_of(status: int, *, address: int, access: Access, error_code: int, leve
         return GeneralProtection(f"#GP: {what}: {rule_text(rule)}", **details)
     place = f"{entry_name(level)} {entry:#x}" + (f" at gpa {entry_gpa:#x}" if entry_gpa is not None else "")
     return PageFault(f"#PF {error_code_text(error_code)}: {what}: {rule_text(rule)} ({place})", **details)
+
+
+_NESTED: dict[int, tuple[type[NestedFault], str]] = {
+    Status.EPT_VIOLATION: (EptViolation, "EPT violation"), Status.EPT_MISCONFIG: (EptMisconfig, "EPT misconfiguration"),
+    Status.NESTED_PAGE_FAULT: (NestedPageFault, "#NPF"), Status.PML_FULL: (PmlFull, "PML full")}
+
+
+def nested_title(status: int) -> str:
+    """The name of a second-stage exit."""
+    return _NESTED[status][1]
+
+
+def nested_fault_of(status: int, *, fault_gpa: int, exit_qualification: int, **details: Any) -> GuestFault:
+    """The exception for a status of the second stage, not raised."""
+    kind, title = _NESTED[status]
+    address, access, rule = details["address"], details["access"], details["rule"]
+    what = "load of the PDPTEs" if address is None else f"{access_text(access)} of {address:#x}"
+    why = f": {rule_text(rule)}" if rule else ""
+    place = f"level {details['level']} entry {details['entry']:#x}"
+    return kind(f"{title} at gpa {fault_gpa:#x} ({exit_qualification:#x}): {what}{why} ({place})",
+                fault_gpa=fault_gpa, exit_qualification=exit_qualification, **details)

@@ -1,14 +1,16 @@
 """The record of one walk: every entry that was read, what rights it gives, and the rule that failed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from kvmmu._bits import Acc, Access, Status
-from kvmmu.faults import access_text, entry_name, error_code_text, rule_text
+from kvmmu.faults import access_text, entry_name, error_code_text, nested_title, rule_text
 
 __all__ = ["WalkRecord", "WalkStep"]
 
 _FLAG_BITS = ((5, "A"), (6, "D"), (8, "G"))
+_EPT_FLAG_BITS = ((8, "A"), (9, "D"))
 _BIT7 = {1: "PAT"}
 
 
@@ -18,7 +20,7 @@ def rights_text(acc: int) -> str:
     return "".join(letter if acc & right else "-" for right, letter in letters)
 
 
-def _size_text(size: int | None) -> str:
+def size_text(size: int | None) -> str:
     """Bytes of a page in words; None is no paging."""
     if size is None:
         return "paging off"
@@ -46,6 +48,10 @@ class WalkStep:
         Rights (`Acc`) of this entry alone.
     pte_access : int
         Rights down to and including it.
+    nested : WalkRecord or None
+        The second stage of `gpa`, which is then the address in L2's physical space.
+    ept : bool
+        The entry has the form of EPT, with other bits for its flags.
     """
 
     level: int
@@ -54,15 +60,23 @@ class WalkStep:
     entry: int
     access: int
     pte_access: int
+    nested: "WalkRecord | None" = None
+    ept: bool = False
 
     @property
     def name(self) -> str:
         return entry_name(self.level)
 
+    @property
+    def flags(self) -> str:
+        """The names of the entry's flags that are set, as A D PS."""
+        bits = (*(_EPT_FLAG_BITS if self.ept else _FLAG_BITS), (7, _BIT7.get(self.level, "PS")))
+        return " ".join(name for bit, name in bits if self.entry >> bit & 1 and not (self.ept and name == "PAT"))
+
     def __str__(self) -> str:
         place = "register    " if self.gpa is None else f"{self.gpa:#014x}"
-        flags = " ".join(name for bit, name in (*_FLAG_BITS, (7, _BIT7.get(self.level, "PS"))) if self.entry >> bit & 1)
-        return f"{self.name:<5} [{self.index:4}] at {place}: {self.entry:#018x} {rights_text(self.pte_access)} {flags}".rstrip()
+        rights = f"{rights_text(self.pte_access)} {self.flags}".rstrip()
+        return f"{self.name:<5} [{self.index:4}] at {place}: {self.entry:#018x} {rights}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,14 @@ class WalkRecord:
         Root first; empty with paging off or a non-canonical address.
     mode_bits : int
         Width of an entry: 32 in 2-level paging, else 64.
+    refs : int
+        Paging-structure entries read, in both stages.
+    final : WalkRecord or None
+        The second stage of the address that the first one came to.
+    ngpa : int or None
+        That address, under a second stage.
+    exit_qualification : int
+        Of a fault of the second stage: the exit qualification, or EXITINFO1.
     status : Status
     gpa : int or None
         Where it ends; None on a fault.
@@ -99,6 +121,10 @@ class WalkRecord:
     rule: str | None
     steps: tuple[WalkStep, ...] = ()
     mode_bits: int = 64
+    refs: int = 0
+    final: "WalkRecord | None" = None
+    ngpa: int | None = None
+    exit_qualification: int = 0
 
     @property
     def page_size(self) -> int | None:
@@ -110,24 +136,47 @@ class WalkRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; addresses and entries as hexadecimal text."""
-        return {
+        plain: dict[str, Any] = {
             "gva": hex(self.gva), "access": access_text(self.access), "status": self.status.name,
             "gpa": None if self.gpa is None else hex(self.gpa), "error_code": self.error_code, "level": self.level,
-            "rule": self.rule,
-            "steps": [{"name": step.name, "level": step.level, "index": step.index,
-                       "gpa": None if step.gpa is None else hex(step.gpa), "entry": hex(step.entry),
-                       "rights": rights_text(step.access), "rights_so_far": rights_text(step.pte_access)}
-                      for step in self.steps],
+            "rule": self.rule, "refs": self.refs, "steps": [_step_dict(step) for step in self.steps],
         }
+        if self.final is not None and self.ngpa is not None:
+            plain |= {"ngpa": hex(self.ngpa), "final": self.final.to_dict()}
+        if self.exit_qualification:
+            plain["exit_qualification"] = hex(self.exit_qualification)
+        return plain
+
+    def outcome(self) -> str:
+        """The last line: where the walk ends, or why it does not."""
+        if self.status == Status.OK:
+            return f"-> gpa {self.gpa:#x} ({size_text(self.page_size)})"
+        if self.status == Status.NON_CANONICAL:
+            return f"-> #GP: {rule_text(str(self.rule))}"
+        if self.status == Status.PAGE_FAULT:
+            return f"-> #PF {error_code_text(self.error_code)}: {rule_text(str(self.rule))}"
+        return f"-> {nested_title(self.status)} {self.exit_qualification:#x}: {rule_text(str(self.rule))}"
+
+    def lines(self, indent: str = "") -> Iterator[str]:
+        """The walk as text lines; each second-stage walk is indented under the address that it translates."""
+        for step in self.steps:
+            if step.nested is not None:
+                yield f"{indent}    nGPA {step.gpa:#x}, {access_text(step.nested.access)} of a table"
+                yield from step.nested.lines(indent + "      ")
+                yield f"{indent}      {step.nested.outcome()}"
+                if step.nested.status:
+                    return
+            yield f"{indent}  {step}"
+        if self.final is not None:
+            yield f"{indent}    nGPA {self.ngpa:#x}, final {access_text(self.final.access)}"
+            yield from self.final.lines(indent + "      ")
 
     def __str__(self) -> str:
-        lines = [f"{access_text(self.access)} of {self.gva:#x}"]
-        lines += [f"  {step}" for step in self.steps]
-        if self.status == Status.OK:
-            size = _size_text(self.page_size)
-            lines.append(f"  -> gpa {self.gpa:#x} ({size})")
-        elif self.status == Status.NON_CANONICAL:
-            lines.append(f"  -> #GP: {rule_text(str(self.rule))}")
-        else:
-            lines.append(f"  -> #PF {error_code_text(self.error_code)}: {rule_text(str(self.rule))}")
-        return "\n".join(lines)
+        return "\n".join([f"{access_text(self.access)} of {self.gva:#x}", *self.lines(), f"  {self.outcome()}"])
+
+
+def _step_dict(step: WalkStep) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "name": step.name, "level": step.level, "index": step.index, "gpa": None if step.gpa is None else hex(step.gpa),
+        "entry": hex(step.entry), "rights": rights_text(step.access), "rights_so_far": rights_text(step.pte_access)}
+    return plain if step.nested is None else plain | {"nested": step.nested.to_dict()}

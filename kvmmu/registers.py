@@ -4,7 +4,9 @@ Sources: SDM vol. 3, "Control Registers", "Paging Modes and Control Bits", "Enab
 and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Feature Enable Register (EFER)".
 """
 
+import operator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from kvmmu._bits import (
     CR3_NOFLUSH,
@@ -19,10 +21,17 @@ from kvmmu._bits import (
     Cr4,
     Efer,
 )
-from kvmmu._memory import GuestMemory
 from kvmmu.faults import GeneralProtection, InvalidOpcode
 
 __all__ = ["CpuModel", "Regs"]
+
+class TableSpace(Protocol):
+    """Memory that PDPTEs are loaded from: guest-physical, or L2's through a second stage."""
+
+    def is_backed(self, gpa: int, n: int) -> bool: ...
+
+    def read_u64(self, gpa: int) -> int: ...
+
 
 _WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
 
@@ -100,14 +109,17 @@ class Regs:
         for name, bits in _WIDTHS.items():
             value = getattr(self, name)
             try:
-                value = int(value)
+                value = operator.index(value)
             except (TypeError, ValueError):
                 raise TypeError(f"{name}: want an integer, got {value!r}") from None
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name}: want {bits} bits, got {value:#x}")
             object.__setattr__(self, name, value)
         if self.pdptrs is not None:
-            pdptrs = tuple(int(pdpte) for pdpte in self.pdptrs)
+            try:
+                pdptrs = tuple(operator.index(pdpte) for pdpte in self.pdptrs)
+            except TypeError:
+                raise TypeError(f"pdptrs: want four integers, got {self.pdptrs!r}") from None
             if len(pdptrs) != 4 or not all(0 <= pdpte < 1 << 64 for pdpte in pdptrs):
                 raise ValueError(f"pdptrs: want four 64-bit values, got {self.pdptrs!r}")
             object.__setattr__(self, "pdptrs", pdptrs)
@@ -194,7 +206,7 @@ def check_combination(regs: Regs) -> None:
         raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
 
 
-def load_pdptrs(cpu: CpuModel, cr3: int, mem: GuestMemory) -> tuple[int, ...]:
+def load_pdptrs(cpu: CpuModel, cr3: int, mem: TableSpace) -> tuple[int, ...]:
     """The four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is there.
 
     Source: SDM vol. 3, "PDPTE Registers".
@@ -215,7 +227,7 @@ def check_pdptrs(cpu: CpuModel, pdptrs: tuple[int, ...]) -> None:
             raise _gp("pdpte-reserved", f"PDPTE {i} is {pdpte:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
 
-def admit(cpu: CpuModel, regs: Regs, mem: GuestMemory) -> Regs:
+def admit(cpu: CpuModel, regs: Regs, mem: TableSpace) -> Regs:
     """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole."""
     check_cr0(regs.cr0)
     check_cr4(cpu, regs.cr4)
@@ -223,7 +235,7 @@ def admit(cpu: CpuModel, regs: Regs, mem: GuestMemory) -> Regs:
     check_cr3(cpu, regs)
     check_combination(regs)
     if not regs.is_pae_paging:
-        return regs
+        return regs if regs.pdptrs is None else replace(regs, pdptrs=None)
     if regs.pdptrs is None:
         return replace(regs, pdptrs=load_pdptrs(cpu, regs.cr3, mem))
     check_pdptrs(cpu, regs.pdptrs)
@@ -235,7 +247,7 @@ def admit(cpu: CpuModel, regs: Regs, mem: GuestMemory) -> Regs:
 _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
 
 
-def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: GuestMemory) -> Regs:
+def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace) -> Regs:
     """The registers after MOV to CRn; #GP if the transition is illegal.
 
     Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
@@ -281,7 +293,7 @@ def _after_mov_cr4(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     return replace(regs, cr4=value)
 
 
-def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: GuestMemory) -> Regs:
+def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace) -> Regs:
     if not regs.is_long_mode and value >> 32:
         raise ValueError(f"outside long mode MOV to CR3 has 32 bits, got {value:#x}")
     if regs.cr4 & Cr4.PCIDE:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._bits import CR3_PAE_PDPT, Access, Status
+from kvmmu._bits import CR3_PAE_PDPT, Access, NpfInfo, Status
 from kvmmu._memory import GuestMemory
 from kvmmu._replay import Replayer
-from kvmmu.faults import GeneralProtection, access_text, error_code_text
+from kvmmu.faults import GeneralProtection, NestedFault, access_text, error_code_text, npf_info_text
+from kvmmu.nested import Npt
 from kvmmu.registers import CpuModel, Regs, check_pdptrs
-from kvmmu.traces import Recording, RecordingError
+from kvmmu.traces import Recording
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vcpu import Vcpu
@@ -21,12 +22,16 @@ from kvmmu.vcpu import Vcpu
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay"]
 
 _EVENT_CR3 = 1
+_EVENT_WORLD_SWITCH = 7
 _PDPTE_ACCESSED = 1 << 5
 _CHUNK = 1 << 20
 _EXPLAINED = 20
 Progress = Callable[[int, int], object]
 
 _PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
+
+
+Context = Regs | tuple[Regs, Npt]         # inside a nested guest: with its second stage
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Report:
         return plain | {"rate": self.rate}
 
 
-def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Regs]]:
+def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     """A vCPU over the page tables of a recording, and the register sets of its contexts.
 
     Parameters
@@ -123,21 +128,39 @@ def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Regs]]:
     Vcpu, list of Regs
         The vCPU has the registers of the first context.
     """
-    if recording.nested:
-        raise RecordingError(f"{recording.path}: has a nested guest, whose second-stage tables this version does not walk")
     mem = GuestMemory.from_pages(recording.table_pfn << np.uint64(12), recording.table_data)
     cpu = CpuModel(vendor="amd", maxphyaddr=recording.maxphyaddr)
     contexts = [_context(mem, cpu, recording, *registers) for registers in recording.ctx.tolist()]
-    vcpu = Vcpu(mem, cpu=cpu)
+    vcpu = Vcpu(mem, cpu=cpu, tdp="npt")
     if contexts:
-        vcpu.set_regs(**_registers(contexts[0]))
+        use_context(vcpu, contexts[0])
     return vcpu, contexts
 
 
-def _context(mem: GuestMemory, cpu: CpuModel, recording: Recording, _guest: int, cr3: int, _ncr3: int, cr0: int, cr4: int,
-             efer: int) -> Regs:
+def use_context(vcpu: Vcpu, context: Context) -> None:
+    """Put a register context of a recording in force: a Regs, or (Regs, Npt) inside the nested guest."""
+    vcpu.leave_nested()
+    if isinstance(context, tuple):
+        regs, stage = context
+        vcpu.enter_nested(stage, **_registers(regs))
+    else:
+        vcpu.set_regs(**_registers(context))
+
+
+def _context(mem: GuestMemory, cpu: CpuModel, recording: Recording, guest: int, cr3: int, ncr3: int, cr0: int, cr4: int,
+             efer: int) -> Context:
     regs = Regs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru)
+    if guest:
+        return regs, nested_stage(recording, ncr3)
     return replace(regs, pdptrs=_pdptrs(mem, cpu, cr3)) if regs.is_pae_paging else regs
+
+
+def nested_stage(recording: Recording, ncr3: int) -> Npt:
+    """The second stage at a nested CR3, in the format that the registers of L1 choose."""
+    for guest, _, _, _, cr4, efer in recording.ctx.tolist():
+        if not guest:
+            return Npt(ncr3, cr4=cr4, efer=efer)
+    return Npt(ncr3, cr4=recording.registers["cr4"], efer=recording.registers["efer"])
 
 
 def _pdptrs(mem: GuestMemory, cpu: CpuModel, cr3: int) -> tuple[int, ...]:
@@ -191,6 +214,7 @@ class _Run:
         self.progress = progress
         self.vcpu, self.regs = recording_vcpu(recording)
         self.walk = self.vcpu.gva_walk
+        self.vcpu.leave_nested()                        # so that contexts of L1 walk one stage
         self.contexts = self.walk.prepare(self.regs)
         access_of = (ACCESS_OF_KIND[:, None] | ACCESS_OF_PRIV).ravel()
         self.replayer = Replayer(self.walk, self.contexts, recording, access_of)
@@ -227,8 +251,10 @@ class _Run:
             loads = recording.events.code == _EVENT_CR3
             actions += [(pos, 0, cr3) for pos, cr3 in zip(
                 recording.events.pos[loads].tolist(), recording.events.val[loads].tolist(), strict=True)]
+        actions += [(pos, 3, number) for number, pos in enumerate(recording.npt_faults.pos.tolist())]
         actions += [(pos, 2, 0) for pos in range(_CHUNK, total, _CHUNK)] + [(total, 2, 0)]
-        handlers: dict[int, Callable[[int], None]] = {0: self._reload_pdptrs, 1: self._check_fault, 2: lambda _: None}
+        handlers: dict[int, Callable[[int], None]] = {
+            0: self._reload_pdptrs, 1: self._check_fault, 2: lambda _: None, 3: self._check_npt_fault}
         start = 0
         for pos, what, argument in sorted(actions):
             yield start, pos, partial(handlers[what], argument)
@@ -240,6 +266,7 @@ class _Run:
             if row < stop:
                 self._mismatch_at(row)
             start = row + 1
+        self.replayer.settle(stop)                      # also what a mismatch at the end wrote
 
     def _mismatch_at(self, row: int) -> None:
         self.report.mismatches += 1
@@ -252,15 +279,16 @@ class _Run:
             self._explain(columns["gva"], access, columns["ctx"])))
 
     def _explain(self, gva: int, access: int, ctx: int) -> str:
-        self.vcpu.set_regs(**_registers(self.regs[ctx]))
+        use_context(self.vcpu, self.regs[ctx])
         return str(self.walk.walk_record(gva, access))
 
     def _reload_pdptrs(self, cr3: int) -> None:
         """A CR3 load under PAE paging: the contexts with this CR3 take the PDPTEs as they are in memory now."""
         for i, regs in enumerate(self.regs):
-            if regs.cr3 == cr3:
-                self.regs[i] = replace(regs, pdptrs=_pdptrs(self.vcpu.mem, self.vcpu.cpu, cr3))
-                self.walk.reload(self.contexts, i, self.regs[i])
+            if isinstance(regs, Regs) and regs.cr3 == cr3:
+                loaded = replace(regs, pdptrs=_pdptrs(self.vcpu.mem, self.vcpu.cpu, cr3))
+                self.regs[i] = loaded
+                self.walk.reload(self.contexts, i, loaded)
 
     def _check_fault(self, number: int) -> None:
         """Hold the walk against a recorded page fault; the tables stand as they were when it was taken."""
@@ -283,3 +311,34 @@ class _Run:
         if len(report.examples) < _EXPLAINED:
             report.examples.append(Mismatch(
                 int(faults.pos[number]), gva, f"#PF {code} at {gva:#x}", self._explain(gva, int(access), ctx)))
+
+    def _check_npt_fault(self, number: int) -> None:
+        """Hold the second stage against a recorded #NPF; its tables stand as they were when it was taken."""
+        report, faults = self.report, self.recording.npt_faults
+        pos, gpa, info = (int(column[number]) for column in (faults.pos, faults.gpa, faults.info1))
+        code = f"#NPF {npf_info_text(info)}"
+        report.faults[code] = report.faults.get(code, 0) + 1
+        if not report.faults_checked:
+            return
+        self.replayer.settle(pos)
+        walked = self._npt_fault_at(pos, gpa, info)
+        if walked == (info, gpa):
+            report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
+            return
+        report.mismatches += 1
+        if len(report.examples) < _EXPLAINED:
+            text = "no fault" if walked is None else f"{npf_info_text(walked[0])} at gpa {walked[1]:#x}"
+            report.examples.append(Mismatch(pos, gpa, f"{code} at gpa {gpa:#x}", text))
+
+    def _npt_fault_at(self, pos: int, gpa: int, info: int) -> tuple[int, int] | None:
+        """(EXITINFO1, EXITINFO2) of the access that a recorded #NPF tells of, or None if it succeeds."""
+        events = self.recording.events
+        entries = np.flatnonzero((events.code == _EVENT_WORLD_SWITCH) & (events.val == 1) & (events.pos <= pos))
+        self.vcpu.leave_nested()
+        self.vcpu.enter_nested(nested_stage(self.recording, int(events.aux[entries[-1]])), cr0=0x11, cr4=0, efer=0)
+        try:
+            self.vcpu.ngpa_walk.second_stage_gpa(
+                gpa, info & (Access.WRITE | Access.USER | Access.FETCH), 15, final=bool(info & NpfInfo.GUEST_FINAL))
+        except NestedFault as fault:
+            return fault.exit_qualification, fault.fault_gpa
+        return None

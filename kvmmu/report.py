@@ -1,5 +1,6 @@
 """Tables and progress for the terminal: with rich where it is installed (extra `cli`), in plain text without it."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def replay_tables(report: Report) -> list[Table]:
     tables: list[Table] = [
         (f"{report.name}, {report.phase} phase, mode {report.mode}", ("", ""), summary),
         ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
-        ("Verified, by page size", ("page", "accesses"),
+        ("By page size", ("page", "accesses"),
          [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
     ]
     if report.faults:
@@ -56,14 +57,17 @@ def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
     if rich is None:
         _show_plain(tables, file)
         return
-    console = rich.console.Console(file=file)
+    terminal = rich.console.Console(file=file)
+    text = io.StringIO()                    # written at once below: rich itself would exit with status 1 if the reader is gone
+    console = rich.console.Console(file=text, width=terminal.width, force_terminal=terminal.is_terminal)
     for title, names, rows in tables:
-        table = rich.table.Table(title=title, title_justify="left", show_header=any(names))
+        table = rich.table.Table(show_header=any(names))
         for column, name in enumerate(names):
             table.add_column(name, justify="right" if column else "left")
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        console.print(title, table, sep="\n", highlight=False)
+    file.write(text.getvalue())
 
 
 def _show_plain(tables: list[Table], file: TextIO) -> None:

@@ -1,12 +1,16 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
+import operator
 from dataclasses import fields, replace
 from typing import Any
 
-from kvmmu._contexts import VcpuArch
+from kvmmu._contexts import SecondStage, VcpuArch
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
-from kvmmu.registers import CpuModel, Regs, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
+from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
+from kvmmu.faults import GuestFault, NestedFault, PageFault
+from kvmmu.nested import Ept, Npt, Stage
+from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
 
 __all__ = ["Vcpu"]
 
@@ -34,6 +38,8 @@ class Vcpu:
         Linear address to guest-physical address, by the registers of whoever runs now.
     ngpa_walk : PageWalk
         The second stage under a nested guest. Not in use outside one.
+    cr2 : int
+        The linear address of the last #PF that `inject()` delivered to the guest that runs.
     """
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
@@ -47,26 +53,41 @@ class Vcpu:
         self._tdp = tdp
         self._cpu = CpuModel() if cpu is None else _check_cpu(cpu)
         self._smm = False
+        self._l1_regs: Regs | None = None
         self._regs = _RESET
         self._arch = VcpuArch()
         self.gva_walk = PageWalk(mem, self._arch, self._admit)
         self.ngpa_walk = PageWalk(mem, self._arch, self._admit)
+        self.gva_walk.set_delivery(self._deliver_page_fault)
+        self.ngpa_walk.set_delivery(self._deliver_nested_fault)
+        self.cr2 = 0
         self._use_cpu()
         self._load(_RESET)
 
-    def _admit(self, regs: Regs) -> Regs:
-        return admit(self._cpu, regs, self.mem)
+    def _admit(self, regs: Regs, second: SecondStage | None) -> Regs:
+        """Legal registers, with PDPTEs loaded through a second stage if there is one."""
+        return admit(self._cpu, regs, self._table_space(second))
+
+    def _table_space(self, second: SecondStage | None) -> TableSpace:
+        return self.mem if second is None else _NestedSpace(self.mem, second)
 
     def _load(self, regs: Regs) -> None:
         """Put legal registers in force."""
         self._regs = regs
         self._arch.load(regs)
-        self.gva_walk.init(smm=self._smm)
+        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
 
     def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
+        second = self._second
         self.gva_walk.set_cpu(self._cpu)
         self.ngpa_walk.set_cpu(self._cpu)
+        if second is None:
+            return
+        stage = second.stage
+        if isinstance(stage, Ept) and stage.pml is not None and second.pml_index is not None:
+            stage = replace(stage, pml=replace(stage.pml, index=second.pml_index))      # the log goes on where it is
+        self.gva_walk.set_second_stage(self.ngpa_walk.enter(stage))
 
     @property
     def mem(self) -> GuestMemory:
@@ -101,7 +122,7 @@ class Vcpu:
 
     @cpu.setter
     def cpu(self, cpu: CpuModel) -> None:
-        regs = admit(_check_cpu(cpu), self._regs, self.mem)
+        regs = admit(_check_cpu(cpu), self._regs, self._table_space(self._second))
         self._cpu = cpu
         self._use_cpu()
         self._load(regs)
@@ -115,13 +136,14 @@ class Vcpu:
     def smm(self, smm: bool) -> None:
         self._smm = bool(smm)
         self.gva_walk.set_memory(self.mem)
-        self.gva_walk.init(smm=self._smm)
+        self.ngpa_walk.set_memory(self.mem)
+        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
 
     def set_regs(self, **registers: Any) -> None:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.
 
-        No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging the PDPTEs are those given, or are
-        loaded from memory at CR3; they are checked either way.
+        No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
+        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way.
 
         Raises
         ------
@@ -130,11 +152,8 @@ class Vcpu:
         TypeError
             No such register.
         """
-        known = {register.name for register in fields(Regs)}
-        for name in registers:
-            if name not in known:
-                raise TypeError(f"set_regs() has no register {name!r}; it takes {', '.join(sorted(known))}")
-        self._load(self._admit(replace(self._regs, **({"pdptrs": None} | registers))))
+        stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
+        self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
 
     def mov_cr(self, n: int, value: int) -> None:
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
@@ -151,7 +170,7 @@ class Vcpu:
         """
         if n not in (0, 3, 4):
             raise ValueError(f"mov_cr: want CR 0, 3 or 4, got {n!r}")
-        self._load(after_mov_cr(self._cpu, self._regs, n, _check_bits("value", value, 64), self.mem))
+        self._load(after_mov_cr(self._cpu, self._regs, n, _check_bits("value", value, 64), self._table_space(self._second)))
 
     def wrmsr_efer(self, value: int) -> None:
         """WRMSR to IA32_EFER by the guest. LMA is read-only: what is written there is ignored.
@@ -173,8 +192,167 @@ class Vcpu:
         """
         self._load(after_wrpkru(self._regs, _check_bits("value", value, 32)))
 
+    # ---- nested guests ------------------------------------------------------------------------------------------------
+
+    @property
+    def _second(self) -> SecondStage | None:
+        return self.gva_walk.second
+
+    @property
+    def _guest_mode(self) -> bool:
+        return self._l1_regs is not None
+
+    @property
+    def mmu_is_nested(self) -> bool:
+        """Whether L2 runs under a second stage of L1's, on a host with two-dimensional paging."""
+        return self._second is not None
+
+    def enter_nested(self, stage: Stage | None, **registers: Any) -> None:
+        """Run L2: under L1's second stage (`Ept` or `Npt`), or without nested paging (None).
+
+        Parameters
+        ----------
+        stage : Ept, Npt or None
+        **registers
+            L2's cr0, cr3, cr4, efer, pkru, rflags, pdptrs; those not given are L1's. Under PAE paging PDPTEs that are not given
+            are loaded from memory through the second stage.
+
+        Raises
+        ------
+        GeneralProtection, NestedFault
+            L2's registers are illegal, or the second stage does not reach its PDPTEs; nothing changed.
+        ValueError
+            A second stage without two-dimensional paging on the host, or one that VM entry refuses.
+        """
+        if stage is not None and not isinstance(stage, (Ept, Npt)):
+            raise TypeError(f"stage: want an Ept, an Npt or None, got {type(stage).__name__}")
+        if stage is not None and self._tdp is None:
+            raise ValueError("stage: a host without two-dimensional paging (tdp=None) has no nested EPT or NPT; want None")
+        self._check_stage(stage)
+        l1_regs = self._regs if self._l1_regs is None else self._l1_regs
+        before = self._second
+        second = None
+        if stage is not None:
+            second = self.ngpa_walk.enter(stage)
+        try:
+            regs = self._admit(replace(l1_regs, **({"pdptrs": None} | _known(registers))), second)
+        except GuestFault:
+            self._use_second(before)
+            raise
+        self._l1_regs = l1_regs
+        self._use_second(second)
+        self._load(regs)
+
+    def leave_nested(self) -> None:
+        """Run L1 again, with the registers it had. Harmless when not nested."""
+        if self._l1_regs is None:
+            return
+        regs, self._l1_regs = self._l1_regs, None
+        self._use_second(None)
+        self._load(regs)
+
+    def _use_second(self, second: SecondStage | None) -> None:
+        if second is None:
+            self.ngpa_walk.leave()
+        else:
+            second = self.ngpa_walk.enter(second.stage)
+        self.gva_walk.set_second_stage(second)
+
+    def _check_stage(self, stage: Stage | None) -> None:
+        """What VM entry refuses of a root."""
+        if stage is not None and stage.root & self._cpu.rsvd_gpa_bits:
+            raise ValueError(f"root {stage.root:#x}: bits beyond MAXPHYADDR {self._cpu.maxphyaddr} are reserved")
+
+    def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:
+        """A guest-physical address of a walk as L1 sees it: the identity, except for gva_walk under a second stage.
+
+        Parameters
+        ----------
+        walk : PageWalk
+            Whose address it is.
+        gpa : int
+            Bytes.
+        access : Access
+        pte_access : int
+            Rights (`Acc`) of the first stage; under EPT its U decides what MBEC checks.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        NestedFault
+        """
+        if walk is not self.gva_walk or not self.mmu_is_nested:
+            return gpa
+        return self.ngpa_walk.second_stage_gpa(gpa, access, pte_access)
+
+    def inject(self, fault: GuestFault, from_hardware: int | None = None) -> ExceptionInjected | ExitToL1:
+        """Deliver a fault of a translation by the walk that failed: a #PF by gva_walk, a fault of the second stage by ngpa_walk.
+
+        Parameters
+        ----------
+        fault : PageFault or NestedFault
+            As a scalar call raised it, or made by hand.
+        from_hardware : int, optional
+            If the fault derives from the exit that is being handled, its exit qualification or EXITINFO1. A #PF needs none.
+
+        Returns
+        -------
+        ExceptionInjected, VmxExit or SvmExit
+            What happens. A #PF that the guest takes sets `cr2`; an exit changes nothing: `leave_nested()` is the caller's.
+
+        Raises
+        ------
+        TypeError
+            Neither kind of fault, or not one of this second stage.
+        ValueError
+            A fault of a second stage, and none is in force.
+        """
+        walk = self.ngpa_walk if isinstance(fault, NestedFault) else self.gva_walk
+        return walk.inject_page_fault(fault, from_hardware)
+
+    def _deliver_page_fault(self, fault: GuestFault, from_hardware: int | None) -> ExceptionInjected | ExitToL1:
+        if not isinstance(fault, PageFault):
+            raise TypeError(f"fault: gva_walk delivers a PageFault, got {type(fault).__name__}")
+        stage = None if self._second is None else self._second.stage
+        event = deliver_page_fault(fault, stage, self._guest_mode, vendor=self._cpu.vendor)
+        if isinstance(event, ExceptionInjected):
+            self.cr2 = event.cr2
+        return event
+
+    def _deliver_nested_fault(self, fault: GuestFault, from_hardware: int | None) -> ExitToL1:
+        if not isinstance(fault, NestedFault):
+            raise TypeError(f"fault: ngpa_walk delivers a NestedFault, got {type(fault).__name__}")
+        return deliver_nested_fault(fault, None if self._second is None else self._second.stage, from_hardware)
+
     def __repr__(self) -> str:
         return f"<Vcpu {self.gva_walk.cpu_role!r}>"
+
+
+class _NestedSpace:
+    """L2's physical memory, as far as loading PDPTEs needs it."""
+
+    def __init__(self, mem: GuestMemory, second: SecondStage) -> None:
+        self.mem, self.second = mem, second
+        self.base = self.gpa = 0
+
+    def is_backed(self, gpa: int, n: int) -> bool:
+        self.base, self.gpa = gpa, self.second.pdpt_gpa(self.mem, gpa)
+        return self.mem.is_backed(self.gpa, n)
+
+    def read_u64(self, gpa: int) -> int:
+        return self.mem.read_u64(self.gpa + gpa - self.base)
+
+
+def _known(registers: dict[str, Any]) -> dict[str, Any]:
+    """registers, if all of them are names of registers."""
+    known = {register.name for register in fields(Regs)}
+    for name in registers:
+        if name not in known:
+            raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(known))}")
+    return registers
 
 
 def _check_cpu(cpu: CpuModel) -> CpuModel:
@@ -184,7 +362,10 @@ def _check_cpu(cpu: CpuModel) -> CpuModel:
 
 
 def _check_bits(name: str, value: int, bits: int) -> int:
-    value = int(value)
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: want an integer, got {value!r}") from None
     if not 0 <= value < 1 << bits:
         raise ValueError(f"{name}: want {bits} bits, got {value:#x}")
     return value

@@ -11,8 +11,10 @@ import kvmmu
 
 ROOT = Path(kvmmu.__file__).parent
 # Lowest first; a module imports modules before it.
-LAYERS = ("_bits", "faults", "record", "columns", "_roles", "_memory", "registers", "_format", "_gpte", "_walk", "_batch",
-          "_contexts", "_pagewalk", "vcpu", "_replay", "replay", "report", "cli")
+LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
+          "_format", "_gpte", "_walk", "_batch", "_contexts",
+          "_arguments", "_explain", "_pagewalk", "vcpu", "_replay", "replay", "report",
+          "figure", "cli")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "cli")
 FACE = ("__init__", "__main__")                                         # may import everything

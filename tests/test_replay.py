@@ -17,7 +17,8 @@ from test_recording import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu
-from kvmmu.traces import Recording, RecordingError, bundled
+from kvmmu.replay import recording_vcpu
+from kvmmu.traces import Recording, bundled
 
 CLIPS = Path(__file__).parent / "data" / "linux"
 FULL = os.environ.get("KVMMU_LINUX_DATA")
@@ -394,6 +395,23 @@ def test_a_table_write_into_a_hole_names_the_address():
         kvmmu.replay(replace(recording, writes=writes))
 
 
-def test_a_nested_recording_is_refused():
-    with pytest.raises(RecordingError, match="nested guest"):
-        kvmmu.replay(replace(opened(CLIPS / "l4"), nested=True))
+@pytest.mark.parametrize("name", ["ntoy", "ndyn", "nlin"])
+def test_a_nested_recording_replays(name):
+    """Accesses of L1 through one stage, of L2 through two; every #NPF of a dyn phase with its EXITINFO."""
+    report = kvmmu.replay(CLIPS / name)
+    assert (report.verified, report.mismatches) == (report.accesses, 0), report.examples
+    if report.faults_checked:
+        assert report.faults == report.faults_reproduced
+    assert name != "ndyn" or sum(report.faults.values()) == 189
+
+
+def test_kvm_translate_of_the_nested_guest():
+    """KVM_TRANSLATE on the L2 vCPU: supervisor reads through L2's tables to its physical addresses."""
+    recording = Recording.open(CLIPS / "ntoy")
+    vcpu, contexts = recording_vcpu(recording)
+    context = next(c for c in contexts if isinstance(c, tuple) and c[0].cr3 == recording.vmcb["cr3"])
+    answers = recording.kvm_translate()
+    t = vcpu.gva_walk.translate(answers["gva"], regs=[context], fields=("ngpa",), set_ad=False)
+    assert ((t.ngpa != kvmmu.INVALID_GPA) == (answers["valid"] == 1)).all()
+    valid = answers["valid"] == 1
+    assert (t.ngpa[valid] == answers["gpa"][valid]).all()

@@ -1,0 +1,156 @@
+"""What L1 gives for a nested guest: the second stage as VMX (Ept) or SVM (Npt) describes it."""
+
+from dataclasses import dataclass
+
+from kvmmu._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, Cr0, Cr4
+
+__all__ = ["Ept", "Intercepts", "Npt", "Pml", "Stage"]
+
+_PML_PAGE = 0xFFF
+
+
+def _check_word(name: str, value: int, bits: int = 64) -> None:
+    if not isinstance(value, int) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{name}: want an integer of {bits} bits, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Pml:
+    """L1's page-modification log.
+
+    Parameters
+    ----------
+    address : int
+        Guest-physical address of a page of 512 logged addresses.
+    index : int
+        Next entry to fill, counting down from 511; beyond 511 the log is full.
+    """
+
+    address: int
+    index: int = 511
+
+    def __post_init__(self) -> None:
+        _check_word("address", self.address, 52)
+        _check_word("index", self.index, 16)
+        if self.address & _PML_PAGE:
+            raise ValueError(f"address: {self.address:#x} is not page-aligned")
+
+
+@dataclass(frozen=True)
+class Intercepts:
+    """Which page faults of L2 L1 wants: bit 14 of the exception bitmap, turned over where the error code does not match.
+
+    A fault exits if ((error_code & pfec_mask) == pfec_match) equals bit 14. SVM has the bitmap alone.
+    """
+
+    exception_bitmap: int = 0
+    pfec_mask: int = 0
+    pfec_match: int = 0
+
+    def wants_page_fault(self, error_code: int) -> bool:
+        """Whether a #PF with this error code exits to L1."""
+        matches = error_code & self.pfec_mask == self.pfec_match
+        return bool(self.exception_bitmap >> 14 & 1) == matches
+
+
+@dataclass(frozen=True)
+class Ept:
+    """EPT12: extended page tables that L1 built.
+
+    Parameters
+    ----------
+    eptp : int
+        EPT pointer: memory type (0 or 6), walk length minus one (3 or 4) in bits 5:3, A/D enable in bit 6, root.
+    mbec : bool
+        Mode-based execute control.
+    execonly : bool
+        Execute-only translations are supported.
+    advanced_info : bool
+        Exit qualifications have bits 11:9.
+    page_2m, page_1g : bool
+        Page sizes by capability; page_1g None is as the processor model's gbpages. 1G needs 2M, as on every processor.
+    pml : Pml, optional
+        Page-modification log; needs the A/D bits.
+    intercepts : Intercepts
+        Page faults of L2 that exit to L1.
+    """
+
+    eptp: int
+    mbec: bool = False
+    execonly: bool = True
+    advanced_info: bool = True
+    page_2m: bool = True
+    page_1g: bool | None = None
+    pml: Pml | None = None
+    intercepts: Intercepts = Intercepts()
+
+    def __post_init__(self) -> None:
+        _check_word("eptp", self.eptp)
+        if self.eptp & EPTP_MT not in (EPTP_MT_UC, EPTP_MT_WB):
+            raise ValueError(f"eptp {self.eptp:#x}: memory type {self.eptp & EPTP_MT}, want {EPTP_MT_UC} or {EPTP_MT_WB}")
+        if self.level not in (4, 5):
+            raise ValueError(f"eptp {self.eptp:#x}: a walk of {self.level} levels, want 4 or 5 (bits 5:3 are 3 or 4)")
+        if self.eptp & 0xF80:
+            raise ValueError(f"eptp {self.eptp:#x}: bits 11:7 are reserved")
+        if self.page_1g and not self.page_2m:
+            raise ValueError("page_1g: 1G pages without 2M pages (page_2m=False) exist on no processor")
+        if self.pml is not None and not self.ad:
+            raise ValueError(f"pml: needs accessed and dirty bits, eptp {self.eptp:#x} has bit 6 clear")
+
+    @property
+    def root(self) -> int:
+        return self.eptp
+
+    @property
+    def level(self) -> int:
+        """Levels of the walk."""
+        return ((self.eptp & EPTP_LEVEL) >> EPTP_LEVEL_SHIFT) + 1
+
+    @property
+    def ad(self) -> bool:
+        """Accessed and dirty bits are in use."""
+        return bool(self.eptp & EPTP_AD)
+
+    def huge_page_level(self, gbpages: bool) -> int:
+        """Largest page: 1 4K, 2 2M, 3 1G."""
+        if not self.page_2m:
+            return 1
+        return 3 if (gbpages if self.page_1g is None else self.page_1g) else 2
+
+
+@dataclass(frozen=True)
+class Npt:
+    """NPT12: nested page tables that L1 built.
+
+    Parameters
+    ----------
+    ncr3 : int
+        Nested CR3.
+    cr4, efer : int
+        L1's CR4 and EFER at VMRUN: they choose the format. WP is forced, SMAP and PKE are ignored.
+    gmet : bool
+        Guest-mode execute trap.
+    intercepts : Intercepts
+        Page faults of L2 that exit to L1.
+    """
+
+    ncr3: int
+    cr4: int = int(Cr4.PAE)
+    efer: int = 0xD00
+    gmet: bool = False
+    intercepts: Intercepts = Intercepts()
+
+    def __post_init__(self) -> None:
+        for name in ("ncr3", "cr4", "efer"):
+            _check_word(name, getattr(self, name))
+
+    @property
+    def root(self) -> int:
+        return self.ncr3
+
+    @property
+    def cr0(self) -> int:
+        """The CR0 that nested paging walks with, whatever L1's is."""
+        return int(Cr0.PE | Cr0.WP | Cr0.PG)
+
+Stage = Ept | Npt
