@@ -1,6 +1,6 @@
 """The walk of guest page tables. The steps are listed in `_walk.pxd`."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK,
@@ -82,13 +82,16 @@ cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t
 
 
 cdef inline void log_dirty(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
-    """Log a page that is about to become dirty in L1's page-modification log, which is not full."""
+    """Log a page that is about to become dirty in L1's page-modification log, which was not full a moment ago."""
     cdef uint8_t *hva
     cdef bint readonly = False
-    hva = gpa_to_hva(w.mem, w.pml.address + w.pml.index * sizeof(uint64_t), &readonly)
+    cdef uint16_t index = w.pml.index
+    if index >= PML_ENTITY_NUM:                     # another thread took the last entry
+        return
+    hva = gpa_to_hva(w.mem, w.pml.address + index * sizeof(uint64_t), &readonly)
     if hva is not NULL and not readonly:
         kvmmu_write64(hva, gpa & ~PAGE_OFFSET_MASK)
-    w.pml.index -= 1
+    w.pml.index = index - 1
 
 
 # ---- the walk ----------------------------------------------------------------------------------------------------------

@@ -182,6 +182,20 @@ def random_regs(kvmmu, rng, mode, frames, maxphyaddr):
     return kvmmu.Regs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=int(rng.integers(1 << 32)), pdptrs=pdptrs)
 
 
+def random_stage(kvmmu, rng, frames, maxphyaddr):
+    """A second stage, EPT or NPT, over the same random tables."""
+    root = int(rng.choice(frames)) * PAGE & ((1 << maxphyaddr) - 1)
+    if rng.random() < 0.5:
+        ad = bool(rng.integers(2))
+        pml = None
+        if ad and rng.random() < 0.5:
+            pml = kvmmu.Pml(int(rng.choice(frames)) * PAGE, int(rng.choice((0, 1, 511, 0xFFFF))))
+        return kvmmu.Ept(root | 6 | int(rng.choice((3, 4))) << 3 | ad << 6, mbec=bool(rng.integers(2)),
+                         execonly=bool(rng.integers(2)), advanced_info=bool(rng.integers(2)), pml=pml)
+    cr4, efer = ((0x20, 0xD00), (0x1020, 0xD00), (0x20, 0x800), (0x10, 0))[int(rng.integers(4))]
+    return kvmmu.Npt(root | int(rng.choice((0, 0x20, 0xFE0))), cr4=cr4, efer=efer, gmet=bool(rng.integers(2)))
+
+
 def random_gvas(rng, n, mode):
     """Linear addresses: canonical ones, addresses next to each other, the ends of the space, and anything."""
     gvas = rng.integers(0, 1 << 64, n, np.uint64)
@@ -243,8 +257,11 @@ def walk_batches(kvmmu, rng, counts):
                 r = sets[0]
                 vcpu.set_regs(**{name: getattr(r, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")})
             else:
+                if rng.random() < 0.5:
+                    sets = [(r, random_stage(kvmmu, rng, frames, maxphyaddr)) for r in sets]
+                    counts["walks in two stages"] += n
                 options |= {"regs": walk.prepare(sets), "ctx": rng.integers(0, len(sets), n, np.uint32)}
-        except kvmmu.GeneralProtection:
+        except kvmmu.GuestFault:
             counts["illegal register sets"] += 1
             continue
         t = walk.translate(gvas, accesses, **options)
