@@ -9,7 +9,7 @@ import pytest
 
 import kvmmu
 
-ROOT = Path(kvmmu.__file__).parent
+ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
           "_format", "_gpte", "_walk", "_batch", "_contexts",

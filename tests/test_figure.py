@@ -258,4 +258,4 @@ def test_without_matplotlib(monkeypatch):
 
 def test_importing_the_package_leaves_matplotlib_alone():
     program = "import sys, kvmmu, kvmmu.cli; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0
