@@ -39,7 +39,7 @@ def command(*args, before="", **kwargs):
     """The command in a process of its own, after the statement `before`."""
     program = f"import sys\n{before}\nfrom kvmmu.cli import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.run([sys.executable, "-P", "-c", program, *map(str, args)], cwd=ROOT, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+                          env=os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1]), "PYTHONUNBUFFERED": ""},
                           **{"capture_output": True} | kwargs)
 
 
