@@ -7,11 +7,18 @@ from kvmmu._format cimport explicit_access
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
 
+cdef bint wants_more(const batch_columns *out) noexcept nogil:
+    """Whether a column beside gpa, status and error_code is wanted."""
+    return (out.level is not NULL or out.pte is not NULL or out.pte_gpa is not NULL or out.pte_access is not NULL or
+            out.refs is not NULL or out.ngpa is not NULL or out.fault_gpa is not NULL or out.exit_qualification is not NULL)
+
+
 cdef void translate_rows(const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
                          size_t access_stride, size_t start, size_t stop, bint set_ad, const batch_columns *out) noexcept nogil:
     cdef const kvm_pagewalk *w = walks
     cdef walk_result r
     cdef size_t i
+    cdef bint more = wants_more(out)
     for i in range(start, stop):
         if ctx is not NULL:
             w = &walks[ctx[i]]
@@ -22,6 +29,8 @@ cdef void translate_rows(const kvm_pagewalk *walks, const uint32_t *ctx, const u
             out.status[i] = r.status
         if out.error_code is not NULL:
             out.error_code[i] = r.error_code
+        if not more:
+            continue
         if out.level is not NULL:
             out.level[i] = r.level
         if out.pte is not NULL:
