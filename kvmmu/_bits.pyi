@@ -18,7 +18,6 @@ RFLAGS_FIXED: int
 RFLAGS_AC: int
 MAXPHYADDR_MIN: int
 MAXPHYADDR_MAX: int
-PG_LEVEL_MAX: int
 
 class Access(IntFlag):
     READ = ...

@@ -82,4 +82,3 @@ cdef inline bint has_bad_mt_xwr(const kvm_page_format *fmt, uint64_t pte) noexce
 cdef class PageFormat:
     cdef kvm_page_format fmt
     cdef permission_params params
-    cdef void set_permissions(self, const permission_params *p) noexcept

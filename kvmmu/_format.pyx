@@ -194,10 +194,6 @@ cdef class PageFormat:
         EPT only: bit n set: entries whose low six bits are n are malformed.
     """
 
-    cdef void set_permissions(self, const permission_params *p) noexcept:
-        self.params = p[0]
-        update_permission_bitmask(&self.fmt, p)
-
     @property
     def permissions(self):
         return np.array([self.fmt.permissions[i] for i in range(PERMISSIONS_COUNT)], np.uint16)

@@ -230,12 +230,13 @@ class Vcpu:
             raise ValueError("stage: a host without two-dimensional paging (tdp=None) has no nested EPT or NPT; want None")
         self._check_stage(stage)
         l1_regs = self._regs if self._l1_regs is None else self._l1_regs
+        l2_regs = replace(l1_regs, **({"pdptrs": None} | _known(registers)))
         before = self._second
         second = None
         if stage is not None:
             second = self.ngpa_walk.enter(stage)
         try:
-            regs = self._admit(replace(l1_regs, **({"pdptrs": None} | _known(registers))), second)
+            regs = self._admit(l2_regs, second)
         except GuestFault:
             self._use_second(before)
             raise

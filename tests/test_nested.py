@@ -183,6 +183,10 @@ def test_entries_that_are_refused():
         vcpu.enter_nested("ept", **l2)
     with pytest.raises(GeneralProtection):
         vcpu.enter_nested(Ept(eptp()), **{**l2, "cr0": 1 << 31})
+    with pytest.raises(TypeError, match="cr9"):
+        vcpu.enter_nested(Ept(eptp()), cr9=0)
+    with pytest.raises(RuntimeError, match="not in use"):
+        vcpu.ngpa_walk.gva_to_gpa(0)
     assert not vcpu.mmu_is_nested
     assert not vcpu.gva_walk.cpu_role.guest_mode
 
