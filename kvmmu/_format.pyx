@@ -18,7 +18,9 @@ from kvmmu._bits cimport (
     PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
     PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
-from kvmmu._format cimport explicit_access, kvm_page_format, permission_params, rsvd_params
+from kvmmu._format cimport (
+    KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_params, rsvd_params,
+)
 from kvmmu._format cimport permission_fault as c_permission_fault
 
 
@@ -53,12 +55,16 @@ cdef bint is_denied(const permission_params *p, uint64_t acc, uint64_t access) n
 
 cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_params *p) noexcept nogil:
     cdef uint64_t acc
+    cdef uint32_t access
     cdef int index
     for index in range(PERMISSIONS_COUNT):
         fmt.permissions[index] = 0
         for acc in range(ACC_ALL + 1):
             if is_denied(p, acc, <uint64_t>index << PERMISSIONS_INDEX_SHIFT):
                 fmt.permissions[index] |= <uint64_t>1 << acc
+    for index in range(KVMMU_ACCESS_BYTES):
+        access = explicit_access(index)
+        fmt.looks[index] = fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT] | access << KVMMU_LOOK_ACCESS_SHIFT
 
 
 cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil:

@@ -1,20 +1,31 @@
 """What an entry of each format means: the template header of the walk.
 
 `guest_walker` is a fused type over the walker structs; the first parameter of every accessor selects the format at compile
-time. `if guest_walker is ...` stands here and nowhere else: a new format is a struct and a branch in these accessors.
+time. `if guest_walker is ...` stands here and nowhere else. What the walk of many addresses side by side needs too is C, in
+`_gpte.h`: a new format is a struct here and a branch in the accessors of both.
 Levels, reserved bits, permissions and page sizes are data of the walk (`kvm_pagewalk`), not formats.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_EXEC_MASK, ACC_EXEC_SHIFT, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK,
-    EPT_EXECUTABLE_TO_ACC_SHIFT, EPT_USER_EXECUTABLE_TO_ACC_SHIFT, PAGE_SHIFT, PG_LEVEL_4K, PT32_BASE_ADDR_MASK,
-    PT32_INDEX_BITS, PT32_INDEX_MASK, PT32_PSE36_TO_PA_SHIFT, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT64_INDEX_MASK,
-    PT64_NX_MASK, PT64_NX_SHIFT, PT64_PKEY_MASK, PT64_PKEY_SHIFT,
+    PAGE_SHIFT, PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT32_INDEX_MASK, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS,
+    PT64_INDEX_MASK,
 )
-from kvmmu._format cimport has_bad_mt_xwr, has_rsvd_bits, kvm_page_format
+from kvmmu._format cimport kvm_page_format
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
+
+cdef extern from "_gpte.h" nogil:
+    enum:
+        KVMMU_FORMAT_32
+        KVMMU_FORMAT_64
+        KVMMU_FORMAT_EPT
+
+    uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
+    uint64_t kvmmu_gpte_access(int format, uint64_t rights)
+    uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)
+    uint64_t kvmmu_leaf_gpa(int format, uint64_t pte, uint32_t level, uint64_t addr, uint64_t pse36_mask)
+    uint64_t kvmmu_gpte_malformed(int format, uint64_t rsvd0, uint64_t rsvd1, uint64_t bad_mt_xwr, uint64_t pte)
 
 # 2-level paging: 4-byte entries
 cdef struct guest_walker32:
@@ -74,21 +85,23 @@ cdef inline uint64_t gpte_to_gpa(const guest_walker *walker, uint64_t pte) noexc
         return pte & PT64_BASE_ADDR_MASK
 
 
+cdef inline int format_of(const guest_walker *walker) noexcept nogil:
+    """The format as `_gpte.h` counts them."""
+    if guest_walker is guest_walker32:
+        return KVMMU_FORMAT_32
+    elif guest_walker is guest_walker64:
+        return KVMMU_FORMAT_64
+    else:
+        return KVMMU_FORMAT_EPT
+
+
 cdef inline uint64_t leaf_gpa(const guest_walker *walker, uint64_t pte, int level, uint64_t addr,
                               uint64_t pse36_mask) noexcept nogil:
     """Physical address of addr in the page that a leaf entry maps.
 
     IN pse36_mask: address bits that a 4M PDE holds in its low half.
     """
-    cdef uint64_t offset
-    if guest_walker is guest_walker32:
-        offset = (<uint64_t>1 << (PAGE_SHIFT + PT32_INDEX_BITS * (level - 1))) - 1
-        if level > PG_LEVEL_4K:
-            return (pte & PT32_BASE_ADDR_MASK & ~offset) | ((pte & pse36_mask) << PT32_PSE36_TO_PA_SHIFT) | (addr & offset)
-        return (pte & PT32_BASE_ADDR_MASK) | (addr & offset)
-    else:
-        offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
-        return (pte & PT64_BASE_ADDR_MASK & ~offset) | (addr & offset)
+    return kvmmu_leaf_gpa(format_of(walker), pte, level, addr, pse36_mask)
 
 
 cdef inline uint64_t read_gpte(const guest_walker *walker, const uint8_t *hva) noexcept nogil:
@@ -108,41 +121,22 @@ cdef inline bint cmpxchg_gpte(const guest_walker *walker, uint8_t *hva, uint64_t
 
 cdef inline bint is_rsvd_bits_set(const guest_walker *walker, const kvm_page_format *fmt, uint64_t pte, int level) noexcept nogil:
     """Whether a present entry is malformed."""
-    if guest_walker is guest_walkerEPT:
-        return has_rsvd_bits(fmt, pte, level) or has_bad_mt_xwr(fmt, pte)
-    else:
-        return has_rsvd_bits(fmt, pte, level)
+    return kvmmu_gpte_malformed(format_of(walker), fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1],
+                                fmt.bad_mt_xwr, pte) != 0
 
 
 cdef inline uint64_t gpte_rights(const guest_walker *walker, uint64_t pte) noexcept nogil:
     """The entry with every restricting bit inverted, so that rights accumulate by AND."""
-    if guest_walker is guest_walker64:
-        return pte ^ PT64_NX_MASK
-    else:
-        return pte
+    return kvmmu_gpte_rights(format_of(walker), pte)
 
 
 cdef inline uint32_t gpte_access(const guest_walker *walker, uint64_t rights) noexcept nogil:
-    """ACC_* of accumulated rights: P, W and U stand in place; execute is NX inverted, and always there without NX.
-
-    EPT: R and W stand in place; X and the user-execute bit are shifted there.
-    """
-    cdef uint32_t rwu = <uint32_t>(rights & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK))
-    if guest_walker is guest_walkerEPT:
-        return <uint32_t>((rights & (ACC_READ_MASK | ACC_WRITE_MASK)) |
-                          ((rights << EPT_EXECUTABLE_TO_ACC_SHIFT) & ACC_EXEC_MASK) |
-                          ((rights >> EPT_USER_EXECUTABLE_TO_ACC_SHIFT) & ACC_USER_EXEC_MASK))
-    elif guest_walker is guest_walker32:
-        return rwu | <uint32_t>ACC_EXEC_MASK
-    else:
-        return rwu | <uint32_t>((rights >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT)) & ACC_EXEC_MASK)
+    """ACC_* of accumulated rights."""
+    return <uint32_t>kvmmu_gpte_access(format_of(walker), rights)
 
 
 cdef inline uint32_t gpte_pkey(const guest_walker *walker, uint64_t pte) noexcept nogil:
-    if guest_walker is not guest_walker64:
-        return 0
-    else:
-        return <uint32_t>((pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK)
+    return kvmmu_gpte_pkey(format_of(walker), pte)
 
 
 cdef inline bint has_pdptrs(const guest_walker *walker, int root_level) noexcept nogil:

@@ -1,0 +1,53 @@
+/* The description of a page-table format and the tests of an entry against it, without branches, for one entry or for lanes. */
+#ifndef KVMMU_FORMAT_H
+#define KVMMU_FORMAT_H
+
+#include <stdint.h>
+
+#include "_bits.h"
+
+#if defined(_MSC_VER)
+#define KVMMU_INLINE static __forceinline
+#else
+#define KVMMU_INLINE static inline __attribute__((always_inline))
+#endif
+
+#define KVMMU_ACCESS_BYTES 64 /* an access byte without SHADOW_STACK */
+#define KVMMU_LOOK_ACCESS_SHIFT 16
+
+struct kvm_page_format {
+    uint64_t rsvd_bits_mask[2][5];       /* [bit 7 of the entry][level - 1]: bits that must be zero */
+    uint64_t bad_mt_xwr;                 /* EPT: bit n set: an entry whose low six bits are n is malformed */
+    uint32_t pkru_mask;                  /* AD and WD for each error code with U of the translation as bit 3, at that bit */
+    uint16_t permissions[16];            /* [access >> 1]: bit n set: rights n (ACC_*) do not allow it */
+    uint32_t looks[KVMMU_ACCESS_BYTES];  /* [access byte]: its permissions; from bit 16 the access with IMPLICIT resolved */
+};
+
+/* An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it. */
+KVMMU_INLINE uint32_t kvmmu_explicit_access(uint32_t access)
+{
+    uint32_t implicit = -(uint32_t)((access & (uint32_t)ACCESS_IMPLICIT_MASK) != 0);
+    return access & ~(implicit & (uint32_t)(ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
+}
+
+/* AD and WD of a protection key that deny the access. The offset is the error code with the U bit of the translation as RSVD. */
+KVMMU_INLINE uint32_t kvmmu_pkey_denied(uint32_t pkru_mask, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey, uint32_t access)
+{
+    uint32_t offset = (access & (uint32_t)ACCESS_PFEC_MASK) | ((pte_access & (uint32_t)ACC_USER_MASK) << (PFERR_RSVD_SHIFT - 2));
+    return (pkru >> (pte_pkey * PKRU_BITS_PER_KEY)) & (pkru_mask >> offset) & 3;
+}
+
+/* Whether a present entry has a bit set that its format reserves. */
+KVMMU_INLINE uint64_t kvmmu_rsvd_bits(uint64_t rsvd0, uint64_t rsvd1, uint64_t pte)
+{
+    return pte & (pte & PT_PAGE_SIZE_MASK ? rsvd1 : rsvd0);
+}
+
+/* Whether a present EPT entry has a bad memory type or combination of rights; user execute counts as execute. */
+KVMMU_INLINE uint64_t kvmmu_bad_mt_xwr(uint64_t bad_mt_xwr, uint64_t pte)
+{
+    uint64_t low = (pte | (pte & EPT_USER_EXECUTABLE_MASK) >> (EPT_USER_EXECUTABLE_SHIFT - EPT_EXECUTABLE_SHIFT)) & EPT_MT_XWR_MASK;
+    return (bad_mt_xwr >> low) & 1;
+}
+
+#endif /* KVMMU_FORMAT_H */
