@@ -1,11 +1,82 @@
-"""The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`_pagewalk.pyx`)."""
+"""The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`_pagewalk.pyx`).
+
+    recall     64 rows at a time, translations that this batch made already (by page and access)
+    lanes      what is left: blocks of up to 64 rows of one walk, their last entries read and judged side by side
+               (`_lanes.h`), from prefixes of their walks (`_prefixes.pxd`)
+    one by one rows that set accessed or dirty bits in upper levels, lose a race, or whose prefix cannot be known: the scalar
+               walk (`_walk.pyx`), which is the reference for all the others
+
+A block passes three points, so that its entries travel to the cache while the block before it is judged.
+"""
+
+import os
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
 
-from kvmmu._batch cimport batch_columns
-from kvmmu._format cimport explicit_access
-from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu._batch cimport batch, batch_columns, block
+from kvmmu._bits cimport (
+    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
+    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+)
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_fault
+from kvmmu._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey
+from kvmmu._lanes cimport (
+    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_FRAME_SHIFT, kvmmu_count_bits,
+    kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of, kvmmu_lanes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_tlb_entry,
+    kvmmu_tlb_slot,
+)
+from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
+from kvmmu._prefixes cimport (
+    JUDGED_FAULT, JUDGED_OK, WalkCache, find_prefix, init_space, judge_one, judged_entry, lane_space, prefix_of,
+)
+from kvmmu._walk cimport (
+    WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result,
+)
 
+cdef uint64_t NOTHING[512]              # an entry that reads as zero, for lanes without a prefix
+
+# Fewer rows than this are walked one by one.
+cdef size_t MIN_LANES = 8
+# Of 64 rows so many or fewer unknown translations are looked up one after the other.
+cdef int FEW_MISSES = 12
+# Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
+cdef size_t TRIAL = 64
+cdef size_t FIRST_REST = 256
+cdef size_t LAST_REST = 16384
+
+cdef const kvmmu_lane_ops *OPS = NULL
+_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+
+
+def use_instruction_set(name):
+    """Walk batches with the functions for an instruction set: "avx512", "avx2" or "portable".
+
+    Raises
+    ------
+    ValueError
+        There is no such set, or this CPU or build does not have it.
+    """
+    global OPS
+    cdef const kvmmu_lane_ops *ops = NULL
+    encoded = str(name).encode()
+    if name in _INSTRUCTION_SETS:
+        ops = kvmmu_lane_ops_of(encoded)
+    if ops is NULL:
+        raise ValueError(f"instruction set {name!r}: want one of {', '.join(instruction_sets())}")
+    OPS = ops
+
+
+def instruction_sets():
+    """The instruction sets that this CPU and build have, best first."""
+    return [name for name in _INSTRUCTION_SETS if kvmmu_lane_ops_of(name.encode()) is not NULL]
+
+
+use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or instruction_sets()[0])
+
+
+# ---- columns -----------------------------------------------------------------------------------------------------------
 
 cdef bint wants_more(const batch_columns *out) noexcept nogil:
     """Whether a column beside gpa, status and error_code is wanted."""
@@ -13,41 +84,555 @@ cdef bint wants_more(const batch_columns *out) noexcept nogil:
             out.refs is not NULL or out.ngpa is not NULL or out.fault_gpa is not NULL or out.exit_qualification is not NULL)
 
 
-cdef void translate_rows(const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
-                         size_t access_stride, size_t start, size_t stop, bint set_ad, const batch_columns *out) noexcept nogil:
-    cdef const kvm_pagewalk *w = walks
-    cdef walk_result r
-    cdef size_t i
-    cdef bint more = wants_more(out)
-    for i in range(start, stop):
-        if ctx is not NULL:
-            w = &walks[ctx[i]]
-        w.gva_to_gpa(w, gva[i], explicit_access(access[i * access_stride]), set_ad, &r)
-        if out.gpa is not NULL:
-            out.gpa[i] = r.gpa
-        if out.status is not NULL:
-            out.status[i] = r.status
-        if out.error_code is not NULL:
-            out.error_code[i] = r.error_code
-        if not more:
-            continue
-        if out.level is not NULL:
-            out.level[i] = r.level
-        if out.pte is not NULL:
-            out.pte[i] = r.pte
-        if out.pte_gpa is not NULL:
-            out.pte_gpa[i] = r.pte_gpa
-        if out.pte_access is not NULL:
-            out.pte_access[i] = r.pte_access
-        if out.refs is not NULL:
-            out.refs[i] = r.refs
-        if out.ngpa is not NULL:
-            out.ngpa[i] = r.ngpa
-        if out.fault_gpa is not NULL:
-            out.fault_gpa[i] = r.fault_gpa
-        if out.exit_qualification is not NULL:
-            out.exit_qualification[i] = r.exit_qualification
+cdef inline void write_row(const batch *b, size_t i, uint64_t gpa, uint8_t status, uint32_t error_code) noexcept nogil:
+    if b.out.gpa is not NULL:
+        b.out.gpa[i] = gpa
+    if b.out.status is not NULL:
+        b.out.status[i] = status
+    if b.out.error_code is not NULL:
+        b.out.error_code[i] = error_code
 
+
+cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil:
+    if out.level is not NULL:
+        out.level[i] = r.level
+    if out.pte is not NULL:
+        out.pte[i] = r.pte
+    if out.pte_gpa is not NULL:
+        out.pte_gpa[i] = r.pte_gpa
+    if out.pte_access is not NULL:
+        out.pte_access[i] = r.pte_access
+    if out.refs is not NULL:
+        out.refs[i] = r.refs
+    if out.ngpa is not NULL:
+        out.ngpa[i] = r.ngpa
+    if out.fault_gpa is not NULL:
+        out.fault_gpa[i] = r.fault_gpa
+    if out.exit_qualification is not NULL:
+        out.exit_qualification[i] = r.exit_qualification
+
+
+# ---- one row -----------------------------------------------------------------------------------------------------------
+
+cdef inline void remember(batch *b, size_t i, uint64_t gpa) noexcept nogil:
+    """Row i passes with this access, and comes to gpa."""
+    cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, space = b.space, tag
+    cdef uint64_t passes = <uint64_t>1 << (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)
+    cdef kvmmu_tlb_entry *e
+    if b.ctx is not NULL:
+        space += b.ctx[i]
+    e = &b.tlb[kvmmu_tlb_slot(page, space)]
+    tag = page << TLB_ASID_BITS | space
+    if e.tag == tag:
+        e.page |= passes
+    else:
+        e.tag = tag
+        e.page = gpa >> PAGE_SHIFT << TLB_FRAME_SHIFT | passes
+
+
+cdef inline bint recall_row(const batch *b, size_t i) noexcept nogil:
+    """Write row i if its translation is known by now."""
+    cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, space = b.space
+    cdef const kvmmu_tlb_entry *e
+    if b.ctx is not NULL:
+        space += b.ctx[i]
+    e = &b.tlb[kvmmu_tlb_slot(page, space)]
+    if e.tag != (page << TLB_ASID_BITS | space):
+        return False
+    if not (e.page >> (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)) & 1:
+        return False
+    write_row(b, i, e.page >> TLB_FRAME_SHIFT << PAGE_SHIFT | b.gva[i] & ((<uint64_t>1 << PAGE_SHIFT) - 1), STATUS_OK, 0)
+    return True
+
+
+cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:
+    return b.walks if b.ctx is NULL else &b.walks[b.ctx[i]]
+
+
+cdef void walk_row(batch *b, size_t i) noexcept nogil:
+    """The scalar walk."""
+    cdef const kvm_pagewalk *w = walk_of(b, i)
+    cdef walk_result r
+    w.gva_to_gpa(w, b.gva[i], explicit_access(b.access[i * b.access_stride]), b.set_ad, &r)
+    write_row(b, i, r.gpa, r.status, r.error_code)
+    if b.more:
+        write_more(b.out, i, &r)
+    if b.recalls and r.status == STATUS_OK:
+        remember(b, i, r.gpa)
+
+
+cdef void init_spaces(batch *b, const kvm_pagewalk *w, lane_space *first, lane_space *second) noexcept nogil:
+    cdef uint32_t asid = b.asid
+    if b.ctx is not NULL:
+        asid += <uint32_t>(w - b.walks)
+    if w.ngpa is not NULL:
+        init_space(second, w.ngpa, b.prefixes, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad)
+    init_space(first, w, b.prefixes, second if w.ngpa is not NULL else NULL, asid, b.set_ad)
+
+
+cdef void quick_row(batch *b, size_t i) noexcept nogil:
+    """One row from the prefixes of its walk, if it passes without a change to the tables; else the scalar walk."""
+    cdef const kvm_pagewalk *w = walk_of(b, i)
+    cdef lane_space first, second
+    cdef judged_entry judged
+    cdef uint64_t addr = b.gva[i] & w.gva_mask, ref
+    cdef uint32_t access = explicit_access(b.access[i * b.access_stride])
+    judged.gpa = addr
+    judged.pte_access = ACC_ALL
+    init_spaces(b, w, &first, &second)
+    if w.kind == WALK_TABLES:
+        if <uint64_t>(<long long>(addr << w.canonical_shift) >> w.canonical_shift) != addr:
+            walk_row(b, i)
+            return
+        ref = prefix_of(&first, addr)
+        if not ref or judge_one(&first, ref, addr, w.fmt.looks[access], &judged) != JUDGED_OK:
+            walk_row(b, i)
+            return
+    elif w.kind == WALK_SECOND_STAGE and not access & ACCESS_USER_MASK:
+        judged.pte_access &= ~<uint32_t>ACC_USER_MASK
+    if w.ngpa is not NULL:
+        addr = judged.gpa
+        access = second_stage_access(w.ngpa, access, True, judged.pte_access)
+        ref = 0
+        if not addr & w.ngpa.ngpa_rsvd_mask:
+            addr &= w.ngpa.gva_mask
+            ref = prefix_of(&second, addr)
+        if not ref or judge_one(&second, ref, addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
+            walk_row(b, i)
+            return
+    write_row(b, i, judged.gpa, STATUS_OK, 0)
+    if b.recalls:
+        remember(b, i, judged.gpa)
+
+
+# ---- blocks ------------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
+    return <uint64_t>1 << lane
+
+
+cdef void find_missing(block *k, lane_space *s, kvmmu_lanes *l, uint64_t wanted) noexcept nogil:
+    """Prefixes of lanes that nothing is remembered of; those that stay unknown are left in l.miss."""
+    cdef uint64_t missing = l.miss & wanted, ref
+    cdef size_t lane
+    l.miss = 0
+    while missing:
+        lane = kvmmu_first_bit(missing)
+        missing &= missing - 1
+        ref = prefix_of(s, l.addr[lane])
+        if ref:
+            l.ref[lane] = ref
+        else:
+            l.miss |= lane_bit(lane)
+
+
+cdef void start_block(batch *b, block *k) noexcept nogil:
+    """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
+    cdef const kvm_pagewalk *w = k.w
+    cdef size_t lane
+    cdef int format = w.format
+    init_spaces(b, w, &k.first, &k.second)
+    k.halfway = False
+    k.cold = 0
+    k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
+    for lane in range(k.count, KVMMU_LANES):
+        k.gva[lane] = k.gva[0]
+        k.access[lane] = k.access[0]
+    b.ops.load(&k.a, k.gva, w.gva_mask, w.canonical_shift if w.kind == WALK_TABLES else 0)
+    if w.kind != WALK_TABLES:
+        return
+    for lane in range(KVMMU_LANES):
+        k.a.look[lane] = w.fmt.looks[k.access[lane]]
+    b.ops.probe[format](&k.a, b.prefixes, k.first.lane.asid, NOTHING)
+    if k.a.miss:
+        find_missing(k, &k.first, &k.a, ~k.held)
+    b.ops.point[format](&k.a, &k.first.lane)
+
+
+cdef bint set_leaf_bits(const lane_space *s, const kvmmu_lanes *l, size_t lane) noexcept nogil:
+    """Step 7 of the walk for a lane with nothing else to set than bits of its leaf. False: not so, or the race is lost."""
+    cdef uint64_t pte = l.pte[lane], bits = s.lane.accessed_mask, now
+    cdef uint8_t *hva = <uint8_t *><uintptr_t>l.entry[lane]
+    if not s.sets_ad or (l.ref[lane] >> PREFIX_COLD_SHIFT) & 1:
+        return False
+    if kvmmu_prefix_level(l.ref[lane]) > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
+        return False
+    if l.look[lane] & <uint64_t>ACCESS_WRITE_MASK << KVMMU_LOOK_ACCESS_SHIFT:
+        if s.w.pml is not NULL:
+            return False
+        bits |= bits << 1
+    if (l.ref[lane] >> PREFIX_READONLY_SHIFT) & 1:
+        return True
+    if s.w.format == KVMMU_FORMAT_32:
+        if kvmmu_cmpxchg32(hva, <uint32_t>pte, <uint32_t>(pte | bits)):
+            return True
+    elif kvmmu_cmpxchg64(hva, pte, pte | bits):
+        return True
+    now = kvmmu_read_entry(s.w.format, l.entry[lane])
+    return now & bits == bits and (now ^ pte) & ~(s.lane.accessed_mask * 3) == 0        # somebody else set them
+
+
+cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
+    """Walk the rows of these lanes one by one, and find their prefixes anew if they were cold."""
+    cdef size_t lane
+    lanes &= ~k.held
+    k.held |= lanes
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        walk_row(b, k.rows[lane])
+        if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
+                k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
+            find_prefix(&k.first, k.a.addr[lane])
+
+
+cdef uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
+    """The error code of a lane of the first stage that faults."""
+    cdef const kvm_page_format *fmt = k.w.fmt
+    cdef uint64_t pte = k.a.pte[lane], level = kvmmu_prefix_level(k.a.ref[lane])
+    cdef uint32_t access = <uint32_t>(k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT), code = access & k.w.pferr_mask
+    if not pte & k.w.present_mask:
+        return code
+    if kvmmu_gpte_malformed(k.w.format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
+        return code | <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
+    return code | permission_fault(
+        fmt, k.w.vcpu.pkru, <uint32_t>k.a.pte_access[lane], kvmmu_gpte_pkey(k.w.format, pte), access)
+
+
+cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status) noexcept nogil:
+    """The optional columns of a row of one stage."""
+    cdef walk_result r
+    cdef int top = 2 if k.w.level == 3 else k.w.level
+    r.gpa = r.ngpa = k.a.gpa[lane] if status == STATUS_OK else INVALID_GPA
+    r.fault_gpa = INVALID_GPA
+    r.exit_qualification = 0
+    r.pte_gpa = INVALID_GPA
+    if status == STATUS_NON_CANONICAL:
+        r.pte = r.level = r.pte_access = r.refs = 0
+    else:
+        r.pte = k.a.pte[lane]
+        r.level = <uint8_t>kvmmu_prefix_level(k.a.ref[lane])
+        r.pte_access = <uint8_t>k.a.pte_access[lane] if r.pte & k.w.present_mask else 0
+        r.refs = <uint8_t>(top + 1 - r.level)
+    write_more(b.out, k.rows[lane], &r)
+
+
+cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
+    """Rows of lanes that the first stage refuses."""
+    cdef size_t lane
+    lanes &= ~k.held
+    k.held |= lanes
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        if k.a.noncanonical & lane_bit(lane):
+            write_row(b, k.rows[lane], INVALID_GPA, STATUS_NON_CANONICAL, 0)
+            if b.more:
+                write_more_of(b, k, lane, STATUS_NON_CANONICAL)
+        else:
+            write_row(b, k.rows[lane], INVALID_GPA, STATUS_PAGE_FAULT, error_code_of(k, lane))
+            if b.more:
+                write_more_of(b, k, lane, STATUS_PAGE_FAULT)
+
+
+cdef uint64_t set_bits_of(const lane_space *s, kvmmu_lanes *l, uint64_t lanes) noexcept nogil:
+    """Set the bits of the leaves of these lanes. Returns those that the scalar walk must take."""
+    cdef uint64_t left = 0
+    cdef size_t lane
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        if not set_leaf_bits(s, l, lane):
+            left |= lane_bit(lane)
+    return left
+
+
+cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
+    """Rows of lanes that passed; rows written before stay as they are."""
+    cdef uint64_t lanes = ~k.held
+    cdef size_t lane
+    k.held = ~<uint64_t>0
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        write_row(b, k.rows[lane], gpa[lane], STATUS_OK, 0)
+        if b.more:
+            write_more_of(b, k, lane, STATUS_OK)
+        if b.recalls:
+            remember(b, k.rows[lane], gpa[lane])
+
+
+cdef void write_columns(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
+    """All rows of a block as if they had passed; what did not pass is written over it afterwards."""
+    cdef size_t lane, row = k.rows[0]
+    if not k.contiguous or b.more or b.recalls:
+        return
+    if b.out.gpa is not NULL:
+        memcpy(&b.out.gpa[row], gpa, k.count * sizeof(uint64_t))
+    if b.out.status is not NULL:
+        memset(&b.out.status[row], STATUS_OK, k.count)
+    if b.out.error_code is not NULL:
+        memset(&b.out.error_code[row], 0, k.count * sizeof(uint32_t))
+
+
+cdef void advance_block(batch *b, block *k) noexcept nogil:
+    """Point 2: the first stage is judged; without a second one the rows are written."""
+    cdef const kvm_pagewalk *w = k.w
+    cdef const kvm_pagewalk *n = w.ngpa
+    cdef size_t lane
+    cdef uint64_t cold
+    cdef uint32_t access, pte_access
+    cdef uint64_t unknown = 0
+    k.halfway = True
+    k.failed = 0
+    if w.kind == WALK_TABLES:
+        b.ops.judge[w.format](&k.a, &k.first.lane)
+        unknown = k.a.miss & ~k.a.noncanonical
+        k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
+        k.a.fault &= ~unknown
+        cold = k.a.slow
+        if n is NULL:
+            if cold:
+                unknown |= set_bits_of(&k.first, &k.a, cold)
+            write_columns(b, k, k.a.gpa)
+            if k.a.fault | k.a.noncanonical:
+                fail_lanes(b, k, k.a.fault | k.a.noncanonical)
+            if unknown:
+                leave_to_walk(b, k, unknown)
+            if not k.contiguous or b.more or b.recalls:
+                write_passed(b, k, k.a.gpa)
+            k.w = NULL
+            return
+        if cold and not w.final_before_ad:
+            unknown |= set_bits_of(&k.first, &k.a, cold)
+            cold = 0
+        k.cold = cold
+        k.failed = k.a.fault | k.a.noncanonical
+    else:
+        k.a.noncanonical = k.a.fault = k.a.slow = k.a.miss = 0
+        for lane in range(KVMMU_LANES):
+            k.a.gpa[lane] = k.a.addr[lane]
+            k.a.pte_access[lane] = ACC_ALL
+            if w.kind == WALK_SECOND_STAGE and not explicit_access(k.access[lane]) & ACCESS_USER_MASK:
+                k.a.pte_access[lane] &= ~ACC_USER_MASK
+
+    for lane in range(KVMMU_LANES):
+        access, pte_access = explicit_access(k.access[lane]), <uint32_t>k.a.pte_access[lane]
+        k.b.look[lane] = n.fmt.looks[second_stage_access(n, access, True, pte_access)]
+        if k.a.gpa[lane] & n.ngpa_rsvd_mask:
+            unknown |= lane_bit(lane)
+    k.unknown = unknown & ~k.failed
+    b.ops.load(&k.b, k.a.gpa, n.gva_mask, 0)
+    b.ops.probe[n.format](&k.b, b.prefixes, k.second.lane.asid, NOTHING)
+    if k.b.miss:
+        find_missing(k, &k.second, &k.b, ~(k.held | k.failed | k.unknown))
+    b.ops.point[n.format](&k.b, &k.second.lane)
+
+
+cdef void finish_block(batch *b, block *k) noexcept nogil:
+    """Point 3: the second stage is judged, and the rows are written."""
+    cdef const kvm_pagewalk *n = k.w.ngpa
+    cdef uint64_t unknown, faults, done = k.held | k.failed
+    cdef size_t lane
+    b.ops.judge[n.format](&k.b, &k.second.lane)
+    unknown = (k.unknown | k.b.miss) & ~done
+    faults = k.b.fault & ~(unknown | done)
+    k.b.slow &= ~(unknown | done)
+    if k.cold:                          # the second stage has been granted: now the bits of the first
+        unknown |= k.cold & k.b.slow
+        unknown |= set_bits_of(&k.first, &k.a, k.cold & ~(unknown | faults | done))
+    unknown |= set_bits_of(&k.second, &k.b, k.b.slow & ~unknown)
+    write_columns(b, k, k.b.gpa)
+    fail_lanes(b, k, k.failed)
+    while faults:
+        lane = kvmmu_first_bit(faults)
+        faults &= faults - 1
+        k.held |= lane_bit(lane)
+        write_row(b, k.rows[lane], INVALID_GPA, second_fault(k, lane), 0)
+    leave_to_walk(b, k, unknown)
+    if not k.contiguous or b.recalls:
+        write_passed(b, k, k.b.gpa)
+    k.w = NULL
+
+
+cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
+    """STATUS_* of a fault of the second stage."""
+    cdef const kvm_pagewalk *n = k.w.ngpa
+    cdef uint64_t pte = k.b.pte[lane], level = kvmmu_prefix_level(k.b.ref[lane])
+    if pte & n.present_mask and kvmmu_gpte_malformed(
+            n.format, n.fmt.rsvd_bits_mask[0][level - 1], n.fmt.rsvd_bits_mask[1][level - 1], n.fmt.bad_mt_xwr, pte):
+        return n.rsvd_status
+    return n.fault_status
+
+
+cdef void push_block(batch *b, block *k) noexcept nogil:
+    """Start this block, and take the two before it one point further."""
+    cdef block *last = &b.blocks[(b.turn + 2) % 3]
+    cdef block *before = &b.blocks[(b.turn + 1) % 3]
+    start_block(b, k)
+    if last.w is not NULL and not last.halfway:
+        advance_block(b, last)
+    if before.w is not NULL:
+        finish_block(b, before)
+    b.turn = (b.turn + 1) % 3
+
+
+cdef void drain_blocks(batch *b) noexcept nogil:
+    cdef size_t i
+    cdef block *k
+    for i in range(3):                              # oldest first
+        k = &b.blocks[(b.turn + i) % 3]
+        if k.w is not NULL and not k.halfway:
+            advance_block(b, k)
+        if k.w is not NULL:
+            finish_block(b, k)
+
+
+cdef bint fits_lanes(const batch *b, const kvm_pagewalk *w) noexcept nogil:
+    """Whether blocks can hold rows of this walk."""
+    if w.kind != WALK_TABLES and w.ngpa is NULL:
+        return False                                # identity
+    if b.out.pte_gpa is not NULL:
+        return False
+    return w.ngpa is NULL or not b.more
+
+
+cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count, bint contiguous) noexcept nogil:
+    """A block of up to 64 rows of one walk, or one by one if they are few."""
+    cdef block *k
+    cdef size_t i
+    if count < MIN_LANES or not fits_lanes(b, w):
+        for i in range(count):
+            if b.more or not b.lanes:
+                walk_row(b, rows[i])
+            else:
+                quick_row(b, rows[i])
+        return
+    k = &b.blocks[b.turn]
+    k.w, k.count, k.contiguous = w, count, contiguous
+    memcpy(k.rows, rows, count * sizeof(size_t))
+    if contiguous:
+        memcpy(k.gva, &b.gva[rows[0]], count * sizeof(uint64_t))
+    else:
+        for i in range(count):
+            k.gva[i] = b.gva[rows[i]]
+    for i in range(count):
+        k.access[i] = b.access[rows[i] * b.access_stride]
+    push_block(b, k)
+
+
+cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
+    """Up to 64 rows from start on, in runs of one walk."""
+    cdef size_t rows[64]
+    cdef size_t i, first = 0
+    for i in range(count):
+        rows[i] = start + i
+        if b.ctx is not NULL and b.ctx[start + i] != b.ctx[start + first]:
+            put_rows(b, walk_of(b, start + first), &rows[first], i - first, True)
+            first = i
+    put_rows(b, walk_of(b, start + first), &rows[first], count - first, True)
+
+
+cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
+    """Rows from start on whose bit is set, in runs of one walk."""
+    cdef size_t rows[64]
+    cdef size_t i, row, first = 0, count = 0
+    while some:
+        row = start + kvmmu_first_bit(some)
+        some &= some - 1
+        if b.ctx is not NULL and count > first and b.ctx[row] != b.ctx[rows[first]]:
+            put_rows(b, walk_of(b, rows[first]), &rows[first], count - first, False)
+            first = count
+        rows[count] = row
+        count += 1
+    put_rows(b, walk_of(b, rows[first]), &rows[first], count - first, False)
+
+
+cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
+    """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
+    cdef uint64_t gpa[64]
+    cdef uint64_t *to = &gpa[0]
+    cdef const uint32_t *ctx = NULL
+    cdef uint64_t misses
+    cdef size_t row
+    if b.out.gpa is not NULL:
+        to = &b.out.gpa[start]
+    if b.ctx is not NULL:
+        ctx = &b.ctx[start]
+    misses = b.ops.recall(b.tlb, &b.gva[start], &b.access[start * b.access_stride], b.access_stride, ctx, b.space, to)
+    if b.out.status is not NULL:
+        memset(&b.out.status[start], STATUS_OK, KVMMU_LANES)
+    if b.out.error_code is not NULL:
+        memset(&b.out.error_code[start], 0, KVMMU_LANES * sizeof(uint32_t))
+    b.tried += 1
+    if not misses:
+        return
+    b.missed += kvmmu_count_bits(misses)
+    if kvmmu_count_bits(misses) > FEW_MISSES:
+        put_some(b, start, misses)
+        return
+    while misses:
+        row = start + kvmmu_first_bit(misses)
+        misses &= misses - 1
+        if not recall_row(b, row):
+            quick_row(b, row)
+
+
+cdef void consider_recall(batch *b) noexcept nogil:
+    """Remember translations as long as most rows find theirs; try again later, and ever later."""
+    if b.tried < TRIAL:
+        return
+    if b.missed > b.tried * (KVMMU_LANES // 2):
+        drain_blocks(b)
+        b.recalls = False
+        b.skip = b.patience
+        if b.patience < LAST_REST:
+            b.patience *= 4
+    else:
+        b.patience = FIRST_REST
+    b.tried = b.missed = 0
+
+
+cdef void begin_batch(batch *b, WalkCache cache, uint64_t count, size_t rows) noexcept nogil:
+    b.more = wants_more(b.out)
+    b.ops = OPS
+    b.prefixes, b.tlb = cache.prefixes, cache.tlb
+    b.count = count
+    b.asid = b.space = 0
+    b.tried = b.missed = b.skip = b.turn = 0
+    b.patience = FIRST_REST
+    if rows >= MIN_LANES:
+        b.asid = cache.take_asids(2 * count)
+    b.lanes = b.asid != 0
+    if b.lanes and not b.more and rows >= 2 * KVMMU_LANES:
+        b.space = cache.take_spaces(count)
+    b.recalls = b.space != 0
+
+
+cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
+    cdef size_t i = start, count
+    cdef bint could_recall = b.recalls
+    if not b.lanes:
+        for i in range(start, stop):
+            walk_row(b, i)
+        return
+    while i < stop:
+        count = min(stop - i, <size_t>KVMMU_LANES)
+        if b.recalls and count == KVMMU_LANES:
+            recall_chunk(b, i)
+            consider_recall(b)
+        else:
+            put_chunk(b, i, count)
+            if could_recall and not b.recalls:
+                b.skip -= 1
+                if not b.skip:
+                    drain_blocks(b)
+                    b.recalls = True
+        i += count
+    drain_blocks(b)
+
+
+# ---- from Python -------------------------------------------------------------------------------------------------------
 
 cdef void *column(columns, name):
     """Data pointer of an output column, NULL if it is not wanted."""
@@ -57,14 +642,33 @@ cdef void *column(columns, name):
     return <void *><uintptr_t>array.ctypes.data
 
 
+cdef class Blocks:
+    """The blocks of one batch, or of one thread of it, with its cache."""
+    cdef block *blocks
+    cdef WalkCache cache
+
+    def __cinit__(self):
+        self.cache = WalkCache()
+        self.blocks = <block *>calloc(3, sizeof(block))
+        if self.blocks is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.blocks)
+
+
+# Those that no batch uses at the moment.
+_spare = []
+
+
 cdef class Job:
     def __cinit__(self, dict columns, gva, access, bint set_ad):
         """IN columns: checked output arrays by name; gva, access: checked arrays of n >= 1 rows, access of n or one."""
         self.arrays = (columns, gva, access)
-        self.gva = <const uint64_t *><uintptr_t>gva.ctypes.data
-        self.access = <const uint8_t *><uintptr_t>access.ctypes.data
-        self.access_stride = 1 if access.size > 1 else 0
-        self.set_ad = set_ad
+        self.whole.gva = <const uint64_t *><uintptr_t>gva.ctypes.data
+        self.whole.access = <const uint8_t *><uintptr_t>access.ctypes.data
+        self.whole.access_stride = 1 if access.size > 1 else 0
+        self.whole.set_ad = set_ad
         self.columns.gpa = <uint64_t *>column(columns, "gpa")
         self.columns.status = <uint8_t *>column(columns, "status")
         self.columns.error_code = <uint32_t *>column(columns, "error_code")
@@ -79,6 +683,15 @@ cdef class Job:
 
     def run(self, size_t start, size_t stop):
         """Translate the rows start to stop."""
+        cdef batch part = self.whole
+        cdef Blocks blocks
+        try:
+            blocks = _spare.pop()
+        except IndexError:
+            blocks = Blocks()
+        part.out = &self.columns
+        part.blocks = blocks.blocks
         with nogil:
-            translate_rows(self.walks, self.ctx, self.gva, self.access, self.access_stride, start, stop, self.set_ad,
-                           &self.columns)
+            begin_batch(&part, blocks.cache, self.count, stop - start)
+            translate_rows(&part, start, stop)
+        _spare.append(blocks)

@@ -67,6 +67,8 @@ cdef extern from "_bits.h" nogil:
     const uint64_t EPT_1G_RSVD_MASK
     const uint64_t EPT_MT_XWR_MASK
     const uint64_t EPT_RWX_MASK
+    const int EPT_ACCESSED_SHIFT
+    const int EPT_DIRTY_SHIFT
     const uint64_t EPT_ACCESSED_MASK
     const uint64_t EPT_DIRTY_MASK
     const int EPT_EXECUTABLE_TO_ACC_SHIFT

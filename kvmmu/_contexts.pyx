@@ -228,7 +228,7 @@ cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps, SecondSta
     cdef uint64_t role
     cdef PageFormat fmt
     cdef SecondStage under
-    formats, admitted, seconds = {}, {}, {}
+    formats, admitted, seconds, numbers = {}, {}, {}, {}
     for i, row in enumerate(rows):
         under = second
         regs = row
@@ -260,5 +260,6 @@ cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps, SecondSta
         contexts.walks[i].vcpu = &contexts.arches[i]
         contexts.walks[i].fmt = &fmt.fmt
         contexts.walks[i].ngpa = &under.n if under is not None else NULL
+        contexts.walks[i].second = numbers.setdefault(under, len(numbers))
         contexts.seconds.append(under)
     return contexts

@@ -23,6 +23,24 @@ struct kvm_page_format {
     uint32_t looks[KVMMU_ACCESS_BYTES];  /* [access byte]: its permissions; from bit 16 the access with IMPLICIT resolved */
 };
 
+/* The capitals below are arithmetic alone: on a 64-bit word, or on a vector of them. */
+
+/* AD and WD of a protection key that deny the access. The offset is the error code with the U bit of the translation as RSVD. */
+#define KVMMU_PKEY_DENIED(pkru_mask, pkru, pte_access, pte_pkey, access)      \
+    (((pkru) >> ((pte_pkey)*PKRU_BITS_PER_KEY)) &                             \
+     ((pkru_mask) >> (((access)&ACCESS_PFEC_MASK) | ((pte_access)&ACC_USER_MASK) << (PFERR_RSVD_SHIFT - 2))) & 3)
+
+/* What of an entry its format reserves; not zero: malformed, if it is present. */
+#define KVMMU_RSVD_BITS(rsvd0, rsvd1, pte) \
+    ((pte) & (((rsvd1) & -((pte) >> PT_PAGE_SIZE_SHIFT & 1)) | ((rsvd0) & (((pte) >> PT_PAGE_SIZE_SHIFT & 1) - 1))))
+
+/* EPT: 1 for a bad memory type or combination of rights of a present entry; user execute counts as execute. */
+#define KVMMU_BAD_MT_XWR(bad_mt_xwr, pte)                                                                                  \
+    ((bad_mt_xwr) >>                                                                                                       \
+         (((pte) | ((pte) & EPT_USER_EXECUTABLE_MASK) >> (EPT_USER_EXECUTABLE_SHIFT - EPT_EXECUTABLE_SHIFT)) &             \
+          EPT_MT_XWR_MASK) &                                                                                               \
+     1)
+
 /* An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it. */
 KVMMU_INLINE uint32_t kvmmu_explicit_access(uint32_t access)
 {
@@ -30,24 +48,19 @@ KVMMU_INLINE uint32_t kvmmu_explicit_access(uint32_t access)
     return access & ~(implicit & (uint32_t)(ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
 }
 
-/* AD and WD of a protection key that deny the access. The offset is the error code with the U bit of the translation as RSVD. */
-KVMMU_INLINE uint32_t kvmmu_pkey_denied(uint32_t pkru_mask, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey, uint32_t access)
+KVMMU_INLINE uint64_t kvmmu_pkey_denied(uint64_t pkru_mask, uint64_t pkru, uint64_t pte_access, uint64_t pte_pkey, uint64_t access)
 {
-    uint32_t offset = (access & (uint32_t)ACCESS_PFEC_MASK) | ((pte_access & (uint32_t)ACC_USER_MASK) << (PFERR_RSVD_SHIFT - 2));
-    return (pkru >> (pte_pkey * PKRU_BITS_PER_KEY)) & (pkru_mask >> offset) & 3;
+    return KVMMU_PKEY_DENIED(pkru_mask, pkru, pte_access, pte_pkey, access);
 }
 
-/* Whether a present entry has a bit set that its format reserves. */
 KVMMU_INLINE uint64_t kvmmu_rsvd_bits(uint64_t rsvd0, uint64_t rsvd1, uint64_t pte)
 {
-    return pte & (pte & PT_PAGE_SIZE_MASK ? rsvd1 : rsvd0);
+    return KVMMU_RSVD_BITS(rsvd0, rsvd1, pte);
 }
 
-/* Whether a present EPT entry has a bad memory type or combination of rights; user execute counts as execute. */
 KVMMU_INLINE uint64_t kvmmu_bad_mt_xwr(uint64_t bad_mt_xwr, uint64_t pte)
 {
-    uint64_t low = (pte | (pte & EPT_USER_EXECUTABLE_MASK) >> (EPT_USER_EXECUTABLE_SHIFT - EPT_EXECUTABLE_SHIFT)) & EPT_MT_XWR_MASK;
-    return (bad_mt_xwr >> low) & 1;
+    return KVMMU_BAD_MT_XWR(bad_mt_xwr, pte);
 }
 
 #endif /* KVMMU_FORMAT_H */

@@ -21,7 +21,7 @@ cdef extern from "_format.h" nogil:
         uint32_t looks[64]
 
     uint32_t kvmmu_explicit_access(uint32_t access)
-    uint32_t kvmmu_pkey_denied(uint32_t pkru_mask, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey, uint32_t access)
+    uint64_t kvmmu_pkey_denied(uint64_t pkru_mask, uint64_t pkru, uint64_t pte_access, uint64_t pte_pkey, uint64_t access)
     uint64_t kvmmu_rsvd_bits(uint64_t rsvd0, uint64_t rsvd1, uint64_t pte)
     uint64_t kvmmu_bad_mt_xwr(uint64_t bad_mt_xwr, uint64_t pte)
 

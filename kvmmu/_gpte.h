@@ -6,49 +6,61 @@
 
 enum kvmmu_format { KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT };
 
+/* The capitals are arithmetic alone: on a 64-bit word, or on a vector of them. */
+
 /* The entry with every restricting bit inverted, so that rights accumulate by AND. */
-KVMMU_INLINE uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
-{
-    return format == KVMMU_FORMAT_64 ? pte ^ PT64_NX_MASK : pte;
-}
+#define KVMMU_GPTE_RIGHTS(format, pte) ((pte) ^ ((format) == KVMMU_FORMAT_64 ? PT64_NX_MASK : 0))
 
 /* ACC_* of accumulated rights: P, W and U stand in place; execute is NX inverted, and always there without NX.
  * EPT: R and W stand in place; X and the user-execute bit are shifted there. */
+#define KVMMU_GPTE_ACCESS(format, rights)                                                                    \
+    ((format) == KVMMU_FORMAT_EPT  ? ((rights) & (ACC_READ_MASK | ACC_WRITE_MASK)) |                         \
+                                         ((rights) << EPT_EXECUTABLE_TO_ACC_SHIFT & ACC_EXEC_MASK) |         \
+                                         ((rights) >> EPT_USER_EXECUTABLE_TO_ACC_SHIFT & ACC_USER_EXEC_MASK) \
+     : (format) == KVMMU_FORMAT_32 ? ((rights) & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK)) | ACC_EXEC_MASK \
+                                   : ((rights) & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK)) |         \
+                                         ((rights) >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT) & ACC_EXEC_MASK))
+
+#define KVMMU_GPTE_PKEY(format, pte) ((pte) >> PT64_PKEY_SHIFT & ((format) == KVMMU_FORMAT_64 ? PT64_PKEY_MASK : 0))
+
+#define KVMMU_LEVEL_SHIFT(format, level) \
+    (PAGE_SHIFT + ((format) == KVMMU_FORMAT_32 ? PT32_INDEX_BITS : PT64_INDEX_BITS) * ((level)-1))
+
+/* Physical address of addr in the page that a leaf entry maps. IN offset: mask of the offset in such a page;
+ * pse36_mask: address bits in the low half of a 4M PDE, 0 for other entries. */
+#define KVMMU_LEAF_GPA(format, pte, offset, addr, pse36_mask)                                                   \
+    (((pte) & ((format) == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK) & ~(offset)) |          \
+     ((format) == KVMMU_FORMAT_32 ? ((pte) & (pse36_mask)) << PT32_PSE36_TO_PA_SHIFT : (pte)&0) | ((addr) & (offset)))
+
+/* Not zero: a present entry is malformed. IN rsvd0, rsvd1: reserved bits of its level with bit 7 clear, set. */
+#define KVMMU_GPTE_MALFORMED(format, rsvd0, rsvd1, bad_mt_xwr, pte) \
+    (KVMMU_RSVD_BITS(rsvd0, rsvd1, pte) | ((format) == KVMMU_FORMAT_EPT ? KVMMU_BAD_MT_XWR(bad_mt_xwr, pte) : (pte)&0))
+
+KVMMU_INLINE uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
+{
+    return KVMMU_GPTE_RIGHTS(format, pte);
+}
+
 KVMMU_INLINE uint64_t kvmmu_gpte_access(int format, uint64_t rights)
 {
-    uint64_t rwu = rights & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
-    if (format == KVMMU_FORMAT_EPT)
-        return (rights & (ACC_READ_MASK | ACC_WRITE_MASK)) | ((rights << EPT_EXECUTABLE_TO_ACC_SHIFT) & ACC_EXEC_MASK) |
-               ((rights >> EPT_USER_EXECUTABLE_TO_ACC_SHIFT) & ACC_USER_EXEC_MASK);
-    if (format == KVMMU_FORMAT_32)
-        return rwu | ACC_EXEC_MASK;
-    return rwu | ((rights >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT)) & ACC_EXEC_MASK);
+    return KVMMU_GPTE_ACCESS(format, rights);
 }
 
 KVMMU_INLINE uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)
 {
-    return format == KVMMU_FORMAT_64 ? (uint32_t)((pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) : 0;
+    return (uint32_t)KVMMU_GPTE_PKEY(format, pte);
 }
 
-KVMMU_INLINE uint32_t kvmmu_level_shift(int format, uint32_t level)
-{
-    return PAGE_SHIFT + (format == KVMMU_FORMAT_32 ? PT32_INDEX_BITS : PT64_INDEX_BITS) * (level - 1);
-}
-
-/* Physical address of addr in the page that a leaf entry of this level maps. IN pse36_mask: address bits in the low half of a 4M PDE. */
 KVMMU_INLINE uint64_t kvmmu_leaf_gpa(int format, uint64_t pte, uint32_t level, uint64_t addr, uint64_t pse36_mask)
 {
-    uint64_t offset = (UINT64_C(1) << kvmmu_level_shift(format, level)) - 1;
-    uint64_t base = (format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK) & ~offset;
-    uint64_t high = format == KVMMU_FORMAT_32 && level > PG_LEVEL_4K ? (pte & pse36_mask) << PT32_PSE36_TO_PA_SHIFT : 0;
-    return (pte & base) | high | (addr & offset);
+    uint64_t offset = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
+    uint64_t high = level > PG_LEVEL_4K ? pse36_mask : 0;
+    return KVMMU_LEAF_GPA(format, pte, offset, addr, high);
 }
 
-/* Whether a present entry is malformed. IN rsvd0, rsvd1: reserved bits of its level with bit 7 clear, set. */
 KVMMU_INLINE uint64_t kvmmu_gpte_malformed(int format, uint64_t rsvd0, uint64_t rsvd1, uint64_t bad_mt_xwr, uint64_t pte)
 {
-    uint64_t rsvd = kvmmu_rsvd_bits(rsvd0, rsvd1, pte);
-    return format == KVMMU_FORMAT_EPT ? rsvd | kvmmu_bad_mt_xwr(bad_mt_xwr, pte) : rsvd;
+    return KVMMU_GPTE_MALFORMED(format, rsvd0, rsvd1, bad_mt_xwr, pte);
 }
 
 #endif /* KVMMU_GPTE_H */

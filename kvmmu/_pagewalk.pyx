@@ -261,7 +261,8 @@ cdef class PageWalk:
 
         cdef Job job = Job(wanted, gva, access, ad)
         job.alive = (self.mem.table, contexts, self.second)
-        job.walks, job.ctx = walks, ctx_data
+        job.whole.walks, job.whole.ctx = walks, ctx_data
+        job.count = contexts.count if contexts is not None else 1
         if threads == 1 or n < threads:
             job.run(0, n)
         else:

@@ -67,6 +67,12 @@ cdef struct walk_step:
     int level
     uint32_t access             # ACC_* of this entry alone; 0 if it is not present
 
+# What gva_to_gpa of a kvm_pagewalk walks.
+cdef enum:
+    WALK_TABLES
+    WALK_DIRECT                     # paging off: identity, then the second stage if there is one
+    WALK_SECOND_STAGE               # the second stage alone
+
 cdef struct kvm_pagewalk
 
 ctypedef void (*gva_to_gpa_fn)(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil
@@ -80,6 +86,9 @@ cdef struct kvm_pagewalk:
     const vcpu_arch *vcpu
     const kvm_page_format *fmt
     const kvm_pagewalk *ngpa        # the second stage, of a first stage; else NULL
+    uint8_t kind                    # WALK_*
+    int format                      # KVMMU_FORMAT_* of the tables
+    uint32_t second                 # which of the second stages of its batch ngpa is
     uint64_t cpu_role
     uint64_t gva_mask               # linear-address width outside long mode
     int canonical_shift             # 64 - linear-address width in long mode, else 0

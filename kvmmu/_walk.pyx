@@ -18,11 +18,13 @@ from kvmmu._bits cimport (
 )
 from kvmmu._format cimport kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
-    cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
     guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
 from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_read64, kvmmu_write64
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result, walk_step
+from kvmmu._walk cimport (
+    WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, cpu_caps, kvm_pagewalk, walk_result, walk_step,
+)
 
 # What a walk came to, beside STATUS_*.
 cdef enum:
@@ -392,10 +394,14 @@ cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps
     w.is_nested = w.pdptes_in_memory = False
     w.pdpte_rsvd_mask = w.ngpa_rsvd_mask = 0
     w.pml = NULL
+    w.kind = WALK_TABLES
+    w.second = 0
+    w.format = KVMMU_FORMAT_64
     if not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
         w.gva_to_gpa = paging64_gva_to_gpa
         w.walk_steps = paging64_walk_steps
         return
+    w.format = KVMMU_FORMAT_32
     w.gva_to_gpa = paging32_gva_to_gpa
     w.walk_steps = paging32_walk_steps
     if not cpu_role & ROLE_EXT_CR4_PSE_MASK:
@@ -417,6 +423,7 @@ cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps
     if cpu_role & ROLE_DIRECT_MASK:
         w.gva_to_gpa = nonpaging_gva_to_gpa
         w.walk_steps = nonpaging_walk_steps
+        w.kind = WALK_DIRECT
         w.pferr_mask = 0
         return
     if cpu_role & ROLE_EXT_EFER_LMA_MASK:
@@ -428,6 +435,7 @@ cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps
 cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
     w[0] = n[0]
     w.ngpa = n
+    w.kind = WALK_SECOND_STAGE
     w.gva_to_gpa = second_stage_gva_to_gpa
 
 
@@ -445,6 +453,7 @@ cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *
     cdef bint have_ad = not cpu_role & ROLE_AD_DISABLED_MASK
     init_instance(w, cpu_role, caps)
     init_nested(w, caps)
+    w.format = KVMMU_FORMAT_EPT
     w.gva_to_gpa = ept_gva_to_gpa
     w.walk_steps = ept_walk_steps
     w.gva_mask = ~<uint64_t>0

@@ -1,0 +1,386 @@
+/* Walks side by side: 64 addresses of one set of tables at a time.
+ *
+ * A lane starts from what is remembered of the upper levels of its walk (its prefix: where the last entry lies, and the rights
+ * so far) and reads that last entry live. The loops have a constant count and no branches, so that the compiler makes vector
+ * code of them; each is compiled once for every instruction set below and chosen by a run-time check of the CPU.
+ * What an entry means is in _gpte.h, shared with the scalar walk.
+ */
+#ifndef KVMMU_LANES_H
+#define KVMMU_LANES_H
+
+#include <string.h>
+
+#include "_gpte.h"
+
+#define KVMMU_LANES ((size_t)64)
+
+/* A prefix in one word: address in the host of the table of the last entry (level 1) or of the last entry itself (other levels),
+ * rights so far, level of the last entry, and two notes. */
+#define PREFIX_HVA_BITS 48
+#define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
+#define PREFIX_COLD_SHIFT 48     /* an accessed bit above the last entry is still to be set */
+#define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
+#define PREFIX_LEVEL_SHIFT 56
+#define PREFIX_LEVEL_MASK UINT64_C(7)
+#define PREFIX_ACCESS_SHIFT 60
+
+/* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
+#define PREFIX_BITS 15
+#define PREFIX_ASID_BITS 28
+
+/* Translations by page and access: the tag is page << TLB_ASID_BITS | asid, the value page frame << 16 | accesses known to pass. */
+#define TLB_BITS 12
+#define TLB_ASID_BITS 12
+#define TLB_FRAME_SHIFT 16
+
+struct kvmmu_prefix {
+    uint64_t tag; /* region << PREFIX_ASID_BITS | asid; 0: none */
+    uint64_t ref; /* PREFIX_* */
+};
+
+struct kvmmu_tlb_entry {
+    uint64_t tag; /* 0: none */
+    uint64_t page;
+};
+
+/* What the lanes need of a walk. */
+struct kvmmu_lane_walk {
+    const struct kvm_page_format *fmt;
+    uint64_t present_mask;
+    uint64_t page_size_mask;
+    uint64_t pse36_mask;
+    uint64_t accessed_mask; /* 0: accessed and dirty bits do not count */
+    uint32_t pkru;
+    uint32_t asid;
+};
+
+struct kvmmu_lanes {
+    uint64_t addr[KVMMU_LANES];
+    uint64_t look[KVMMU_LANES];  /* kvm_page_format.looks of the access */
+    uint64_t ref[KVMMU_LANES];
+    uint64_t entry[KVMMU_LANES]; /* host address of the last entry */
+    uint64_t pte[KVMMU_LANES];
+    uint64_t pte_access[KVMMU_LANES];
+    uint64_t gpa[KVMMU_LANES];
+    /* bit n: of lane n */
+    uint64_t noncanonical;
+    uint64_t miss;  /* nothing is remembered */
+    uint64_t fault; /* the last entry is not present, malformed, or denies the access */
+    uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
+    uint64_t large; /* not zero: some last entry is not of level 1 */
+};
+
+typedef void (*kvmmu_load_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift);
+typedef void (*kvmmu_probe_fn)(struct kvmmu_lanes *, const struct kvmmu_prefix *, uint32_t asid, const void *nothing);
+typedef void (*kvmmu_step_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
+typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
+                                    const uint32_t *ctx, uint32_t asid, uint64_t *gpa);
+
+struct kvmmu_lane_ops { /* [format] */
+    kvmmu_load_fn load;
+    kvmmu_probe_fn probe[3];
+    kvmmu_step_fn point[3];
+    kvmmu_step_fn judge[3];
+    kvmmu_recall_fn recall;
+};
+
+/* ---- vectors ------------------------------------------------------------------------------------------------------ */
+
+#define VEC_LANES 4
+typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
+
+#define VEC(array) (*(vec *)&(array)[i])
+#define CVEC(array) (*(const vec *)&(array)[i])
+#define SELECT(mask, yes, no) (((yes) & (mask)) | ((no) & ~(mask)))
+#define EACH_VECTOR(i) for (size_t i = 0; i < KVMMU_LANES; i += VEC_LANES)
+
+/* All bits where the condition holds. */
+#define WHERE(condition) ((vec)(condition))
+
+/* One 64-bit word per lane: base[index]. */
+#define GATHER(base, index) ((vec){(base)[(index)[0]], (base)[(index)[1]], (base)[(index)[2]], (base)[(index)[3]]})
+
+/* Which lanes of a block a mask is of, one bit each. */
+#define ONE_WORD(bits) ((bits)[0] | (bits)[1] | (bits)[2] | (bits)[3])
+
+#define FIRST_BITS ((vec){1, 2, 4, 8})
+
+/* ---- bodies ----------------------------------------------------------------------------------------------------- */
+
+#define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
+#define KVMMU_PREFIX_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
+#define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
+
+/* Addresses into the lanes. One that is not canonical is noted, and 0 walked in its place. */
+KVMMU_INLINE void load_body(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift)
+{
+    vec bits = FIRST_BITS, noncanonical = bits & 0;
+    EACH_VECTOR(i)
+    {
+        vec addr = CVEC(gva) & gva_mask, kept = addr << canonical_shift;
+        vec sign = WHERE((kept >> 63) != 0) & ~(~UINT64_C(0) >> canonical_shift);
+        vec bad = WHERE((kept >> canonical_shift | sign) != addr);
+        VEC(l->addr) = addr & ~bad;
+        noncanonical |= bad & bits;
+        bits <<= VEC_LANES;
+    }
+    l->noncanonical = ONE_WORD(noncanonical);
+}
+
+/* Remembered prefixes of all lanes, or nothing (an entry that reads as zero). */
+KVMMU_INLINE void probe_body(int format, struct kvmmu_lanes *l, const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)
+{
+    const uint64_t *words = (const uint64_t *)prefixes;
+    const uint64_t space = asid, none = (uint64_t)(uintptr_t)nothing;
+    vec bits = FIRST_BITS, miss = bits & 0;
+    EACH_VECTOR(i)
+    {
+        vec region = VEC(l->addr) >> KVMMU_REGION_SHIFT(format);
+        vec slot = KVMMU_PREFIX_SLOT(region) * 2;
+        vec hit = WHERE(GATHER(words, slot) == (region << PREFIX_ASID_BITS | space));
+        VEC(l->ref) = SELECT(hit, GATHER(words + 1, slot), none);
+        miss |= ~hit & bits;
+        bits <<= VEC_LANES;
+    }
+    l->miss = ONE_WORD(miss);
+}
+
+/* Address of the entry of addr, from a prefix. */
+#define KVMMU_TABLE_OFFSET(format, addr)                                                     \
+    ((format) == KVMMU_FORMAT_32 ? ((addr) >> (PAGE_SHIFT - 2)) & PT32_INDEX_MASK << 2       \
+                                 : ((addr) >> (PAGE_SHIFT - 3)) & PT64_INDEX_MASK << 3)
+#define KVMMU_PREFIX_LEVEL(ref) ((ref) >> PREFIX_LEVEL_SHIFT & PREFIX_LEVEL_MASK)
+
+KVMMU_INLINE uint64_t kvmmu_region(int format, uint64_t addr)
+{
+    return addr >> KVMMU_REGION_SHIFT(format);
+}
+
+KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region)
+{
+    return KVMMU_PREFIX_SLOT(region);
+}
+
+KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
+{
+    return KVMMU_TLB_SLOT(page, asid);
+}
+
+KVMMU_INLINE uint64_t kvmmu_prefix_level(uint64_t ref)
+{
+    return KVMMU_PREFIX_LEVEL(ref);
+}
+
+/* The lowest bit that is set; bits is not 0. */
+KVMMU_INLINE int kvmmu_first_bit(uint64_t bits)
+{
+    return __builtin_ctzll(bits);
+}
+
+KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
+{
+    return __builtin_popcountll(bits);
+}
+
+KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
+{
+    return (ref & PREFIX_HVA_MASK) + (KVMMU_PREFIX_LEVEL(ref) == PG_LEVEL_4K ? KVMMU_TABLE_OFFSET(format, addr) : 0);
+}
+
+KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
+{
+    uint32_t half;
+    uint64_t whole;
+    if (format == KVMMU_FORMAT_32) {
+        memcpy(&half, (const void *)(uintptr_t)hva, sizeof half);
+        return half;
+    }
+    memcpy(&whole, (const void *)(uintptr_t)hva, sizeof whole);
+    return whole;
+}
+
+/* Where the last entries lie; they are on their way to the cache afterwards. */
+KVMMU_INLINE void point_body(int format, struct kvmmu_lanes *l)
+{
+    vec large = FIRST_BITS & 0;
+    EACH_VECTOR(i)
+    {
+        vec other = KVMMU_PREFIX_LEVEL(VEC(l->ref)) ^ PG_LEVEL_4K;
+        VEC(l->entry) = (VEC(l->ref) & PREFIX_HVA_MASK) + (KVMMU_TABLE_OFFSET(format, VEC(l->addr)) & WHERE(other == 0));
+        large |= other;
+    }
+    l->large = ONE_WORD(large);
+    for (size_t i = 0; i < KVMMU_LANES; i++)
+        __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+}
+
+/* The rules of the last entry, for all lanes. */
+KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)
+{
+    const struct kvm_page_format *fmt = w->fmt;
+    const uint64_t bad_mt_xwr = fmt->bad_mt_xwr, present_mask = w->present_mask, page_size_mask = w->page_size_mask;
+    const uint64_t pse36_mask = w->pse36_mask, accessed_mask = w->accessed_mask;
+    /* the dirty bit is the one above the accessed bit */
+    const uint64_t write_look = accessed_mask ? (uint64_t)ACCESS_WRITE_MASK << KVMMU_LOOK_ACCESS_SHIFT : 0;
+    const int write_shift = KVMMU_LOOK_ACCESS_SHIFT + 1 - (format == KVMMU_FORMAT_EPT ? EPT_DIRTY_SHIFT : PT_DIRTY_SHIFT);
+    const uint64_t pkru = w->pkru, pkru_mask = fmt->pkru_mask;
+    const uint64_t cold_mask = accessed_mask ? UINT64_C(1) << PREFIX_COLD_SHIFT : 0;
+    uint64_t rsvd[2][PT_MAX_LEVELS];
+    vec bits = FIRST_BITS, fault = bits & 0, slow = bits & 0;
+
+    memcpy(rsvd, fmt->rsvd_bits_mask, sizeof rsvd);
+    for (size_t i = 0; i < KVMMU_LANES; i++)
+        l->pte[i] = kvmmu_read_entry(format, l->entry[i]);
+    EACH_VECTOR(i)
+    {
+        vec pte = VEC(l->pte), ref = VEC(l->ref), look = VEC(l->look), addr = VEC(l->addr), zero = pte & 0;
+        vec acc = (ref >> PREFIX_ACCESS_SHIFT) & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte));
+        vec access = look >> KVMMU_LOOK_ACCESS_SHIFT;
+        vec need = accessed_mask | (look & write_look) >> write_shift;
+        vec denied = look >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
+        vec r0 = zero + rsvd[0][0], r1 = r0, bad, high = zero;
+        if (large) {
+            vec level = KVMMU_PREFIX_LEVEL(ref), is_large = WHERE(level != PG_LEVEL_4K);
+            r1 = zero + rsvd[1][0];
+            for (int n = 1; n < PT_MAX_LEVELS; n++) {
+                r0 = SELECT(WHERE(level == (uint64_t)n + 1), rsvd[0][n], r0);
+                r1 = SELECT(WHERE(level == (uint64_t)n + 1), rsvd[1][n], r1);
+            }
+            not_leaf = is_large & WHERE((pte & page_size_mask) == 0);
+            offset = ((1 + zero) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
+            high = is_large & pse36_mask;
+        }
+        if (keys)
+            denied |= KVMMU_PKEY_DENIED(pkru_mask + zero, pkru + zero, acc, KVMMU_GPTE_PKEY(format, pte), access);
+        bad = KVMMU_GPTE_MALFORMED(format, r0, r1, bad_mt_xwr + zero, pte) | (denied & ~not_leaf);
+        if (format == KVMMU_FORMAT_EPT)
+            bad |= WHERE((pte & present_mask) == 0);
+        else
+            bad |= ~pte & PT_PRESENT_MASK;
+        fault |= ~WHERE(bad == 0) & bits;
+        slow |= ~WHERE(((need & ~pte) | not_leaf | (ref & cold_mask)) == 0) & bits;
+        bits <<= VEC_LANES;
+        VEC(l->pte_access) = acc;
+        VEC(l->gpa) = KVMMU_LEAF_GPA(format, pte, offset, addr, high);
+    }
+    l->fault = ONE_WORD(fault);
+    l->slow = ONE_WORD(slow) & ~l->fault;
+}
+
+KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)
+{
+    int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
+    /* level 1 has no large pages: bit 7 is its PAT bit and reserves nothing */
+    if (l->large || w->fmt->rsvd_bits_mask[0][0] != w->fmt->rsvd_bits_mask[1][0]) {
+        if (keys)
+            judge_body(format, 1, 1, l, w);
+        else
+            judge_body(format, 1, 0, l, w);
+    } else if (keys) {
+        judge_body(format, 0, 1, l, w);
+    } else {
+        judge_body(format, 0, 0, l, w);
+    }
+}
+
+/* Known translations of 64 rows: bit n is set where row n has none. OUT gpa: right where the bit is clear. */
+KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, size_t access_stride,
+                                  const uint32_t *ctx, uint32_t asid, uint64_t *gpa)
+{
+    const uint64_t *words = (const uint64_t *)tlb;
+    vec bits = FIRST_BITS, miss = bits & 0;
+    EACH_VECTOR(i)
+    {
+        vec page = CVEC(gva) >> PAGE_SHIFT, space = (bits & 0) + asid, value, a, hit, slot;
+        if (ctx)
+            space += (vec){ctx[i], ctx[i + 1], ctx[i + 2], ctx[i + 3]};
+        if (access_stride)
+            a = (vec){access[i], access[i + 1], access[i + 2], access[i + 3]};
+        else
+            a = (bits & 0) + access[0];
+        a &= ~(WHERE((a & ACCESS_IMPLICIT_MASK) != 0) & (ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
+        slot = KVMMU_TLB_SLOT(page, space) * 2;
+        value = GATHER(words + 1, slot);
+        hit = WHERE(GATHER(words, slot) == (page << TLB_ASID_BITS | space)) & value >> (a >> PERMISSIONS_INDEX_SHIFT);
+        VEC(gpa) = (value >> TLB_FRAME_SHIFT << PAGE_SHIFT) | (CVEC(gva) & PAGE_OFFSET_MASK);
+        miss |= ((hit & 1) - 1) & bits;
+        bits <<= VEC_LANES;
+    }
+    return ONE_WORD(miss);
+}
+
+/* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
+
+#define KVMMU_LANE_FUNCTIONS(name, target)                                                                                          \
+    target static void load_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift)              \
+    {                                                                                                                               \
+        load_body(l, gva, gva_mask, canonical_shift);                                                                               \
+    }                                                                                                                               \
+    target static void probe_32_##name(struct kvmmu_lanes *l, const struct kvmmu_prefix *p, uint32_t asid, const void *nothing)     \
+    {                                                                                                                               \
+        probe_body(KVMMU_FORMAT_32, l, p, asid, nothing);                                                                           \
+    }                                                                                                                               \
+    target static void probe_64_##name(struct kvmmu_lanes *l, const struct kvmmu_prefix *p, uint32_t asid, const void *nothing)     \
+    {                                                                                                                               \
+        probe_body(KVMMU_FORMAT_64, l, p, asid, nothing);                                                                           \
+    }                                                                                                                               \
+    target static void point_32_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
+    {                                                                                                                               \
+        (void)w;                                                                                                                    \
+        point_body(KVMMU_FORMAT_32, l);                                                                                             \
+    }                                                                                                                               \
+    target static void point_64_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
+    {                                                                                                                               \
+        (void)w;                                                                                                                    \
+        point_body(KVMMU_FORMAT_64, l);                                                                                             \
+    }                                                                                                                               \
+    target static void judge_32_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
+    {                                                                                                                               \
+        judge_any(KVMMU_FORMAT_32, l, w);                                                                                           \
+    }                                                                                                                               \
+    target static void judge_64_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
+    {                                                                                                                               \
+        judge_any(KVMMU_FORMAT_64, l, w);                                                                                           \
+    }                                                                                                                               \
+    target static void judge_ept_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                     \
+    {                                                                                                                               \
+        judge_any(KVMMU_FORMAT_EPT, l, w);                                                                                          \
+    }                                                                                                                               \
+    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,             \
+                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa)                   \
+    {                                                                                                                               \
+        if (!ctx && !access_stride)                                                                                                 \
+            return recall_body(tlb, gva, access, 0, 0, asid, gpa);                                                                  \
+        if (!ctx)                                                                                                                   \
+            return recall_body(tlb, gva, access, 1, 0, asid, gpa);                                                                  \
+        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa);                                                        \
+    }                                                                                                                               \
+    static const struct kvmmu_lane_ops lane_ops_##name = {                                                                          \
+        load_##name, {probe_32_##name, probe_64_##name, probe_64_##name},                                                                        \
+        {point_32_##name, point_64_##name, point_64_##name},                                                                        \
+        {judge_32_##name, judge_64_##name, judge_ept_##name},                                                                       \
+        recall_##name};
+
+KVMMU_LANE_FUNCTIONS(portable, )
+#if defined(__x86_64__) && defined(__GNUC__)
+KVMMU_LANE_FUNCTIONS(avx2, __attribute__((target("avx2,bmi,bmi2"))))
+KVMMU_LANE_FUNCTIONS(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prefer-vector-width=512"))))
+#endif
+
+/* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */
+static const struct kvmmu_lane_ops *kvmmu_lane_ops_of(const char *name)
+{
+    if (!strcmp(name, "portable"))
+        return &lane_ops_portable;
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (!strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+        return &lane_ops_avx2;
+    if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        return &lane_ops_avx512;
+#endif
+    return NULL;
+}
+
+#endif /* KVMMU_LANES_H */

@@ -1,0 +1,75 @@
+"""Walks side by side, in C: see `_lanes.h`."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvmmu._format cimport kvm_page_format
+
+cdef extern from "_lanes.h" nogil:
+    enum:
+        KVMMU_LANES
+        PREFIX_BITS
+        PREFIX_ASID_BITS
+        PREFIX_COLD_SHIFT
+        PREFIX_READONLY_SHIFT
+        PREFIX_LEVEL_SHIFT
+        PREFIX_ACCESS_SHIFT
+        TLB_BITS
+        TLB_ASID_BITS
+        TLB_FRAME_SHIFT
+
+    const uint64_t PREFIX_HVA_MASK
+
+    cdef struct kvmmu_prefix:
+        uint64_t tag
+        uint64_t ref
+
+    cdef struct kvmmu_tlb_entry:
+        uint64_t tag
+        uint64_t page
+
+    cdef struct kvmmu_lane_walk:
+        const kvm_page_format *fmt
+        uint64_t present_mask
+        uint64_t page_size_mask
+        uint64_t pse36_mask
+        uint64_t accessed_mask
+        uint32_t pkru
+        uint32_t asid
+
+    cdef struct kvmmu_lanes:
+        uint64_t addr[64]
+        uint64_t look[64]
+        uint64_t ref[64]
+        uint64_t entry[64]
+        uint64_t pte[64]
+        uint64_t pte_access[64]
+        uint64_t gpa[64]
+        uint64_t noncanonical
+        uint64_t miss
+        uint64_t fault
+        uint64_t slow
+        uint64_t large
+
+    ctypedef void (*kvmmu_load_fn)(kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift) noexcept
+    ctypedef void (*kvmmu_probe_fn)(kvmmu_lanes *, const kvmmu_prefix *, uint32_t asid, const void *nothing) noexcept
+    ctypedef void (*kvmmu_step_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
+    ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
+                                         const uint32_t *ctx, uint32_t asid, uint64_t *gpa) noexcept
+
+    cdef struct kvmmu_lane_ops:
+        kvmmu_load_fn load
+        kvmmu_probe_fn probe[3]
+        kvmmu_step_fn point[3]
+        kvmmu_step_fn judge[3]
+        kvmmu_recall_fn recall
+
+    uint64_t kvmmu_region(int format, uint64_t addr)
+    uint64_t kvmmu_prefix_slot(uint64_t region)
+    uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
+    uint64_t kvmmu_prefix_level(uint64_t ref)
+    uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
+    uint64_t kvmmu_read_entry(int format, uint64_t hva)
+    int kvmmu_first_bit(uint64_t bits)
+    int kvmmu_count_bits(uint64_t bits)
+    const kvmmu_lane_ops *kvmmu_lane_ops_of(const char *name)

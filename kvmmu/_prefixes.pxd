@@ -1,0 +1,57 @@
+"""What a batch remembers of walks, so that a row reads the last entry of its walk alone.
+
+A prefix is the upper part of a walk: where its last entry lies, and the rights so far. It holds for a region, the addresses
+that share all but the indices of the last two levels; a walk that ends higher (a large page, a fault) has its last entry there.
+Prefixes are found without touching accessed and dirty bits; where only a walk with side effects can tell, there is none.
+
+Prefixes live as long as a batch. Within it the tables change by accessed and dirty bits alone, which no prefix depends on:
+one with unset accessed bits says so, and the rows that would set them are walked one by one.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_tlb_entry
+from kvmmu._walk cimport kvm_pagewalk
+
+# One walk of a batch, with its part of the table of prefixes.
+cdef struct lane_space:
+    const kvm_pagewalk *w
+    kvmmu_prefix *prefixes
+    lane_space *second          # the second stage under w, or NULL
+    kvmmu_lane_walk lane        # lane.asid: names this walk in the table
+    bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
+
+# What the last entry of a walk says.
+cdef enum:
+    JUDGED_OK
+    JUDGED_FAULT
+    JUDGED_SLOW                 # accessed or dirty bits to set, or not a leaf any more, or nothing known
+
+cdef struct judged_entry:
+    uint64_t gpa
+    uint64_t pte
+    uint64_t entry              # its address in the host
+    uint32_t pte_access
+
+
+
+
+cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
+                     bint set_ad) noexcept nogil
+# The prefix of addr, remembered or found now; 0: unknown. IN addr: masked, canonical
+cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil
+# Find the prefix of addr again; 0: unknown
+cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil
+# The rules of the last entry for one row: JUDGED_*. IN look: kvm_page_format.looks of the access
+cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t addr, uint32_t look, judged_entry *out) noexcept nogil
+
+
+cdef class WalkCache:
+    """The tables of one batch, or of one thread of it."""
+    cdef kvmmu_prefix *prefixes
+    cdef kvmmu_tlb_entry *tlb
+    cdef uint32_t next_asid             # of prefixes
+    cdef uint32_t next_space            # of translations
+    # Names for count walks, used by nobody before; 0: too many. Nothing that was remembered counts any more.
+    cdef uint32_t take_asids(self, uint64_t count) noexcept nogil
+    cdef uint32_t take_spaces(self, uint64_t count) noexcept nogil

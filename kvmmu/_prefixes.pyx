@@ -1,0 +1,203 @@
+"""Prefixes of walks, and the tables that a batch keeps them in; see `_prefixes.pxd`."""
+
+from libc.stdint cimport uint32_t, uint64_t, uint8_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from kvmmu._bits cimport (
+    ACC_ALL, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, PG_LEVEL_4K, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT,
+    PT_PRESENT_MASK,
+)
+from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
+from kvmmu._gpte cimport (
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
+    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
+    kvmmu_gpte_rights, kvmmu_leaf_gpa, read_gpte,
+)
+from kvmmu._lanes cimport (
+    KVMMU_LANES, PREFIX_ACCESS_SHIFT, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
+    PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level,
+    kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
+)
+from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
+from kvmmu._prefixes cimport JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judged_entry, lane_space
+from kvmmu._walk cimport kvm_pagewalk
+
+cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
+
+
+cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
+                     bint set_ad) noexcept nogil:
+    s.w, s.prefixes, s.second = w, prefixes, second
+    s.lane.fmt = w.fmt
+    s.lane.present_mask, s.lane.page_size_mask, s.lane.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
+    s.lane.accessed_mask = w.accessed_mask
+    s.lane.pkru = w.vcpu.pkru
+    s.lane.asid = asid
+    # without stores the bits do not count, unless their update would be a write of its own, or fill a log
+    if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
+        s.lane.accessed_mask = 0
+    s.sets_ad = set_ad and (w.ngpa is NULL or w.ngpa.table_access != 0)
+
+
+cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t addr, uint32_t look, judged_entry *out) noexcept nogil:
+    cdef int format = s.w.format
+    cdef const kvm_page_format *fmt = s.lane.fmt
+    cdef uint32_t level = <uint32_t>kvmmu_prefix_level(ref), access = look >> KVMMU_LOOK_ACCESS_SHIFT
+    cdef uint64_t pte, need = s.lane.accessed_mask
+    out.entry = kvmmu_entry_hva(format, ref, addr)
+    pte = out.pte = kvmmu_read_entry(format, out.entry)
+    out.pte_access = <uint32_t>((ref >> PREFIX_ACCESS_SHIFT) & kvmmu_gpte_access(format, kvmmu_gpte_rights(format, pte)))
+    if not pte & s.lane.present_mask:
+        return JUDGED_FAULT
+    if kvmmu_gpte_malformed(format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
+        return JUDGED_FAULT
+    if level > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
+        return JUDGED_SLOW
+    if permission_fault(fmt, s.lane.pkru, out.pte_access, kvmmu_gpte_pkey(format, pte), access):
+        return JUDGED_FAULT
+    out.gpa = kvmmu_leaf_gpa(format, pte, level, addr, s.lane.pse36_mask)
+    if access & ACCESS_WRITE_MASK:
+        need |= need << 1
+    if need & ~pte or (need and (ref >> PREFIX_COLD_SHIFT) & 1):
+        return JUDGED_SLOW
+    return JUDGED_OK
+
+
+cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa) noexcept nogil:
+    """The second stage of a table of the first, if it needs no accessed or dirty bit set."""
+    cdef const kvm_pagewalk *n = second.w
+    cdef uint64_t ref
+    cdef judged_entry judged
+    if ngpa & n.ngpa_rsvd_mask:
+        return False
+    ngpa &= n.gva_mask
+    ref = prefix_of(<lane_space *>second, ngpa)
+    if not ref:
+        return False
+    # as translate_nested_gpa() has it for a table
+    if judge_one(second, ref, ngpa, n.fmt.looks[table_access(n)], &judged) != JUDGED_OK:
+        return False
+    gpa[0] = judged.gpa
+    return True
+
+
+cdef inline uint32_t table_access(const kvm_pagewalk *n) noexcept nogil:
+    cdef uint32_t access = n.table_access
+    if not n.user_by_pte:
+        access |= <uint32_t>ACCESS_USER_MASK
+    return access | n.user_always
+
+
+cdef inline uint64_t prefix_word(const uint8_t *hva, int level, uint64_t access, bint cold, bint readonly) noexcept nogil:
+    """A prefix, or 0 if the address is too wide for one."""
+    cdef uint64_t address = <uint64_t><uintptr_t>hva
+    if address & ~PREFIX_HVA_MASK:
+        return 0
+    return (address | <uint64_t>cold << PREFIX_COLD_SHIFT | <uint64_t>readonly << PREFIX_READONLY_SHIFT |
+            <uint64_t>level << PREFIX_LEVEL_SHIFT | access << PREFIX_ACCESS_SHIFT)
+
+
+cdef inline uint64_t find_prefix_generic(const guest_walker *walker, const lane_space *s, uint64_t addr) noexcept nogil:
+    """Steps 1 to 5 of the walk (`_walk.pxd`), looked at and not touched, up to the last entry."""
+    cdef const kvm_pagewalk *w = s.w
+    cdef int level = w.level
+    cdef uint64_t pte = w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
+    cdef uint64_t rights = ~<uint64_t>0, gpa, offset
+    cdef const uint8_t *hva
+    cdef bint readonly = False, cold = False
+    cdef bint asks_second = w.ngpa is not NULL and not w.ngpa.table_access      # for every update of an entry
+    if has_pdptrs(walker, level):
+        if w.pdptes_in_memory:
+            gpa = (pte & CR3_PAE_PDPT_MASK) + ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
+            hva = gpa_to_hva(w.mem, gpa, &readonly)
+            if hva is NULL:
+                return 0
+            pte = kvmmu_read64(hva)
+            if not pte & PT_PRESENT_MASK or pte & w.pdpte_rsvd_mask:
+                return 0
+        else:
+            hva = <const uint8_t *>&w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
+            pte = kvmmu_read64(hva)
+            if not pte & PT_PRESENT_MASK:
+                return prefix_word(hva, level, ACC_ALL, False, True)
+        level -= 1
+    while True:
+        offset = gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
+        gpa = gpte_to_gpa(walker, pte) + offset
+        if s.second is not NULL and not warm_table_gpa(s.second, gpa, &gpa):
+            return 0
+        hva = gpa_to_hva(w.mem, gpa, &readonly)
+        if hva is NULL:
+            return prefix_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), cold, True)
+        if level == PG_LEVEL_4K:
+            return prefix_word(hva - offset, level, gpte_access(walker, rights), cold, readonly)
+        pte = read_gpte(walker, hva)
+        if not pte & w.present_mask or is_rsvd_bits_set(walker, w.fmt, pte, level) or pte & w.page_size_mask:
+            return prefix_word(hva, level, gpte_access(walker, rights), cold, readonly)
+        rights &= gpte_rights(walker, pte)
+        if s.lane.accessed_mask & ~pte and (not readonly or asks_second):
+            cold = True
+        level -= 1
+
+
+cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
+    cdef guest_walker32 walker32
+    cdef guest_walker64 walker64
+    cdef guest_walkerEPT walkerEPT
+    cdef uint64_t ref, region = kvmmu_region(s.w.format, addr)
+    cdef kvmmu_prefix *p
+    if s.w.format == KVMMU_FORMAT_32:
+        ref = find_prefix_generic(&walker32, s, addr)
+    elif s.w.format == KVMMU_FORMAT_64:
+        ref = find_prefix_generic(&walker64, s, addr)
+    else:
+        ref = find_prefix_generic(&walkerEPT, s, addr)
+    if ref:
+        p = &s.prefixes[kvmmu_prefix_slot(region)]
+        p.tag = region << PREFIX_ASID_BITS | s.lane.asid
+        p.ref = ref
+    return ref
+
+
+cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
+    cdef uint64_t region = kvmmu_region(s.w.format, addr)
+    cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region)]
+    if p.tag == (region << PREFIX_ASID_BITS | s.lane.asid):
+        return p.ref
+    return find_prefix(s, addr)
+
+
+cdef class WalkCache:
+    def __cinit__(self):
+        self.prefixes = <kvmmu_prefix *>calloc(1 << PREFIX_BITS, sizeof(kvmmu_prefix))
+        self.tlb = <kvmmu_tlb_entry *>calloc(1 << TLB_BITS, sizeof(kvmmu_tlb_entry))
+        if self.prefixes is NULL or self.tlb is NULL:
+            raise MemoryError
+        self.next_asid = self.next_space = 1
+
+    def __dealloc__(self):
+        free(self.prefixes)
+        free(self.tlb)
+
+    cdef uint32_t take_asids(self, uint64_t count) noexcept nogil:
+        cdef uint32_t first
+        if count >= (<uint64_t>1 << PREFIX_ASID_BITS):
+            return 0
+        if self.next_asid + count > (<uint64_t>1 << PREFIX_ASID_BITS):
+            memset(self.prefixes, 0, sizeof(kvmmu_prefix) << PREFIX_BITS)
+            self.next_asid = 1
+        first = self.next_asid
+        self.next_asid += <uint32_t>count
+        return first
+
+    cdef uint32_t take_spaces(self, uint64_t count) noexcept nogil:
+        cdef uint32_t first
+        if count >= (<uint64_t>1 << TLB_ASID_BITS):
+            return 0
+        if self.next_space + count > (<uint64_t>1 << TLB_ASID_BITS):
+            memset(self.tlb, 0, sizeof(kvmmu_tlb_entry) << TLB_BITS)
+            self.next_space = 1
+        first = self.next_space
+        self.next_space += <uint32_t>count
+        return first
