@@ -20,22 +20,30 @@ cdef struct batch_columns:
     uint64_t *fault_gpa
     uint64_t *exit_qualification
 
-# Up to 64 rows of one walk on their way: first stage in a, second stage in b.
-cdef struct block:
+cdef struct walk_spaces:
+    const kvm_pagewalk *w
     lane_space first
     lane_space second
+
+# Up to 64 rows of one walk on their way: first stage in a, second stage in b.
+cdef struct block:
+    walk_spaces *spaces
     const kvm_pagewalk *w           # NULL: free
     size_t count
-    bint contiguous                 # rows are rows[0], rows[0] + 1, ...
+    bint contiguous                 # the rows are base, base + 1, ...
+    size_t base
     bint halfway                    # the first stage is done
     uint64_t held                   # lanes whose row was written already, or that hold no row
     # of the first stage:
     uint64_t failed                 # lanes that fault
     uint64_t unknown                # lanes that the scalar walk must take
     uint64_t cold                   # lanes that set accessed or dirty bits after the second stage
-    size_t rows[64]
-    uint64_t gva[64]
-    uint8_t access[64]
+    size_t rows[64]                 # where they are not
+    const uint64_t *gva             # 64 of each: the caller's own, or
+    const uint8_t *access
+    uint64_t own_gva[64]
+    uint8_t own_access[64]
+    uint8_t second_access[64]
     kvmmu_lanes a
     kvmmu_lanes b
 
@@ -63,6 +71,8 @@ cdef struct batch:
     kvmmu_prefix *prefixes
     kvmmu_tlb_entry *tlb
     block *blocks                   # 3
+    walk_spaces *spaces             # 4, of the walks of late
+    size_t last_space
     size_t turn
 
 # Get ready: IN count: of walks. Nothing that earlier batches remembered counts.

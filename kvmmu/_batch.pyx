@@ -15,21 +15,22 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from kvmmu._batch cimport batch, batch_columns, block
+from kvmmu._batch cimport batch, batch_columns, block, walk_spaces
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
-    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL, STATUS_OK,
+    STATUS_PAGE_FAULT,
 )
-from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_fault
+from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_fault
 from kvmmu._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_FRAME_SHIFT, kvmmu_count_bits,
+    KVMMU_LANES, PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_FRAME_SHIFT, kvmmu_count_bits,
     kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of, kvmmu_lanes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_tlb_entry,
-    kvmmu_tlb_slot,
+    kvmmu_set_prefix, kvmmu_sure_pass, kvmmu_tlb_slot,
 )
-from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
+from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, WalkCache, find_prefix, init_space, judge_one, judged_entry, lane_space, prefix_of,
+    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, WalkCache, find_prefix, init_space, judge_one, judged_entry, lane_space, prefix_of,
 )
 from kvmmu._walk cimport (
     WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result,
@@ -37,14 +38,22 @@ from kvmmu._walk cimport (
 
 cdef uint64_t NOTHING[512]              # an entry that reads as zero, for lanes without a prefix
 
+# Walks whose spaces are kept for blocks, at least one more than there are blocks.
+cdef size_t SPACES = 4
+
 # Fewer rows than this are walked one by one.
 cdef size_t MIN_LANES = 8
+# Tables of last entries (of 4 KiB) up to which those are taken to be in the cache.
+cdef size_t NEAR = 96
 # Of 64 rows so many or fewer unknown translations are looked up one after the other.
 cdef int FEW_MISSES = 12
+# Of 64 lanes so many or fewer that do not surely pass are judged one after the other.
+cdef int FEW_ODD = 16
 # Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
-cdef size_t TRIAL = 64
-cdef size_t FIRST_REST = 256
-cdef size_t LAST_REST = 16384
+cdef size_t TRIAL = 32
+cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
+cdef size_t FIRST_REST = 128
+cdef size_t LAST_REST = 8192
 
 cdef const kvmmu_lane_ops *OPS = NULL
 _INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -161,31 +170,43 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
         remember(b, i, r.gpa)
 
 
-cdef void init_spaces(batch *b, const kvm_pagewalk *w, lane_space *first, lane_space *second) noexcept nogil:
+cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil:
+    """The spaces of a walk. Those of a block stay while three more blocks start; a single row's, until the next row's."""
+    cdef walk_spaces *m = &b.spaces[b.last_space]
     cdef uint32_t asid = b.asid
+    if m.w is w:
+        return m
+    if for_block:
+        b.last_space = (b.last_space + 1) % SPACES
+        m = &b.spaces[b.last_space]
+    else:
+        m = &b.spaces[SPACES]
+        if m.w is w:
+            return m
+    m.w = w
     if b.ctx is not NULL:
         asid += <uint32_t>(w - b.walks)
     if w.ngpa is not NULL:
-        init_space(second, w.ngpa, b.prefixes, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad)
-    init_space(first, w, b.prefixes, second if w.ngpa is not NULL else NULL, asid, b.set_ad)
+        init_space(&m.second, w.ngpa, b.prefixes, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad)
+    init_space(&m.first, w, b.prefixes, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad)
+    return m
 
 
 cdef void quick_row(batch *b, size_t i) noexcept nogil:
     """One row from the prefixes of its walk, if it passes without a change to the tables; else the scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
-    cdef lane_space first, second
+    cdef walk_spaces *m = spaces_of(b, w, False)
     cdef judged_entry judged
     cdef uint64_t addr = b.gva[i] & w.gva_mask, ref
     cdef uint32_t access = explicit_access(b.access[i * b.access_stride])
     judged.gpa = addr
     judged.pte_access = ACC_ALL
-    init_spaces(b, w, &first, &second)
     if w.kind == WALK_TABLES:
         if <uint64_t>(<long long>(addr << w.canonical_shift) >> w.canonical_shift) != addr:
             walk_row(b, i)
             return
-        ref = prefix_of(&first, addr)
-        if not ref or judge_one(&first, ref, addr, w.fmt.looks[access], &judged) != JUDGED_OK:
+        ref = prefix_of(&m.first, addr)
+        if not ref or judge_one(&m.first, ref, addr, w.fmt.looks[access], &judged) != JUDGED_OK:
             walk_row(b, i)
             return
     elif w.kind == WALK_SECOND_STAGE and not access & ACCESS_USER_MASK:
@@ -195,9 +216,9 @@ cdef void quick_row(batch *b, size_t i) noexcept nogil:
         access = second_stage_access(w.ngpa, access, True, judged.pte_access)
         ref = 0
         if not addr & w.ngpa.ngpa_rsvd_mask:
-            addr &= w.ngpa.gva_mask
-            ref = prefix_of(&second, addr)
-        if not ref or judge_one(&second, ref, addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
+            addr &= w.ngpa.gva_mask & PREFIX_ADDR_MASK
+            ref = prefix_of(&m.second, addr)
+        if not ref or judge_one(&m.second, ref, addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
             walk_row(b, i)
             return
     write_row(b, i, judged.gpa, STATUS_OK, 0)
@@ -211,6 +232,10 @@ cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
     return <uint64_t>1 << lane
 
 
+cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
+    return k.base + lane if k.contiguous else k.rows[lane]
+
+
 cdef void find_missing(block *k, lane_space *s, kvmmu_lanes *l, uint64_t wanted) noexcept nogil:
     """Prefixes of lanes that nothing is remembered of; those that stay unknown are left in l.miss."""
     cdef uint64_t missing = l.miss & wanted, ref
@@ -221,7 +246,7 @@ cdef void find_missing(block *k, lane_space *s, kvmmu_lanes *l, uint64_t wanted)
         missing &= missing - 1
         ref = prefix_of(s, l.addr[lane])
         if ref:
-            l.ref[lane] = ref
+            kvmmu_set_prefix(s.w.format, l, lane, ref)
         else:
             l.miss |= lane_bit(lane)
 
@@ -230,23 +255,95 @@ cdef void start_block(batch *b, block *k) noexcept nogil:
     """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
     cdef const kvm_pagewalk *w = k.w
     cdef size_t lane
-    cdef int format = w.format
-    init_spaces(b, w, &k.first, &k.second)
+    k.spaces = spaces_of(b, w, True)
     k.halfway = False
-    k.cold = 0
+    k.cold = k.failed = k.unknown = 0
     k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
-    for lane in range(k.count, KVMMU_LANES):
-        k.gva[lane] = k.gva[0]
-        k.access[lane] = k.access[0]
-    b.ops.load(&k.a, k.gva, w.gva_mask, w.canonical_shift if w.kind == WALK_TABLES else 0)
-    if w.kind != WALK_TABLES:
+    if w.kind == WALK_TABLES:
+        b.ops.start[w.format](&k.a, k.gva, w.gva_mask, w.canonical_shift, k.spaces.first.found > NEAR, b.prefixes,
+                              k.spaces.first.lane.asid, NOTHING)
+        if k.a.miss:
+            find_missing(k, &k.spaces.first, &k.a, ~k.held)
         return
     for lane in range(KVMMU_LANES):
-        k.a.look[lane] = w.fmt.looks[k.access[lane]]
-    b.ops.probe[format](&k.a, b.prefixes, k.first.lane.asid, NOTHING)
-    if k.a.miss:
-        find_missing(k, &k.first, &k.a, ~k.held)
-    b.ops.point[format](&k.a, &k.first.lane)
+        k.a.gpa[lane] = k.gva[lane] & w.gva_mask
+
+
+cdef inline bint all_alike(const uint8_t *access) noexcept nogil:
+    """Whether 64 access bytes are the same."""
+    cdef uint64_t differ = 0, first = access[0] * (~<uint64_t>0 // 255)
+    cdef size_t i
+    for i in range(KVMMU_LANES // sizeof(uint64_t)):
+        differ |= kvmmu_read64(&access[i * sizeof(uint64_t)]) ^ first
+    return differ == 0
+
+
+cdef bint find_sure(lane_space *s, const kvmmu_lanes *l, uint64_t lanes) noexcept nogil:
+    """Learn from one of these lanes which last entries surely pass each access."""
+    cdef size_t lane, access
+    cdef uint64_t ref, sample
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        ref = l.ref[lane]
+        if kvmmu_prefix_level(ref) != PG_LEVEL_4K or (ref >> PREFIX_COLD_SHIFT) & 1:
+            continue
+        s.like = ref
+        sample = kvmmu_read_entry(s.w.format, l.entry[lane])
+        for access in range(KVMMU_ACCESS_BYTES):
+            if not kvmmu_sure_pass(s.w.format, &s.lane, ref >> PREFIX_ACCESS_SHIFT, s.lane.fmt.looks[access], sample,
+                                   &s.passes[access]):
+                s.passes[access].care, s.passes[access].want = 0, 1             # none
+        return True
+    return False
+
+
+cdef bint judge_surely(batch *b, block *k, lane_space *s, kvmmu_lanes *l, const uint8_t *access, uint64_t *gpa) noexcept nogil:
+    """Judge a block in which most lanes surely pass, and the others one by one. False: too many others."""
+    cdef uint64_t lanes = ~(k.held | l.miss | l.noncanonical), odd
+    cdef size_t lane
+    cdef judged_entry judged
+    cdef int said
+    if not s.has_sure:
+        s.has_sure = find_sure(s, l, lanes)
+        if not s.has_sure:
+            return False
+    if all_alike(access):
+        odd = b.ops.sure[s.w.format](l, &s.passes[access[0]], NULL, s.like, gpa) & lanes
+    else:
+        odd = b.ops.sure[s.w.format](l, s.passes, access, s.like, gpa) & lanes
+    if kvmmu_count_bits(odd) > FEW_ODD:
+        s.has_sure = False
+        return False
+    l.fault = l.slow = 0
+    while odd:
+        lane = kvmmu_first_bit(odd)
+        odd &= odd - 1
+        l.look[lane] = s.lane.fmt.looks[access[lane]]
+        said = judge_one(s, l.ref[lane], l.addr[lane], <uint32_t>l.look[lane], &judged)
+        l.pte[lane], l.pte_access[lane] = judged.pte, judged.pte_access
+        gpa[lane] = judged.gpa
+        if said == JUDGED_FAULT:
+            l.fault |= lane_bit(lane)
+        elif said == JUDGED_SLOW:
+            l.slow |= lane_bit(lane)
+    return True
+
+
+cdef void judge_block(batch *b, block *k, lane_space *s, kvmmu_lanes *l, const uint8_t *access, bint rights,
+                      uint64_t *gpa) noexcept nogil:
+    """The rules of the last entries: l.fault, l.slow, and gpa of the lanes that are in neither.
+
+    IN access: of each lane; rights: l.pte_access of all lanes is wanted.
+    """
+    cdef size_t lane
+    if not rights and judge_surely(b, k, s, l, access, gpa):
+        return
+    for lane in range(KVMMU_LANES):
+        l.look[lane] = s.lane.fmt.looks[access[lane]]
+    b.ops.judge[s.w.format](l, &s.lane)
+    if gpa != l.gpa:
+        memcpy(gpa, l.gpa, sizeof(l.gpa))
 
 
 cdef bint set_leaf_bits(const lane_space *s, const kvmmu_lanes *l, size_t lane) noexcept nogil:
@@ -280,10 +377,10 @@ cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
-        walk_row(b, k.rows[lane])
+        walk_row(b, row_of(k, lane))
         if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
                 k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
-            find_prefix(&k.first, k.a.addr[lane])
+            find_prefix(&k.spaces.first, k.a.addr[lane])
 
 
 cdef uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
@@ -314,7 +411,7 @@ cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status) n
         r.level = <uint8_t>kvmmu_prefix_level(k.a.ref[lane])
         r.pte_access = <uint8_t>k.a.pte_access[lane] if r.pte & k.w.present_mask else 0
         r.refs = <uint8_t>(top + 1 - r.level)
-    write_more(b.out, k.rows[lane], &r)
+    write_more(b.out, row_of(k, lane), &r)
 
 
 cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
@@ -326,11 +423,11 @@ cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
         if k.a.noncanonical & lane_bit(lane):
-            write_row(b, k.rows[lane], INVALID_GPA, STATUS_NON_CANONICAL, 0)
+            write_row(b, row_of(k, lane), INVALID_GPA, STATUS_NON_CANONICAL, 0)
             if b.more:
                 write_more_of(b, k, lane, STATUS_NON_CANONICAL)
         else:
-            write_row(b, k.rows[lane], INVALID_GPA, STATUS_PAGE_FAULT, error_code_of(k, lane))
+            write_row(b, row_of(k, lane), INVALID_GPA, STATUS_PAGE_FAULT, error_code_of(k, lane))
             if b.more:
                 write_more_of(b, k, lane, STATUS_PAGE_FAULT)
 
@@ -355,103 +452,124 @@ cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
-        write_row(b, k.rows[lane], gpa[lane], STATUS_OK, 0)
+        write_row(b, row_of(k, lane), gpa[lane], STATUS_OK, 0)
         if b.more:
             write_more_of(b, k, lane, STATUS_OK)
         if b.recalls:
-            remember(b, k.rows[lane], gpa[lane])
+            remember(b, row_of(k, lane), gpa[lane])
+
+
+cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcept nogil:
+    """Where the addresses of the last stage go: the column itself, if the whole block is one stretch of it."""
+    if k.contiguous and k.count == KVMMU_LANES and b.out.gpa is not NULL:
+        return &b.out.gpa[k.base]
+    return l.gpa
 
 
 cdef void write_columns(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
     """All rows of a block as if they had passed; what did not pass is written over it afterwards."""
-    cdef size_t lane, row = k.rows[0]
+    cdef size_t row = k.base
     if not k.contiguous or b.more or b.recalls:
         return
-    if b.out.gpa is not NULL:
+    if b.out.gpa is not NULL and &b.out.gpa[row] != gpa:
         memcpy(&b.out.gpa[row], gpa, k.count * sizeof(uint64_t))
-    if b.out.status is not NULL:
-        memset(&b.out.status[row], STATUS_OK, k.count)
-    if b.out.error_code is not NULL:
-        memset(&b.out.error_code[row], 0, k.count * sizeof(uint32_t))
+    if k.count == KVMMU_LANES:                          # a constant: no call
+        if b.out.status is not NULL:
+            memset(&b.out.status[row], STATUS_OK, KVMMU_LANES)
+        if b.out.error_code is not NULL:
+            memset(&b.out.error_code[row], 0, KVMMU_LANES * sizeof(uint32_t))
+    else:
+        if b.out.status is not NULL:
+            memset(&b.out.status[row], STATUS_OK, k.count)
+        if b.out.error_code is not NULL:
+            memset(&b.out.error_code[row], 0, k.count * sizeof(uint32_t))
 
 
 cdef void advance_block(batch *b, block *k) noexcept nogil:
     """Point 2: the first stage is judged; without a second one the rows are written."""
     cdef const kvm_pagewalk *w = k.w
     cdef const kvm_pagewalk *n = w.ngpa
-    cdef size_t lane
-    cdef uint64_t cold
-    cdef uint32_t access, pte_access
+    cdef uint64_t *gpa
     cdef uint64_t unknown = 0
     k.halfway = True
-    k.failed = 0
     if w.kind == WALK_TABLES:
-        b.ops.judge[w.format](&k.a, &k.first.lane)
-        unknown = k.a.miss & ~k.a.noncanonical
+        gpa = room_for(b, k, &k.a) if n is NULL else k.a.gpa
+        judge_block(b, k, &k.spaces.first, &k.a, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
+        unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
-        cold = k.a.slow
+        k.failed = (k.a.fault | k.a.noncanonical) & ~k.held
+        if k.a.slow and (n is NULL or not w.final_before_ad):
+            unknown |= set_bits_of(&k.spaces.first, &k.a, k.a.slow)
+        elif k.a.slow:
+            k.cold = k.a.slow
         if n is NULL:
-            if cold:
-                unknown |= set_bits_of(&k.first, &k.a, cold)
-            write_columns(b, k, k.a.gpa)
-            if k.a.fault | k.a.noncanonical:
-                fail_lanes(b, k, k.a.fault | k.a.noncanonical)
-            if unknown:
-                leave_to_walk(b, k, unknown)
+            write_columns(b, k, gpa)
+            fail_lanes(b, k, k.failed)
+            leave_to_walk(b, k, unknown)
             if not k.contiguous or b.more or b.recalls:
-                write_passed(b, k, k.a.gpa)
+                write_passed(b, k, gpa)
             k.w = NULL
             return
-        if cold and not w.final_before_ad:
-            unknown |= set_bits_of(&k.first, &k.a, cold)
-            cold = 0
-        k.cold = cold
-        k.failed = k.a.fault | k.a.noncanonical
     else:
         k.a.noncanonical = k.a.fault = k.a.slow = k.a.miss = 0
-        for lane in range(KVMMU_LANES):
-            k.a.gpa[lane] = k.a.addr[lane]
-            k.a.pte_access[lane] = ACC_ALL
-            if w.kind == WALK_SECOND_STAGE and not explicit_access(k.access[lane]) & ACCESS_USER_MASK:
-                k.a.pte_access[lane] &= ~ACC_USER_MASK
+    k.unknown = unknown
+    start_second(b, k)
 
+
+cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:
+    """Whether rights of the first stage decide what the second one grants: MBEC."""
+    return n.user_by_pte and n.cpu_role & ROLE_CR4_SMEP_MASK
+
+
+cdef void start_second(batch *b, block *k) noexcept nogil:
+    """Where the last entries of the second stage lie."""
+    cdef const kvm_pagewalk *n = k.w.ngpa
+    cdef size_t lane
+    cdef uint32_t access
+    cdef uint64_t pte_access = ACC_ALL
+    cdef bint rights = rights_count(n)
     for lane in range(KVMMU_LANES):
-        access, pte_access = explicit_access(k.access[lane]), <uint32_t>k.a.pte_access[lane]
-        k.b.look[lane] = n.fmt.looks[second_stage_access(n, access, True, pte_access)]
-        if k.a.gpa[lane] & n.ngpa_rsvd_mask:
-            unknown |= lane_bit(lane)
-    k.unknown = unknown & ~k.failed
-    b.ops.load(&k.b, k.a.gpa, n.gva_mask, 0)
-    b.ops.probe[n.format](&k.b, b.prefixes, k.second.lane.asid, NOTHING)
+        access = explicit_access(k.access[lane])
+        if k.w.kind == WALK_SECOND_STAGE:
+            pte_access = ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK
+        elif k.w.kind == WALK_TABLES and rights:
+            pte_access = k.a.pte_access[lane]
+        k.second_access[lane] = <uint8_t>second_stage_access(n, access, True, <uint32_t>pte_access)
+    if n.ngpa_rsvd_mask:
+        for lane in range(KVMMU_LANES):
+            if k.a.gpa[lane] & n.ngpa_rsvd_mask:
+                k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
+    b.ops.start[n.format](&k.b, k.a.gpa, n.gva_mask, 0, k.spaces.second.found > NEAR, b.prefixes,
+                          k.spaces.second.lane.asid, NOTHING)
     if k.b.miss:
-        find_missing(k, &k.second, &k.b, ~(k.held | k.failed | k.unknown))
-    b.ops.point[n.format](&k.b, &k.second.lane)
+        find_missing(k, &k.spaces.second, &k.b, ~(k.held | k.failed | k.unknown))
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:
     """Point 3: the second stage is judged, and the rows are written."""
-    cdef const kvm_pagewalk *n = k.w.ngpa
     cdef uint64_t unknown, faults, done = k.held | k.failed
+    cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
-    b.ops.judge[n.format](&k.b, &k.second.lane)
-    unknown = (k.unknown | k.b.miss) & ~done
+    k.b.miss |= k.unknown | k.failed                    # do not judge them
+    judge_block(b, k, &k.spaces.second, &k.b, k.second_access, False, gpa)
+    unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)
     if k.cold:                          # the second stage has been granted: now the bits of the first
         unknown |= k.cold & k.b.slow
-        unknown |= set_bits_of(&k.first, &k.a, k.cold & ~(unknown | faults | done))
-    unknown |= set_bits_of(&k.second, &k.b, k.b.slow & ~unknown)
-    write_columns(b, k, k.b.gpa)
+        unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
+    unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
+    write_columns(b, k, gpa)
     fail_lanes(b, k, k.failed)
     while faults:
         lane = kvmmu_first_bit(faults)
         faults &= faults - 1
         k.held |= lane_bit(lane)
-        write_row(b, k.rows[lane], INVALID_GPA, second_fault(k, lane), 0)
+        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0)
     leave_to_walk(b, k, unknown)
     if not k.contiguous or b.recalls:
-        write_passed(b, k, k.b.gpa)
+        write_passed(b, k, gpa)
     k.w = NULL
 
 
@@ -497,55 +615,78 @@ cdef bint fits_lanes(const batch *b, const kvm_pagewalk *w) noexcept nogil:
     return w.ngpa is NULL or not b.more
 
 
-cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count, bint contiguous) noexcept nogil:
-    """A block of up to 64 rows of one walk, or one by one if they are few."""
+cdef void put_one_by_one(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
+    """Rows of one walk that make no block. IN rows: NULL: first and those after it."""
+    cdef bint quick = b.lanes and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
+    cdef size_t i, row
+    for i in range(count):
+        row = first + i if rows is NULL else rows[i]
+        if quick:
+            quick_row(b, row)
+        else:
+            walk_row(b, row)
+
+
+cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
+    """Up to 64 rows of one walk that stand side by side."""
     cdef block *k
     cdef size_t i
     if count < MIN_LANES or not fits_lanes(b, w):
-        for i in range(count):
-            if b.more or not b.lanes:
-                walk_row(b, rows[i])
-            else:
-                quick_row(b, rows[i])
+        put_one_by_one(b, w, NULL, first, count)
         return
     k = &b.blocks[b.turn]
-    k.w, k.count, k.contiguous = w, count, contiguous
-    memcpy(k.rows, rows, count * sizeof(size_t))
-    if contiguous:
-        memcpy(k.gva, &b.gva[rows[0]], count * sizeof(uint64_t))
-    else:
-        for i in range(count):
-            k.gva[i] = b.gva[rows[i]]
-    for i in range(count):
-        k.access[i] = b.access[rows[i] * b.access_stride]
+    k.w, k.count, k.contiguous, k.base = w, count, True, first
+    k.gva, k.access = &b.gva[first], &b.access[first * b.access_stride]
+    if count < KVMMU_LANES or not b.access_stride:
+        for i in range(KVMMU_LANES):
+            k.own_gva[i] = b.gva[first + (i if i < count else 0)]
+            k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]
+        k.gva, k.access = k.own_gva, k.own_access
+    push_block(b, k)
+
+
+cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
+    """Up to 64 rows of one walk."""
+    cdef block *k
+    cdef size_t i, row
+    if count < MIN_LANES or not fits_lanes(b, w):
+        put_one_by_one(b, w, rows, 0, count)
+        return
+    k = &b.blocks[b.turn]
+    k.w, k.count, k.contiguous = w, count, False
+    for i in range(KVMMU_LANES):
+        row = rows[i if i < count else 0]
+        k.rows[i] = row
+        k.own_gva[i] = b.gva[row]
+        k.own_access[i] = b.access[row * b.access_stride]
+    k.gva, k.access = k.own_gva, k.own_access
     push_block(b, k)
 
 
 cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
     """Up to 64 rows from start on, in runs of one walk."""
-    cdef size_t rows[64]
-    cdef size_t i, first = 0
-    for i in range(count):
-        rows[i] = start + i
-        if b.ctx is not NULL and b.ctx[start + i] != b.ctx[start + first]:
-            put_rows(b, walk_of(b, start + first), &rows[first], i - first, True)
-            first = i
-    put_rows(b, walk_of(b, start + first), &rows[first], count - first, True)
+    cdef size_t i, first = start
+    if b.ctx is not NULL:
+        for i in range(start + 1, start + count):
+            if b.ctx[i] != b.ctx[first]:
+                put_run(b, walk_of(b, first), first, i - first)
+                first = i
+    put_run(b, walk_of(b, first), first, start + count - first)
 
 
 cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
     """Rows from start on whose bit is set, in runs of one walk."""
     cdef size_t rows[64]
-    cdef size_t i, row, first = 0, count = 0
+    cdef size_t row, first = 0, count = 0
     while some:
         row = start + kvmmu_first_bit(some)
         some &= some - 1
         if b.ctx is not NULL and count > first and b.ctx[row] != b.ctx[rows[first]]:
-            put_rows(b, walk_of(b, rows[first]), &rows[first], count - first, False)
+            put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
             first = count
         rows[count] = row
         count += 1
-    put_rows(b, walk_of(b, rows[first]), &rows[first], count - first, False)
+    put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
 
 
 cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
@@ -580,25 +721,30 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
 
 cdef void consider_recall(batch *b) noexcept nogil:
     """Remember translations as long as most rows find theirs; try again later, and ever later."""
-    if b.tried < TRIAL:
+    cdef size_t rows = b.tried * KVMMU_LANES
+    if b.tried < TRIAL and not (b.tried == FIRST_LOOK and b.missed > rows - rows // 4):
         return
-    if b.missed > b.tried * (KVMMU_LANES // 2):
+    if b.missed > rows // 2:
         drain_blocks(b)
         b.recalls = False
         b.skip = b.patience
         if b.patience < LAST_REST:
             b.patience *= 4
-    else:
+    elif b.tried >= TRIAL:
         b.patience = FIRST_REST
     b.tried = b.missed = 0
 
 
 cdef void begin_batch(batch *b, WalkCache cache, uint64_t count, size_t rows) noexcept nogil:
+    cdef size_t i
     b.more = wants_more(b.out)
     b.ops = OPS
     b.prefixes, b.tlb = cache.prefixes, cache.tlb
     b.count = count
     b.asid = b.space = 0
+    b.last_space = 0
+    for i in range(SPACES + 1):
+        b.spaces[i].w = NULL
     b.tried = b.missed = b.skip = b.turn = 0
     b.patience = FIRST_REST
     if rows >= MIN_LANES:
@@ -645,16 +791,19 @@ cdef void *column(columns, name):
 cdef class Blocks:
     """The blocks of one batch, or of one thread of it, with its cache."""
     cdef block *blocks
+    cdef walk_spaces *spaces
     cdef WalkCache cache
 
     def __cinit__(self):
         self.cache = WalkCache()
         self.blocks = <block *>calloc(3, sizeof(block))
-        if self.blocks is NULL:
+        self.spaces = <walk_spaces *>calloc(SPACES + 1, sizeof(walk_spaces))
+        if self.blocks is NULL or self.spaces is NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.blocks)
+        free(self.spaces)
 
 
 # Those that no batch uses at the moment.
@@ -690,7 +839,7 @@ cdef class Job:
         except IndexError:
             blocks = Blocks()
         part.out = &self.columns
-        part.blocks = blocks.blocks
+        part.blocks, part.spaces = blocks.blocks, blocks.spaces
         with nogil:
             begin_batch(&part, blocks.cache, self.count, stop - start)
             translate_rows(&part, start, stop)

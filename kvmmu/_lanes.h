@@ -22,11 +22,14 @@
 #define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
 #define PREFIX_LEVEL_SHIFT 56
 #define PREFIX_LEVEL_MASK UINT64_C(7)
-#define PREFIX_ACCESS_SHIFT 60
+#define PREFIX_ACCESS_SHIFT 59
+#define PREFIX_TABLE_SHIFT 63    /* level 1: the sign, for a cheap test */
 
 /* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
 #define PREFIX_BITS 15
+#define PREFIX_ASID_SHIFT 36 /* region bits of a 57-bit address */
 #define PREFIX_ASID_BITS 28
+#define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
 
 /* Translations by page and access: the tag is page << TLB_ASID_BITS | asid, the value page frame << 16 | accesses known to pass. */
 #define TLB_BITS 12
@@ -34,7 +37,7 @@
 #define TLB_FRAME_SHIFT 16
 
 struct kvmmu_prefix {
-    uint64_t tag; /* region << PREFIX_ASID_BITS | asid; 0: none */
+    uint64_t tag; /* region ^ asid << PREFIX_ASID_SHIFT; 0: none */
     uint64_t ref; /* PREFIX_* */
 };
 
@@ -67,26 +70,33 @@ struct kvmmu_lanes {
     uint64_t miss;  /* nothing is remembered */
     uint64_t fault; /* the last entry is not present, malformed, or denies the access */
     uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
-    uint64_t large; /* not zero: some last entry is not of level 1 */
 };
 
-typedef void (*kvmmu_load_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift);
-typedef void (*kvmmu_probe_fn)(struct kvmmu_lanes *, const struct kvmmu_prefix *, uint32_t asid, const void *nothing);
-typedef void (*kvmmu_step_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
+/* Which last entries of level 1 surely pass, whatever else they hold: (pte & care) == want, after a prefix that is like `like`. */
+struct kvmmu_pass {
+    uint64_t care;
+    uint64_t want;
+};
+
+typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,
+                               const struct kvmmu_prefix *, uint32_t asid, const void *nothing);
+typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_pass *, const uint8_t *access, uint64_t like, uint64_t *gpa);
+typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
 typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                     const uint32_t *ctx, uint32_t asid, uint64_t *gpa);
 
 struct kvmmu_lane_ops { /* [format] */
-    kvmmu_load_fn load;
-    kvmmu_probe_fn probe[3];
-    kvmmu_step_fn point[3];
-    kvmmu_step_fn judge[3];
+    kvmmu_start_fn start[3];
+    kvmmu_sure_fn sure[3];
+    kvmmu_judge_fn judge[3];
     kvmmu_recall_fn recall;
 };
 
 /* ---- vectors ------------------------------------------------------------------------------------------------------ */
 
 #define VEC_LANES 4
+typedef uint64_t word64 __attribute__((aligned(1), may_alias));
+typedef int64_t ivec __attribute__((vector_size(8 * 4)));
 typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
 
 #define VEC(array) (*(vec *)&(array)[i])
@@ -110,40 +120,6 @@ typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_
 #define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
 #define KVMMU_PREFIX_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
 #define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
-
-/* Addresses into the lanes. One that is not canonical is noted, and 0 walked in its place. */
-KVMMU_INLINE void load_body(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift)
-{
-    vec bits = FIRST_BITS, noncanonical = bits & 0;
-    EACH_VECTOR(i)
-    {
-        vec addr = CVEC(gva) & gva_mask, kept = addr << canonical_shift;
-        vec sign = WHERE((kept >> 63) != 0) & ~(~UINT64_C(0) >> canonical_shift);
-        vec bad = WHERE((kept >> canonical_shift | sign) != addr);
-        VEC(l->addr) = addr & ~bad;
-        noncanonical |= bad & bits;
-        bits <<= VEC_LANES;
-    }
-    l->noncanonical = ONE_WORD(noncanonical);
-}
-
-/* Remembered prefixes of all lanes, or nothing (an entry that reads as zero). */
-KVMMU_INLINE void probe_body(int format, struct kvmmu_lanes *l, const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)
-{
-    const uint64_t *words = (const uint64_t *)prefixes;
-    const uint64_t space = asid, none = (uint64_t)(uintptr_t)nothing;
-    vec bits = FIRST_BITS, miss = bits & 0;
-    EACH_VECTOR(i)
-    {
-        vec region = VEC(l->addr) >> KVMMU_REGION_SHIFT(format);
-        vec slot = KVMMU_PREFIX_SLOT(region) * 2;
-        vec hit = WHERE(GATHER(words, slot) == (region << PREFIX_ASID_BITS | space));
-        VEC(l->ref) = SELECT(hit, GATHER(words + 1, slot), none);
-        miss |= ~hit & bits;
-        bits <<= VEC_LANES;
-    }
-    l->miss = ONE_WORD(miss);
-}
 
 /* Address of the entry of addr, from a prefix. */
 #define KVMMU_TABLE_OFFSET(format, addr)                                                     \
@@ -184,7 +160,7 @@ KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
 
 KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
 {
-    return (ref & PREFIX_HVA_MASK) + (KVMMU_PREFIX_LEVEL(ref) == PG_LEVEL_4K ? KVMMU_TABLE_OFFSET(format, addr) : 0);
+    return (ref & PREFIX_HVA_MASK) + (ref >> PREFIX_TABLE_SHIFT ? KVMMU_TABLE_OFFSET(format, addr) : 0);
 }
 
 KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
@@ -199,19 +175,142 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
     return whole;
 }
 
-/* Where the last entries lie; they are on their way to the cache afterwards. */
-KVMMU_INLINE void point_body(int format, struct kvmmu_lanes *l)
+/* Lanes whose prefix is not remembered, or whose address is not canonical: the seldom half of start_body(). Their entry is one
+ * that reads as zero, until a prefix is found. */
+static void kvmmu_sort_out(int format, struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_prefix *prefixes, uint64_t space,
+                           const void *nothing)
 {
-    vec large = FIRST_BITS & 0;
+    for (size_t i = 0; i < KVMMU_LANES; i++) {
+        uint64_t addr = l->addr[i], region = addr >> KVMMU_REGION_SHIFT(format);
+        if (canonical_shift && (uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr)
+            l->noncanonical |= UINT64_C(1) << i;
+        else if (prefixes[KVMMU_PREFIX_SLOT(region)].tag == (region ^ space))
+            continue;
+        l->miss |= UINT64_C(1) << i;
+        l->ref[i] = l->entry[i] = (uint64_t)(uintptr_t)nothing;
+    }
+    l->miss &= ~l->noncanonical;
+}
+
+/* Addresses into the lanes, what is remembered of their walks, and where their last entries lie.
+ * IN far: they are probably not in the cache; then they are on their way there afterwards. */
+KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift,
+                             const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)
+{
+    const uint64_t *words = (const uint64_t *)prefixes;
+    const uint64_t space = (uint64_t)asid << PREFIX_ASID_SHIFT, mask = canonical_shift ? gva_mask : gva_mask & PREFIX_ADDR_MASK;
+    const uint64_t half = canonical_shift ? UINT64_C(1) << (63 - canonical_shift) : 0;
+    const int width = canonical_shift ? 64 - canonical_shift : GVA_BITS_5_LEVEL;
+    vec wrong = FIRST_BITS & 0, hits = ~wrong;
+    for (size_t i = 0; i < KVMMU_LANES; i += 8)
+        __builtin_prefetch(gva + 2 * KVMMU_LANES + i, 0, 3);
     EACH_VECTOR(i)
     {
-        vec other = KVMMU_PREFIX_LEVEL(VEC(l->ref)) ^ PG_LEVEL_4K;
-        VEC(l->entry) = (VEC(l->ref) & PREFIX_HVA_MASK) + (KVMMU_TABLE_OFFSET(format, VEC(l->addr)) & WHERE(other == 0));
-        large |= other;
+        vec addr = CVEC(gva) & mask, region = addr >> KVMMU_REGION_SHIFT(format), slot = KVMMU_PREFIX_SLOT(region) * 2;
+        vec tag = GATHER(words, slot), ref = GATHER(words + 1, slot), entry;
+        wrong |= (addr + half) >> width;
+        hits &= WHERE(tag == (region ^ space));
+        entry = (ref & PREFIX_HVA_MASK) + (KVMMU_TABLE_OFFSET(format, addr) & WHERE((ivec)ref < 0));
+        VEC(l->addr) = addr;
+        VEC(l->ref) = ref;
+        VEC(l->entry) = entry;
+        if (far)
+            for (int n = 0; n < VEC_LANES; n++)
+                __builtin_prefetch((const void *)(uintptr_t)entry[n], 0, 3);
     }
-    l->large = ONE_WORD(large);
-    for (size_t i = 0; i < KVMMU_LANES; i++)
-        __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+    l->miss = l->noncanonical = 0;
+    if (ONE_WORD(wrong) || ~(hits[0] & hits[1] & hits[2] & hits[3]))
+        kvmmu_sort_out(format, l, canonical_shift, prefixes, space, nothing);
+}
+
+/* A prefix for one lane after all. */
+KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lane, uint64_t ref)
+{
+    l->ref[lane] = ref;
+    l->entry[lane] = kvmmu_entry_hva(format, ref, l->addr[lane]);
+    __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
+}
+
+/* Prefixes are alike in rights, level and cold bits. */
+#define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK & ~(UINT64_C(1) << PREFIX_READONLY_SHIFT))
+
+/* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes. IN passes: one for all lanes,
+ * or where access is not NULL one for each access byte. */
+KVMMU_INLINE uint64_t sure_body(int format, struct kvmmu_lanes *l, const struct kvmmu_pass *passes, const uint8_t *access, uint64_t like,
+                                uint64_t *gpa)
+{
+    const uint64_t *words = (const uint64_t *)passes;
+    const uint64_t base_mask = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
+    vec bits = FIRST_BITS, odd = bits & 0, care = odd + passes->care, want = odd + passes->want;
+    EACH_VECTOR(i)
+    {
+        vec entry = CVEC(l->entry), pte, other;
+        if (format == KVMMU_FORMAT_32)
+            pte = (vec){kvmmu_read_entry(format, entry[0]), kvmmu_read_entry(format, entry[1]), kvmmu_read_entry(format, entry[2]),
+                        kvmmu_read_entry(format, entry[3])};
+        else
+            pte = (vec){*(const word64 *)(uintptr_t)entry[0], *(const word64 *)(uintptr_t)entry[1], *(const word64 *)(uintptr_t)entry[2],
+                        *(const word64 *)(uintptr_t)entry[3]};
+        if (access) {
+            care = (vec){words[access[i] * 2], words[access[i + 1] * 2], words[access[i + 2] * 2], words[access[i + 3] * 2]};
+            want = (vec){words[access[i] * 2 + 1], words[access[i + 1] * 2 + 1], words[access[i + 2] * 2 + 1],
+                         words[access[i + 3] * 2 + 1]};
+        }
+        other = ((pte & care) ^ want) | ((CVEC(l->ref) ^ like) & PREFIX_LIKE_MASK);
+        odd |= ~WHERE(other == 0) & bits;
+        bits <<= VEC_LANES;
+        VEC(l->pte) = pte;
+        VEC(gpa) = (pte & base_mask) | (CVEC(l->addr) & PAGE_OFFSET_MASK);
+    }
+    return ONE_WORD(odd);
+}
+
+/* What entries of level 1 surely pass an access after a prefix with these rights. False: that is no matter of single bits. */
+KVMMU_INLINE int kvmmu_sure_pass(int format, const struct kvmmu_lane_walk *w, uint64_t prefix_access, uint64_t look, uint64_t sample,
+                                 struct kvmmu_pass *pass)
+{
+    const struct kvm_page_format *fmt = w->fmt;
+    const uint64_t rsvd = fmt->rsvd_bits_mask[0][0], write = look >> KVMMU_LOOK_ACCESS_SHIFT & ACCESS_WRITE_MASK;
+    uint64_t all = ACC_ALL, any = 0, count = 0, fixed;
+    if (rsvd != fmt->rsvd_bits_mask[1][0])
+        return 0;
+    pass->care = w->accessed_mask | (write ? w->accessed_mask << 1 : 0);
+    pass->want = pass->care;
+    pass->care |= rsvd;
+    if (format == KVMMU_FORMAT_EPT) { /* entries whose rights and memory type are those of the sample */
+        const uint64_t control = EPT_MT_XWR_MASK | EPT_USER_EXECUTABLE_MASK;
+        const uint64_t acc = prefix_access & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, sample));
+        if (!(sample & w->present_mask) || KVMMU_BAD_MT_XWR(fmt->bad_mt_xwr, sample) || (look >> acc & 1))
+            return 0;
+        pass->care |= control;
+        pass->want |= sample & control;
+        return 1;
+    }
+    for (uint64_t acc = 0; acc <= ACC_ALL; acc++) {
+        if (!(acc & ACC_READ_MASK) || (look >> (acc & prefix_access) & 1))
+            continue;
+        all &= acc;
+        any |= acc;
+        count++;
+    }
+    fixed = all | (~any & ACC_ALL); /* rights that all of them have, or none */
+    if (!count || count << kvmmu_count_bits(fixed) != ACC_ALL + 1)
+        return 0;
+    pass->care |= fixed & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
+    pass->want |= all & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
+    if (format == KVMMU_FORMAT_32)
+        return (all & ACC_EXEC_MASK) || !(fixed & ACC_EXEC_MASK);
+    if (fixed & ACC_EXEC_MASK) {
+        pass->care |= PT64_NX_MASK;
+        pass->want |= all & ACC_EXEC_MASK ? 0 : PT64_NX_MASK;
+    }
+    if (fmt->pkru_mask && w->pkru) { /* key 0, if it denies nothing; the others are for the whole rule */
+        if (w->pkru & 3)
+            return 0;
+        pass->care |= PT64_PKEY_MASK << PT64_PKEY_SHIFT;
+    }
+    /* a bit that must be clear because it is reserved and set because it is wanted: none passes */
+    return !(pass->want & rsvd);
 }
 
 /* The rules of the last entry, for all lanes. */
@@ -269,9 +368,12 @@ KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes
 
 KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)
 {
-    int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
+    const int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
+    vec tables = ~(FIRST_BITS & 0);
+    EACH_VECTOR(i)
+        tables &= CVEC(l->ref);
     /* level 1 has no large pages: bit 7 is its PAT bit and reserves nothing */
-    if (l->large || w->fmt->rsvd_bits_mask[0][0] != w->fmt->rsvd_bits_mask[1][0]) {
+    if (!((tables[0] & tables[1] & tables[2] & tables[3]) >> PREFIX_TABLE_SHIFT) || w->fmt->rsvd_bits_mask[0][0] != w->fmt->rsvd_bits_mask[1][0]) {
         if (keys)
             judge_body(format, 1, 1, l, w);
         else
@@ -311,55 +413,42 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 
 /* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
 
-#define KVMMU_LANE_FUNCTIONS(name, target)                                                                                          \
-    target static void load_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift)              \
-    {                                                                                                                               \
-        load_body(l, gva, gva_mask, canonical_shift);                                                                               \
-    }                                                                                                                               \
-    target static void probe_32_##name(struct kvmmu_lanes *l, const struct kvmmu_prefix *p, uint32_t asid, const void *nothing)     \
-    {                                                                                                                               \
-        probe_body(KVMMU_FORMAT_32, l, p, asid, nothing);                                                                           \
-    }                                                                                                                               \
-    target static void probe_64_##name(struct kvmmu_lanes *l, const struct kvmmu_prefix *p, uint32_t asid, const void *nothing)     \
-    {                                                                                                                               \
-        probe_body(KVMMU_FORMAT_64, l, p, asid, nothing);                                                                           \
-    }                                                                                                                               \
-    target static void point_32_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
-    {                                                                                                                               \
-        (void)w;                                                                                                                    \
-        point_body(KVMMU_FORMAT_32, l);                                                                                             \
-    }                                                                                                                               \
-    target static void point_64_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
-    {                                                                                                                               \
-        (void)w;                                                                                                                    \
-        point_body(KVMMU_FORMAT_64, l);                                                                                             \
-    }                                                                                                                               \
-    target static void judge_32_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
-    {                                                                                                                               \
-        judge_any(KVMMU_FORMAT_32, l, w);                                                                                           \
-    }                                                                                                                               \
-    target static void judge_64_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
-    {                                                                                                                               \
-        judge_any(KVMMU_FORMAT_64, l, w);                                                                                           \
-    }                                                                                                                               \
-    target static void judge_ept_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                     \
-    {                                                                                                                               \
-        judge_any(KVMMU_FORMAT_EPT, l, w);                                                                                          \
-    }                                                                                                                               \
-    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,             \
-                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa)                   \
-    {                                                                                                                               \
-        if (!ctx && !access_stride)                                                                                                 \
-            return recall_body(tlb, gva, access, 0, 0, asid, gpa);                                                                  \
-        if (!ctx)                                                                                                                   \
-            return recall_body(tlb, gva, access, 1, 0, asid, gpa);                                                                  \
-        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa);                                                        \
-    }                                                                                                                               \
-    static const struct kvmmu_lane_ops lane_ops_##name = {                                                                          \
-        load_##name, {probe_32_##name, probe_64_##name, probe_64_##name},                                                                        \
-        {point_32_##name, point_64_##name, point_64_##name},                                                                        \
-        {judge_32_##name, judge_64_##name, judge_ept_##name},                                                                       \
-        recall_##name};
+#define KVMMU_FORMAT_FUNCTIONS(format, name, target)                                                                                 \
+    target static void start_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,     \
+                                    const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)                         \
+    {                                                                                                                                \
+        if (far)                                                                                                                     \
+            start_body(format, 1, l, gva, gva_mask, canonical_shift, prefixes, asid, nothing);                                       \
+        else                                                                                                                         \
+            start_body(format, 0, l, gva, gva_mask, canonical_shift, prefixes, asid, nothing);                                       \
+    }                                                                                                                                \
+    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_pass *passes, const uint8_t *access, uint64_t like, \
+                                       uint64_t *gpa)                                                                                \
+    {                                                                                                                                \
+        return access ? sure_body(format, l, passes, access, like, gpa) : sure_body(format, l, passes, 0, like, gpa);                \
+    }                                                                                                                                \
+    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                          \
+    {                                                                                                                                \
+        judge_any(format, l, w);                                                                                                     \
+    }
+
+#define KVMMU_LANE_FUNCTIONS(name, target)                                                                              \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target)                                                        \
+    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, \
+                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa)       \
+    {                                                                                                                   \
+        if (!ctx && !access_stride)                                                                                     \
+            return recall_body(tlb, gva, access, 0, 0, asid, gpa);                                                      \
+        if (!ctx)                                                                                                       \
+            return recall_body(tlb, gva, access, 1, 0, asid, gpa);                                                      \
+        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa);                                            \
+    }                                                                                                                   \
+    static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},         \
+                                                          {sure_32_##name, sure_64_##name, sure_ept_##name},            \
+                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},         \
+                                                          recall_##name};
 
 KVMMU_LANE_FUNCTIONS(portable, )
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -9,7 +9,9 @@ cdef extern from "_lanes.h" nogil:
     enum:
         KVMMU_LANES
         PREFIX_BITS
+        PREFIX_ASID_SHIFT
         PREFIX_ASID_BITS
+        PREFIX_TABLE_SHIFT
         PREFIX_COLD_SHIFT
         PREFIX_READONLY_SHIFT
         PREFIX_LEVEL_SHIFT
@@ -19,6 +21,8 @@ cdef extern from "_lanes.h" nogil:
         TLB_FRAME_SHIFT
 
     const uint64_t PREFIX_HVA_MASK
+    const uint64_t PREFIX_LIKE_MASK
+    const uint64_t PREFIX_ADDR_MASK
 
     cdef struct kvmmu_prefix:
         uint64_t tag
@@ -49,21 +53,28 @@ cdef extern from "_lanes.h" nogil:
         uint64_t miss
         uint64_t fault
         uint64_t slow
-        uint64_t large
 
-    ctypedef void (*kvmmu_load_fn)(kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift) noexcept
-    ctypedef void (*kvmmu_probe_fn)(kvmmu_lanes *, const kvmmu_prefix *, uint32_t asid, const void *nothing) noexcept
-    ctypedef void (*kvmmu_step_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
+    cdef struct kvmmu_pass:
+        uint64_t care
+        uint64_t want
+
+    ctypedef void (*kvmmu_start_fn)(kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, bint far,
+                                    const kvmmu_prefix *, uint32_t asid, const void *nothing) noexcept
+    ctypedef uint64_t (*kvmmu_sure_fn)(kvmmu_lanes *, const kvmmu_pass *, const uint8_t *access, uint64_t like,
+                                       uint64_t *gpa) noexcept
+    ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                          const uint32_t *ctx, uint32_t asid, uint64_t *gpa) noexcept
 
     cdef struct kvmmu_lane_ops:
-        kvmmu_load_fn load
-        kvmmu_probe_fn probe[3]
-        kvmmu_step_fn point[3]
-        kvmmu_step_fn judge[3]
+        kvmmu_start_fn start[3]
+        kvmmu_sure_fn sure[3]
+        kvmmu_judge_fn judge[3]
         kvmmu_recall_fn recall
 
+    void kvmmu_set_prefix(int format, kvmmu_lanes *l, size_t lane, uint64_t ref)
+    bint kvmmu_sure_pass(int format, const kvmmu_lane_walk *w, uint64_t prefix_access, uint64_t look, uint64_t sample,
+                         kvmmu_pass *p)
     uint64_t kvmmu_region(int format, uint64_t addr)
     uint64_t kvmmu_prefix_slot(uint64_t region)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)

@@ -10,7 +10,7 @@ one with unset accessed bits says so, and the rows that would set them are walke
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_tlb_entry
+from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_pass, kvmmu_prefix, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
 
 # One walk of a batch, with its part of the table of prefixes.
@@ -20,6 +20,11 @@ cdef struct lane_space:
     lane_space *second          # the second stage under w, or NULL
     kvmmu_lane_walk lane        # lane.asid: names this walk in the table
     bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
+    size_t found                # prefixes so far
+    # what surely passes each access after a prefix like this one
+    bint has_sure
+    uint64_t like
+    kvmmu_pass passes[64]
 
 # What the last entry of a walk says.
 cdef enum:

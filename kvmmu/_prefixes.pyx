@@ -16,7 +16,7 @@ from kvmmu._gpte cimport (
 )
 from kvmmu._lanes cimport (
     KVMMU_LANES, PREFIX_ACCESS_SHIFT, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
-    PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level,
+    PREFIX_ADDR_MASK, PREFIX_ASID_SHIFT, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level,
     kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
@@ -29,6 +29,8 @@ cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not presen
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
                      bint set_ad) noexcept nogil:
     s.w, s.prefixes, s.second = w, prefixes, second
+    s.has_sure = False
+    s.found = 0
     s.lane.fmt = w.fmt
     s.lane.present_mask, s.lane.page_size_mask, s.lane.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
     s.lane.accessed_mask = w.accessed_mask
@@ -71,7 +73,7 @@ cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa)
     cdef judged_entry judged
     if ngpa & n.ngpa_rsvd_mask:
         return False
-    ngpa &= n.gva_mask
+    ngpa &= n.gva_mask & PREFIX_ADDR_MASK
     ref = prefix_of(<lane_space *>second, ngpa)
     if not ref:
         return False
@@ -95,7 +97,8 @@ cdef inline uint64_t prefix_word(const uint8_t *hva, int level, uint64_t access,
     if address & ~PREFIX_HVA_MASK:
         return 0
     return (address | <uint64_t>cold << PREFIX_COLD_SHIFT | <uint64_t>readonly << PREFIX_READONLY_SHIFT |
-            <uint64_t>level << PREFIX_LEVEL_SHIFT | access << PREFIX_ACCESS_SHIFT)
+            <uint64_t>level << PREFIX_LEVEL_SHIFT | access << PREFIX_ACCESS_SHIFT |
+            <uint64_t>(level == PG_LEVEL_4K) << PREFIX_TABLE_SHIFT)
 
 
 cdef inline uint64_t find_prefix_generic(const guest_walker *walker, const lane_space *s, uint64_t addr) noexcept nogil:
@@ -155,15 +158,16 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
         ref = find_prefix_generic(&walkerEPT, s, addr)
     if ref:
         p = &s.prefixes[kvmmu_prefix_slot(region)]
-        p.tag = region << PREFIX_ASID_BITS | s.lane.asid
+        p.tag = region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT
         p.ref = ref
+        s.found += 1
     return ref
 
 
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
     cdef uint64_t region = kvmmu_region(s.w.format, addr)
     cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region)]
-    if p.tag == (region << PREFIX_ASID_BITS | s.lane.asid):
+    if p.tag == (region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT):
         return p.ref
     return find_prefix(s, addr)
 
