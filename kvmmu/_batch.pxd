@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes, kvmmu_prefix, kvmmu_tlb_entry
-from kvmmu._prefixes cimport WalkCache, lane_space
+from kvmmu._prefixes cimport WalkCache, lane_space, sure_passes
 from kvmmu._walk cimport kvm_pagewalk
 
 # Columns of a batch; a NULL column is not wanted.
@@ -71,8 +71,9 @@ cdef struct batch:
     kvmmu_prefix *prefixes
     kvmmu_tlb_entry *tlb
     block *blocks                   # 3
-    walk_spaces *spaces             # 4, of the walks of late
+    walk_spaces *spaces             # of the walks of late
     size_t last_space
+    sure_passes *sure               # 2: of the first stage, of the second
     size_t turn
 
 # Get ready: IN count: of walks. Nothing that earlier batches remembered counts.

@@ -22,15 +22,16 @@ from kvmmu._bits cimport (
     STATUS_PAGE_FAULT,
 )
 from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_fault
-from kvmmu._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey
+from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_EPT, kvmmu_gpte_malformed, kvmmu_gpte_pkey
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_FRAME_SHIFT, kvmmu_count_bits,
+    KVMMU_LANES, PREFIX_ADDR_MASK, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, TLB_ASID_BITS, TLB_FRAME_SHIFT, kvmmu_count_bits,
     kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of, kvmmu_lanes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_tlb_entry,
     kvmmu_set_prefix, kvmmu_sure_pass, kvmmu_tlb_slot,
 )
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, WalkCache, find_prefix, init_space, judge_one, judged_entry, lane_space, prefix_of,
+    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, WalkCache, find_prefix, init_space, judge_one, judged_entry, lane_space,
+    prefix_of, sure_passes,
 )
 from kvmmu._walk cimport (
     WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result,
@@ -38,8 +39,11 @@ from kvmmu._walk cimport (
 
 cdef uint64_t NOTHING[512]              # an entry that reads as zero, for lanes without a prefix
 
-# Walks whose spaces are kept for blocks, at least one more than there are blocks.
-cdef size_t SPACES = 4
+# Walks whose spaces are kept: for blocks, at least one more than there are blocks; and for single rows.
+cdef enum:
+    BLOCK_SPACES = 4
+    ROW_SPACES = 64
+    ALL_SPACES = BLOCK_SPACES + ROW_SPACES
 
 # Fewer rows than this are walked one by one.
 cdef size_t MIN_LANES = 8
@@ -49,6 +53,8 @@ cdef size_t NEAR = 96
 cdef int FEW_MISSES = 12
 # Of 64 lanes so many or fewer that do not surely pass are judged one after the other.
 cdef int FEW_ODD = 16
+# Blocks to go without trying that again, at most.
+cdef int MAX_PATIENCE = 31
 # Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
 cdef size_t TRIAL = 32
 cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
@@ -177,10 +183,10 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
     if m.w is w:
         return m
     if for_block:
-        b.last_space = (b.last_space + 1) % SPACES
+        b.last_space = (b.last_space + 1) % BLOCK_SPACES
         m = &b.spaces[b.last_space]
     else:
-        m = &b.spaces[SPACES]
+        m = &b.spaces[BLOCK_SPACES + <size_t>(w - b.walks) % ROW_SPACES]
         if m.w is w:
             return m
     m.w = w
@@ -278,50 +284,59 @@ cdef inline bint all_alike(const uint8_t *access) noexcept nogil:
     return differ == 0
 
 
-cdef bint find_sure(lane_space *s, const kvmmu_lanes *l, uint64_t lanes) noexcept nogil:
+cdef bint find_sure(sure_passes *p, const lane_space *s, const kvmmu_lanes *l, uint64_t lanes) noexcept nogil:
     """Learn from one of these lanes which last entries surely pass each access."""
     cdef size_t lane, access
     cdef uint64_t ref, sample
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
-        ref = l.ref[lane]
-        if kvmmu_prefix_level(ref) != PG_LEVEL_4K or (ref >> PREFIX_COLD_SHIFT) & 1:
+        ref = l.ref[lane] & PREFIX_LIKE_MASK
+        if (ref >> PREFIX_COLD_SHIFT) & 1:
             continue
-        s.like = ref
         sample = kvmmu_read_entry(s.w.format, l.entry[lane])
+        if p.of is s and p.like == ref and (s.w.format != KVMMU_FORMAT_EPT or p.sample == sample):
+            return True                             # what is known is for lanes like this
+        p.of, p.like, p.sample = s, ref, sample
         for access in range(KVMMU_ACCESS_BYTES):
-            if not kvmmu_sure_pass(s.w.format, &s.lane, ref >> PREFIX_ACCESS_SHIFT, s.lane.fmt.looks[access], sample,
-                                   &s.passes[access]):
-                s.passes[access].care, s.passes[access].want = 0, 1             # none
+            if explicit_access(access) != access:
+                p.passes[access] = p.passes[explicit_access(access)]
+            elif access % 2 or not kvmmu_sure_pass(s.w.format, &s.lane, ref, s.lane.fmt.looks[access], sample, &p.passes[access]):
+                p.passes[access].care, p.passes[access].want = 0, 1             # none
         return True
     return False
 
 
-cdef bint judge_surely(batch *b, block *k, lane_space *s, kvmmu_lanes *l, const uint8_t *access, uint64_t *gpa) noexcept nogil:
+cdef bint judge_surely(batch *b, block *k, const lane_space *s, kvmmu_lanes *l, const uint8_t *access, sure_passes *p,
+                       uint64_t *gpa) noexcept nogil:
     """Judge a block in which most lanes surely pass, and the others one by one. False: too many others."""
     cdef uint64_t lanes = ~(k.held | l.miss | l.noncanonical), odd
     cdef size_t lane
     cdef judged_entry judged
     cdef int said
-    if not s.has_sure:
-        s.has_sure = find_sure(s, l, lanes)
-        if not s.has_sure:
+    if p.rest:
+        p.rest -= 1
+        return False
+    if p.of is not s or not p.fits:
+        if not find_sure(p, s, l, lanes):
             return False
     if all_alike(access):
-        odd = b.ops.sure[s.w.format](l, &s.passes[access[0]], NULL, s.like, gpa) & lanes
+        odd = b.ops.sure[s.w.format](l, &p.passes[access[0]], NULL, p.like, gpa) & lanes
     else:
-        odd = b.ops.sure[s.w.format](l, s.passes, access, s.like, gpa) & lanes
-    if kvmmu_count_bits(odd) > FEW_ODD:
-        s.has_sure = False
+        odd = b.ops.sure[s.w.format](l, p.passes, access, p.like, gpa) & lanes
+    p.fits = kvmmu_count_bits(odd) <= FEW_ODD
+    if not p.fits:
+        p.patience = min(2 * p.patience + 1, MAX_PATIENCE)
+        p.rest = p.patience
         return False
+    p.patience = 0
     l.fault = l.slow = 0
     while odd:
         lane = kvmmu_first_bit(odd)
         odd &= odd - 1
         l.look[lane] = s.lane.fmt.looks[access[lane]]
         said = judge_one(s, l.ref[lane], l.addr[lane], <uint32_t>l.look[lane], &judged)
-        l.pte[lane], l.pte_access[lane] = judged.pte, judged.pte_access
+        l.pte[lane], l.pte_access[lane], l.error[lane] = judged.pte, judged.pte_access, judged.error
         gpa[lane] = judged.gpa
         if said == JUDGED_FAULT:
             l.fault |= lane_bit(lane)
@@ -330,14 +345,14 @@ cdef bint judge_surely(batch *b, block *k, lane_space *s, kvmmu_lanes *l, const 
     return True
 
 
-cdef void judge_block(batch *b, block *k, lane_space *s, kvmmu_lanes *l, const uint8_t *access, bint rights,
+cdef void judge_block(batch *b, block *k, const lane_space *s, kvmmu_lanes *l, const uint8_t *access, sure_passes *p,
                       uint64_t *gpa) noexcept nogil:
     """The rules of the last entries: l.fault, l.slow, and gpa of the lanes that are in neither.
 
-    IN access: of each lane; rights: l.pte_access of all lanes is wanted.
+    IN access: of each lane; p: NULL where l.pte_access of all lanes is wanted.
     """
     cdef size_t lane
-    if not rights and judge_surely(b, k, s, l, access, gpa):
+    if p is not NULL and judge_surely(b, k, s, l, access, p, gpa):
         return
     for lane in range(KVMMU_LANES):
         l.look[lane] = s.lane.fmt.looks[access[lane]]
@@ -383,17 +398,9 @@ cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
             find_prefix(&k.spaces.first, k.a.addr[lane])
 
 
-cdef uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
+cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
     """The error code of a lane of the first stage that faults."""
-    cdef const kvm_page_format *fmt = k.w.fmt
-    cdef uint64_t pte = k.a.pte[lane], level = kvmmu_prefix_level(k.a.ref[lane])
-    cdef uint32_t access = <uint32_t>(k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT), code = access & k.w.pferr_mask
-    if not pte & k.w.present_mask:
-        return code
-    if kvmmu_gpte_malformed(k.w.format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
-        return code | <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
-    return code | permission_fault(
-        fmt, k.w.vcpu.pkru, <uint32_t>k.a.pte_access[lane], kvmmu_gpte_pkey(k.w.format, pte), access)
+    return <uint32_t>(k.a.error[lane] | (k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT) & k.w.pferr_mask)
 
 
 cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status) noexcept nogil:
@@ -466,35 +473,55 @@ cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcep
     return l.gpa
 
 
-cdef void write_columns(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
-    """All rows of a block as if they had passed; what did not pass is written over it afterwards."""
+cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa) noexcept nogil:
+    """All rows of a block, in order, as if those in fault failed by the first stage and the others passed.
+
+    What is neither is written over it afterwards.
+    """
     cdef size_t row = k.base
+    cdef uint64_t *to_gpa = NULL
+    cdef uint8_t *to_status = NULL
+    cdef uint32_t *to_error = NULL
     if not k.contiguous or b.more or b.recalls:
         return
-    if b.out.gpa is not NULL and &b.out.gpa[row] != gpa:
-        memcpy(&b.out.gpa[row], gpa, k.count * sizeof(uint64_t))
-    if k.count == KVMMU_LANES:                          # a constant: no call
-        if b.out.status is not NULL:
-            memset(&b.out.status[row], STATUS_OK, KVMMU_LANES)
-        if b.out.error_code is not NULL:
-            memset(&b.out.error_code[row], 0, KVMMU_LANES * sizeof(uint32_t))
-    else:
-        if b.out.status is not NULL:
-            memset(&b.out.status[row], STATUS_OK, k.count)
-        if b.out.error_code is not NULL:
-            memset(&b.out.error_code[row], 0, k.count * sizeof(uint32_t))
+    if k.count < KVMMU_LANES:
+        k.contiguous = False                            # row by row
+        for row in range(k.count):
+            k.rows[row] = k.base + row
+        return
+    if b.out.gpa is not NULL:
+        to_gpa = &b.out.gpa[row]
+    if b.out.status is not NULL:
+        to_status = &b.out.status[row]
+    if b.out.error_code is not NULL:
+        to_error = &b.out.error_code[row]
+    if kvmmu_count_bits(fault) > FEW_ODD:
+        b.ops.emit(&k.a, fault, k.w.pferr_mask, gpa, to_gpa, to_status, to_error)
+        k.held |= fault
+        return
+    if to_gpa is not NULL and to_gpa != gpa:
+        memcpy(to_gpa, gpa, KVMMU_LANES * sizeof(uint64_t))
+    if to_status is not NULL:
+        memset(to_status, STATUS_OK, KVMMU_LANES)
+    if to_error is not NULL:
+        memset(to_error, 0, KVMMU_LANES * sizeof(uint32_t))
 
 
 cdef void advance_block(batch *b, block *k) noexcept nogil:
     """Point 2: the first stage is judged; without a second one the rows are written."""
     cdef const kvm_pagewalk *w = k.w
     cdef const kvm_pagewalk *n = w.ngpa
+    cdef sure_passes *sure = NULL
     cdef uint64_t *gpa
     cdef uint64_t unknown = 0
     k.halfway = True
     if w.kind == WALK_TABLES:
-        gpa = room_for(b, k, &k.a) if n is NULL else k.a.gpa
-        judge_block(b, k, &k.spaces.first, &k.a, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
+        gpa = k.a.gpa
+        if n is NULL:
+            gpa = room_for(b, k, &k.a)
+        if not b.more and (n is NULL or not rights_count(n)):
+            sure = &b.sure[0]
+        judge_block(b, k, &k.spaces.first, &k.a, k.access, sure, gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
@@ -504,7 +531,7 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         elif k.a.slow:
             k.cold = k.a.slow
         if n is NULL:
-            write_columns(b, k, gpa)
+            write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
             fail_lanes(b, k, k.failed)
             leave_to_walk(b, k, unknown)
             if not k.contiguous or b.more or b.recalls:
@@ -552,7 +579,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
     cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
     k.b.miss |= k.unknown | k.failed                    # do not judge them
-    judge_block(b, k, &k.spaces.second, &k.b, k.second_access, False, gpa)
+    judge_block(b, k, &k.spaces.second, &k.b, k.second_access, &b.sure[1], gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)
@@ -560,7 +587,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
         unknown |= k.cold & k.b.slow
         unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
     unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
-    write_columns(b, k, gpa)
+    write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
     fail_lanes(b, k, k.failed)
     while faults:
         lane = kvmmu_first_bit(faults)
@@ -743,8 +770,11 @@ cdef void begin_batch(batch *b, WalkCache cache, uint64_t count, size_t rows) no
     b.count = count
     b.asid = b.space = 0
     b.last_space = 0
-    for i in range(SPACES + 1):
+    for i in range(ALL_SPACES):
         b.spaces[i].w = NULL
+    for i in range(2):
+        b.sure[i].of = NULL
+        b.sure[i].rest = b.sure[i].patience = 0
     b.tried = b.missed = b.skip = b.turn = 0
     b.patience = FIRST_REST
     if rows >= MIN_LANES:
@@ -792,18 +822,21 @@ cdef class Blocks:
     """The blocks of one batch, or of one thread of it, with its cache."""
     cdef block *blocks
     cdef walk_spaces *spaces
+    cdef sure_passes *sure
     cdef WalkCache cache
 
     def __cinit__(self):
         self.cache = WalkCache()
         self.blocks = <block *>calloc(3, sizeof(block))
-        self.spaces = <walk_spaces *>calloc(SPACES + 1, sizeof(walk_spaces))
-        if self.blocks is NULL or self.spaces is NULL:
+        self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
+        self.sure = <sure_passes *>calloc(2, sizeof(sure_passes))
+        if self.blocks is NULL or self.spaces is NULL or self.sure is NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.blocks)
         free(self.spaces)
+        free(self.sure)
 
 
 # Those that no batch uses at the moment.
@@ -839,7 +872,7 @@ cdef class Job:
         except IndexError:
             blocks = Blocks()
         part.out = &self.columns
-        part.blocks, part.spaces = blocks.blocks, blocks.spaces
+        part.blocks, part.spaces, part.sure = blocks.blocks, blocks.spaces, blocks.sure
         with nogil:
             begin_batch(&part, blocks.cache, self.count, stop - start)
             translate_rows(&part, start, stop)

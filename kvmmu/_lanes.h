@@ -65,6 +65,7 @@ struct kvmmu_lanes {
     uint64_t pte[KVMMU_LANES];
     uint64_t pte_access[KVMMU_LANES];
     uint64_t gpa[KVMMU_LANES];
+    uint64_t error[KVMMU_LANES]; /* error code of a fault, but for the bits that come from the access */
     /* bit n: of lane n */
     uint64_t noncanonical;
     uint64_t miss;  /* nothing is remembered */
@@ -72,7 +73,7 @@ struct kvmmu_lanes {
     uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
 };
 
-/* Which last entries of level 1 surely pass, whatever else they hold: (pte & care) == want, after a prefix that is like `like`. */
+/* Which last entries surely pass, whatever else they hold: (pte & care) == want. */
 struct kvmmu_pass {
     uint64_t care;
     uint64_t want;
@@ -85,11 +86,15 @@ typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_wal
 typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                     const uint32_t *ctx, uint32_t asid, uint64_t *gpa);
 
+typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
+                              uint8_t *status, uint32_t *error_code);
+
 struct kvmmu_lane_ops { /* [format] */
     kvmmu_start_fn start[3];
     kvmmu_sure_fn sure[3];
     kvmmu_judge_fn judge[3];
     kvmmu_recall_fn recall;
+    kvmmu_emit_fn emit;
 };
 
 /* ---- vectors ------------------------------------------------------------------------------------------------------ */
@@ -98,6 +103,12 @@ struct kvmmu_lane_ops { /* [format] */
 typedef uint64_t word64 __attribute__((aligned(1), may_alias));
 typedef int64_t ivec __attribute__((vector_size(8 * 4)));
 typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
+
+typedef uint32_t half_vec __attribute__((vector_size(4 * 4), aligned(4), may_alias));
+typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
+
+/* Elements of a narrower column, widened. */
+#define WIDE(type, array) __builtin_convertvector(*(const type *)&(array)[i], vec)
 
 #define VEC(array) (*(vec *)&(array)[i])
 #define CVEC(array) (*(const vec *)&(array)[i])
@@ -118,7 +129,8 @@ typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_
 /* ---- bodies ----------------------------------------------------------------------------------------------------- */
 
 #define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
-#define KVMMU_PREFIX_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
+/* IN place: kvmmu_prefix_place() of the walk, which keeps walks with the same regions apart. */
+#define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
 #define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
 
 /* Address of the entry of addr, from a prefix. */
@@ -132,9 +144,14 @@ KVMMU_INLINE uint64_t kvmmu_region(int format, uint64_t addr)
     return addr >> KVMMU_REGION_SHIFT(format);
 }
 
-KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region)
+KVMMU_INLINE uint64_t kvmmu_prefix_place(uint32_t asid)
 {
-    return KVMMU_PREFIX_SLOT(region);
+    return asid * UINT64_C(0x9E3779B97F4A7C15) >> 40;
+}
+
+KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
+{
+    return KVMMU_PREFIX_SLOT(region, kvmmu_prefix_place(asid));
 }
 
 KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
@@ -177,14 +194,14 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
 
 /* Lanes whose prefix is not remembered, or whose address is not canonical: the seldom half of start_body(). Their entry is one
  * that reads as zero, until a prefix is found. */
-static void kvmmu_sort_out(int format, struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_prefix *prefixes, uint64_t space,
+static void kvmmu_sort_out(int format, struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_prefix *prefixes, uint32_t asid,
                            const void *nothing)
 {
     for (size_t i = 0; i < KVMMU_LANES; i++) {
         uint64_t addr = l->addr[i], region = addr >> KVMMU_REGION_SHIFT(format);
         if (canonical_shift && (uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr)
             l->noncanonical |= UINT64_C(1) << i;
-        else if (prefixes[KVMMU_PREFIX_SLOT(region)].tag == (region ^ space))
+        else if (prefixes[kvmmu_prefix_slot(region, asid)].tag == (region ^ (uint64_t)asid << PREFIX_ASID_SHIFT))
             continue;
         l->miss |= UINT64_C(1) << i;
         l->ref[i] = l->entry[i] = (uint64_t)(uintptr_t)nothing;
@@ -199,6 +216,7 @@ KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const u
 {
     const uint64_t *words = (const uint64_t *)prefixes;
     const uint64_t space = (uint64_t)asid << PREFIX_ASID_SHIFT, mask = canonical_shift ? gva_mask : gva_mask & PREFIX_ADDR_MASK;
+    const uint64_t place = kvmmu_prefix_place(asid);
     const uint64_t half = canonical_shift ? UINT64_C(1) << (63 - canonical_shift) : 0;
     const int width = canonical_shift ? 64 - canonical_shift : GVA_BITS_5_LEVEL;
     vec wrong = FIRST_BITS & 0, hits = ~wrong;
@@ -206,7 +224,7 @@ KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const u
         __builtin_prefetch(gva + 2 * KVMMU_LANES + i, 0, 3);
     EACH_VECTOR(i)
     {
-        vec addr = CVEC(gva) & mask, region = addr >> KVMMU_REGION_SHIFT(format), slot = KVMMU_PREFIX_SLOT(region) * 2;
+        vec addr = CVEC(gva) & mask, region = addr >> KVMMU_REGION_SHIFT(format), slot = KVMMU_PREFIX_SLOT(region, place) * 2;
         vec tag = GATHER(words, slot), ref = GATHER(words + 1, slot), entry;
         wrong |= (addr + half) >> width;
         hits &= WHERE(tag == (region ^ space));
@@ -220,7 +238,7 @@ KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const u
     }
     l->miss = l->noncanonical = 0;
     if (ONE_WORD(wrong) || ~(hits[0] & hits[1] & hits[2] & hits[3]))
-        kvmmu_sort_out(format, l, canonical_shift, prefixes, space, nothing);
+        kvmmu_sort_out(format, l, canonical_shift, prefixes, asid, nothing);
 }
 
 /* A prefix for one lane after all. */
@@ -235,12 +253,13 @@ KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lan
 #define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK & ~(UINT64_C(1) << PREFIX_READONLY_SHIFT))
 
 /* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes. IN passes: one for all lanes,
- * or where access is not NULL one for each access byte. */
+ * or where access is not NULL one for each access byte; like: a prefix of the kind that they hold for. */
 KVMMU_INLINE uint64_t sure_body(int format, struct kvmmu_lanes *l, const struct kvmmu_pass *passes, const uint8_t *access, uint64_t like,
                                 uint64_t *gpa)
 {
     const uint64_t *words = (const uint64_t *)passes;
-    const uint64_t base_mask = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
+    const uint64_t offset = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, KVMMU_PREFIX_LEVEL(like))) - 1;
+    const uint64_t base_mask = (format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK) & ~offset;
     vec bits = FIRST_BITS, odd = bits & 0, care = odd + passes->care, want = odd + passes->want;
     EACH_VECTOR(i)
     {
@@ -252,29 +271,49 @@ KVMMU_INLINE uint64_t sure_body(int format, struct kvmmu_lanes *l, const struct 
             pte = (vec){*(const word64 *)(uintptr_t)entry[0], *(const word64 *)(uintptr_t)entry[1], *(const word64 *)(uintptr_t)entry[2],
                         *(const word64 *)(uintptr_t)entry[3]};
         if (access) {
-            care = (vec){words[access[i] * 2], words[access[i + 1] * 2], words[access[i + 2] * 2], words[access[i + 3] * 2]};
-            want = (vec){words[access[i] * 2 + 1], words[access[i + 1] * 2 + 1], words[access[i + 2] * 2 + 1],
-                         words[access[i + 3] * 2 + 1]};
+            vec index = WIDE(byte_vec, access) * 2;
+            care = GATHER(words, index);
+            want = GATHER(words + 1, index);
         }
         other = ((pte & care) ^ want) | ((CVEC(l->ref) ^ like) & PREFIX_LIKE_MASK);
         odd |= ~WHERE(other == 0) & bits;
         bits <<= VEC_LANES;
         VEC(l->pte) = pte;
-        VEC(gpa) = (pte & base_mask) | (CVEC(l->addr) & PAGE_OFFSET_MASK);
+        VEC(gpa) = (pte & base_mask) | (CVEC(l->addr) & offset);
     }
     return ONE_WORD(odd);
 }
 
-/* What entries of level 1 surely pass an access after a prefix with these rights. False: that is no matter of single bits. */
-KVMMU_INLINE int kvmmu_sure_pass(int format, const struct kvmmu_lane_walk *w, uint64_t prefix_access, uint64_t look, uint64_t sample,
+/* 64 rows of the three common columns: lanes that pass, and lanes that fault. IN access_mask: what of an access its error code tells. */
+KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
+                            uint8_t *status, uint32_t *error_code)
+{
+    if (gpa)
+        for (size_t i = 0; i < KVMMU_LANES; i++)
+            gpa[i] = from[i] | -(fault >> i & 1);
+    if (status)
+        for (size_t i = 0; i < KVMMU_LANES; i++)
+            status[i] = (uint8_t)(fault >> i & 1 ? STATUS_PAGE_FAULT : STATUS_OK);
+    if (error_code)
+        for (size_t i = 0; i < KVMMU_LANES; i++) {
+            uint64_t code = l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask);
+            error_code[i] = (uint32_t)(code & -(fault >> i & 1));
+        }
+}
+
+/* What entries surely pass an access after such a prefix. False: that is no matter of single bits. IN sample: one of the entries. */
+KVMMU_INLINE int kvmmu_sure_pass(int format, const struct kvmmu_lane_walk *w, uint64_t like, uint64_t look, uint64_t sample,
                                  struct kvmmu_pass *pass)
 {
     const struct kvm_page_format *fmt = w->fmt;
-    const uint64_t rsvd = fmt->rsvd_bits_mask[0][0], write = look >> KVMMU_LOOK_ACCESS_SHIFT & ACCESS_WRITE_MASK;
+    const uint64_t level = KVMMU_PREFIX_LEVEL(like), prefix_access = like >> PREFIX_ACCESS_SHIFT & ACC_ALL;
+    const uint64_t large = level > PG_LEVEL_4K ? w->page_size_mask : 0;
+    const uint64_t rsvd = fmt->rsvd_bits_mask[large != 0][level - 1], write = look >> KVMMU_LOOK_ACCESS_SHIFT & ACCESS_WRITE_MASK;
     uint64_t all = ACC_ALL, any = 0, count = 0, fixed;
-    if (rsvd != fmt->rsvd_bits_mask[1][0])
+    if (level == PG_LEVEL_4K ? rsvd != fmt->rsvd_bits_mask[1][0] : !large || format == KVMMU_FORMAT_32)
         return 0;
     pass->care = w->accessed_mask | (write ? w->accessed_mask << 1 : 0);
+    pass->care |= large;
     pass->want = pass->care;
     pass->care |= rsvd;
     if (format == KVMMU_FORMAT_EPT) { /* entries whose rights and memory type are those of the sample */
@@ -284,7 +323,7 @@ KVMMU_INLINE int kvmmu_sure_pass(int format, const struct kvmmu_lane_walk *w, ui
             return 0;
         pass->care |= control;
         pass->want |= sample & control;
-        return 1;
+        return !(pass->want & rsvd);
     }
     for (uint64_t acc = 0; acc <= ACC_ALL; acc++) {
         if (!(acc & ACC_READ_MASK) || (look >> (acc & prefix_access) & 1))
@@ -337,7 +376,7 @@ KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes
         vec access = look >> KVMMU_LOOK_ACCESS_SHIFT;
         vec need = accessed_mask | (look & write_look) >> write_shift;
         vec denied = look >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
-        vec r0 = zero + rsvd[0][0], r1 = r0, bad, high = zero;
+        vec r0 = zero + rsvd[0][0], r1 = r0, high = zero, key, malformed, absent, bad;
         if (large) {
             vec level = KVMMU_PREFIX_LEVEL(ref), is_large = WHERE(level != PG_LEVEL_4K);
             r1 = zero + rsvd[1][0];
@@ -349,14 +388,14 @@ KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes
             offset = ((1 + zero) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
             high = is_large & pse36_mask;
         }
+        key = zero;
         if (keys)
-            denied |= KVMMU_PKEY_DENIED(pkru_mask + zero, pkru + zero, acc, KVMMU_GPTE_PKEY(format, pte), access);
-        bad = KVMMU_GPTE_MALFORMED(format, r0, r1, bad_mt_xwr + zero, pte) | (denied & ~not_leaf);
-        if (format == KVMMU_FORMAT_EPT)
-            bad |= WHERE((pte & present_mask) == 0);
-        else
-            bad |= ~pte & PT_PRESENT_MASK;
-        fault |= ~WHERE(bad == 0) & bits;
+            key = KVMMU_PKEY_DENIED(pkru_mask + zero, pkru + zero, acc, KVMMU_GPTE_PKEY(format, pte), access);
+        malformed = ~WHERE(KVMMU_GPTE_MALFORMED(format, r0, r1, bad_mt_xwr + zero, pte) == 0);
+        absent = WHERE((pte & present_mask) == 0);
+        bad = absent | malformed | (~WHERE((denied | key) == 0) & ~not_leaf);
+        fault |= bad & bits;
+        VEC(l->error) = ~absent & (PFERR_PRESENT_MASK | SELECT(malformed, PFERR_RSVD_MASK, ~WHERE(key == 0) & PFERR_PK_MASK));
         slow |= ~WHERE(((need & ~pte) | not_leaf | (ref & cold_mask)) == 0) & bits;
         bits <<= VEC_LANES;
         VEC(l->pte_access) = acc;
@@ -395,9 +434,9 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
     {
         vec page = CVEC(gva) >> PAGE_SHIFT, space = (bits & 0) + asid, value, a, hit, slot;
         if (ctx)
-            space += (vec){ctx[i], ctx[i + 1], ctx[i + 2], ctx[i + 3]};
+            space += WIDE(half_vec, ctx);
         if (access_stride)
-            a = (vec){access[i], access[i + 1], access[i + 2], access[i + 3]};
+            a = WIDE(byte_vec, access);
         else
             a = (bits & 0) + access[0];
         a &= ~(WHERE((a & ACCESS_IMPLICIT_MASK) != 0) & (ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
@@ -445,10 +484,15 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
             return recall_body(tlb, gva, access, 1, 0, asid, gpa);                                                      \
         return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa);                                            \
     }                                                                                                                   \
+    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,\
+                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                \
+    {                                                                                                                   \
+        emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                \
+    }                                                                                                                   \
     static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},         \
                                                           {sure_32_##name, sure_64_##name, sure_ept_##name},            \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},         \
-                                                          recall_##name};
+                                                          recall_##name, emit_##name};
 
 KVMMU_LANE_FUNCTIONS(portable, )
 #if defined(__x86_64__) && defined(__GNUC__)

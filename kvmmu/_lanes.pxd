@@ -49,6 +49,7 @@ cdef extern from "_lanes.h" nogil:
         uint64_t pte[64]
         uint64_t pte_access[64]
         uint64_t gpa[64]
+        uint64_t error[64]
         uint64_t noncanonical
         uint64_t miss
         uint64_t fault
@@ -66,17 +67,21 @@ cdef extern from "_lanes.h" nogil:
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                          const uint32_t *ctx, uint32_t asid, uint64_t *gpa) noexcept
 
+    ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *start, uint64_t *gpa,
+                                   uint8_t *status, uint32_t *error_code) noexcept
+
     cdef struct kvmmu_lane_ops:
         kvmmu_start_fn start[3]
         kvmmu_sure_fn sure[3]
         kvmmu_judge_fn judge[3]
         kvmmu_recall_fn recall
+        kvmmu_emit_fn emit
 
     void kvmmu_set_prefix(int format, kvmmu_lanes *l, size_t lane, uint64_t ref)
-    bint kvmmu_sure_pass(int format, const kvmmu_lane_walk *w, uint64_t prefix_access, uint64_t look, uint64_t sample,
+    bint kvmmu_sure_pass(int format, const kvmmu_lane_walk *w, uint64_t like, uint64_t look, uint64_t sample,
                          kvmmu_pass *p)
     uint64_t kvmmu_region(int format, uint64_t addr)
-    uint64_t kvmmu_prefix_slot(uint64_t region)
+    uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
     uint64_t kvmmu_prefix_level(uint64_t ref)
     uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)

@@ -280,7 +280,7 @@ cdef class PageWalk:
         check_array("ctx", ctx, np.dtype(np.uint32), n)
         if n and int(ctx.max()) >= contexts.count:
             raise ValueError(f"ctx: {int(ctx.max())} is beyond the {contexts.count} register sets of regs")
-        return ctx.ctypes.data if n else 0
+        return ctx.ctypes.data if n and contexts.count > 1 else 0
 
     def gva_to_gpa(self, gva, access=0):
         """Translate one linear address; a fault of the guest is an exception.

@@ -21,9 +21,15 @@ cdef struct lane_space:
     kvmmu_lane_walk lane        # lane.asid: names this walk in the table
     bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
     size_t found                # prefixes so far
-    # what surely passes each access after a prefix like this one
-    bint has_sure
+
+# What surely passes each access in the last entries of a walk, after a prefix that is like one.
+cdef struct sure_passes:
+    const lane_space *of        # NULL: nothing is known
+    bint fits                   # False: too few of the last block passed
+    int rest                    # blocks to go before trying again
+    int patience
     uint64_t like
+    uint64_t sample             # EPT: the entry that gave them
     kvmmu_pass passes[64]
 
 # What the last entry of a walk says.
@@ -37,6 +43,7 @@ cdef struct judged_entry:
     uint64_t pte
     uint64_t entry              # its address in the host
     uint32_t pte_access
+    uint32_t error              # of a fault: P, RSVD, PK of the error code
 
 
 

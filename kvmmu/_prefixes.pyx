@@ -6,7 +6,7 @@ from libc.string cimport memset
 
 from kvmmu._bits cimport (
     ACC_ALL, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, PG_LEVEL_4K, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT,
-    PT_PRESENT_MASK,
+    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PT_PRESENT_MASK,
 )
 from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
@@ -29,7 +29,6 @@ cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not presen
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
                      bint set_ad) noexcept nogil:
     s.w, s.prefixes, s.second = w, prefixes, second
-    s.has_sure = False
     s.found = 0
     s.lane.fmt = w.fmt
     s.lane.present_mask, s.lane.page_size_mask, s.lane.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
@@ -50,13 +49,16 @@ cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t addr, uint32_t lo
     out.entry = kvmmu_entry_hva(format, ref, addr)
     pte = out.pte = kvmmu_read_entry(format, out.entry)
     out.pte_access = <uint32_t>((ref >> PREFIX_ACCESS_SHIFT) & kvmmu_gpte_access(format, kvmmu_gpte_rights(format, pte)))
+    out.error = 0
     if not pte & s.lane.present_mask:
         return JUDGED_FAULT
     if kvmmu_gpte_malformed(format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
+        out.error = <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
         return JUDGED_FAULT
     if level > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
         return JUDGED_SLOW
-    if permission_fault(fmt, s.lane.pkru, out.pte_access, kvmmu_gpte_pkey(format, pte), access):
+    out.error = permission_fault(fmt, s.lane.pkru, out.pte_access, kvmmu_gpte_pkey(format, pte), access)
+    if out.error:
         return JUDGED_FAULT
     out.gpa = kvmmu_leaf_gpa(format, pte, level, addr, s.lane.pse36_mask)
     if access & ACCESS_WRITE_MASK:
@@ -157,7 +159,7 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
     else:
         ref = find_prefix_generic(&walkerEPT, s, addr)
     if ref:
-        p = &s.prefixes[kvmmu_prefix_slot(region)]
+        p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
         p.tag = region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT
         p.ref = ref
         s.found += 1
@@ -166,7 +168,7 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
 
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
     cdef uint64_t region = kvmmu_region(s.w.format, addr)
-    cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region)]
+    cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
     if p.tag == (region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT):
         return p.ref
     return find_prefix(s, addr)
