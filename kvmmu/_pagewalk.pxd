@@ -22,6 +22,5 @@ cdef class PageWalk:
     cdef const kvm_pagewalk *current(self) except NULL
     cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access)
     cdef object second_record(self, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access)
-    cdef uint32_t rflags_ac(self) noexcept
     cdef object rule_of(self, const walk_result *r, uint32_t access)
     cdef object widths(self, Contexts contexts, ctx)

@@ -33,6 +33,11 @@ from kvmmu.record import WalkRecord
 _PAGE = int(PAGE_SIZE)
 
 
+cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
+    """EFLAGS.AC as a bit of Access."""
+    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
+
+
 cdef class PageWalk:
     """How one vCPU walks one set of guest tables. Made by a Vcpu, never alone.
 
@@ -304,7 +309,7 @@ cdef class PageWalk:
             An address or access out of range.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = check_scalar_access(access) | self.rflags_ac()
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
         cdef walk_result r
         self.current().gva_to_gpa(&self.w, addr, explicit_access(a), True, &r)
         if r.status != STATUS_OK:
@@ -394,9 +399,6 @@ cdef class PageWalk:
         masks = contexts.widths()
         return masks[0] if ctx is None else masks[ctx]
 
-    cdef uint32_t rflags_ac(self) noexcept:
-        return <uint32_t>((self.vcpu.arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
-
     cdef object rule_of(self, const walk_result *r, uint32_t access):
         """The rule behind a fault, as one word."""
         if r.status == STATUS_NON_CANONICAL:
@@ -424,7 +426,7 @@ cdef class PageWalk:
         WalkRecord
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = check_scalar_access(access) | self.rflags_ac()
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
         cdef const kvm_pagewalk *w = self.current()
         if self.w.is_nested:
             return self.second_record(addr, a & ~<uint32_t>ACCESS_AC_MASK, True, a)
