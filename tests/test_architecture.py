@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "kvmmu"                               # the s
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
           "_format", "_gpte", "_walk", "_batch", "_contexts",
-          "_arguments", "_explain", "_pagewalk", "vcpu", "_replay", "replay", "report",
+          "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "replay", "report",
           "figure", "cli")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "cli")
