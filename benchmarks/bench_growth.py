@@ -33,7 +33,7 @@ def bench_footprint(race, rng, shift):
 @pytest.mark.parametrize("rows", BATCHES)
 def bench_batch_size(race, rng, rows):
     """Batches of n rows over 32,768 pages, with all that a call from Python costs; several calls a round if they are small."""
-    calls = max(1, (10_000 if QUICK else 50_000) // rows)
+    calls = max(1, (10_000 if QUICK else 20_000) // rows)
     tables = guest(SMALL)
     batch = Batch(tables, rng, rows)
 
