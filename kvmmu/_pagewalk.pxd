@@ -5,11 +5,13 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch
 from kvmmu._format cimport PageFormat
 from kvmmu._memory cimport GuestMemory, SlotTable
+from kvmmu._plain cimport plain_walk
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result
 
 
 cdef class PageWalk:
     cdef kvm_pagewalk w
+    cdef plain_walk plain
     cdef cpu_caps caps
     cdef VcpuArch vcpu
     cdef SlotTable table

@@ -32,9 +32,14 @@ from kvmmu._bits cimport (
 )
 from kvmmu._format cimport explicit_access, kvm_page_format
 from kvmmu._pagewalk cimport PageWalk
+from kvmmu._plain cimport plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
 
-ctypedef const kvm_pagewalk *walk_handle
+cdef struct walk_state:
+    kvm_pagewalk w
+    plain_walk plain
+
+ctypedef const walk_state *walk_handle
 
 
 cdef inline uint8_t translate(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
@@ -44,15 +49,18 @@ cdef inline uint8_t translate(walk_handle handle, uint64_t gva, uint32_t access,
     IN set_ad: False suppresses the stores of accessed and dirty bits, and nothing else.
     OUT r: every field, also on a fault; see `walk_result`.
     """
-    handle.gva_to_gpa(handle, gva, explicit_access(access & <uint32_t>ACCESS_VALID_MASK), set_ad, r)
+    access = explicit_access(access & <uint32_t>ACCESS_VALID_MASK)
+    if not translate_plainly(&handle.plain, &handle.w, gva, access, r):
+        handle.w.gva_to_gpa(&handle.w, gva, access, set_ad, r)
     return r.status
 
 
 cdef class Walker:
     cdef readonly PageWalk walk
     cdef walk_handle handle
-    cdef kvm_pagewalk w, n                      # the walk and its second stage
+    cdef walk_state state
+    cdef kvm_pagewalk n                         # the second stage
     cdef vcpu_arch arch, n_arch
     cdef kvm_page_format fmt, n_fmt
-    cdef object alive                           # what the pointers in w and n lead to
+    cdef object alive                           # what the pointers in state and n lead to
     cpdef refresh(self)

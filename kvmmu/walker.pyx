@@ -4,6 +4,8 @@ import os
 
 from kvmmu._contexts cimport SecondStage
 from kvmmu._pagewalk cimport PageWalk
+from kvmmu._plain cimport init_plain_walk
+from kvmmu._walk cimport kvm_pagewalk
 
 
 def get_include():
@@ -41,7 +43,7 @@ cdef class Walker:
     def __init__(self, PageWalk walk not None):
         self.walk = walk
         self.refresh()
-        self.handle = &self.w
+        self.handle = &self.state
 
     cpdef refresh(self):
         """Take registers, formats, second stage and memory slots as they are now.
@@ -53,15 +55,18 @@ cdef class Walker:
         RuntimeError
             The walk is not in use any more; the handle stays as it was.
         """
-        self.w = self.walk.current()[0]
+        cdef const kvm_pagewalk *current = self.walk.current()
+        cdef kvm_pagewalk *w = &self.state.w
         cdef SecondStage second = self.walk.second
-        self.arch, self.fmt = self.w.vcpu[0], self.w.fmt[0]
-        self.w.vcpu, self.w.fmt = &self.arch, &self.fmt
+        w[0] = current[0]
+        self.arch, self.fmt = w.vcpu[0], w.fmt[0]
+        w.vcpu, w.fmt = &self.arch, &self.fmt
         if second is not None:
             self.n = second.n
             self.n_arch, self.n_fmt = self.n.vcpu[0], self.n.fmt[0]
             self.n.vcpu, self.n.fmt = &self.n_arch, &self.n_fmt
-            self.w.ngpa = &self.n
+            w.ngpa = &self.n
+        init_plain_walk(&self.state.plain, w)
         self.alive = (self.walk.table, second)
 
     def __repr__(self):

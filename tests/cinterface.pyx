@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from kvmmu._plain cimport translate_plainly
 from kvmmu.walker cimport (
     ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_OK, STATUS_PAGE_FAULT, Walker, translate, walk_handle, walk_result,
 )
@@ -31,6 +32,14 @@ def one(Walker walker, uint64_t gva, uint32_t access=0):
     cdef walk_result r
     status = translate(walker.handle, gva, access, True, &r)
     return status, r.gpa
+
+
+def short_cut(Walker walker, uint64_t gva, uint32_t access):
+    """Whether the short cut of `kvmmu/_plain.pxd` answers, by the function and by its inlined form."""
+    cdef walk_result r
+    cdef walk_handle handle = walker.handle
+    return (bool(handle.plain.gva_to_gpa(&handle.plain, &handle.w, gva, access, &r)),
+            bool(translate_plainly(&handle.plain, &handle.w, gva, access, &r)))
 
 
 def place(Walker walker):
