@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import SMALL
+from cases import BIG, NAMES, SMALL
 from compiled import Missing, plain_walk, scalar_loops
 from conftest import QUICK
 from tables import Guest, Mix
@@ -11,7 +11,7 @@ from kvmmu import Access, Walker
 
 ACCESS = Access.USER
 MAPPED = Mix(absent=0, large=0.05, cold=0.05)
-PAGES = {512: "512 pages", SMALL: "32,768 pages"}
+PAGES = {512: "512 pages", SMALL: NAMES[SMALL]}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def bench_from_python(race, rng, loops, pages):
          rounds=15 if QUICK else 45)
 
 
-@pytest.mark.parametrize("pages", PAGES)
+@pytest.mark.parametrize("pages", [*PAGES, BIG])
 @pytest.mark.parametrize("order", ["rows", "chain"])
 def bench_from_c(race, rng, loops, order, pages):
     """An extension outside the tree that cimports kvmmu.walker; in a chain each address waits for the result before it."""
@@ -63,6 +63,6 @@ def bench_from_c(race, rng, loops, order, pages):
         assert (columns[0][1] == 0).all()
 
     what = "each after the one before" if order == "chain" else "independent"
-    race("Scalar", f"from C, {what}, {PAGES[pages]}", "the plain C walker", ours, theirs,
+    race("Scalar", f"from C, {what}, {(PAGES | NAMES)[pages]}", "the plain C walker", ours, theirs,
          lambda: (tables.addresses(rng, rows),), rows=rows, between=tables.chill, check=check, bars=[("at most", 1.5)],
          rounds=15 if QUICK else 45)

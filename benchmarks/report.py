@@ -151,7 +151,8 @@ def draw(rows, folder):
             axes.plot([row.x for row in chosen], [row.theirs for row in chosen], "s--", label=chosen[0].against)
             axes.set(ylabel="ns per translation", xscale="log", yscale="log")
             if group == "Footprint":
-                axes.set_xscale("log", base=2)
+                axes.set_xticks([row.x for row in chosen], [row.case.split(" of ")[0] for row in chosen], fontsize=7)
+                axes.minorticks_off()
             axes.legend(frameon=False)
         figure.savefig(folder / name, metadata={"Date": None})
         plt.close(figure)
