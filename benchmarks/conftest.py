@@ -17,6 +17,7 @@ QUICK = os.environ.get("BENCH_QUICK") == "1"
 ROWS = 500_000 if QUICK else 2_000_000
 ROUNDS = 5 if QUICK else 11
 _SKIPPED = []
+_LOAD = os.getloadavg()[1] if hasattr(os, "getloadavg") else None       # what others do, before the run
 
 
 @pytest.fixture
@@ -104,4 +105,5 @@ def pytest_benchmark_update_json(output_json):
     """Leave what was skipped, and how the run was made, beside the results."""
     output_json["skipped"] = _SKIPPED
     output_json["run"] = {"quick": QUICK, "rows": ROWS, "rounds": ROUNDS, "versions": versions(),
+                          "load": _LOAD,
                           "linux_data": bool(os.environ.get("KVMMU_LINUX_DATA"))}

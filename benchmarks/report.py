@@ -70,10 +70,12 @@ def about(run):
     changed = " with changes" if commit.get("dirty") else ""
     command = ("BENCH_QUICK=1 " if run["run"]["quick"] else "") + (
         "KVMMU_LINUX_DATA=... " if run["run"]["linux_data"] else "") + COMMAND
+    load = run["run"].get("load")
+    busy = "" if load is None else f" Load of others before the run: {load:.1f}."
     return [
         f"Command: `{command}`; commit {str(commit.get('id'))[:12]}{changed}; {run['datetime'][:10]}.",
         f"Machine: {cpu.get('brand_raw', machine['processor'] or platform.machine())}, {cpu.get('count', '?')} CPUs, "
-        f"{machine['system']} {machine['release']}.",
+        f"{machine['system']} {machine['release']}.{busy}",
         f"Versions: {versions}.",
         f"{run['run']['rows']:,} rows a round and {run['run']['rounds']} rounds where nothing else is said."]
 
