@@ -9,11 +9,12 @@ LOG := build/build.log
 SOURCES := setup.py pyproject.toml $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help replay test lint build matrix asan long clean
+.PHONY: help replay test bench lint build matrix asan long clean
 
 help:
 	@echo 'make replay   walk the bundled recording of a real guest (ARGS="DIRECTORY --phase dyn" for another one)'
 	@echo 'make test     run the tests (ARGS="-k pae" to choose)'
+	@echo 'make bench    race against numpy.take and others, and write docs/performance.md (10 minutes; BENCH_QUICK=1: 1 minute, no docs)'
 	@echo 'make lint     ruff, cython-lint, codespell, mypy'
 	@echo 'make build    sdist and wheel into dist/'
 	@echo 'make matrix   20 million cases of the access matrix (minutes)'
@@ -26,6 +27,11 @@ replay: $(VENV)/.kvmmu
 
 test: $(VENV)/.kvmmu $(VENV)/.test
 	@$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.kvmmu $(VENV)/.bench
+	@mkdir -p build
+	@$(BIN)/pytest benchmarks -q -rs -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench.json $(ARGS)
+	@$(BIN)/python benchmarks/report.py build/bench.json $(if $(filter 1,$(BENCH_QUICK)),,docs)
 
 lint: $(VENV)/.kvmmu $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -86,7 +92,7 @@ $(VENV)/.kvmmu: $(VENV)/.created $(SOURCES)
 	@touch $@
 
 # The package is there: these only add what an extra of it names.
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.kvmmu
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.kvmmu
 	@echo "installing what 'kvmmu[$*]' needs ..."
 	@$(PIP) install --quiet 'kvmmu[$*]'
 	@touch $@

@@ -9,8 +9,8 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk"]
-KERNEL = ["_walk", "_prefixes", "_batch", "_replay"]
+SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk", "walker"]
+KERNEL = ["_walk", "_plain", "_prefixes", "_batch", "_replay"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {

@@ -1,6 +1,36 @@
 """Arguments of scalar calls, checked on the way to C: ValueError or TypeError that names the value."""
 
+from cpython.exc cimport PyErr_Clear
+from cpython.long cimport PyLong_Check
 from libc.stdint cimport uint32_t, uint64_t
 
-cdef uint32_t check_scalar_access(access) except? 0xffffffff
-cdef uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff
+from kvmmu._bits cimport ACCESS_VALID_MASK
+
+cdef extern from "Python.h":
+    uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
+
+# What is no plain integer in range: another integer type, or an error.
+cdef uint32_t convert_access(access) except? 0xffffffff
+cdef uint64_t convert_gva(gva) except? 0xffffffffffffffff
+
+
+cdef inline uint64_t to_uint64(value) noexcept:
+    """An int as 64 bits; all ones, without an exception, for what is none or out of range (and for all ones)."""
+    cdef uint64_t word = ~<uint64_t>0
+    if PyLong_Check(value):
+        word = PyLong_AsUnsignedLongLong(value)
+        if word == ~<uint64_t>0:
+            PyErr_Clear()
+    return word
+
+
+cdef inline uint32_t check_scalar_access(access) except? 0xffffffff:
+    """An access of a scalar call."""
+    cdef uint64_t value = to_uint64(access)
+    return convert_access(access) if value & ~ACCESS_VALID_MASK else <uint32_t>value
+
+
+cdef inline uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
+    """An address of a scalar call."""
+    cdef uint64_t value = to_uint64(gva)
+    return convert_gva(gva) if value == ~<uint64_t>0 else value

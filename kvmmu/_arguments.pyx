@@ -10,20 +10,19 @@ from kvmmu.columns import check_access
 _GVA_LIMIT = 1 << 64
 
 
-cdef uint32_t check_scalar_access(access) except? 0xffffffff:
-    """An access of a scalar call."""
+cdef uint32_t convert_access(access) except? 0xffffffff:
     cdef uint64_t value
     try:
         value = PyNumber_Index(access)
     except (OverflowError, TypeError):
         value = ~<uint64_t>0
     if value & ~ACCESS_VALID_MASK:
-        check_access(access, 1)
+        check_access(access, 1)                     # lets nothing pass but an array of one row
+        raise ValueError(f"access: want one Access, got {access!r}")
     return <uint32_t>value
 
 
-cdef uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
-    """An address of a scalar call."""
+cdef uint64_t convert_gva(gva) except? 0xffffffffffffffff:
     try:
         return PyNumber_Index(gva)
     except TypeError:

@@ -18,6 +18,7 @@ from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepa
 from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
 from kvmmu._memory cimport GuestMemory
+from kvmmu._plain cimport init_plain_walk
 from kvmmu._walk cimport (
     init_pagewalk, init_second_stage_face, kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch,
     walk_result,
@@ -31,6 +32,11 @@ from kvmmu.nested import Ept
 from kvmmu.record import WalkRecord
 
 _PAGE = int(PAGE_SIZE)
+
+
+cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
+    """EFLAGS.AC as a bit of Access."""
+    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
 
 
 cdef class PageWalk:
@@ -55,6 +61,7 @@ cdef class PageWalk:
         self.w.vcpu = &vcpu.arch
         self.w.fmt = &self.fmt.fmt
         self.w.cpu_role = 0                         # not valid: equal to no role
+        init_plain_walk(&self.plain, &self.w)
 
     def set_cpu(self, cpu):
         """Take a processor model; the next `init()` builds the format anew."""
@@ -64,6 +71,7 @@ cdef class PageWalk:
         self.caps.amd = cpu.vendor == "amd"
         self.caps.kvm = cpu.conformance == "kvm"
         self.w.cpu_role = 0
+        init_plain_walk(&self.plain, &self.w)
 
     def init(self, *, smm=False, guest_mode=False):
         """Take the role of the vCPU's registers; no work if it is the one in force."""
@@ -74,11 +82,13 @@ cdef class PageWalk:
         init_pagewalk(&self.w, role, &self.caps)
         if not role & ROLE_DIRECT_MASK:
             fill_format(self.fmt, role, &self.caps, False)
+        init_plain_walk(&self.plain, &self.w)
 
     def set_second_stage(self, SecondStage second):
         """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
         self.second = second
         self.w.ngpa = NULL if second is None else &second.n
+        init_plain_walk(&self.plain, &self.w)
 
     def enter(self, stage):
         """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
@@ -94,12 +104,14 @@ cdef class PageWalk:
         self.second = second
         self.fmt = second.fmt
         init_second_stage_face(&self.w, &second.n)
+        init_plain_walk(&self.plain, &self.w)
         return second
 
     def leave(self):
         """Be no walk any more."""
         self.second = None
         self.w.cpu_role = 0
+        init_plain_walk(&self.plain, &self.w)
 
     def set_memory(self, GuestMemory mem):
         """Walk in another address space (SMM)."""
@@ -305,9 +317,11 @@ cdef class PageWalk:
             An address or access out of range.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = check_scalar_access(access) | self.rflags_ac()
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
         cdef walk_result r
-        self.current().gva_to_gpa(&self.w, addr, explicit_access(a), True, &r)
+        self.current()
+        if not self.plain.gva_to_gpa(&self.plain, &self.w, addr, explicit_access(a), &r):
+            self.w.gva_to_gpa(&self.w, addr, explicit_access(a), True, &r)
         if r.status != STATUS_OK:
             raise self.fault(&r, addr & self.w.gva_mask, a)
         return r.gpa
@@ -395,9 +409,6 @@ cdef class PageWalk:
         masks = contexts.widths()
         return masks[0] if ctx is None else masks[ctx]
 
-    cdef uint32_t rflags_ac(self) noexcept:
-        return <uint32_t>((self.vcpu.arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
-
     cdef object rule_of(self, const walk_result *r, uint32_t access):
         """The rule behind a fault, as one word."""
         if r.status == STATUS_NON_CANONICAL:
@@ -425,7 +436,7 @@ cdef class PageWalk:
         WalkRecord
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = check_scalar_access(access) | self.rflags_ac()
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
         cdef const kvm_pagewalk *w = self.current()
         if self.w.is_nested:
             return self.second_record(addr, a & ~<uint32_t>ACCESS_AC_MASK, True, a)

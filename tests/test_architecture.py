@@ -12,8 +12,8 @@ import kvmmu
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
-          "_format", "_gpte", "_walk", "_lanes", "_prefixes", "_batch", "_contexts",
-          "_arguments", "_explain", "_pagewalk", "vcpu", "_replay", "replay", "report",
+          "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_batch", "_contexts",
+          "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "replay", "report",
           "figure", "cli")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "cli")
@@ -134,7 +134,7 @@ def test_formats_are_told_apart_in_one_file(path):
         assert not re.search(r"\bif\s+guest_walker\s+is\b", code_of(path))
 
 
-@pytest.mark.parametrize("name", ["_walk.pyx", "_walk.pxd", "_gpte.pxd", "_batch.pyx"])
+@pytest.mark.parametrize("name", ["_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_batch.pyx"])
 def test_walks_have_no_literal_masks(name):
     """Architectural numbers have names: no hexadecimal constants above 0xff, no shifts of a literal one by a literal."""
     code = code_of(ROOT / name)

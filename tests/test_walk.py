@@ -415,3 +415,20 @@ def test_integers_of_numpy_are_taken():
     """Scalars of numpy are taken like Python's."""
     walk = mapped("4l").gva_walk
     assert GPA == walk.gva_to_gpa(np.uint64(GVA), np.uint8(2)) == walk.walk_record(np.uint64(GVA)).gpa
+
+
+@pytest.mark.parametrize(("gva", "access", "error", "words"), [
+    (-1, 0, ValueError, "gva: want 0 to 0xffffffffffffffff, got -0x1"), (1 << 64, 0, ValueError, "got 0x10000000000000000"),
+    ("1", 0, TypeError, "gva: want an integer, got '1'"), (1.0, 0, TypeError, "gva: want an integer, got 1.0"),
+    (0, 1, ValueError, "0x1 is no Access bit"), (0, 64, ValueError, "SHADOW_STACK"), (0, 256, ValueError, "0x100 is no"),
+    (0, -1, ValueError, "-0x1 is no"), (0, 1 << 64, ValueError, "0x10000000000000000 is no"), (0, 1.0, ValueError, "got float"),
+    (0, np.array([2], np.uint8), ValueError, "want one Access, got array")])
+def test_scalar_arguments_that_are_none(gva, access, error, words):
+    """The error names the value and what is wanted."""
+    with pytest.raises(error, match=words):
+        mapped("4l").gva_walk.gva_to_gpa(gva, access)
+
+
+def test_the_last_address_is_an_address():
+    """2**64 - 1 is no error."""
+    assert 0xFFFFFFFF == Vcpu(GuestMemory(4096)).gva_walk.gva_to_gpa(2**64 - 1)

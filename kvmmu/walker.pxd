@@ -1,0 +1,66 @@
+"""Translations from Cython and C: cimport this module from an extension of your own.
+
+    from kvmmu.walker cimport STATUS_OK, Walker, translate, walk_handle, walk_result
+
+    def touch(Walker walker, uint64_t gva):
+        cdef walk_handle handle = walker.handle
+        cdef walk_result r
+        with nogil:
+            if translate(handle, gva, ACCESS_WRITE_MASK | ACCESS_USER_MASK, True, &r) == STATUS_OK:
+                ...                                         # r.gpa
+
+Compile with `kvmmu.get_include()` among the include directories, and again for every release of kvmmu: the functions below
+are inlined into the extension, and the layout of the structures may change between releases.
+
+A handle is what translations need of one walk, copied at one moment: registers, role, format, second stage, memory slots.
+What changes afterwards (`Vcpu.set_regs()`, `GuestMemory.add_slot()`, nested entries and exits ...) counts from the next
+`Walker.refresh()` on. The bytes of guest memory are no copy: entries are read where the walk finds them, each time.
+
+Lifetime: a handle is valid as long as its Walker, which keeps the memory and the second stage alive. `refresh()` needs the
+GIL and leaves the handle where it is.
+
+Threads: any number may translate through one handle at a time, with or without the GIL; accessed and dirty bits are set by
+compare-and-set. None may while `refresh()` runs.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvmmu._bits cimport (
+    ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_USER_MASK,
+    ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+)
+from kvmmu._format cimport explicit_access, kvm_page_format
+from kvmmu._pagewalk cimport PageWalk
+from kvmmu._plain cimport plain_walk, translate_plainly
+from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
+
+cdef struct walk_state:
+    kvm_pagewalk w
+    plain_walk plain
+
+ctypedef const walk_state *walk_handle
+
+
+cdef inline uint8_t translate(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    """Translate one address; STATUS_*.
+
+    IN access: ACCESS_* bits; others are ignored. The vCPU's EFLAGS.AC is not added, as in arrays.
+    IN set_ad: False suppresses the stores of accessed and dirty bits, and nothing else.
+    OUT r: every field, also on a fault; see `walk_result`.
+    """
+    access = explicit_access(access & <uint32_t>ACCESS_VALID_MASK)
+    if not translate_plainly(&handle.plain, &handle.w, gva, access, r):
+        handle.w.gva_to_gpa(&handle.w, gva, access, set_ad, r)
+    return r.status
+
+
+cdef class Walker:
+    cdef readonly PageWalk walk
+    cdef walk_handle handle
+    cdef walk_state state
+    cdef kvm_pagewalk n                         # the second stage
+    cdef vcpu_arch arch, n_arch
+    cdef kvm_page_format fmt, n_fmt
+    cdef object alive                           # what the pointers in state and n lead to
+    cpdef refresh(self)
