@@ -13,7 +13,7 @@ import pytest
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
-from kvmmu import cli, report
+from kvmmu import cli, progress, report
 from kvmmu.traces import Recording, bundled, open_npz
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,7 @@ def tables(request, monkeypatch):
     """Tables with rich, and without it."""
     if request.param == "plain":
         monkeypatch.setattr(report, "rich", None)
+        monkeypatch.setattr(progress, "rich", None)
     else:
         pytest.importorskip("rich")
     return request.param
