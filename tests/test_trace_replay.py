@@ -24,6 +24,7 @@ pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 CLIPS = Path(__file__).parent / "data" / "linux"
 EVERY_CLIP = pytest.mark.parametrize("name", [
     pytest.param(name, marks=NEEDS_ZSTD if name == "p32" else ()) for name in ("l4", "l5", "pae", "p32", "ntoy", "ndyn", "nlin")])
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])}
 TIMES = ("seconds", "rate", "waited")
 
 
@@ -193,7 +194,8 @@ def rows_of(*rows):
     for row in rows:
         op, addr, *rest = row
         if op >= Op.MOV_CR3:
-            table.append({"op": op, "addr": addr, "value": rest[0] if rest else 0, "size": 8} | (rest[1] if len(rest) > 1 else {}))
+            table.append({"op": op, "addr": addr, "value": rest[0] if rest else 0, "size": 8}
+                         | (rest[1] if len(rest) > 1 else {}))
         else:
             table.append({"op": op, "addr": addr, "access": rest[0], "gpa": rest[1], "size": 1}
                          | (rest[2] if len(rest) > 2 else {}))
@@ -355,8 +357,9 @@ def test_events_that_no_cpu_does(rows, words):
 
 
 @pytest.mark.parametrize(("regions", "words", "text"), [
-    (((0x1000, 0x8000), (0x8000, 0x1000)), {}, "overlap at gpa 0x8000"), (((0x1000, 0x1000),), {0x2000: 1}, "gpa 0x2000 is in no"),
-    (((0x1000, 0x1000),), {0: 1}, "gpa 0x0 is in no"), (((0, 1 << 41),), {}, "more than 0x10000000000"), ((), {}, "brings no memory")])
+    (((0x1000, 0x8000), (0x8000, 0x1000)), {}, "overlap at gpa 0x8000"),
+    (((0x1000, 0x1000),), {0x2000: 1}, "gpa 0x2000 is in no"), (((0x1000, 0x1000),), {0: 1}, "gpa 0x0 is in no"),
+    (((0, 1 << 41),), {}, "more than 0x10000000000"), ((), {}, "brings no memory")])
 def test_memory_that_makes_no_sense(regions, words, text):
     chunks = [memory_rows(words, regions), rows_of((Op.LOAD, 0, 0, 0))]
     with pytest.raises(TraceError, match=text):
@@ -386,7 +389,7 @@ def test_the_command_stops_on_sigint_with_its_report(tmp_path):
     convert(Recording.open(CLIPS / "l4"), out, repeat=100)
     program = "import sys; from kvmmu.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-P", "-c", program, "replay", str(out), "--json"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])})
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -408,7 +411,7 @@ def test_memory_does_not_grow_with_the_trace(tmp_path):
     for repeat in (10, 60):
         convert(recording, tmp_path / "out.parquet", repeat=repeat)
         done = subprocess.run([sys.executable, "-P", "-c", program, str(tmp_path / "out.parquet")], text=True, check=True,
-                              capture_output=True, env=os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])})
+                              capture_output=True, env=ENVIRONMENT)
         accesses, peak = map(int, done.stdout.split())
         assert accesses == repeat * len(recording)
         peaks.append(peak)

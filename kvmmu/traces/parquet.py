@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvmmu._bits import INVALID_GPA
+from kvmmu._bits import INVALID_GPA, Op
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
@@ -200,17 +200,16 @@ class ParquetTrace(Trace):
 
     def _whole_group(self, group: int) -> list[Chunk]:
         names = self._names
-        known: dict[str, Any] = {}
         if self._lean:
-            known = self._guarded(group, lambda: batch_columns(
-                self._file().read_row_group(group, columns=["op"], use_threads=False)))
-            has_events = bool(known["op"].size and known["op"].max() >= 16)
-            names = [name for name in names if name != "op" and (
-                name in ("addr", "access", "gpa") or (has_events and name in ("size", "value"))
-                or (name == "vcpu" and self.header.vcpus > 1))]
-        columns = self._guarded(group, lambda: batch_columns(
-            self._file().read_row_group(group, columns=names, use_threads=False)))
-        return [self._guarded(group, lambda: Chunk.checked(known | columns, self.header, self._starts[group]))]
+            names = [name for name in names if name not in ("size", "value") and (name != "vcpu" or self.header.vcpus > 1)]
+        columns = self._columns(group, names)
+        if len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
+            columns |= self._columns(group, [name for name in self._names if name in ("size", "value")])
+        return [self._guarded(group, lambda: Chunk.checked(columns, self.header, self._starts[group]))]
+
+    def _columns(self, group: int, names: list[str]) -> dict[str, Any]:
+        return self._guarded(group, lambda: batch_columns(
+            self._file().read_row_group(group, columns=names, use_threads=False))) if names else {}
 
     def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
         """A large row group, a part at a time."""
@@ -285,7 +284,7 @@ class ParquetWriter:
         given = dict(columns or {}) | more
         chunk = Chunk.checked(given, self.header, self.rows)
         pa, rows = self._pa, len(chunk)
-        events = chunk.op >= 16 if chunk.has_events else None
+        events = chunk.op >= Op.MOV_CR3 if chunk.has_events else None
         size = np.ones(rows, np.uint8) if chunk.size is None else chunk.size
         vcpu = np.zeros(rows, np.uint16) if chunk.vcpu is None else chunk.vcpu
         unknown = None if chunk.all_known else chunk.gpa == np.uint64(INVALID_GPA)

@@ -111,7 +111,7 @@ class _RowCheck:
             if column.size != length:
                 raise TraceError(f"column {name!r} has {column.size} rows, others have {length}")
             self.columns[name] = column
-        self.null_value = None
+        self.null_value: NDArray[np.bool_] | None = None
         for name, column in list(self.columns.items()):
             if isinstance(column, np.ma.MaskedArray):
                 mask = np.ma.getmaskarray(column)
@@ -120,7 +120,8 @@ class _RowCheck:
                 elif name == "value":
                     self.null_value = mask
                 elif mask.any():
-                    self.refuse(name, mask, "a value: this column has no nulls")
+                    raise TraceError(f"row {first + int(np.argmax(mask))}: {name} is null; "
+                                     f"allowed are nulls in {', '.join(NULLABLE)}")
                 column = np.asarray(column)
             self.columns[name] = np.ascontiguousarray(column)
         self.length = length or 0
@@ -161,7 +162,8 @@ class _RowCheck:
                         "below 2**52, or null")
         if has_events:
             size = np.ones(self.length, np.uint8) if size is None else size
-            value = np.zeros(self.length, np.uint64) if value is None else value
+            if value is None:
+                value, self.null_value = np.zeros(self.length, np.uint64), np.ones(self.length, bool)
             self.columns |= {"size": size, "value": value}
             self._check_events(np.flatnonzero(op >= _FIRST_EVENT))
         return {"op": op, "addr": self.columns["addr"], "access": access, "gpa": gpa, "size": size, "vcpu": vcpu, "value": value,
