@@ -433,3 +433,101 @@ def test_a_trace_file_of_hand_made_rows(tmp_path):
     assert trace.header == replace(header(name="hand"), accesses=2, rows=519)
     report = kvmmu.replay(trace)
     assert (report.name, report.verified, report.faults_reproduced) == ("hand", 2, {"0x4 (U)": 1})
+
+
+# -- against the scalar walk --------------------------------------------------------------------------------------------
+
+class Model:
+    """A trace replayed row by row through gva_to_gpa(): the obvious way, which the loop must equal."""
+
+    def __init__(self, entries, registers, contexts):
+        self.entries, self.registers, self.contexts = entries, registers, contexts
+        self.start()
+
+    def start(self):
+        self.mem = GuestMemory(0x10000)
+        for gpa, entry in self.entries.items():
+            self.mem.write_u64(gpa, entry)
+        self.vcpu = Vcpu(self.mem, cpu=CpuModel(maxphyaddr=48))
+        self.regs = [self.plain(regs) for regs in self.registers]
+
+    @staticmethod
+    def plain(regs):
+        return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer")}
+
+    def access(self, vcpu, gva, access):
+        """(gpa or None, level or None, error code or status)."""
+        self.vcpu.set_regs(**self.regs[vcpu])
+        t = self.vcpu.gva_walk.translate(np.array([gva], np.uint64), access, fields=("gpa", "status", "error_code", "level"))
+        if t.status[0] == kvmmu.Status.OK:
+            assert self.vcpu.gva_walk.gva_to_gpa(gva, access) == int(t.gpa[0])
+            return int(t.gpa[0]), int(t.level[0]), None
+        return None, None, int(t.error_code[0]) if t.status[0] == kvmmu.Status.PAGE_FAULT else kvmmu.Status(t.status[0]).name
+
+    def event(self, op, vcpu, addr, value, size):
+        if op == Op.MOV_CR3:
+            self.regs[vcpu]["cr3"] = value
+        elif op == Op.SET_REGS:
+            self.regs[vcpu] = self.plain(self.contexts[value])
+        elif op == Op.GUEST_WRITE:
+            self.mem.write(addr, value.to_bytes(size, "little"))
+        elif op == Op.RESTART:
+            self.start()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traces_as_the_scalar_walk_has_them(seed):
+    """Accesses of two vCPUs, lies, nulls, table writes of every size and register loads, in chunks of any length."""
+    rng = np.random.default_rng(seed)
+    entries = tables() | tables(OTHER, 0x900)
+    entries |= {OTHER + 0x2008: 0x87 | 0x200000, ROOT + 0x2008: 0x200083}           # a user's and a supervisor's 2M page
+    registers = (RegisterSet(cr3=ROOT, **LONG_MODE), RegisterSet(cr3=OTHER, **LONG_MODE | {"cr0": 0x80040033}))
+    contexts = (*registers, RegisterSet(cr3=ROOT, **LONG_MODE | {"cr0": 0x50033, "efer": 0}))
+    model = Model(entries, registers, contexts)
+    rows, wrong, sizes, faults, kinds = [], [], {}, {}, [0, 0, 0]
+    accesses = unchecked = writes = 0
+    dense = seed % 3                        # 0: hardly any event; 2: one in two rows
+    for _ in range(1500 if dense else 4000):
+        vcpu = int(rng.integers(2)) if seed % 2 else 0
+        if rng.random() < (0.002, 0.05, 0.5)[dense]:
+            op = Op(rng.choice([Op.MOV_CR3, Op.SET_REGS, Op.GUEST_WRITE, Op.GUEST_WRITE, Op.GUEST_WRITE, Op.RESTART, Op.INVLPG]))
+            size = int(rng.choice([1, 2, 4, 8]))
+            addr = int(rng.choice([ROOT, OTHER])) + 0x3000 + size * int(rng.integers(0x200 // size))
+            value = {Op.MOV_CR3: int(rng.choice([ROOT, OTHER])), Op.SET_REGS: int(rng.integers(3)),
+                     Op.GUEST_WRITE: int(rng.integers(0, 1 << 8 * size, dtype=np.uint64)) if size < 8
+                     else int(rng.integers(0x200)) << 12 | int(rng.integers(8))}.get(op, 0)
+            rows.append((op, addr, value, {"size": size, "vcpu": vcpu}))
+            model.event(op, vcpu, addr, value, size)
+            writes += op == Op.GUEST_WRITE
+            continue
+        kind = int(rng.integers(3))
+        gva = int(rng.choice([rng.integers(0x40000), rng.integers(1 << 23), 1 << 47], p=[0.8, 0.19, 0.01]))
+        access = (0, 2, 16)[kind] | int(rng.choice([0, 4, 8]))
+        gpa, level, failure = model.access(vcpu, gva, access)
+        draw = rng.random()
+        truth = None if draw < 0.1 else (gpa if gpa is not None and draw < 0.95 else int(rng.integers(1 << 52)))
+        rows.append((kind, gva, access, truth, {"vcpu": vcpu}))
+        kinds[kind] += 1
+        if truth is None:
+            unchecked += 1
+            if failure is not None:
+                faults[failure] = faults.get(failure, 0) + 1
+        elif truth != gpa:
+            wrong.append(accesses)
+        if gpa is not None and truth in (None, gpa):
+            sizes[level] = sizes.get(level, 0) + 1
+        accesses += 1
+    columns = rows_of(*rows)
+    columns["gpa"] = np.ma.masked_array(columns["gpa"], [row[0] < 16 and row[3] is None for row in rows])
+    cuts = np.sort(rng.integers(0, len(rows), 5))
+    chunks = [dict(zip(columns, parts, strict=True))
+              for parts in zip(*(np.split(column, cuts) for column in columns.values()), strict=True)]
+    report = kvmmu.replay(Trace(header(registers=registers, contexts=contexts), [memory_rows(entries, ((0, 0x10000),)), *chunks]))
+    assert (report.accesses, report.unchecked, report.mismatches) == (accesses, unchecked, len(wrong))
+    assert report.verified == accesses - unchecked - len(wrong)
+    assert [example.position for example in report.examples] == wrong[:20]
+    assert report.kinds == dict(zip(("load", "store", "fetch"), kinds, strict=True))
+    assert report.table_writes == writes
+    assert report.page_sizes == {("paging off", "4K", "2M", "1G")[level]: count for level, count in sizes.items()}
+    assert {name.split()[0]: count for name, count in report.walk_faults.items()} == {
+        hex(name) if isinstance(name, int) else name: count for name, count in faults.items()}
