@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu._bits import GPA_LIMIT, INVALID_GPA, PAGE_SIZE, Access, Op
+from kvmmu.traces._rows import scan
 from kvmmu.traces.header import Header, TraceError
 
 __all__ = ["Chunk", "Trace"]
@@ -142,24 +143,16 @@ class _RowCheck:
             vcpus = int(vcpu.max()) + 1
             if vcpus > self.header.vcpus:
                 self.refuse("vcpu", vcpu >= self.header.vcpus, f"below {self.header.vcpus}, the vCPUs of the header")
-        has_events = bool(op.size and op.max() >= _FIRST_EVENT)
-        # one pass for the common case; what is wrong, and whether events excuse it, is found out below
-        kind = op & _KIND
-        wrong = (((access >> _U8(1)) & _U8(1)) | ((access >> _U8(3)) & _U8(2))) ^ kind
-        wrong |= access & _NOT_AN_ACCESS_BIT
-        wrong |= kind == _KIND
-        if has_events or wrong.any() or (op.size and op.max() > Op.FETCH_MMIO):
-            self._judge_accesses(op, access)
+        has_events, broken, unknown, beyond = scan(op, access, gpa)
+        if broken:
+            self._judge_rows(op, access)
+        if gpa is not None and beyond:
+            self.refuse("gpa", (op < _FIRST_EVENT) & (gpa >= np.uint64(GPA_LIMIT)) & (gpa != np.uint64(INVALID_GPA)),
+                        "below 2**52, or null")
         if size is not None:
             self.refuse("size", (size == 0) & (op < _FIRST_EVENT), "at least one byte")
-        all_known = gpa is not None
         if gpa is None:
             gpa = np.full(self.length, INVALID_GPA, np.uint64)
-        elif gpa.size and gpa.max() >= GPA_LIMIT:
-            accesses = op < _FIRST_EVENT
-            all_known = not (accesses & (gpa == np.uint64(INVALID_GPA))).any()
-            self.refuse("gpa", accesses & (gpa >= np.uint64(GPA_LIMIT)) & (gpa != np.uint64(INVALID_GPA)),
-                        "below 2**52, or null")
         if has_events:
             size = np.ones(self.length, np.uint8) if size is None else size
             if value is None:
@@ -167,9 +160,9 @@ class _RowCheck:
             self.columns |= {"size": size, "value": value}
             self._check_events(np.flatnonzero(op >= _FIRST_EVENT))
         return {"op": op, "addr": self.columns["addr"], "access": access, "gpa": gpa, "size": size, "vcpu": vcpu, "value": value,
-                "has_events": has_events, "all_known": all_known, "vcpus": vcpus}
+                "has_events": has_events, "all_known": not unknown, "vcpus": vcpus}
 
-    def _judge_accesses(self, op: NDArray[np.uint8], access: NDArray[np.uint8]) -> None:
+    def _judge_rows(self, op: NDArray[np.uint8], access: NDArray[np.uint8]) -> None:
         self.refuse("op", ~_KNOWN[op], "an access (0, 1, 2, with MMIO 4, 5, 6) or an event (16 to 33)")
         accesses = op < _FIRST_EVENT
         self.refuse("access", accesses & ((access & _NOT_AN_ACCESS_BIT) != 0),
@@ -177,6 +170,7 @@ class _RowCheck:
         asked = ((access >> _U8(1)) & _U8(1)) | ((access >> _U8(3)) & _U8(2))
         self.refuse("access", accesses & (asked != (op & _KIND)), "WRITE (2) for stores alone and FETCH (16) for fetches alone")
         self.refuse("access", ~accesses & (access != 0), "0 in an event")
+        raise AssertionError("a row breaks a rule that none of these is")
 
     def _check_events(self, rows: NDArray[np.int64]) -> None:
         op, addr, value, size = (self.columns[name][rows] for name in ("op", "addr", "value", "size"))
