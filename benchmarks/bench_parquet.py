@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 import kvmmu
 from kvmmu.traces import Chunk, ParquetTrace, Recording, Trace, bundled, convert
-from kvmmu.traces.convert import recording_chunks, recording_header
+from kvmmu.traces.conversion import recording_chunks, recording_header
 from kvmmu.traces.parquet import COMPRESSIONS, ROW_GROUP
 
 ENCODINGS = {"plain": {"use_dictionary": False}, "dictionary": {"use_dictionary": True, "dictionary_pagesize_limit": 8 << 20},

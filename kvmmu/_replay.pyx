@@ -18,7 +18,7 @@ from kvmmu._pagewalk cimport PageWalk
 from kvmmu._walk cimport kvm_pagewalk
 
 cdef enum:
-    BLOCK = 2048                    # rows whose scratch columns stay in the first-level cache
+    BLOCK = 8192                    # rows whose scratch columns stay in the second-level cache
     LEVELS = 4                      # of leaves: paging off, 4K, 2M or 4M, 1G
     STATUSES = 7
     ERROR_CODES = 128               # P to SS

@@ -323,7 +323,7 @@ def damaged_recording(kvmmu, rng, counts):
 def damaged_trace(kvmmu, rng, counts):
     """Replay a recording as a trace in memory, with words, registers and events of it changed, moved and doubled."""
     from kvmmu.traces import Recording, Trace, TraceError
-    from kvmmu.traces.convert import recording_chunks, recording_header
+    from kvmmu.traces.conversion import recording_chunks, recording_header
 
     source = rng.choice([path for path in sorted(RECORDINGS.iterdir()) if path.is_dir()])
     recording = Recording.open(source)

@@ -499,3 +499,25 @@ def test_a_trace_of_chunks_is_taken_once():
     """The header's checks hold for chunks of a program as well."""
     with pytest.raises(TraceError, match="vcpu is 1 .*below 1"):
         kvmmu.replay(Trace(header(), [memory_rows(tables()), rows_of((Op.LOAD, 0, 0, 0x100000, {"vcpu": 1}))]))
+
+
+def test_checking_leaves_the_callers_arrays_alone():
+    """Masks, values and their order; a masked gpa may come before op."""
+    columns = columns_of([*one_of(op=16, value=1), *one_of(gpa=None)])
+    columns = {name: columns[name] for name in reversed(columns)}
+    before = {name: (np.ma.getmaskarray(column).copy(), np.asarray(column).copy()) for name, column in columns.items()}
+    chunk = Chunk.checked(columns, many())
+    assert chunk.gpa.tolist()[3:] == [0x2000, INVALID_GPA, 0x2000]
+    for name, (mask, values) in before.items():
+        np.testing.assert_array_equal(np.ma.getmaskarray(columns[name]), mask)
+        np.testing.assert_array_equal(np.asarray(columns[name]), values)
+
+
+def test_slices_of_arrow_arrays():
+    """A record batch that begins inside its buffers: bits and values from there on."""
+    table = table_of(columns_of([row for number in range(30) for row in one_of(addr=number, gpa=number if number % 3 else None)]))
+    whole_batch = table.to_batches()[0]
+    for start in (0, 1, 7, 8, 13, 40):
+        chunk = next(Trace(many(), [whole_batch.slice(start, 37)]).chunks())
+        assert chunk.addr.tolist() == table["addr"].to_pylist()[start:start + 37]
+        assert chunk.gpa.tolist() == [INVALID_GPA if gpa is None else gpa for gpa in table["gpa"].to_pylist()[start:start + 37]]

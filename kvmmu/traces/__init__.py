@@ -2,7 +2,7 @@
 
 from kvmmu._bits import Op
 from kvmmu.traces._npz import RecordingError, open_npz
-from kvmmu.traces.convert import convert
+from kvmmu.traces.conversion import convert
 from kvmmu.traces.header import Header, RegisterSet, Stage, TraceError
 from kvmmu.traces.parquet import ParquetTrace, ParquetWriter, is_parquet
 from kvmmu.traces.recording import Events, Faults, NptFaults, Recording, Writes, bundled

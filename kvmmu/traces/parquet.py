@@ -24,7 +24,7 @@ COMPRESSIONS = ("lz4", "zstd", "snappy", "none")
 ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the second-level cache or nearly so
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
-_DICTIONARY = ["size", "vcpu", "value"]   # constant or nearly so; the others decode faster plain
+_DICTIONARY = ["vcpu", "value"]         # constant or nearly so; the others decode faster plain
 
 
 def _arrow() -> Any:
@@ -47,13 +47,13 @@ def is_parquet(path: StrPath) -> bool:
     """Whether a file looks like Parquet: by its name, or its first bytes."""
     path = Path(path)
     if not path.is_file():
-        return path.suffix == ".parquet"
+        return path.suffix == ".parquet" and not path.is_dir()
     with path.open("rb") as file:
         return path.suffix == ".parquet" or file.read(4) == _MAGIC
 
 
 def batch_columns(batch: Any) -> dict[str, Any]:
-    """The columns of an Arrow record batch or table as arrays; nulls of gpa are INVALID_GPA, of value a mask.
+    """The columns of an Arrow record batch or table as arrays, those with nulls masked.
 
     Raises
     ------
@@ -70,22 +70,23 @@ def batch_columns(batch: Any) -> dict[str, Any]:
         if field.type != getattr(pa, COLUMNS[field.name])():
             raise TraceError(f"column {field.name!r} is {field.type}; allowed is {COLUMNS[field.name]}")
         if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            if isinstance(column, pa.ChunkedArray):
-                column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], field.type)
-        columns[field.name] = _array(pa, field.name, column)
+            column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], field.type)])
+        if column.null_count and field.name not in NULLABLE:
+            raise TraceError(f"column {field.name!r} has {column.null_count} nulls; allowed is none")
+        columns[field.name] = _array(column)
     return columns
 
 
-def _array(pa: Any, name: str, column: Any) -> Any:
+def _array(column: Any) -> Any:
+    """An Arrow array without a copy, masked if it has nulls."""
     if not column.null_count:
         return column.to_numpy(zero_copy_only=True)
-    if name not in NULLABLE:
-        raise TraceError(f"column {name!r} has {column.null_count} nulls; allowed is none")
-    nulls = column.is_null().to_numpy(zero_copy_only=False)
-    fill = pa.scalar(INVALID_GPA if name == "gpa" else 0, column.type)
-    filled = pa.compute.fill_null(column, fill).to_numpy(zero_copy_only=True)
-    return filled if name == "gpa" else np.ma.masked_array(filled, mask=nulls)
+    valid, data = column.buffers()
+    dtype = np.dtype(str(column.type))
+    values = np.frombuffer(data, dtype, len(column), column.offset * dtype.itemsize)
+    first = column.offset // 8
+    bits = np.unpackbits(np.frombuffer(valid, np.uint8)[first:], count=column.offset % 8 + len(column), bitorder="little")
+    return np.ma.masked_array(values, mask=bits[column.offset % 8:] == 0)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ class _RowCheck:
             if isinstance(column, np.ma.MaskedArray):
                 mask = np.ma.getmaskarray(column)
                 if name == "gpa":
-                    column = column.filled(INVALID_GPA)
+                    mask = mask & (np.asarray(self.columns["op"]) < _FIRST_EVENT)
+                    column = np.asarray(column)             # in events it means nothing
+                    if mask.any():
+                        column = np.where(mask, np.uint64(INVALID_GPA), column)
                 elif name == "value":
                     self.null_value = mask
                 elif mask.any():
