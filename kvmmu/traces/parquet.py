@@ -136,9 +136,9 @@ class ParquetTrace(Trace):
             raise TraceError(f"{self.path}: has {self.rows} rows, its header says {header.rows}")
         super().__init__(header, ())
 
-    def _open(self) -> Any:
+    def _open(self, metadata: Any = None) -> Any:
         try:
-            return self._pa.parquet.ParquetFile(self.path, page_checksum_verification=True, pre_buffer=False)
+            return self._pa.parquet.ParquetFile(self.path, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
         except Exception as error:  # damage raises half a dozen types
             raise TraceError(f"{self.path}: not a whole Parquet file ({_described(error)})") from error
 
@@ -146,6 +146,7 @@ class ParquetTrace(Trace):
         """The header; also checks the schema and takes the sizes of the row groups."""
         try:
             found, metadata = file.schema_arrow, file.metadata
+            self._metadata = metadata                               # one for all threads: it grows with the row groups
             pairs = metadata.metadata or {}
             self._group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         except Exception as error:
@@ -196,7 +197,7 @@ class ParquetTrace(Trace):
     def _file(self) -> Any:
         """The file as this thread reads it: PyArrow's readers are not for several threads at once."""
         if not hasattr(self._local, "file"):
-            self._local.file = self._open()
+            self._local.file = self._open(self._metadata)
         return self._local.file
 
     def _whole_group(self, group: int) -> list[Chunk]:
@@ -272,7 +273,7 @@ class ParquetWriter:
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._writer = self._pa.parquet.ParquetWriter(
             self._part, self._schema, compression=compression, use_dictionary=_DICTIONARY, write_page_checksum=True,
-            write_statistics=["op", "vcpu"], store_schema=False)
+            write_statistics=False, store_schema=False)
 
     def write(self, columns: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Write rows, checked as on reading.
