@@ -24,7 +24,7 @@ COMPRESSIONS = ("lz4", "zstd", "snappy", "none")
 ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the second-level cache or nearly so
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
-_DICTIONARY = ["vcpu", "value"]         # constant or nearly so; the others decode faster plain
+_DICTIONARY = ["addr", "vcpu", "value", "gpa"]         # the others are bytes, which decode faster plain
 
 
 def _arrow() -> Any:
