@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk", "walker"]
-KERNEL = ["_walk", "_plain", "_prefixes", "_batch", "_replay"]
+KERNEL = ["_walk", "_plain", "_prefixes", "_batch", "_replay", "traces._rows"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
@@ -32,8 +32,8 @@ if SANITIZE:
 
 def extensions(names, directives):
     modules = [
-        Extension(f"kvmmu.{name}", [f"kvmmu/{name}.pyx"], include_dirs=["kvmmu"], extra_compile_args=COMPILE_ARGS,
-                  extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
+        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["kvmmu"],
+                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
         for name in names
     ]
     return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")

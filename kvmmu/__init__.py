@@ -31,9 +31,10 @@ from kvmmu.faults import (
 )
 from kvmmu.figure import plot_walk
 from kvmmu.nested import Ept, Intercepts, Npt, Pml
+from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.registers import CpuModel, Regs
-from kvmmu.replay import Report, replay
+from kvmmu.replay import replay
 from kvmmu.vcpu import Vcpu
 from kvmmu.walker import Walker, get_include
 
@@ -41,8 +42,9 @@ __all__ = [
     "Acc", "Access", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig", "EptQual",
     "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory", "INVALID_GPA",
     "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt", "PageFault", "PageFormat",
-    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "Report", "Span", "Status", "SvmExit", "SvmExitCode", "Translation",
-    "Vcpu", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
-    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
+    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "Span", "Status", "SvmExit",
+    "SvmExitCode", "Translation", "Vcpu", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker",
+    "calc_cpu_roles", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb",
+    "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"

@@ -230,6 +230,33 @@
 #define ROLE_EXT_EFER_LMA_MASK KVMMU_BIT(38)
 #define ROLE_EXT_HAS_PFERR_FETCH_MASK KVMMU_BIT(39)
 
+/* ---- rows of a trace: docs/trace-format.md ------------------------------------------------------------------- */
+#define OP_LOAD 0
+#define OP_STORE 1
+#define OP_FETCH 2
+#define OP_KIND_MASK KVMMU_BITS(0, 1)
+#define OP_MMIO_SHIFT 2 /* of an access: the page is not RAM */
+#define OP_MMIO_MASK KVMMU_BIT(OP_MMIO_SHIFT)
+#define OP_EVENT 16 /* rows from here on are events */
+#define OP_MOV_CR3 16
+#define OP_MOV_CR0 17
+#define OP_MOV_CR4 18
+#define OP_WRMSR_EFER 19
+#define OP_WRPKRU 20
+#define OP_SET_CPL_AC 21
+#define OP_INVLPG 22
+#define OP_INVPCID 23
+#define OP_GUEST_WRITE 24
+#define OP_VMENTER 25
+#define OP_VMEXIT 26
+#define OP_HOST_INVALIDATE 27
+#define OP_PAGE_FAULT 28
+#define OP_NPT_FAULT 29
+#define OP_SET_REGS 30
+#define OP_RESTART 31
+#define OP_MEMORY 32
+#define OP_MEMORY_WORD 33
+
 /* ---- relations that the code relies on ------------------------------------------------------------------------ */
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
 _Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE_MASK && PT_USER_MASK == ACC_USER_MASK,

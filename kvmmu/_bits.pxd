@@ -193,3 +193,28 @@ cdef extern from "_bits.h" nogil:
     const uint64_t ROLE_EXT_CR4_LA57_MASK
     const uint64_t ROLE_EXT_EFER_LMA_MASK
     const uint64_t ROLE_EXT_HAS_PFERR_FETCH_MASK
+    const int OP_LOAD
+    const int OP_STORE
+    const int OP_FETCH
+    const uint64_t OP_KIND_MASK
+    const int OP_MMIO_SHIFT
+    const uint64_t OP_MMIO_MASK
+    const int OP_EVENT
+    const int OP_MOV_CR3
+    const int OP_MOV_CR0
+    const int OP_MOV_CR4
+    const int OP_WRMSR_EFER
+    const int OP_WRPKRU
+    const int OP_SET_CPL_AC
+    const int OP_INVLPG
+    const int OP_INVPCID
+    const int OP_GUEST_WRITE
+    const int OP_VMENTER
+    const int OP_VMEXIT
+    const int OP_HOST_INVALIDATE
+    const int OP_PAGE_FAULT
+    const int OP_NPT_FAULT
+    const int OP_SET_REGS
+    const int OP_RESTART
+    const int OP_MEMORY
+    const int OP_MEMORY_WORD

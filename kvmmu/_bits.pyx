@@ -121,6 +121,35 @@ class Efer(IntFlag):
     AUTOIBRS = EFER_AUTOIBRS_MASK
 
 
+class Op(IntEnum):
+    """What a row of a trace is: an access, of which MMIO may be added, or an event (from 16 on)."""
+
+    LOAD = OP_LOAD
+    STORE = OP_STORE
+    FETCH = OP_FETCH
+    LOAD_MMIO = OP_LOAD | OP_MMIO_MASK
+    STORE_MMIO = OP_STORE | OP_MMIO_MASK
+    FETCH_MMIO = OP_FETCH | OP_MMIO_MASK
+    MOV_CR3 = OP_MOV_CR3
+    MOV_CR0 = OP_MOV_CR0
+    MOV_CR4 = OP_MOV_CR4
+    WRMSR_EFER = OP_WRMSR_EFER
+    WRPKRU = OP_WRPKRU
+    SET_CPL_AC = OP_SET_CPL_AC
+    INVLPG = OP_INVLPG
+    INVPCID = OP_INVPCID
+    GUEST_WRITE = OP_GUEST_WRITE
+    VMENTER = OP_VMENTER
+    VMEXIT = OP_VMEXIT
+    HOST_INVALIDATE = OP_HOST_INVALIDATE
+    PAGE_FAULT = OP_PAGE_FAULT
+    NPT_FAULT = OP_NPT_FAULT
+    SET_REGS = OP_SET_REGS
+    RESTART = OP_RESTART
+    MEMORY = OP_MEMORY
+    MEMORY_WORD = OP_MEMORY_WORD
+
+
 # Under the names that C has for them; an assignment would be one to the C constant.
 globals().update(
     INVALID_GPA=int(INVALID_GPA),

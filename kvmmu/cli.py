@@ -13,9 +13,12 @@ import kvmmu
 from kvmmu._bits import Access, Status
 from kvmmu.faults import error_code_text
 from kvmmu.figure import plot_walk
+from kvmmu.outcome import ReplayInterrupted, Report
+from kvmmu.progress import progress_bar
 from kvmmu.replay import recording_vcpu, replay, use_context
-from kvmmu.report import progress_bar, replay_tables, show_tables
-from kvmmu.traces import Recording, bundled
+from kvmmu.report import replay_tables, show_tables
+from kvmmu.traces import ParquetTrace, Recording, Trace, TraceError, bundled, convert, is_parquet
+from kvmmu.traces.parquet import COMPRESSIONS
 
 __all__ = ["main"]
 
@@ -32,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except BrokenPipeError:
         return _reader_left()
-    except KeyboardInterrupt:
-        print("kvmmu: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"kvmmu: {stop}" if str(stop) else "kvmmu: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, kvmmu.GuestFault) as error:
         print(f"kvmmu: {error}", file=sys.stderr)
@@ -51,14 +54,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvmmu {kvmmu.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("replay", help="walk every access of a recording and check each physical address",
-                              description="Walk every access of a recording and hold each against the recorded physical "
-                                          "address. Exit status 1 on a mismatch.")
+    run = commands.add_parser("replay", help="walk every access of a recording or trace and check each physical address",
+                              description="Walk every access of a recording or trace and hold each against the recorded "
+                                          "physical address. Exit status 1 on a mismatch; Ctrl-C reports what was done so far.")
     run.add_argument("recording", nargs="?", metavar="RECORDING",
-                     help="directory of a recording, or a trace file in it (.npz or .npz.zst); default: the bundled one")
+                     help="directory of a recording, a trace file in it (.npz or .npz.zst), or a Parquet trace; default: the "
+                          "bundled recording")
     run.add_argument("--phase", choices=("static", "dyn"), help="which phase (default: static if there is one)")
     run.add_argument("--json", action="store_true", help="print one JSON object")
     run.set_defaults(run=_replay)
+
+    conversion = commands.add_parser("convert", help="write a recording as a Parquet trace",
+                                     description="Write a recording as a Parquet trace that holds all it takes to replay it.")
+    conversion.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
+    conversion.add_argument("out", metavar="OUT.parquet", help="the file to write; it appears when it is complete")
+    conversion.add_argument("--phase", choices=("static", "dyn"), help="which phase (default: static if there is one)")
+    conversion.add_argument("--repeat", type=_count, default=1, metavar="N",
+                            help="write the accesses N times, each time from the same registers and, in a dyn phase, memory")
+    conversion.add_argument("--compression", choices=COMPRESSIONS, default="lz4",
+                            help="lz4 (default) decodes two to three times as fast as zstd, which takes half the space")
+    conversion.set_defaults(run=_convert)
 
     walk = commands.add_parser("walk", help="print walks level by level",
                                description="Walk linear addresses through the page tables of a recording, as they are at the "
@@ -85,6 +100,12 @@ def _address(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; want 1 or more")
+    return int(text)
+
+
 def _access(text: str) -> Access:
     access = Access.READ
     for letter in text:
@@ -102,18 +123,43 @@ def _open(args: argparse.Namespace) -> Recording:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    recording = _open(args)
-    with progress_bar(f"replaying {recording.name} {recording.phase}") as progress:
-        report = replay(recording, progress=progress)
-    if args.json:
-        print(json.dumps(report.to_dict()))
+    source: Recording | Trace
+    if args.recording is not None and is_parquet(args.recording):
+        if args.phase is not None:
+            raise ValueError(f"--phase {args.phase}: a trace has one phase")
+        source = ParquetTrace(args.recording)
+        name = f"{source.header.name} {source.header.phase}"
     else:
-        show_tables(replay_tables(report))
-        for example in report.examples:
-            print(f"MISMATCH {example}")
-        if report.mismatches > len(report.examples):
-            print(f"... and {report.mismatches - len(report.examples):,} more")
+        source = _open(args)
+        name = f"{source.name} {source.phase}"
+    try:
+        with progress_bar(f"replaying {name}") as progress:
+            report = replay(source, progress=progress or False)
+    except (ReplayInterrupted, TraceError) as stop:
+        if stop.report is not None and stop.report.accesses:
+            _show(stop.report, args.json)
+        raise
+    _show(report, args.json)
     return 1 if report.mismatches else 0
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    show_tables(replay_tables(report))
+    for example in report.examples:
+        print(f"MISMATCH {example}")
+    if report.mismatches > len(report.examples):
+        print(f"... and {report.mismatches - len(report.examples):,} more")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    recording = _open(args)
+    with progress_bar(f"converting {recording.name} {recording.phase}") as progress:
+        accesses = convert(recording, args.out, repeat=args.repeat, compression=args.compression, progress=progress)
+    print(f"{args.out}: {accesses:,} accesses, {os.path.getsize(args.out):,} bytes")
+    return 0
 
 
 def _walk(args: argparse.Namespace) -> int:

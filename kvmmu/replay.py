@@ -1,119 +1,44 @@
-"""Replay: a recording of a real guest walked access by access, each address held against the recorded one."""
+"""Replay: a recorded guest walked access by access, each address held against the recorded one."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvmmu._bits import CR3_PAE_PDPT, Access, NpfInfo, Status
 from kvmmu._memory import GuestMemory
 from kvmmu._replay import Replayer
-from kvmmu.faults import GeneralProtection, NestedFault, access_text, error_code_text, npf_info_text
+from kvmmu.faults import access_text, error_code_text, npf_info_text
 from kvmmu.nested import Npt
-from kvmmu.registers import CpuModel, Regs, check_pdptrs
-from kvmmu.traces import Recording
+from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
+from kvmmu.progress import progress_bar
+from kvmmu.recorded_faults import (
+    Context,
+    npt_fault,
+    npt_fault_text,
+    page_fault_access,
+    page_fault_reproduced,
+    pdptrs_at,
+    use_context,
+)
+from kvmmu.registers import CpuModel, Regs
+from kvmmu.trace_replay import replay_trace
+from kvmmu.traces import Header, ParquetTrace, Recording, RegisterSet, Trace, is_parquet
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vcpu import Vcpu
 
-__all__ = ["Mismatch", "Report", "recording_vcpu", "replay"]
+__all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
 
 _EVENT_CR3 = 1
 _EVENT_WORLD_SWITCH = 7
-_PDPTE_ACCESSED = 1 << 5
+_PDPTE_ACCESSED = 1 << 5                # QEMU's TCG sets it in the PDPTEs that it walks, where a CPU has it reserved
 _CHUNK = 1 << 20
-_EXPLAINED = 20
 Progress = Callable[[int, int], object]
 
 _PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
-
-
-Context = Regs | tuple[Regs, Npt]         # inside a nested guest: with its second stage
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """An access or a page fault of the recording that the walk does not reproduce.
-
-    Attributes
-    ----------
-    position : int
-        Row of the access; for a page fault, of the access that followed it.
-    gva : int
-        Linear address (bytes).
-    recorded : str
-        What the recording says.
-    walked : str
-        What the walk says, level by level.
-    """
-
-    position: int
-    gva: int
-    recorded: str
-    walked: str
-
-    def __str__(self) -> str:
-        return f"access {self.position}: recorded {self.recorded}\n  walked: {self.walked}"
-
-
-@dataclass
-class Report:
-    """What a replay found.
-
-    Attributes
-    ----------
-    name, phase, mode : str
-        Of the recording.
-    accesses, verified : int
-        Recorded, and walked to the recorded physical address.
-    kinds : dict of str to int
-        Accesses by load, store and fetch.
-    page_sizes : dict of str to int
-        Verified accesses by the size of the page they hit.
-    faults, faults_reproduced : dict of str to int
-        Recorded page faults by error code, and those that the walk reproduces with the same error code.
-    faults_checked : bool
-        False in a static phase, whose tables are those of its end: the pages of its faults are mapped in them.
-    mismatches : int
-        Accesses and faults that were not reproduced.
-    examples : list of Mismatch
-        The first of them, explained.
-    table_writes, contexts, mmio : int
-        Page-table writes applied, register contexts, and accesses to MMIO pages.
-    seconds : float
-        Time for walking and checking, without reading files.
-    """
-
-    name: str
-    phase: str
-    mode: str
-    accesses: int
-    verified: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    page_sizes: dict[str, int] = field(default_factory=dict)
-    faults: dict[str, int] = field(default_factory=dict)
-    faults_reproduced: dict[str, int] = field(default_factory=dict)
-    faults_checked: bool = True
-    mismatches: int = 0
-    examples: list[Mismatch] = field(default_factory=list)
-    table_writes: int = 0
-    contexts: int = 0
-    mmio: int = 0
-    seconds: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Accesses per second."""
-        return self.accesses / self.seconds if self.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        plain = dict(self.__dict__)
-        plain["examples"] = [example.__dict__ for example in self.examples]
-        return plain | {"rate": self.rate}
 
 
 def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
@@ -137,22 +62,12 @@ def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     return vcpu, contexts
 
 
-def use_context(vcpu: Vcpu, context: Context) -> None:
-    """Put a register context of a recording in force: a Regs, or (Regs, Npt) inside the nested guest."""
-    vcpu.leave_nested()
-    if isinstance(context, tuple):
-        regs, stage = context
-        vcpu.enter_nested(stage, **_registers(regs))
-    else:
-        vcpu.set_regs(**_registers(context))
-
-
 def _context(mem: GuestMemory, cpu: CpuModel, recording: Recording, guest: int, cr3: int, ncr3: int, cr0: int, cr4: int,
              efer: int) -> Context:
     regs = Regs(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru)
     if guest:
         return regs, nested_stage(recording, ncr3)
-    return replace(regs, pdptrs=_pdptrs(mem, cpu, cr3)) if regs.is_pae_paging else regs
+    return replace(regs, pdptrs=pdptrs_at(mem, cpu, cr3, _PDPTE_ACCESSED)) if regs.is_pae_paging else regs
 
 
 def nested_stage(recording: Recording, ncr3: int) -> Npt:
@@ -163,35 +78,27 @@ def nested_stage(recording: Recording, ncr3: int) -> Npt:
     return Npt(ncr3, cr4=recording.registers["cr4"], efer=recording.registers["efer"])
 
 
-def _pdptrs(mem: GuestMemory, cpu: CpuModel, cr3: int) -> tuple[int, ...]:
-    """The PDPTEs at CR3 as the recorded CPU took them; none present where there is no PDPT (yet).
-
-    QEMU's TCG sets bit 5 of the PDPTEs that it walks, which is reserved on a CPU: it is cleared here.
-    """
-    base = cr3 & CR3_PAE_PDPT
-    pdptrs = tuple(mem.read_u64(base + 8 * i) & ~_PDPTE_ACCESSED for i in range(4))
-    try:
-        check_pdptrs(cpu, pdptrs)
-    except GeneralProtection:
-        return (0, 0, 0, 0)
-    return pdptrs
-
-
-def _registers(regs: Regs) -> dict[str, Any]:
-    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
-
-
-def replay(trace: Recording | StrPath, *, phase: str | None = None, progress: Progress | None = None) -> Report:
-    """Walk every access of a recording and hold each against the recorded physical address.
+def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk", tlb: None = None,
+           phase: str | None = None, progress: bool | Progress = False) -> Report:
+    """Walk every access of a trace and hold each against the recorded physical address.
 
     Parameters
     ----------
-    trace : Recording, str or path-like
-        The recording, or where it lies.
+    trace : str or path-like, Recording, Trace, or iterable
+        Where a recording or a Parquet trace (extra `arrow`) lies; one of them opened; or chunks of rows, each an Arrow record
+        batch or a mapping of column names to arrays, whose memory and registers at the start are those of `vm`.
+    vm : Vcpu, optional
+        For a trace that brings no memory: whose memory, processor and (for an iterable of chunks) registers to take. Accessed and
+        dirty bits and the writes of the trace go to it.
+    mode : {"walk"}
+        What to model: the walk of guest page tables.
+    tlb : None
+        No TLB is modelled.
     phase : {"static", "dyn"}, optional
-        Of a path: which phase.
-    progress : callable, optional
-        Called with (accesses done, accesses in all) about every million accesses.
+        Of a path to a recording: which phase.
+    progress : bool or callable
+        True shows a bar on a terminal. A callable is called with (accesses done, accesses in all; 0 if unknown) about every
+        million accesses or oftener.
 
     Returns
     -------
@@ -199,11 +106,61 @@ def replay(trace: Recording | StrPath, *, phase: str | None = None, progress: Pr
 
     Raises
     ------
-    RecordingError
-        The recording cannot be read, or has parts that cannot be replayed.
+    RecordingError, TraceError
+        The trace cannot be read, or has parts that cannot be replayed. A TraceError has what was done until then as `report`.
+    ReplayInterrupted
+        Ctrl-C, a KeyboardInterrupt that has what was done until then as `report`.
+
+    Notes
+    -----
+    A Parquet trace and an iterable are replayed in memory that does not depend on their length; other threads decode a
+    Parquet trace ahead of the walk.
     """
-    recording = trace if isinstance(trace, Recording) else Recording.open(trace, phase)
-    return _Run(recording, progress).run()
+    if mode != "walk":
+        raise ValueError(f"mode: want 'walk', got {mode!r}")
+    if tlb is not None:
+        raise ValueError(f"tlb: want None, got {tlb!r}")
+    if vm is not None and not isinstance(vm, Vcpu):
+        raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
+    source = _source(trace, vm, phase)
+    if callable(progress):
+        return _replay(source, vm, progress)
+    if not progress:
+        return _replay(source, vm, None)
+    name = source.name if isinstance(source, Recording) else source.header.name
+    with progress_bar(f"replaying {name}") as bar:
+        return _replay(source, vm, bar)
+
+
+def _replay(source: Recording | Trace, vm: Vcpu | None, progress: Progress | None) -> Report:
+    return _Run(source, progress).run() if isinstance(source, Recording) else replay_trace(source, vm, progress)
+
+
+def _source(trace: Any, vm: Vcpu | None, phase: str | None) -> Recording | Trace:
+    """What to replay: a Recording or a Trace."""
+    if isinstance(trace, (Recording, Trace)):
+        source: Recording | Trace = trace
+    elif isinstance(trace, str) or hasattr(trace, "__fspath__"):
+        source = ParquetTrace(trace) if is_parquet(trace) else Recording.open(trace, phase)
+    elif isinstance(trace, Iterable):
+        if vm is None:
+            raise ValueError("vm: an iterable of chunks has no memory and no registers of its own; want a Vcpu")
+        source = Trace(_header_of(vm), trace)
+    else:
+        raise TypeError(f"trace: want a path, a Recording, a Trace or an iterable of chunks, got {type(trace).__name__}")
+    if phase is not None and isinstance(source, Trace):
+        raise ValueError(f"phase: a trace has one; want None, got {phase!r}")
+    if vm is not None and isinstance(source, Recording):
+        raise ValueError("vm: a recording brings its own memory; want None")
+    return source
+
+
+def _header_of(vcpu: Vcpu) -> Header:
+    if vcpu.mmu_is_nested:
+        raise ValueError("vm: a nested guest runs on it; want registers of L1")
+    regs = vcpu.regs
+    return Header(registers=(RegisterSet(
+        cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs),))
 
 
 class _Run:
@@ -217,7 +174,7 @@ class _Run:
         self.vcpu.leave_nested()                        # so that contexts of L1 walk one stage
         self.contexts = self.walk.prepare(self.regs)
         access_of = (ACCESS_OF_KIND[:, None] | ACCESS_OF_PRIV).ravel()
-        self.replayer = Replayer(self.walk, self.contexts, recording, access_of)
+        self.replayer = Replayer(self.walk, self.contexts, recording, access_of, EXPLAINED)
         kinds = np.bincount(recording.kind, minlength=3).tolist()
         self.report = Report(
             name=recording.name, phase=recording.phase, mode=recording.mode, accesses=len(recording),
@@ -228,17 +185,36 @@ class _Run:
     def run(self) -> Report:
         recording, report = self.recording, self.report
         started = time.perf_counter()
-        for start, stop, action in self._segments():
-            self._walk_rows(start, stop)
-            action()
-            if self.progress:
-                self.progress(stop, len(recording))
-        report.seconds = time.perf_counter() - started
-        report.verified = self.replayer.verified
-        report.table_writes = self.replayer.writes
-        report.page_sizes = {
-            self._page_size(level): count for level, count in enumerate(self.replayer.page_sizes) if count}
+        done = 0
+        try:
+            for start, stop, action in self._segments():
+                self._walk_rows(start, stop)
+                done = stop
+                action()
+                if self.progress:
+                    self.progress(stop, len(recording))
+        except KeyboardInterrupt:
+            self._cut(done)
+            self._finish(started)
+            raise ReplayInterrupted(report) from None
+        self._finish(started)
         return report
+
+    def _finish(self, started: float) -> None:
+        report, replayer = self.report, self.replayer
+        report.seconds = time.perf_counter() - started
+        report.verified = replayer.verified
+        report.mismatches += replayer.mismatches
+        report.table_writes = replayer.writes
+        report.page_sizes = {self._page_size(level): count for level, count in enumerate(replayer.page_sizes) if count}
+
+    def _cut(self, done: int) -> None:
+        """The report is about the first accesses only."""
+        recording, report = self.recording, self.report
+        kinds = np.bincount(recording.kind[:done], minlength=3).tolist()
+        report.complete, report.accesses = False, done
+        report.kinds = dict(zip(("load", "store", "fetch"), kinds, strict=True))
+        report.mmio = int(recording.pages_io[recording.pidx[:done]].sum(dtype=np.int64))
 
     def _page_size(self, level: int) -> str:
         return "4M" if self.recording.mode == "32" and level == 2 else _PAGE_SIZES[level]
@@ -262,16 +238,12 @@ class _Run:
 
     def _walk_rows(self, start: int, stop: int) -> None:
         while start < stop:
-            row = self.replayer.run(start, stop)
-            if row < stop:
+            start = self.replayer.run(start, stop)
+            for row in self.replayer.take_mismatches():
                 self._mismatch_at(row)
-            start = row + 1
-        self.replayer.settle(stop)                      # also what a mismatch at the end wrote
+        self.replayer.settle(stop)                      # also what the last accesses wrote
 
     def _mismatch_at(self, row: int) -> None:
-        self.report.mismatches += 1
-        if len(self.report.examples) >= _EXPLAINED:
-            return
         columns = {name: int(values[0]) for name, values in self.recording.columns(row, row + 1).items()}
         access = int(self.recording.access_bytes(row, row + 1)[0])
         self.report.examples.append(Mismatch(
@@ -286,7 +258,7 @@ class _Run:
         """A CR3 load under PAE paging: the contexts with this CR3 take the PDPTEs as they are in memory now."""
         for i, regs in enumerate(self.regs):
             if isinstance(regs, Regs) and regs.cr3 == cr3:
-                loaded = replace(regs, pdptrs=_pdptrs(self.vcpu.mem, self.vcpu.cpu, cr3))
+                loaded = replace(regs, pdptrs=pdptrs_at(self.vcpu.mem, self.vcpu.cpu, cr3, _PDPTE_ACCESSED))
                 self.regs[i] = loaded
                 self.walk.reload(self.contexts, i, loaded)
 
@@ -299,18 +271,13 @@ class _Run:
         if not report.faults_checked:
             return
         self.replayer.settle(int(faults.pos[number]))
-        access = error_code & (Access.WRITE | Access.USER | Access.FETCH)
-        # A supervisor's fault does not tell EFLAGS.AC: SMAP faults only with it clear, all others with it set too.
-        for tried in (access,) if access & Access.USER else (access | Access.AC, access):
-            t = self.walk.translate(
-                np.array([gva], np.uint64), int(tried), regs=self.contexts, ctx=np.array([ctx], np.uint32), set_ad=False)
-            if t.status[0] == Status.PAGE_FAULT and t.error_code[0] == error_code:
-                report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
-                return
+        if page_fault_reproduced(self.walk, self.contexts, ctx, gva, error_code):
+            report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
+            return
         report.mismatches += 1
-        if len(report.examples) < _EXPLAINED:
+        if len(report.examples) < EXPLAINED:
             report.examples.append(Mismatch(
-                int(faults.pos[number]), gva, f"#PF {code} at {gva:#x}", self._explain(gva, int(access), ctx)))
+                int(faults.pos[number]), gva, f"#PF {code} at {gva:#x}", self._explain(gva, page_fault_access(error_code), ctx)))
 
     def _check_npt_fault(self, number: int) -> None:
         """Hold the second stage against a recorded #NPF; its tables stand as they were when it was taken."""
@@ -326,19 +293,11 @@ class _Run:
             report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
             return
         report.mismatches += 1
-        if len(report.examples) < _EXPLAINED:
-            text = "no fault" if walked is None else f"{npf_info_text(walked[0])} at gpa {walked[1]:#x}"
-            report.examples.append(Mismatch(pos, gpa, f"{code} at gpa {gpa:#x}", text))
+        if len(report.examples) < EXPLAINED:
+            report.examples.append(Mismatch(pos, gpa, f"{code} at gpa {gpa:#x}", npt_fault_text(walked)))
 
     def _npt_fault_at(self, pos: int, gpa: int, info: int) -> tuple[int, int] | None:
         """(EXITINFO1, EXITINFO2) of the access that a recorded #NPF tells of, or None if it succeeds."""
         events = self.recording.events
         entries = np.flatnonzero((events.code == _EVENT_WORLD_SWITCH) & (events.val == 1) & (events.pos <= pos))
-        self.vcpu.leave_nested()
-        self.vcpu.enter_nested(nested_stage(self.recording, int(events.aux[entries[-1]])), cr0=0x11, cr4=0, efer=0)
-        try:
-            self.vcpu.ngpa_walk.second_stage_gpa(
-                gpa, info & (Access.WRITE | Access.USER | Access.FETCH), 15, final=bool(info & NpfInfo.GUEST_FINAL))
-        except NestedFault as fault:
-            return fault.exit_qualification, fault.fault_gpa
-        return None
+        return npt_fault(self.vcpu, nested_stage(self.recording, int(events.aux[entries[-1]])), gpa, info)

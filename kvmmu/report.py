@@ -1,21 +1,18 @@
-"""Tables and progress for the terminal: with rich where it is installed (extra `cli`), in plain text without it."""
+"""Tables for the terminal: with rich where it is installed (extra `cli`), in plain text without it."""
 
 import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
-from kvmmu.replay import Report
+from kvmmu.outcome import Report
 
 try:
     import rich.console
-    import rich.progress
     import rich.table
 except ImportError:
     rich = None  # type: ignore[assignment]
 
-__all__ = ["progress_bar", "replay_tables", "show_tables"]
+__all__ = ["replay_tables", "show_tables"]
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -32,12 +29,22 @@ def replay_tables(report: Report) -> list[Table]:
         ("register contexts", f"{report.contexts:,}"),
         ("accesses to MMIO", f"{report.mmio:,}"),
     ]
+    if report.unchecked:
+        summary.insert(2, ("without a recorded address", f"{report.unchecked:,}"))
+    if not report.complete:
+        summary.insert(0, ("stopped early, after", f"{report.accesses:,} accesses"))
+    if report.waited:
+        summary.append(("walk waited for rows", f"{report.waited:.2f} s"))
+    titles = (report.name, report.phase and f"{report.phase} phase", f"mode {report.mode}")
     tables: list[Table] = [
-        (f"{report.name}, {report.phase} phase, mode {report.mode}", ("", ""), summary),
+        (", ".join(filter(None, titles)), ("", ""), summary),
         ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
         ("By page size", ("page", "accesses"),
          [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
     ]
+    if report.walk_faults:
+        tables.append(("Walks that fail, without a recorded address", ("error code or status", "accesses"),
+                       [(code, f"{count:,}") for code, count in sorted(report.walk_faults.items())]))
     if report.faults:
         rows: list[tuple[str, ...]] = [
             (code, f"{count:,}", f"{report.faults_reproduced.get(code, 0):,}" if report.faults_checked else "not checkable")
@@ -79,19 +86,3 @@ def _show_plain(tables: list[Table], file: TextIO) -> None:
             cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
             print(("  " + "  ".join(cells)).rstrip(), file=file)
         print(file=file)
-
-
-@contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A callable (done, total) that shows progress on stderr if that is a terminal; None if it is not."""
-    if not sys.stderr.isatty():
-        yield None
-    elif rich is None:
-        yield lambda done, total: print(f"\r{description}: {100 * done // max(total, 1)}%", end="" if done < total else "\n",
-                                        file=sys.stderr, flush=True)
-    else:
-        columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
-                   rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn())
-        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -320,6 +320,42 @@ def damaged_recording(kvmmu, rng, counts):
     counts["mismatches seen"] += report.mismatches
 
 
+def damaged_trace(kvmmu, rng, counts):
+    """Replay a recording as a trace in memory, with words, registers and events of it changed, moved and doubled."""
+    from kvmmu.traces import Recording, Trace, TraceError
+    from kvmmu.traces.conversion import recording_chunks, recording_header
+
+    source = rng.choice([path for path in sorted(RECORDINGS.iterdir()) if path.is_dir()])
+    recording = Recording.open(source)
+    chunks = [dict(chunk) for chunk in recording_chunks(recording)][:4]
+    for chunk in chunks:
+        rows = chunk["op"].size
+        if rows < 2 or rng.random() < 0.5:
+            continue
+        chosen = rng.integers(0, rows, int(rng.integers(1, 4)))
+        name = rng.choice(sorted(chunk))
+        damaged = chunk[name].copy()
+        kind = rng.random()
+        if kind < 0.5:
+            damaged[chosen] ^= np.left_shift(1, rng.integers(0, 8 * damaged.itemsize, chosen.size)).astype(damaged.dtype)
+        elif kind < 0.8:
+            damaged[chosen] = damaged[rng.integers(0, rows, chosen.size)]
+        chunk[name] = damaged
+        if kind > 0.6:                          # whole rows somewhere else
+            order = np.arange(rows)
+            order[chosen] = order[rng.integers(0, rows, chosen.size)]
+            for column in chunk:
+                chunk[column] = chunk[column][order]
+    counts["traces damaged"] += 1
+    try:
+        report = kvmmu.replay(Trace(recording_header(recording), chunks))
+    except TraceError as error:
+        counts["traces refused or ended early"] += 1
+        report = error.report
+    counts["accesses replayed"] += report.accesses
+    counts["mismatches seen"] += report.mismatches
+
+
 def campaign(walks, seed):
     """Run until so many walks are done; print what was done."""
     import kvmmu
@@ -335,6 +371,7 @@ def campaign(walks, seed):
             walk_batches(kvmmu, np.random.default_rng((seed, number)), counts)
             if counts["recordings damaged"] < counts["walks"] * RECORDINGS_PER_MILLION / 1e6:
                 damaged_recording(kvmmu, np.random.default_rng((seed, number, 1)), counts)
+                damaged_trace(kvmmu, np.random.default_rng((seed, number, 2)), counts)
         except BaseException as error:
             error.add_note(f"in round {number} of seed {seed}")
             raise

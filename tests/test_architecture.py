@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1] / "kvmmu"                               # the s
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
           "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_batch", "_contexts",
-          "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "replay", "report",
-          "figure", "cli")
+          "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "outcome", "progress", "recorded_faults",
+          "trace_replay", "replay", "report", "figure", "cli")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
-USES_TRACES = ("replay", "cli")
+USES_TRACES = ("replay", "trace_replay", "cli")
 FACE = ("__init__", "__main__")                                         # may import everything
 SOURCES = sorted(path for suffix in ("py", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
 CYTHON = [path for path in SOURCES if path.suffix != ".py"]
@@ -84,7 +84,7 @@ def test_imports_run_downward(path):
 
 @each_source
 def test_nothing_else_knows_the_file_formats(path):
-    """Of the MMU only replay and cli import traces."""
+    """Of the MMU only replay and the command import traces."""
     if room(path) not in (*USES_TRACES, *FACE, "traces"):
         assert "traces" not in imported(path)
 

@@ -13,7 +13,7 @@ import pytest
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
-from kvmmu import cli, report
+from kvmmu import cli, progress, report
 from kvmmu.traces import Recording, bundled, open_npz
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,7 @@ def tables(request, monkeypatch):
     """Tables with rich, and without it."""
     if request.param == "plain":
         monkeypatch.setattr(report, "rich", None)
+        monkeypatch.setattr(progress, "rich", None)
     else:
         pytest.importorskip("rich")
     return request.param
@@ -365,3 +366,25 @@ def test_version_and_help(capsys):
     for args in (["--help"], ["replay", "--help"], ["walk", "--help"]):
         status, out, _ = run(capsys, *args)
         assert (status, out.startswith("usage: kvmmu")) == (0, True)
+
+
+@pytest.mark.parametrize("total", [0, 10_000_000])
+def test_progress_shows_rate_and_time_left(capsys, monkeypatch, tables, total):
+    """On a terminal; a total that is unknown leaves out share and time."""
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    if tables == "plain":
+        monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    with progress.progress_bar("replaying x") as advance:
+        advance(2_000_000, total)
+        advance(5_000_000, total)
+    err = capsys.readouterr().err
+    if tables == "plain" and total:
+        assert [text.strip() for text in err.split("\r")[1:]] == [
+            "replaying x: 20% 1.0 M/s, 8 s left", "replaying x: 50% 1.2 M/s, 4 s left"]
+    elif tables == "plain":
+        assert [text.strip() for text in err.split("\r")[1:]] == [
+            "replaying x: 2,000,000 1.0 M/s", "replaying x: 5,000,000 1.2 M/s"]
+    else:
+        assert "replaying x" in err
+        assert "M/s" in err

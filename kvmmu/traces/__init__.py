@@ -1,6 +1,14 @@
-"""Readers of memory traces. They know nothing of the MMU and need numpy alone."""
+"""Readers and writers of memory traces. They know nothing of the MMU and need numpy alone, but for Parquet (extra `arrow`)."""
 
+from kvmmu._bits import Op
 from kvmmu.traces._npz import RecordingError, open_npz
+from kvmmu.traces.conversion import convert
+from kvmmu.traces.header import Header, RegisterSet, Stage, TraceError
+from kvmmu.traces.parquet import ParquetTrace, ParquetWriter, is_parquet
 from kvmmu.traces.recording import Events, Faults, NptFaults, Recording, Writes, bundled
+from kvmmu.traces.stream import Chunk, Trace
 
-__all__ = ["Events", "Faults", "NptFaults", "Recording", "RecordingError", "Writes", "bundled", "open_npz"]
+__all__ = [
+    "Chunk", "Events", "Faults", "Header", "NptFaults", "Op", "ParquetTrace", "ParquetWriter", "Recording", "RecordingError",
+    "RegisterSet", "Stage", "Trace", "TraceError", "Writes", "bundled", "convert", "is_parquet", "open_npz",
+]

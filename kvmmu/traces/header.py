@@ -1,0 +1,245 @@
+"""The header of a trace: registers, processor, source; as JSON text and back, checked. `docs/trace-format.md` defines it."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+__all__ = ["Header", "RegisterSet", "Stage", "TraceError"]
+
+VERSION = 1
+MAX_VCPUS = 1 << 16
+
+
+class TraceError(ValueError):
+    """A trace is damaged or not in the documented format: the message says where, which value, and what is allowed.
+
+    Attributes
+    ----------
+    report : Report or None
+        Of a replay that the damage ended: what was done until then.
+    """
+
+    report: Any = None
+
+
+def _check_word(name: str, value: Any, bits: int) -> int:
+    if type(value) is not int or not 0 <= value < 1 << bits:
+        raise TraceError(f"{name}: is {value!r}; allowed is a number of {bits} bits")
+    return value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A second stage: NPT if `ncr3` is given, with L1's CR4 and EFER that choose its format, else EPT.
+
+    Parameters
+    ----------
+    ncr3, cr4, efer, gmet
+        Of an NPT.
+    eptp, mbec, execonly, advanced_info, page_2m, page_1g
+        Of an EPT.
+    """
+
+    ncr3: int | None = None
+    cr4: int | None = None
+    efer: int | None = None
+    gmet: bool | None = None
+    eptp: int | None = None
+    mbec: bool | None = None
+    execonly: bool | None = None
+    advanced_info: bool | None = None
+    page_2m: bool | None = None
+    page_1g: bool | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ncr3 is None) == (self.eptp is None):
+            raise TraceError("second_stage: want either ncr3 (NPT) or eptp (EPT)")
+        own = ("ncr3", "cr4", "efer", "gmet") if self.eptp is None else (
+            "eptp", "mbec", "execonly", "advanced_info", "page_2m", "page_1g")
+        for name, value in self.given().items():
+            if name not in own:
+                raise TraceError(f"second_stage: {name} does not go with {own[0]}; allowed is {', '.join(own)}")
+            if name in ("ncr3", "cr4", "efer", "eptp"):
+                _check_word(f"second_stage.{name}", value, 64)
+            elif not isinstance(value, bool):
+                raise TraceError(f"second_stage.{name}: is {value!r}; allowed is true or false")
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RegisterSet:
+    """Registers of one vCPU.
+
+    Parameters
+    ----------
+    cr0, cr3, cr4, efer, pkru : int
+    pdptrs : tuple of 4 int, optional
+        PAE: the PDPTE registers; None loads them from memory at CR3.
+    second_stage : Stage, optional
+        These are registers of a nested guest, which runs under it.
+    """
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    pkru: int = 0
+    pdptrs: tuple[int, ...] | None = None
+    second_stage: Stage | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cr0", "cr3", "cr4", "efer"):
+            _check_word(name, getattr(self, name), 64)
+        _check_word("pkru", self.pkru, 32)
+        if self.pdptrs is not None:
+            if len(self.pdptrs) != 4:
+                raise TraceError(f"pdptrs: are {self.pdptrs!r}; allowed are four numbers of 64 bits")
+            for pdpte in self.pdptrs:
+                _check_word("pdptrs", pdpte, 64)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What goes for a whole trace.
+
+    Parameters
+    ----------
+    registers : tuple of RegisterSet
+        At the start, one per vCPU.
+    cpu : dict
+        The processor: `vendor` "intel" or "amd", `maxphyaddr`, and any feature of `kvmmu.CpuModel` that is not as by default.
+    contexts : tuple of RegisterSet
+        Register sets that SET_REGS, VMENTER and VMEXIT name by their place.
+    name, phase, mode, source : str
+        What was recorded, which part of it, its paging mode, and by what.
+    tables_at : {"start", "end"}
+        When the memory that the trace begins with was taken. "end": first-touch faults cannot be reproduced.
+    pdpte_clear : int
+        Bits that the recorded CPU ignored in PAE PDPTEs, cleared when they are loaded.
+    accesses, rows : int, optional
+        In all.
+    """
+
+    registers: tuple[RegisterSet, ...]
+    cpu: Mapping[str, Any] = field(default_factory=dict)
+    contexts: tuple[RegisterSet, ...] = ()
+    name: str = "trace"
+    phase: str = ""
+    mode: str = ""
+    source: str = ""
+    tables_at: str = "start"
+    pdpte_clear: int = 0
+    accesses: int | None = None
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.registers) <= MAX_VCPUS:
+            raise TraceError(f"registers: of {len(self.registers)} vCPUs; allowed are 1 to {MAX_VCPUS}")
+        if self.tables_at not in ("start", "end"):
+            raise TraceError(f"tables_at: is {self.tables_at!r}; allowed is 'start' or 'end'")
+        _check_word("pdpte_clear", self.pdpte_clear, 64)
+        for name in ("accesses", "rows"):
+            if getattr(self, name) is not None:
+                _check_word(name, getattr(self, name), 63)
+
+    @property
+    def vcpus(self) -> int:
+        """How many processors there are."""
+        return len(self.registers)
+
+    def to_json(self) -> str:
+        """The header as text: registers and addresses are hexadecimal strings."""
+        plain = {"version": VERSION, **{name: getattr(self, name) for name in ("name", "phase", "mode", "source", "tables_at")},
+                 "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
+                 "registers": [_plain_registers(regs) for regs in self.registers],
+                 "contexts": [_plain_registers(regs) for regs in self.contexts]}
+        return json.dumps(plain | {name: getattr(self, name) for name in ("accesses", "rows") if getattr(self, name) is not None})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read and check a header."""
+        try:
+            plain = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TraceError(f"header: not JSON ({error})") from error
+        if not isinstance(plain, dict):
+            raise TraceError(f"header: is a {type(plain).__name__}; allowed is an object")
+        if plain.pop("version", None) != VERSION:
+            raise TraceError(f"header: version: is missing or not {VERSION}, the one that is known")
+        known = set(cls.__dataclass_fields__)
+        values: dict[str, Any] = {name: value for name, value in plain.items() if name in known}    # others are of later versions
+        for name in ("name", "phase", "mode", "source", "tables_at"):
+            if not isinstance(values.get(name, ""), str):
+                raise TraceError(f"header: {name}: is {values[name]!r}; allowed is a string")
+        for name in ("registers", "contexts"):
+            rows = values.get(name, [])
+            if not isinstance(rows, list):
+                raise TraceError(f"header: {name}: is a {type(rows).__name__}; allowed is a list")
+            values[name] = tuple(_registers_of(f"{name}[{i}]", row) for i, row in enumerate(rows))
+        if not isinstance(values.setdefault("cpu", {}), dict):
+            raise TraceError(f"header: cpu: is {values['cpu']!r}; allowed is an object")
+        values["pdpte_clear"] = _number("pdpte_clear", values.get("pdpte_clear", 0))
+        try:
+            return cls(**values)
+        except TraceError as error:
+            raise TraceError(f"header: {error}") from None
+
+
+def _number(name: str, value: Any) -> int:
+    """A number of 64 bits, as JSON number or hexadecimal string."""
+    try:
+        return _check_word(name, int(value, 16) if isinstance(value, str) else value, 64)
+    except ValueError:
+        raise TraceError(f"header: {name}: is {value!r}; allowed is a number of 64 bits or a hexadecimal string") from None
+
+
+def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
+    plain: dict[str, Any] = {name: hex(getattr(regs, name)) for name in ("cr0", "cr3", "cr4", "efer", "pkru")}
+    if regs.pdptrs is not None:
+        plain["pdptrs"] = [hex(pdpte) for pdpte in regs.pdptrs]
+    if regs.second_stage is not None:
+        plain["second_stage"] = {name: value if isinstance(value, bool) else hex(value)
+                                 for name, value in regs.second_stage.given().items()}
+    return plain
+
+
+def _registers_of(place: str, plain: Any) -> RegisterSet:
+    if not isinstance(plain, dict):
+        raise TraceError(f"header: {place}: is {plain!r}; allowed is an object")
+    unknown = plain.keys() - set(RegisterSet.__dataclass_fields__)
+    if unknown:
+        raise TraceError(f"header: {place}: {sorted(unknown)[0]!r} is no register; "
+                         f"allowed is {', '.join(RegisterSet.__dataclass_fields__)}")
+    values: dict[str, Any] = {name: _number(f"{place}.{name}", plain.get(name)) for name in ("cr0", "cr3", "cr4", "efer")}
+    values["pkru"] = _number(f"{place}.pkru", plain.get("pkru", 0))
+    pdptrs, stage = plain.get("pdptrs"), plain.get("second_stage")
+    if pdptrs is not None:
+        if not isinstance(pdptrs, list):
+            raise TraceError(f"header: {place}.pdptrs: is {pdptrs!r}; allowed is a list of four")
+        values["pdptrs"] = tuple(_number(f"{place}.pdptrs", pdpte) for pdpte in pdptrs)
+    try:
+        if stage is not None:
+            if not isinstance(stage, dict) or stage.keys() - set(Stage.__dataclass_fields__):
+                raise TraceError(f"second_stage: is {stage!r}; allowed is an object of {', '.join(Stage.__dataclass_fields__)}")
+            given: dict[str, Any] = {
+                name: value if isinstance(value, bool) or value is None else _number(f"{place}.{name}", value)
+                for name, value in stage.items()}
+            values["second_stage"] = Stage(**given)
+        return RegisterSet(**values)
+    except TraceError as error:
+        raise TraceError(f"header: {place}: {str(error).removeprefix('header: ')}") from None
+
+
+def checksum(text: bytes) -> str:
+    """CRC-32 of a header's text."""
+    return f"{zlib.crc32(text):08x}"
+
+
+def with_totals(header: Header, accesses: int, rows: int) -> Header:
+    """The header of a trace that is complete."""
+    return replace(header, accesses=accesses, rows=rows)

@@ -1,0 +1,320 @@
+"""The trace format as Parquet files, by PyArrow (extra `arrow`): written, and read without trusting a byte of them."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from kvmmu._bits import INVALID_GPA, Op
+from kvmmu.traces._npz import StrPath
+from kvmmu.traces.header import Header, TraceError, checksum, with_totals
+from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
+
+__all__ = ["COMPRESSIONS", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
+
+KEY = b"kvmmu.trace"
+CHECKSUM_KEY = b"kvmmu.trace.crc32"
+COMPRESSIONS = ("lz4", "zstd", "snappy", "none")
+ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the second-level cache or nearly so
+_MAGIC = b"PAR1"
+_WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
+_DICTIONARY = ["addr", "vcpu", "value", "gpa"]         # the others are bytes, which decode faster plain
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("Parquet traces need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'") from None
+    return pyarrow
+
+
+def schema() -> Any:
+    """The Arrow schema of a trace, without header."""
+    pa = _arrow()
+    return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in NULLABLE) for name, dtype in COLUMNS.items()])
+
+
+def is_parquet(path: StrPath) -> bool:
+    """Whether a file looks like Parquet: by its name, or its first bytes."""
+    path = Path(path)
+    if not path.is_file():
+        return path.suffix == ".parquet" and not path.is_dir()
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == _MAGIC
+
+
+def batch_columns(batch: Any) -> dict[str, Any]:
+    """The columns of an Arrow record batch or table as arrays, those with nulls masked.
+
+    Raises
+    ------
+    TraceError
+        A column of another type, or with nulls where the format has none.
+    """
+    pa = _arrow()
+    columns: dict[str, Any] = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if field.name not in COLUMNS:
+            raise TraceError(f"column {field.name!r} is unknown; allowed are {', '.join(COLUMNS)}")
+        if field.name in columns:
+            raise TraceError(f"column {field.name!r} is there twice")
+        if field.type != getattr(pa, COLUMNS[field.name])():
+            raise TraceError(f"column {field.name!r} is {field.type}; allowed is {COLUMNS[field.name]}")
+        if isinstance(column, pa.ChunkedArray):
+            column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], field.type)])
+        if column.null_count and field.name not in NULLABLE:
+            raise TraceError(f"column {field.name!r} has {column.null_count} nulls; allowed is none")
+        columns[field.name] = _array(column)
+    return columns
+
+
+def _array(column: Any) -> Any:
+    """An Arrow array without a copy, masked if it has nulls."""
+    if not column.null_count:
+        return column.to_numpy(zero_copy_only=True)
+    valid, data = column.buffers()
+    dtype = np.dtype(str(column.type))
+    values = np.frombuffer(data, dtype, len(column), column.offset * dtype.itemsize)
+    first = column.offset // 8
+    bits = np.unpackbits(np.frombuffer(valid, np.uint8)[first:], count=column.offset % 8 + len(column), bitorder="little")
+    return np.ma.masked_array(values, mask=bits[column.offset % 8:] == 0)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------
+
+class ParquetTrace(Trace):
+    """A trace in a Parquet file, read in row groups that are decoded ahead by other threads.
+
+    Parameters
+    ----------
+    path : str or path-like
+    decoders : int, optional
+        Threads that decode; by default one per processor, at most four.
+    lean : bool
+        Leave columns undecoded that no row of a group needs: size and value of groups without events, vcpu of traces with one.
+
+    Attributes
+    ----------
+    path : Path
+    header : Header
+    rows : int
+
+    Raises
+    ------
+    TraceError
+        Not a whole Parquet file, or not a trace; the message says what is wrong and what is allowed.
+    FileNotFoundError
+    ImportError
+        PyArrow is not installed.
+    """
+
+    def __init__(self, path: StrPath, *, decoders: int | None = None, lean: bool = True) -> None:
+        self._pa = _arrow()
+        self.path = Path(path)
+        self._lean = lean
+        self._decoders = min(4, os.cpu_count() or 1) if decoders is None else decoders
+        self._local = threading.local()
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such trace")
+        file = self._open()
+        try:
+            header = self._read_header(file)
+        finally:
+            file.close()
+        self._starts = np.cumsum([0, *self._group_rows]).tolist()
+        self.rows = self._starts[-1]
+        if header.rows is not None and header.rows != self.rows:
+            raise TraceError(f"{self.path}: has {self.rows} rows, its header says {header.rows}")
+        super().__init__(header, ())
+
+    def _open(self, metadata: Any = None) -> Any:
+        try:
+            return self._pa.parquet.ParquetFile(self.path, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+        except Exception as error:  # damage raises half a dozen types
+            raise TraceError(f"{self.path}: not a whole Parquet file ({_described(error)})") from error
+
+    def _read_header(self, file: Any) -> Header:
+        """The header; also checks the schema and takes the sizes of the row groups."""
+        try:
+            found, metadata = file.schema_arrow, file.metadata
+            self._metadata = metadata                               # one for all threads: it grows with the row groups
+            pairs = metadata.metadata or {}
+            self._group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        except Exception as error:
+            raise TraceError(f"{self.path}: its footer is damaged ({_described(error)})") from error
+        if any(rows < 0 for rows in self._group_rows):
+            raise TraceError(f"{self.path}: its footer is damaged (a row group of {min(self._group_rows)} rows)")
+        text = pairs.get(KEY)
+        if text is None:
+            raise TraceError(f"{self.path}: a Parquet file, but no trace: it has no metadata {KEY.decode()!r}")
+        stated = pairs.get(CHECKSUM_KEY)
+        if stated is not None and stated != checksum(text).encode():
+            raise TraceError(f"{self.path}: its header is damaged "
+                             f"(CRC-32 {checksum(text)}, stated is {stated.decode(errors='replace')})")
+        for name in NEEDED:
+            if name not in found.names:
+                raise TraceError(f"{self.path}: column {name!r} is missing; there are {', '.join(found.names)}")
+        for name in found.names:
+            if found.names.count(name) > 1:
+                raise TraceError(f"{self.path}: column {name!r} is there twice")
+            if name in COLUMNS and found.field(name).type != getattr(self._pa, COLUMNS[name])():
+                raise TraceError(f"{self.path}: column {name!r} is {found.field(name).type}; allowed is {COLUMNS[name]}")
+        self._names = [name for name in COLUMNS if name in found.names]     # others are somebody's own
+        try:
+            return Header.from_json(text)
+        except TraceError as error:
+            raise TraceError(f"{self.path}: {error}") from None
+
+    def chunks(self) -> Generator[Chunk]:
+        """The chunks, checked and in order. Closing the iterator ends the decoding threads."""
+        ahead = self._decoders + 1
+        with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
+            pending: deque[Future[list[Chunk]]] = deque()
+            try:
+                for group, rows in enumerate(self._group_rows):
+                    if rows > _WHOLE_GROUP:
+                        while pending:
+                            yield from pending.popleft().result()
+                        yield from self._batches(group, self._names)
+                        continue
+                    pending.append(pool.submit(self._whole_group, group))
+                    if len(pending) > ahead:
+                        yield from pending.popleft().result()
+                while pending:
+                    yield from pending.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _file(self) -> Any:
+        """The file as this thread reads it: PyArrow's readers are not for several threads at once."""
+        if not hasattr(self._local, "file"):
+            self._local.file = self._open(self._metadata)
+        return self._local.file
+
+    def _whole_group(self, group: int) -> list[Chunk]:
+        names = self._names
+        if self._lean:
+            names = [name for name in names if name not in ("size", "value") and (name != "vcpu" or self.header.vcpus > 1)]
+        columns = self._columns(group, names)
+        if len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
+            columns |= self._columns(group, [name for name in self._names if name in ("size", "value")])
+        return [self._guarded(group, lambda: Chunk.checked(columns, self.header, self._starts[group]))]
+
+    def _columns(self, group: int, names: list[str]) -> dict[str, Any]:
+        return self._guarded(group, lambda: batch_columns(
+            self._file().read_row_group(group, columns=names, use_threads=False))) if names else {}
+
+    def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
+        """A large row group, a part at a time."""
+        first = self._starts[group]
+        batches = self._guarded(group, lambda: self._file().iter_batches(
+            ROW_GROUP, row_groups=[group], columns=names, use_threads=False))
+        while (batch := self._guarded(group, lambda: next(batches, None))) is not None:
+            columns = self._guarded(group, lambda batch=batch: batch_columns(batch))
+            chunk = self._guarded(group, lambda columns=columns, first=first: Chunk.checked(columns, self.header, first))
+            first += len(chunk)
+            yield chunk
+        if first != self._starts[group + 1]:
+            raise TraceError(f"{self.path}: row group {group} ends at row {first}, not at {self._starts[group + 1]}")
+
+    def _guarded(self, group: int, read: Any) -> Any:
+        """What `read` returns; whatever it raises as a TraceError that tells the place."""
+        start, stop = self._starts[group], self._starts[group + 1]
+        try:
+            return read()
+        except TraceError as error:
+            text = str(error)
+            raise TraceError(text if text.startswith(str(self.path)) else f"{self.path}: row group {group}: {text}") from None
+        except Exception as error:  # PyArrow's own, OSError, MemoryError of a length that is a lie
+            raise TraceError(f"{self.path}: row group {group} (rows {start} to {stop}) is damaged "
+                             f"({_described(error)})") from error
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------------
+
+class ParquetWriter:
+    """Writes a trace. The file appears under its name when it is complete; if an exception ends it there is none.
+
+    Parameters
+    ----------
+    path : str or path-like
+    header : Header
+        Its totals are counted here.
+    compression : {"lz4", "zstd", "snappy", "none"}
+        lz4 decodes two to three times as fast as zstd and takes twice the space.
+
+    Examples
+    --------
+    with ParquetWriter("out.parquet", header) as writer:
+        writer.write(op=op, addr=addr, access=access, gpa=gpa)
+    """
+
+    def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4") -> None:
+        if compression not in COMPRESSIONS:
+            raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
+        self._pa = _arrow()
+        self.path = Path(path)
+        self.header = header
+        self.rows = self.accesses = 0
+        self._schema = schema()
+        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._writer = self._pa.parquet.ParquetWriter(
+            self._part, self._schema, compression=compression, use_dictionary=_DICTIONARY, write_page_checksum=True,
+            write_statistics=False, store_schema=False)
+
+    def write(self, columns: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Write rows, checked as on reading.
+
+        Parameters
+        ----------
+        columns : mapping of str to ndarray
+            As for `Chunk.checked()`; also as keyword arguments.
+        """
+        given = dict(columns or {}) | more
+        chunk = Chunk.checked(given, self.header, self.rows)
+        pa, rows = self._pa, len(chunk)
+        events = chunk.op >= Op.MOV_CR3 if chunk.has_events else None
+        size = np.ones(rows, np.uint8) if chunk.size is None else chunk.size
+        vcpu = np.zeros(rows, np.uint16) if chunk.vcpu is None else chunk.vcpu
+        unknown = None if chunk.all_known else chunk.gpa == np.uint64(INVALID_GPA)
+        if events is not None:
+            unknown = events if unknown is None else unknown | events
+        value = pa.nulls(rows, pa.uint64()) if events is None else pa.array(chunk.value, mask=~events)
+        table = pa.Table.from_arrays(
+            [pa.array(chunk.op), pa.array(chunk.addr), pa.array(chunk.access), pa.array(size), pa.array(vcpu), value,
+             pa.array(chunk.gpa, mask=unknown)], schema=self._schema)
+        self._writer.write_table(table, row_group_size=max(ROW_GROUP, min(rows, 2 * ROW_GROUP)))
+        self.rows += rows
+        self.accesses += count_accesses(chunk.op)
+
+    def close(self) -> None:
+        """Write the header and give the file its name."""
+        text = with_totals(self.header, self.accesses, self.rows).to_json().encode()
+        self._writer.add_key_value_metadata({KEY.decode(): text.decode(), CHECKSUM_KEY.decode(): checksum(text)})
+        self._writer.close()
+        os.replace(self._part, self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self._writer.close()
+        finally:
+            self._part.unlink(missing_ok=True)
