@@ -10,7 +10,8 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk", "walker"]
-KERNEL = ["_walk", "_plain", "_prefixes", "_batch", "_replay", "traces._rows"]
+KERNEL = ["_walk", "_plain", "_prefixes", "_rows", "_verdicts", "_blocks",
+          "_batch", "_replay", "traces._rows"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {

@@ -31,10 +31,11 @@
 #define PREFIX_ASID_BITS 28
 #define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
 
-/* Translations by page and access: the tag is page << TLB_ASID_BITS | asid, the value page frame << 16 | accesses known to pass. */
+/* Translations by page and access: the tag is page << TLB_ASID_BITS | asid; the value level, page frame, accesses known to pass. */
 #define TLB_BITS 12
 #define TLB_ASID_BITS 12
 #define TLB_FRAME_SHIFT 16
+#define TLB_LEVEL_SHIFT 56
 
 struct kvmmu_prefix {
     uint64_t tag; /* region ^ asid << PREFIX_ASID_SHIFT; 0: none */
@@ -84,7 +85,7 @@ typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64
 typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_pass *, const uint8_t *access, uint64_t like, uint64_t *gpa);
 typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
 typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                    const uint32_t *ctx, uint32_t asid, uint64_t *gpa);
+                                    const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level);
 
 typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
                               uint8_t *status, uint32_t *error_code);
@@ -131,6 +132,7 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 #define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
 /* IN place: kvmmu_prefix_place() of the walk, which keeps walks with the same regions apart. */
 #define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
+#define KVMMU_TLB_GPA(value) ((value) >> (TLB_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
 #define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
 
 /* Address of the entry of addr, from a prefix. */
@@ -159,15 +161,20 @@ KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
     return KVMMU_TLB_SLOT(page, asid);
 }
 
+KVMMU_INLINE uint64_t kvmmu_tlb_gpa(uint64_t value)
+{
+    return KVMMU_TLB_GPA(value);
+}
+
 KVMMU_INLINE uint64_t kvmmu_prefix_level(uint64_t ref)
 {
     return KVMMU_PREFIX_LEVEL(ref);
 }
 
 /* The lowest bit that is set; bits is not 0. */
-KVMMU_INLINE int kvmmu_first_bit(uint64_t bits)
+KVMMU_INLINE size_t kvmmu_first_bit(uint64_t bits)
 {
-    return __builtin_ctzll(bits);
+    return (size_t)__builtin_ctzll(bits);
 }
 
 KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
@@ -426,7 +433,7 @@ KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmm
 
 /* Known translations of 64 rows: bit n is set where row n has none. OUT gpa: right where the bit is clear. */
 KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                  const uint32_t *ctx, uint32_t asid, uint64_t *gpa)
+                                  const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level)
 {
     const uint64_t *words = (const uint64_t *)tlb;
     vec bits = FIRST_BITS, miss = bits & 0;
@@ -443,7 +450,9 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
         slot = KVMMU_TLB_SLOT(page, space) * 2;
         value = GATHER(words + 1, slot);
         hit = WHERE(GATHER(words, slot) == (page << TLB_ASID_BITS | space)) & value >> (a >> PERMISSIONS_INDEX_SHIFT);
-        VEC(gpa) = (value >> TLB_FRAME_SHIFT << PAGE_SHIFT) | (CVEC(gva) & PAGE_OFFSET_MASK);
+        VEC(gpa) = KVMMU_TLB_GPA(value) | (CVEC(gva) & PAGE_OFFSET_MASK);
+        if (level)
+            *(byte_vec *)&level[i] = __builtin_convertvector(value >> TLB_LEVEL_SHIFT, byte_vec);
         miss |= ((hit & 1) - 1) & bits;
         bits <<= VEC_LANES;
     }
@@ -476,13 +485,13 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target)                                                        \
     target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, \
-                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa)       \
+                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level)\
     {                                                                                                                   \
         if (!ctx && !access_stride)                                                                                     \
-            return recall_body(tlb, gva, access, 0, 0, asid, gpa);                                                      \
+            return recall_body(tlb, gva, access, 0, 0, asid, gpa, level);                                               \
         if (!ctx)                                                                                                       \
-            return recall_body(tlb, gva, access, 1, 0, asid, gpa);                                                      \
-        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa);                                            \
+            return recall_body(tlb, gva, access, 1, 0, asid, gpa, level);                                               \
+        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa, level);                                     \
     }                                                                                                                   \
     target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,\
                                    uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                \

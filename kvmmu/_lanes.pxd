@@ -6,8 +6,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmu._format cimport kvm_page_format
 
 cdef extern from "_lanes.h" nogil:
+    const size_t KVMMU_LANES
     enum:
-        KVMMU_LANES
         PREFIX_BITS
         PREFIX_ASID_SHIFT
         PREFIX_ASID_BITS
@@ -19,6 +19,7 @@ cdef extern from "_lanes.h" nogil:
         TLB_BITS
         TLB_ASID_BITS
         TLB_FRAME_SHIFT
+        TLB_LEVEL_SHIFT
 
     const uint64_t PREFIX_HVA_MASK
     const uint64_t PREFIX_LIKE_MASK
@@ -65,7 +66,8 @@ cdef extern from "_lanes.h" nogil:
                                        uint64_t *gpa) noexcept
     ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                         const uint32_t *ctx, uint32_t asid, uint64_t *gpa) noexcept
+                                         const uint32_t *ctx, uint32_t asid, uint64_t *gpa,
+                                         uint8_t *level) noexcept
 
     ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *start, uint64_t *gpa,
                                    uint8_t *status, uint32_t *error_code) noexcept
@@ -83,9 +85,10 @@ cdef extern from "_lanes.h" nogil:
     uint64_t kvmmu_region(int format, uint64_t addr)
     uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
+    uint64_t kvmmu_tlb_gpa(uint64_t value)
     uint64_t kvmmu_prefix_level(uint64_t ref)
     uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
     uint64_t kvmmu_read_entry(int format, uint64_t hva)
-    int kvmmu_first_bit(uint64_t bits)
+    size_t kvmmu_first_bit(uint64_t bits)
     int kvmmu_count_bits(uint64_t bits)
     const kvmmu_lane_ops *kvmmu_lane_ops_of(const char *name)

@@ -8,7 +8,7 @@ Prefixes live as long as a batch. Within it the tables change by accessed and di
 one with unset accessed bits says so, and the rows that would set them are walked one by one.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_pass, kvmmu_prefix, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
@@ -21,6 +21,7 @@ cdef struct lane_space:
     kvmmu_lane_walk lane        # lane.asid: names this walk in the table
     bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
     size_t found                # prefixes so far
+    uint8_t *touched            # NULL, or which words of memory prefixes depend on
 
 # What surely passes each access in the last entries of a walk, after a prefix that is like one.
 cdef struct sure_passes:
@@ -49,13 +50,35 @@ cdef struct judged_entry:
 
 
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
-                     bint set_ad) noexcept nogil
+                     bint set_ad, uint8_t *touched) noexcept nogil
 # The prefix of addr, remembered or found now; 0: unknown. IN addr: masked, canonical
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil
 # Find the prefix of addr again; 0: unknown
 cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil
 # The rules of the last entry for one row: JUDGED_*. IN look: kvm_page_format.looks of the access
 cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t addr, uint32_t look, judged_entry *out) noexcept nogil
+
+
+# Words of memory that something remembered depends on: one bit for each of many, so that a clear bit is sure.
+cdef enum:
+    TOUCHED_SHIFT = 64 - 15
+    TOUCHED_BYTES = 1 << 12
+
+
+cdef inline uint64_t touched_bit(uint64_t hva) noexcept nogil:
+    return ((hva >> 3) * <uint64_t>0x9E3779B97F4A7C15ULL) >> TOUCHED_SHIFT
+
+
+cdef inline void mark_word(uint8_t *touched, uint64_t hva) noexcept nogil:
+    """Note a word of at most 8 bytes, aligned to its size."""
+    cdef uint64_t bit = touched_bit(hva)
+    if touched is not NULL:
+        touched[bit >> 3] |= <uint8_t>(1 << (bit & 7))
+
+
+cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
+    cdef uint64_t bit = touched_bit(hva)
+    return (touched[bit >> 3] >> (bit & 7)) & 1
 
 
 cdef class WalkCache:

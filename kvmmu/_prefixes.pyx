@@ -20,14 +20,15 @@ from kvmmu._lanes cimport (
     kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
-from kvmmu._prefixes cimport JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judged_entry, lane_space
+from kvmmu._prefixes cimport JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judged_entry, lane_space, mark_word
 from kvmmu._walk cimport kvm_pagewalk
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 
 
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
-                     bint set_ad) noexcept nogil:
+                     bint set_ad, uint8_t *touched) noexcept nogil:
+    s.touched = touched
     s.w, s.prefixes, s.second = w, prefixes, second
     s.found = 0
     s.lane.fmt = w.fmt
@@ -82,6 +83,7 @@ cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa)
     # as translate_nested_gpa() has it for a table
     if judge_one(second, ref, ngpa, n.fmt.looks[table_access(n)], &judged) != JUDGED_OK:
         return False
+    mark_word(second.touched, judged.entry)
     gpa[0] = judged.gpa
     return True
 
@@ -119,6 +121,7 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, const lane_
             if hva is NULL:
                 return 0
             pte = kvmmu_read64(hva)
+            mark_word(s.touched, <uint64_t><uintptr_t>hva)
             if not pte & PT_PRESENT_MASK or pte & w.pdpte_rsvd_mask:
                 return 0
         else:
@@ -140,6 +143,7 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, const lane_
         pte = read_gpte(walker, hva)
         if not pte & w.present_mask or is_rsvd_bits_set(walker, w.fmt, pte, level) or pte & w.page_size_mask:
             return prefix_word(hva, level, gpte_access(walker, rights), cold, readonly)
+        mark_word(s.touched, <uint64_t><uintptr_t>hva)
         rights &= gpte_rights(walker, pte)
         if s.lane.accessed_mask & ~pte and (not readonly or asks_second):
             cold = True

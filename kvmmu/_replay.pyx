@@ -7,7 +7,7 @@ change. A block is translated by one call and then compared with the recorded ad
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmmu._batch cimport batch_columns, translate_rows
+from kvmmu._batch cimport Workspace, begin_batch, depends_on, translate_rows
 from kvmmu._bits cimport (
     INVALID_GPA, OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M,
     PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
@@ -15,6 +15,7 @@ from kvmmu._bits cimport (
 from kvmmu._contexts cimport Contexts
 from kvmmu._memory cimport gpa_to_hva
 from kvmmu._pagewalk cimport PageWalk
+from kvmmu._rows cimport batch, batch_columns
 from kvmmu._walk cimport kvm_pagewalk
 
 cdef enum:
@@ -58,6 +59,9 @@ cdef class BlockWalker:
     cdef PageWalk walk
     cdef block_result result
     cdef batch_columns columns
+    cdef batch rows_under_way       # goes on from block to block until tables or walks change
+    cdef bint begun
+    cdef Workspace work
     cdef replay_counters counters
     cdef uint32_t bad[BLOCK]
     cdef Py_ssize_t bad_count
@@ -68,6 +72,12 @@ cdef class BlockWalker:
         memset(&self.columns, 0, sizeof(self.columns))
         self.columns.gpa = self.result.gpa
         self.columns.level = self.result.level
+        memset(&self.rows_under_way, 0, sizeof(self.rows_under_way))
+        self.begun = False
+        self.work = Workspace()
+        self.rows_under_way.out = &self.columns
+        self.rows_under_way.access_stride = 1
+        self.rows_under_way.set_ad = True
         self.bad_count = self.explain = 0
 
     @property
@@ -123,10 +133,10 @@ cdef class BlockWalker:
         return rows
 
     cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
-                         const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil:
+                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
         """Walk n <= BLOCK rows whose columns start at the pointers; first: number of the first of them, for mismatches.
 
-        IN all_known: no truth is INVALID_GPA, which means that the address was not recorded.
+        IN count: of walks; all_known: no truth is INVALID_GPA, which means that the address was not recorded.
         """
         cdef block_result *r = &self.result
         cdef uint64_t wrong = 0
@@ -134,7 +144,12 @@ cdef class BlockWalker:
         cdef size_t i
         self.columns.status = NULL if all_known else r.status
         self.columns.error_code = NULL if all_known else r.error_code
-        translate_rows(walks, ctx, gva, access, 1, 0, n, True, &self.columns)
+        self.rows_under_way.walks, self.rows_under_way.ctx = walks, ctx
+        self.rows_under_way.gva, self.rows_under_way.access = gva, access
+        if not self.begun:
+            begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
+            self.begun = True
+        translate_rows(&self.rows_under_way, 0, n)
         for i in range(n):                                  # a walk that fails ends at INVALID_GPA, which no truth is
             wrong |= r.gpa[i] ^ truth[i]
         for i in range(n):
@@ -184,6 +199,8 @@ cdef class BlockWalker:
             return False
         memcpy(hva, &value, size)
         self.counters.writes += 1
+        if self.begun and depends_on(&self.rows_under_way, hva):
+            self.begun = False
         return True
 
 
@@ -265,6 +282,7 @@ cdef class Replayer(BlockWalker):
         if not start <= stop <= <size_t>self.off.shape[0]:
             raise ValueError(f"rows {start} to {stop} are not within the {self.off.shape[0]} accesses")
         self.contexts.use_memory(self.walk.mem)
+        self.begun = False                      # PDPTEs may have been loaded
         if self.pidx.dtype.itemsize == 2:
             row = self.run_rows[uint16_t](self.pidx, start, stop)
         else:
@@ -292,10 +310,8 @@ cdef class Replayer(BlockWalker):
                     self.ctx[k] = self.page_ctx[row]
                     other |= self.page_ctx[row] ^ context
                     self.access[k] = self.access_of[self.kind[i + k] * 3 + self.priv[i + k]]
-                if other:
-                    self.walk_block(self.contexts.walks, self.ctx, self.gva, self.access, self.truth, i, n, True)
-                else:
-                    self.walk_block(&self.contexts.walks[context], NULL, self.gva, self.access, self.truth, i, n, True)
+                self.walk_block(self.contexts.walks, self.ctx if other or context else NULL, self.gva, self.access, self.truth,
+                                i, n, self.contexts.count, True)
                 i += n
         return i
 
@@ -343,6 +359,8 @@ cdef class RowLoop(BlockWalker):
         contexts.use_memory(self.walk.mem)
         self.owners[vcpu] = contexts
         self.walks[vcpu] = contexts.walks[0]
+        self.walks[vcpu].second = <uint32_t>vcpu
+        self.begun = False
 
     def load(self, chunk):
         """Take the columns of a checked chunk: `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
@@ -429,7 +447,7 @@ cdef class RowLoop(BlockWalker):
             for k in range(n):
                 self.ctx[k] = self.vcpu[start + k]
                 other |= self.ctx[k] ^ first
-            if other:
+            if other or first:
                 ctx = self.ctx
-        self.walk_block(self.walks if other else &self.walks[first], ctx, &self.addr[start], &self.access[start],
-                        &self.gpa[start], start, n, self.all_known)
+        self.walk_block(self.walks, ctx, &self.addr[start], &self.access[start], &self.gpa[start], start, n, self.vcpus,
+                        self.all_known)

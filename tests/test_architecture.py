@@ -12,7 +12,8 @@ import kvmmu
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
-          "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_batch", "_contexts",
+          "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_rows", "_verdicts", "_blocks",
+          "_batch", "_contexts",
           "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "outcome", "progress", "recorded_faults",
           "trace_replay", "replay", "report", "figure", "cli")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU

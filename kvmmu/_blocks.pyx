@@ -1,0 +1,370 @@
+"""Blocks of a batch; see `_blocks.pxd`."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from kvmmu._bits cimport (
+    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, INVALID_GPA, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL, STATUS_OK,
+    STATUS_PAGE_FAULT,
+)
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
+from kvmmu._gpte cimport kvmmu_gpte_malformed
+from kvmmu._lanes cimport (
+    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level, kvmmu_set_prefix,
+)
+from kvmmu._prefixes cimport find_prefix, lane_space, mark_word, prefix_of, sure_passes
+from kvmmu._rows cimport (
+    BLOCKS, batch, block, quick_row, remember, spaces_of, walk_row, write_more, write_row,
+)
+from kvmmu._verdicts cimport FEW_ODD, judge_block, lane_bit, set_bits_of
+from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
+
+cdef uint64_t NOTHING[512]              # an entry that reads as zero, for lanes without a prefix
+
+# Fewer rows than this are walked one by one.
+cdef size_t MIN_LANES = 8
+# Tables of last entries (of 4 KiB) up to which those are taken to be in the cache.
+cdef size_t NEAR = 96
+
+
+cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
+    return k.base + lane if k.contiguous else k.rows[lane]
+
+
+cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
+    """Level of the last entry of the first stage."""
+    return <uint8_t>kvmmu_prefix_level(k.a.ref[lane]) if k.w.kind == WALK_TABLES else 0
+
+
+cdef void find_missing(block *k, lane_space *s, kvmmu_lanes *l, uint64_t wanted) noexcept nogil:
+    """Prefixes of lanes that nothing is remembered of; those that stay unknown are left in l.miss."""
+    cdef uint64_t missing = l.miss & wanted, ref
+    cdef size_t lane
+    l.miss = 0
+    while missing:
+        lane = kvmmu_first_bit(missing)
+        missing &= missing - 1
+        ref = prefix_of(s, l.addr[lane])
+        if ref:
+            kvmmu_set_prefix(s.w.format, l, lane, ref)
+        else:
+            l.miss |= lane_bit(lane)
+
+
+cdef void start_block(batch *b, block *k) noexcept nogil:
+    """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
+    cdef const kvm_pagewalk *w = k.w
+    cdef size_t lane
+    k.spaces = spaces_of(b, w, True)
+    k.halfway = False
+    k.cold = k.failed = k.unknown = 0
+    k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
+    if w.kind == WALK_TABLES:
+        b.ops.start[w.format](&k.a, k.gva, w.gva_mask, w.canonical_shift, k.spaces.first.found > NEAR, b.prefixes,
+                              k.spaces.first.lane.asid, NOTHING)
+        if k.a.miss:
+            find_missing(k, &k.spaces.first, &k.a, ~k.held)
+        return
+    for lane in range(KVMMU_LANES):
+        k.a.gpa[lane] = k.gva[lane] & w.gva_mask
+
+
+cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
+    """Walk the rows of these lanes one by one, and find their prefixes anew if they were cold."""
+    cdef size_t lane
+    lanes &= ~k.held
+    k.held |= lanes
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        walk_row(b, row_of(k, lane))
+        if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
+                k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
+            find_prefix(&k.spaces.first, k.a.addr[lane])
+
+
+cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
+    """The error code of a lane of the first stage that faults."""
+    return <uint32_t>(k.a.error[lane] | (k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT) & k.w.pferr_mask)
+
+
+cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status) noexcept nogil:
+    """The optional columns of a row of one stage."""
+    cdef walk_result r
+    cdef int top = 2 if k.w.level == 3 else k.w.level
+    r.gpa = r.ngpa = k.a.gpa[lane] if status == STATUS_OK else INVALID_GPA
+    r.fault_gpa = INVALID_GPA
+    r.exit_qualification = 0
+    r.pte_gpa = INVALID_GPA
+    if status == STATUS_NON_CANONICAL:
+        r.pte = r.level = r.pte_access = r.refs = 0
+    else:
+        r.pte = k.a.pte[lane]
+        r.level = <uint8_t>kvmmu_prefix_level(k.a.ref[lane])
+        r.pte_access = <uint8_t>k.a.pte_access[lane] if r.pte & k.w.present_mask else 0
+        r.refs = <uint8_t>(top + 1 - r.level)
+    write_more(b.out, row_of(k, lane), &r)
+
+
+cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
+    """Rows of lanes that the first stage refuses."""
+    cdef size_t lane
+    lanes &= ~k.held
+    k.held |= lanes
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        if k.a.noncanonical & lane_bit(lane):
+            write_row(b, row_of(k, lane), INVALID_GPA, STATUS_NON_CANONICAL, 0, 0)
+            if b.more:
+                write_more_of(b, k, lane, STATUS_NON_CANONICAL)
+        else:
+            write_row(b, row_of(k, lane), INVALID_GPA, STATUS_PAGE_FAULT, error_code_of(k, lane), level_of(k, lane))
+            if b.more:
+                write_more_of(b, k, lane, STATUS_PAGE_FAULT)
+
+
+cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
+    """Rows of lanes that passed; rows written before stay as they are."""
+    cdef uint64_t lanes = ~k.held
+    cdef size_t lane
+    k.held = ~<uint64_t>0
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        write_row(b, row_of(k, lane), gpa[lane], STATUS_OK, 0, level_of(k, lane))
+        if b.more:
+            write_more_of(b, k, lane, STATUS_OK)
+        if b.recalls:
+            mark_word(b.touched, k.a.entry[lane])
+            if k.w.ngpa is not NULL:
+                mark_word(b.touched, k.b.entry[lane])
+            remember(b, row_of(k, lane), gpa[lane], level_of(k, lane))
+
+
+cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcept nogil:
+    """Where the addresses of the last stage go: the column itself, if the whole block is one stretch of it."""
+    if k.contiguous and k.count == KVMMU_LANES and b.out.gpa is not NULL:
+        return &b.out.gpa[k.base]
+    return l.gpa
+
+
+cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa) noexcept nogil:
+    """All rows of a block, in order, as if those in fault failed by the first stage and the others passed.
+
+    What is neither is written over it afterwards.
+    """
+    cdef size_t row = k.base
+    cdef uint64_t *to_gpa = NULL
+    cdef uint8_t *to_status = NULL
+    cdef uint32_t *to_error = NULL
+    cdef size_t lane
+    if not k.contiguous or b.more or b.recalls:
+        return
+    if k.count < KVMMU_LANES:
+        k.contiguous = False                            # row by row
+        for row in range(k.count):
+            k.rows[row] = k.base + row
+        return
+    if b.out.level is not NULL:
+        for lane in range(KVMMU_LANES):
+            b.out.level[row + lane] = level_of(k, lane)
+    if b.out.gpa is not NULL:
+        to_gpa = &b.out.gpa[row]
+    if b.out.status is not NULL:
+        to_status = &b.out.status[row]
+    if b.out.error_code is not NULL:
+        to_error = &b.out.error_code[row]
+    if kvmmu_count_bits(fault) > FEW_ODD:
+        b.ops.emit(&k.a, fault, k.w.pferr_mask, gpa, to_gpa, to_status, to_error)
+        k.held |= fault
+        return
+    if to_gpa is not NULL and to_gpa != gpa:
+        memcpy(to_gpa, gpa, KVMMU_LANES * sizeof(uint64_t))
+    if to_status is not NULL:
+        memset(to_status, STATUS_OK, KVMMU_LANES)
+    if to_error is not NULL:
+        memset(to_error, 0, KVMMU_LANES * sizeof(uint32_t))
+
+
+cdef void advance_block(batch *b, block *k) noexcept nogil:
+    """Point 2: the first stage is judged; without a second one the rows are written."""
+    cdef const kvm_pagewalk *w = k.w
+    cdef const kvm_pagewalk *n = w.ngpa
+    cdef sure_passes *sure = NULL
+    cdef uint64_t *gpa
+    cdef uint64_t unknown = 0
+    k.halfway = True
+    if w.kind == WALK_TABLES:
+        gpa = k.a.gpa
+        if n is NULL:
+            gpa = room_for(b, k, &k.a)
+        if not b.more and (n is NULL or not rights_count(n)):
+            sure = &b.sure[0]
+        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.access, sure, gpa)
+        unknown = k.a.miss & ~(k.a.noncanonical | k.held)
+        k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
+        k.a.fault &= ~unknown
+        k.failed = (k.a.fault | k.a.noncanonical) & ~k.held
+        if k.a.slow and (n is NULL or not w.final_before_ad):
+            unknown |= set_bits_of(&k.spaces.first, &k.a, k.a.slow)
+        elif k.a.slow:
+            k.cold = k.a.slow
+        if n is NULL:
+            write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
+            fail_lanes(b, k, k.failed)
+            leave_to_walk(b, k, unknown)
+            if not k.contiguous or b.more or b.recalls:
+                write_passed(b, k, gpa)
+            k.w = NULL
+            return
+    else:
+        k.a.noncanonical = k.a.fault = k.a.slow = k.a.miss = 0
+    k.unknown = unknown
+    start_second(b, k)
+
+
+cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:
+    """Whether rights of the first stage decide what the second one grants: MBEC."""
+    return n.user_by_pte and n.cpu_role & ROLE_CR4_SMEP_MASK
+
+
+cdef void start_second(batch *b, block *k) noexcept nogil:
+    """Where the last entries of the second stage lie."""
+    cdef const kvm_pagewalk *n = k.w.ngpa
+    cdef size_t lane
+    cdef uint32_t access
+    cdef uint64_t pte_access = ACC_ALL
+    cdef bint rights = rights_count(n)
+    for lane in range(KVMMU_LANES):
+        access = explicit_access(k.access[lane])
+        if k.w.kind == WALK_SECOND_STAGE:
+            pte_access = ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK
+        elif k.w.kind == WALK_TABLES and rights:
+            pte_access = k.a.pte_access[lane]
+        k.second_access[lane] = <uint8_t>second_stage_access(n, access, True, <uint32_t>pte_access)
+    if n.ngpa_rsvd_mask:
+        for lane in range(KVMMU_LANES):
+            if k.a.gpa[lane] & n.ngpa_rsvd_mask:
+                k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
+    b.ops.start[n.format](&k.b, k.a.gpa, n.gva_mask, 0, k.spaces.second.found > NEAR, b.prefixes,
+                          k.spaces.second.lane.asid, NOTHING)
+    if k.b.miss:
+        find_missing(k, &k.spaces.second, &k.b, ~(k.held | k.failed | k.unknown))
+
+
+cdef void finish_block(batch *b, block *k) noexcept nogil:
+    """Point 3: the second stage is judged, and the rows are written."""
+    cdef uint64_t unknown, faults, done = k.held | k.failed
+    cdef uint64_t *gpa = room_for(b, k, &k.b)
+    cdef size_t lane
+    k.b.miss |= k.unknown | k.failed                    # do not judge them
+    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.second_access, &b.sure[1], gpa)
+    unknown = k.b.miss & ~done
+    faults = k.b.fault & ~(unknown | done)
+    k.b.slow &= ~(unknown | done)
+    if k.cold:                          # the second stage has been granted: now the bits of the first
+        unknown |= k.cold & k.b.slow
+        unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
+    unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
+    write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
+    fail_lanes(b, k, k.failed)
+    while faults:
+        lane = kvmmu_first_bit(faults)
+        faults &= faults - 1
+        k.held |= lane_bit(lane)
+        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0, <uint8_t>kvmmu_prefix_level(k.b.ref[lane]))
+    leave_to_walk(b, k, unknown)
+    if not k.contiguous or b.recalls:
+        write_passed(b, k, gpa)
+    k.w = NULL
+
+
+cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
+    """STATUS_* of a fault of the second stage."""
+    cdef const kvm_pagewalk *n = k.w.ngpa
+    cdef uint64_t pte = k.b.pte[lane], level = kvmmu_prefix_level(k.b.ref[lane])
+    if pte & n.present_mask and kvmmu_gpte_malformed(
+            n.format, n.fmt.rsvd_bits_mask[0][level - 1], n.fmt.rsvd_bits_mask[1][level - 1], n.fmt.bad_mt_xwr, pte):
+        return n.rsvd_status
+    return n.fault_status
+
+
+cdef void push_block(batch *b, block *k) noexcept nogil:
+    """Start this block, and take the two before it one point further."""
+    cdef block *last = &b.blocks[(b.turn + 2) % BLOCKS]
+    cdef block *before = &b.blocks[(b.turn + 1) % BLOCKS]
+    start_block(b, k)
+    if last.w is not NULL and not last.halfway:
+        advance_block(b, last)
+    if before.w is not NULL:
+        finish_block(b, before)
+    b.turn = (b.turn + 1) % BLOCKS
+
+
+cdef void drain_blocks(batch *b) noexcept nogil:
+    cdef size_t i
+    cdef block *k
+    for i in range(<size_t>BLOCKS):                              # oldest first
+        k = &b.blocks[(b.turn + i) % BLOCKS]
+        if k.w is not NULL and not k.halfway:
+            advance_block(b, k)
+        if k.w is not NULL:
+            finish_block(b, k)
+
+
+cdef bint fits_lanes(const batch *b, const kvm_pagewalk *w) noexcept nogil:
+    """Whether blocks can hold rows of this walk."""
+    if w.kind != WALK_TABLES and w.ngpa is NULL:
+        return False                                # identity
+    if b.out.pte_gpa is not NULL:
+        return False
+    return w.ngpa is NULL or not b.more
+
+
+cdef void put_one_by_one(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
+    """Rows of one walk that make no block. IN rows: NULL: first and those after it."""
+    cdef bint quick = b.lanes and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
+    cdef size_t i, row
+    for i in range(count):
+        row = first + i if rows is NULL else rows[i]
+        if quick:
+            quick_row(b, row)
+        else:
+            walk_row(b, row)
+
+
+cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
+    """Up to 64 rows of one walk that stand side by side."""
+    cdef block *k
+    cdef size_t i
+    if count < MIN_LANES or not fits_lanes(b, w):
+        put_one_by_one(b, w, NULL, first, count)
+        return
+    k = &b.blocks[b.turn]
+    k.w, k.count, k.contiguous, k.base = w, count, True, first
+    k.gva, k.access = &b.gva[first], &b.access[first * b.access_stride]
+    if count < KVMMU_LANES or not b.access_stride:
+        for i in range(KVMMU_LANES):
+            k.own_gva[i] = b.gva[first + (i if i < count else 0)]
+            k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]
+        k.gva, k.access = k.own_gva, k.own_access
+    push_block(b, k)
+
+
+cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
+    """Up to 64 rows of one walk."""
+    cdef block *k
+    cdef size_t i, row
+    if count < MIN_LANES or not fits_lanes(b, w):
+        put_one_by_one(b, w, rows, 0, count)
+        return
+    k = &b.blocks[b.turn]
+    k.w, k.count, k.contiguous = w, count, False
+    for i in range(KVMMU_LANES):
+        row = rows[i if i < count else 0]
+        k.rows[i] = row
+        k.own_gva[i] = b.gva[row]
+        k.own_access[i] = b.access[row * b.access_stride]
+    k.gva, k.access = k.own_gva, k.own_access
+    push_block(b, k)

@@ -1,0 +1,113 @@
+"""Rows of a batch, one by one: the structures that a batch works with, and what writes a row.
+
+A row is recalled, or found quickly from the prefixes of its walk, or walked by the scalar walk, which is the reference.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+
+from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes, kvmmu_prefix, kvmmu_tlb_entry
+from kvmmu._prefixes cimport lane_space, sure_passes
+from kvmmu._walk cimport kvm_pagewalk, walk_result
+
+# Columns of a batch; a NULL column is not wanted.
+cdef struct batch_columns:
+    uint64_t *gpa
+    uint8_t *status
+    uint32_t *error_code
+    uint8_t *level
+    uint64_t *pte
+    uint64_t *pte_gpa
+    uint8_t *pte_access
+    uint8_t *refs
+    uint64_t *ngpa
+    uint64_t *fault_gpa
+    uint64_t *exit_qualification
+
+cdef struct walk_spaces:
+    const kvm_pagewalk *w
+    lane_space first
+    lane_space second
+
+# Walks whose spaces are kept: for blocks, at least one more than there are blocks; and for single rows.
+cdef enum:
+    BLOCKS = 3
+    BLOCK_SPACES = 4
+    ROW_SPACES = 64
+    ALL_SPACES = BLOCK_SPACES + ROW_SPACES
+
+# Up to 64 rows of one walk on their way: first stage in a, second stage in b.
+cdef struct block:
+    walk_spaces *spaces
+    const kvm_pagewalk *w           # NULL: free
+    size_t count
+    bint contiguous                 # the rows are base, base + 1, ...
+    size_t base
+    bint halfway                    # the first stage is done
+    uint64_t held                   # lanes whose row was written already, or that hold no row
+    # of the first stage:
+    uint64_t failed                 # lanes that fault
+    uint64_t unknown                # lanes that the scalar walk must take
+    uint64_t cold                   # lanes that set accessed or dirty bits after the second stage
+    size_t rows[64]                 # where they are not
+    const uint64_t *gva             # 64 of each: the caller's own, or
+    const uint8_t *access
+    uint64_t own_gva[64]
+    uint8_t own_access[64]
+    uint8_t second_access[64]
+    kvmmu_lanes a
+    kvmmu_lanes b
+
+# One batch, or a thread's part of it. IN walks: one, or one per context; ctx: NULL, or the context of each row (checked by
+# the caller); access: one value (access_stride 0) or one per row (access_stride 1). All else is begin_batch()'s.
+cdef struct batch:
+    const kvm_pagewalk *walks
+    const uint32_t *ctx
+    const uint64_t *gva
+    const uint8_t *access
+    size_t access_stride
+    bint set_ad
+    const batch_columns *out
+    bint more                       # a column beside gpa, status, error_code and level is wanted
+    bint lanes                      # False: row by row
+    bint may_recall
+    bint recalls                    # translations are remembered
+    size_t skip                     # chunks to go before trying again whether that helps
+    size_t patience
+    size_t tried, missed
+    uint32_t asid                   # of the first walk's prefixes; then the second stages'
+    uint32_t space                  # of the first walk's translations
+    uint64_t count                  # walks
+    const kvmmu_lane_ops *ops
+    kvmmu_prefix *prefixes
+    kvmmu_tlb_entry *tlb
+    uint8_t *touched                # NULL, or which words of memory something remembered depends on; see mark_word()
+    block *blocks                   # BLOCKS
+    size_t turn
+    walk_spaces *spaces             # ALL_SPACES, of the walks of late
+    size_t last_space
+    sure_passes *sure               # 2: of the first stage, of the second
+
+cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
+cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil
+# Write row i if its translation is known by now.
+cdef bint recall_row(const batch *b, size_t i) noexcept nogil
+cdef void walk_row(batch *b, size_t i) noexcept nogil
+cdef void quick_row(batch *b, size_t i) noexcept nogil
+cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
+
+
+cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:
+    return b.walks if b.ctx is NULL else &b.walks[b.ctx[i]]
+
+
+cdef inline void write_row(const batch *b, size_t i, uint64_t gpa, uint8_t status, uint32_t error_code,
+                           uint8_t level) noexcept nogil:
+    if b.out.gpa is not NULL:
+        b.out.gpa[i] = gpa
+    if b.out.status is not NULL:
+        b.out.status[i] = status
+    if b.out.error_code is not NULL:
+        b.out.error_code[i] = error_code
+    if b.out.level is not NULL:
+        b.out.level[i] = level

@@ -1,0 +1,142 @@
+"""Rows of a batch, one by one; see `_rows.pxd`."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvmmu._bits cimport (
+    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
+)
+from kvmmu._format cimport explicit_access
+from kvmmu._lanes cimport (
+    PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_prefix_level, kvmmu_tlb_entry, kvmmu_tlb_gpa,
+    kvmmu_tlb_slot,
+)
+from kvmmu._prefixes cimport JUDGED_OK, init_space, judge_one, judged_entry, mark_word, prefix_of
+from kvmmu._rows cimport (
+    BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row,
+)
+from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
+
+
+cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil:
+    if out.pte is not NULL:
+        out.pte[i] = r.pte
+    if out.pte_gpa is not NULL:
+        out.pte_gpa[i] = r.pte_gpa
+    if out.pte_access is not NULL:
+        out.pte_access[i] = r.pte_access
+    if out.refs is not NULL:
+        out.refs[i] = r.refs
+    if out.ngpa is not NULL:
+        out.ngpa[i] = r.ngpa
+    if out.fault_gpa is not NULL:
+        out.fault_gpa[i] = r.fault_gpa
+    if out.exit_qualification is not NULL:
+        out.exit_qualification[i] = r.exit_qualification
+
+
+cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil:
+    """Row i passes with this access, and comes to gpa."""
+    cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, space = b.space, tag
+    cdef uint64_t passes = <uint64_t>1 << (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)
+    cdef kvmmu_tlb_entry *e
+    if gpa >= GPA_LIMIT:
+        return
+    if b.ctx is not NULL:
+        space += b.ctx[i]
+    e = &b.tlb[kvmmu_tlb_slot(page, space)]
+    tag = page << TLB_ASID_BITS | space
+    if e.tag == tag:
+        e.page |= passes
+    else:
+        e.tag = tag
+        e.page = <uint64_t>level << TLB_LEVEL_SHIFT | gpa >> PAGE_SHIFT << TLB_FRAME_SHIFT | passes
+
+
+cdef bint recall_row(const batch *b, size_t i) noexcept nogil:
+    cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, space = b.space
+    cdef const kvmmu_tlb_entry *e
+    if b.ctx is not NULL:
+        space += b.ctx[i]
+    e = &b.tlb[kvmmu_tlb_slot(page, space)]
+    if e.tag != (page << TLB_ASID_BITS | space):
+        return False
+    if not (e.page >> (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)) & 1:
+        return False
+    write_row(b, i, kvmmu_tlb_gpa(e.page) | b.gva[i] & PAGE_OFFSET_MASK, STATUS_OK, 0, <uint8_t>(e.page >> TLB_LEVEL_SHIFT))
+    return True
+
+
+cdef void walk_row(batch *b, size_t i) noexcept nogil:
+    """The scalar walk."""
+    cdef const kvm_pagewalk *w = walk_of(b, i)
+    cdef walk_result r
+    w.gva_to_gpa(w, b.gva[i], explicit_access(b.access[i * b.access_stride]), b.set_ad, &r)
+    write_row(b, i, r.gpa, r.status, r.error_code, r.level)
+    if b.more:
+        write_more(b.out, i, &r)
+    if b.recalls and r.status == STATUS_OK and b.touched is NULL:           # which words it read is not known
+        remember(b, i, r.gpa, r.level)
+
+
+cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil:
+    """The spaces of a walk. Those of a block stay while three more blocks start; a single row's, until the next row's."""
+    cdef walk_spaces *m = &b.spaces[b.last_space]
+    cdef uint32_t asid = b.asid
+    if m.w is w:
+        return m
+    if for_block:
+        b.last_space = (b.last_space + 1) % BLOCK_SPACES
+        m = &b.spaces[b.last_space]
+    else:
+        m = &b.spaces[BLOCK_SPACES + <size_t>(w - b.walks) % ROW_SPACES]
+        if m.w is w:
+            return m
+    m.w = w
+    if b.ctx is not NULL:
+        asid += <uint32_t>(w - b.walks)
+    if w.ngpa is not NULL:
+        init_space(&m.second, w.ngpa, b.prefixes, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
+    init_space(&m.first, w, b.prefixes, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad, b.touched)
+    return m
+
+
+cdef void quick_row(batch *b, size_t i) noexcept nogil:
+    """One row from the prefixes of its walk, if it passes without a change to the tables; else the scalar walk."""
+    cdef const kvm_pagewalk *w = walk_of(b, i)
+    cdef walk_spaces *m = spaces_of(b, w, False)
+    cdef judged_entry judged
+    cdef uint64_t addr = b.gva[i] & w.gva_mask, ref
+    cdef uint8_t level = 0
+    cdef uint64_t entries[2]
+    cdef uint32_t access = explicit_access(b.access[i * b.access_stride])
+    judged.gpa = addr
+    judged.pte_access = ACC_ALL
+    entries[0] = entries[1] = 0
+    if w.kind == WALK_TABLES:
+        if <uint64_t>(<long long>(addr << w.canonical_shift) >> w.canonical_shift) != addr:
+            walk_row(b, i)
+            return
+        ref = prefix_of(&m.first, addr)
+        if not ref or judge_one(&m.first, ref, addr, w.fmt.looks[access], &judged) != JUDGED_OK:
+            walk_row(b, i)
+            return
+        level = <uint8_t>kvmmu_prefix_level(ref)
+        entries[0] = judged.entry
+    elif w.kind == WALK_SECOND_STAGE and not access & ACCESS_USER_MASK:
+        judged.pte_access &= ~<uint32_t>ACC_USER_MASK
+    if w.ngpa is not NULL:
+        addr = judged.gpa
+        access = second_stage_access(w.ngpa, access, True, judged.pte_access)
+        ref = 0
+        if not addr & w.ngpa.ngpa_rsvd_mask:
+            addr &= w.ngpa.gva_mask & PREFIX_ADDR_MASK
+            ref = prefix_of(&m.second, addr)
+        if not ref or judge_one(&m.second, ref, addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
+            walk_row(b, i)
+            return
+        entries[1] = judged.entry
+    write_row(b, i, judged.gpa, STATUS_OK, 0, level)
+    if b.recalls:
+        mark_word(b.touched, entries[0])
+        mark_word(b.touched, entries[1])
+        remember(b, i, judged.gpa, level)
