@@ -1,6 +1,6 @@
 """Blocks of a batch; see `_blocks.pxd`."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from kvmmu._bits cimport (

@@ -65,12 +65,12 @@ cdef extern from "_lanes.h" nogil:
     ctypedef uint64_t (*kvmmu_sure_fn)(kvmmu_lanes *, const kvmmu_pass *, const uint8_t *access, uint64_t like,
                                        uint64_t *gpa) noexcept
     ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
-    ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                         const uint32_t *ctx, uint32_t asid, uint64_t *gpa,
+    ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access,
+                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa,
                                          uint8_t *level) noexcept
 
-    ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *start, uint64_t *gpa,
-                                   uint8_t *status, uint32_t *error_code) noexcept
+    ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *start,
+                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code) noexcept
 
     cdef struct kvmmu_lane_ops:
         kvmmu_start_fn start[3]

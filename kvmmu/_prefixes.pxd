@@ -46,9 +46,6 @@ cdef struct judged_entry:
     uint32_t pte_access
     uint32_t error              # of a fault: P, RSVD, PK of the error code
 
-
-
-
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
                      bint set_ad, uint8_t *touched) noexcept nogil
 # The prefix of addr, remembered or found now; 0: unknown. IN addr: masked, canonical
@@ -79,6 +76,10 @@ cdef inline void mark_word(uint8_t *touched, uint64_t hva) noexcept nogil:
 cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
     cdef uint64_t bit = touched_bit(hva)
     return (touched[bit >> 3] >> (bit & 7)) & 1
+
+
+# Remember nothing of what these hold.
+cdef void forget_all(kvmmu_prefix *prefixes, kvmmu_tlb_entry *tlb) noexcept nogil
 
 
 cdef class WalkCache:

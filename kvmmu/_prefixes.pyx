@@ -5,19 +5,19 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, PG_LEVEL_4K, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT,
-    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PT_PRESENT_MASK,
+    ACC_ALL, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K,
+    PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT_PRESENT_MASK,
 )
-from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
     guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
     kvmmu_gpte_rights, kvmmu_leaf_gpa, read_gpte,
 )
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_ACCESS_SHIFT, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
-    PREFIX_ADDR_MASK, PREFIX_ASID_SHIFT, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level,
-    kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
+    PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_ASID_SHIFT, PREFIX_BITS, PREFIX_COLD_SHIFT,
+    PREFIX_HVA_MASK, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS,
+    kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judged_entry, lane_space, mark_word
@@ -176,6 +176,11 @@ cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
     if p.tag == (region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT):
         return p.ref
     return find_prefix(s, addr)
+
+
+cdef void forget_all(kvmmu_prefix *prefixes, kvmmu_tlb_entry *tlb) noexcept nogil:
+    memset(prefixes, 0, sizeof(kvmmu_prefix) << PREFIX_BITS)
+    memset(tlb, 0, sizeof(kvmmu_tlb_entry) << TLB_BITS)
 
 
 cdef class WalkCache:

@@ -1,6 +1,6 @@
 """Rows of a batch, one by one; see `_rows.pxd`."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
@@ -10,7 +10,7 @@ from kvmmu._lanes cimport (
     PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_prefix_level, kvmmu_tlb_entry, kvmmu_tlb_gpa,
     kvmmu_tlb_slot,
 )
-from kvmmu._prefixes cimport JUDGED_OK, init_space, judge_one, judged_entry, mark_word, prefix_of
+from kvmmu._prefixes cimport JUDGED_OK, forget_all, init_space, judge_one, judged_entry, mark_word, prefix_of
 from kvmmu._rows cimport (
     BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row,
 )
@@ -70,7 +70,11 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
     """The scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef walk_result r
+    cdef bint logs = w.ngpa is not NULL and w.ngpa.pml is not NULL
+    cdef uint16_t index = w.ngpa.pml.index if logs else 0
     w.gva_to_gpa(w, b.gva[i], explicit_access(b.access[i * b.access_stride]), b.set_ad, &r)
+    if logs and b.lanes and w.ngpa.pml.index != index:                      # the log may lie over a table
+        forget_all(b.prefixes, b.tlb)
     write_row(b, i, r.gpa, r.status, r.error_code, r.level)
     if b.more:
         write_more(b.out, i, &r)

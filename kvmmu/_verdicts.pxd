@@ -15,8 +15,8 @@ cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
     return <uint64_t>1 << lane
 
 
-# OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count; access: of each lane; p: NULL where
-# l.pte_access of all lanes is wanted.
+# OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count; access: of each lane;
+# p: NULL where l.pte_access of all lanes is wanted.
 cdef void judge_block(const kvmmu_lane_ops *ops, const lane_space *s, kvmmu_lanes *l, uint64_t held, const uint8_t *access,
                       sure_passes *p, uint64_t *gpa) noexcept nogil
 # Set the bits of the leaves of these lanes. Returns the lanes that the scalar walk must take.

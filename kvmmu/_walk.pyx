@@ -18,8 +18,9 @@ from kvmmu._bits cimport (
 )
 from kvmmu._format cimport kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
-    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights,
+    gpte_to_gpa, guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa,
+    read_gpte,
 )
 from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_read64, kvmmu_write64
 from kvmmu._walk cimport (
