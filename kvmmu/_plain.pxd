@@ -6,7 +6,7 @@ Everything else it leaves to that one. The walk itself is C (`_plain.h`); entrie
 both.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PG_LEVEL_512G
 from kvmmu._gpte cimport KVMMU_FORMAT_64
@@ -20,18 +20,17 @@ cdef extern from "_plain.h" nogil:
     cdef struct kvmmu_plain_access:
         uint64_t mask
         uint64_t wanted
-        uint64_t denied
-        uint64_t leaf
+        uint64_t upper_denied
+        uint64_t leaf_wanted
+        uint64_t leaf_mask[4]
 
     cdef struct kvmmu_plain_walk:
-        uintptr_t base
+        const uint8_t *hva
         uint64_t slot_gpa
         uint64_t slot_size
         uint64_t page_size_mask
         uint64_t pse36_mask
         uint64_t gva_mask
-        uint64_t rsvd_upper
-        uint64_t rsvd_leaf[3]
         uint32_t pkru_mask
         kvmmu_plain_access accesses[32]
 

@@ -1,6 +1,6 @@
 """The walk of one address when nothing stands in its way; see `_plain.pxd`. The steps are those listed in `_walk.pxd`."""
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu._bits cimport (
@@ -69,14 +69,16 @@ cdef void init_plain_access(kvmmu_plain_access *a, uint16_t permissions, bint wr
     # P, W and U are the same bits in entries as in rights
     a.wanted = PT_PRESENT_MASK | (always & (ACC_WRITE_MASK | ACC_USER_MASK)) | accessed_mask
     a.mask = a.wanted | never
-    a.denied = PT64_NX_MASK if always & ACC_EXEC_MASK else 0
-    a.leaf = accessed_mask << 1 if write else 0
+    a.upper_denied = PT64_NX_MASK if always & ACC_EXEC_MASK else 0
+    a.leaf_wanted = accessed_mask << 1 if write else 0
     if not known:
         a.mask, a.wanted = 0, PT_PRESENT_MASK
 
 
 cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nogil:
     cdef kvmmu_plain_walk *p = &plain.p
+    cdef kvmmu_plain_access *a
+    cdef uint64_t rsvd_upper = w.page_size_mask
     cdef int level
     cdef uint32_t i, access
     memset(plain, 0, sizeof(plain_walk))
@@ -96,20 +98,21 @@ cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nog
         plain.gva_to_gpa = plain_walk_5_levels
     p.page_size_mask, p.pse36_mask, p.gva_mask = w.page_size_mask, w.pse36_mask, w.gva_mask
     p.pkru_mask = w.fmt.pkru_mask
-    p.rsvd_upper = w.page_size_mask
     for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs were checked when loaded
-        p.rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
-    p.rsvd_leaf[0] = w.fmt.rsvd_bits_mask[0][0] | w.fmt.rsvd_bits_mask[1][0]
-    p.rsvd_leaf[1] = w.fmt.rsvd_bits_mask[1][1]
-    p.rsvd_leaf[2] = w.fmt.rsvd_bits_mask[1][2]
+        rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
     for i in range(<uint32_t>KVMMU_PLAIN_ACCESSES):
+        a = &p.accesses[i]
         access = explicit_access(i << PERMISSIONS_INDEX_SHIFT)
-        init_plain_access(&p.accesses[i], w.fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT],
-                          access & ACCESS_WRITE_MASK != 0, w.accessed_mask)
+        init_plain_access(a, w.fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT], access & ACCESS_WRITE_MASK != 0,
+                          w.accessed_mask)
+        for level in range(PG_LEVEL_1G):
+            a.leaf_mask[level] = a.leaf_wanted | a.upper_denied | w.fmt.rsvd_bits_mask[1][level]
+        a.leaf_mask[0] |= w.fmt.rsvd_bits_mask[0][0]            # bit 7 of a PTE is PAT
+        a.upper_denied |= rsvd_upper
     if w.mem is not NULL:
         use_plain_memory(plain, w.mem)
 
 
 cdef void use_plain_memory(plain_walk *plain, const guest_mem *mem) noexcept nogil:
     plain.p.slot_gpa, plain.p.slot_size = mem.slots[0].gpa, mem.slots[0].size
-    plain.p.base = <uintptr_t>mem.slots[0].hva - <uintptr_t>mem.slots[0].gpa
+    plain.p.hva = mem.slots[0].hva
