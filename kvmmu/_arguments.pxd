@@ -4,7 +4,8 @@ from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_Check
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ACCESS_VALID_MASK
+from kvmmu._bits cimport ACCESS_VALID_MASK, PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
+from kvmmu._walk cimport vcpu_arch
 
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
@@ -34,3 +35,8 @@ cdef inline uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
     """An address of a scalar call."""
     cdef uint64_t value = to_uint64(gva)
     return convert_gva(gva) if value == ~<uint64_t>0 else value
+
+
+cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
+    """EFLAGS.AC as a bit of Access."""
+    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT

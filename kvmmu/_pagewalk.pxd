@@ -22,6 +22,7 @@ cdef class PageWalk:
     cdef readonly PageFormat fmt
     cdef readonly uint64_t init_count
     cdef const kvm_pagewalk *current(self) except NULL
+    cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)
     cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access)
     cdef object second_record(self, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access)
     cdef object rule_of(self, const walk_result *r, uint32_t access)

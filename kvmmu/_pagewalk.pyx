@@ -7,18 +7,17 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva
+from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, rflags_ac
 from kvmmu._batch cimport Job
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
-    PAGE_SIZE, PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA, PAGE_SIZE, ROLE_DIRECT_MASK,
+    ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, role_of, second_stage
 from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
 from kvmmu._memory cimport GuestMemory
-from kvmmu._plain cimport init_plain_walk
+from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport (
     init_pagewalk, init_second_stage_face, kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch,
     walk_result,
@@ -32,11 +31,6 @@ from kvmmu.nested import Ept
 from kvmmu.record import WalkRecord
 
 _PAGE = int(PAGE_SIZE)
-
-
-cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
-    """EFLAGS.AC as a bit of Access."""
-    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
 
 
 cdef class PageWalk:
@@ -124,6 +118,7 @@ cdef class PageWalk:
         if self.table is not self.mem.table:
             self.table = self.mem.table
             self.w.mem = &self.table.mem
+            use_plain_memory(&self.plain, self.w.mem)
         if self.second is not None:
             self.second.use_memory(self.mem)
         return &self.w
@@ -318,12 +313,17 @@ cdef class PageWalk:
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
-        cdef walk_result r
-        self.current()
-        if not self.plain.gva_to_gpa(&self.plain, &self.w, addr, explicit_access(a), &r):
-            self.w.gva_to_gpa(&self.w, addr, explicit_access(a), True, &r)
+        cdef kvmmu_translation t
+        if not self.w.cpu_role or self.table is not self.mem.table:
+            self.current()
+        t = translate_plainly(&self.plain, self.w.vcpu, addr, a)
+        return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
+
+    cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
+        cdef walk_result r                          # the short cut did not succeed
+        self.w.gva_to_gpa(&self.w, gva, explicit_access(access), True, &r)
         if r.status != STATUS_OK:
-            raise self.fault(&r, addr & self.w.gva_mask, a)
+            raise self.fault(&r, gva & self.w.gva_mask, access)
         return r.gpa
 
     cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access):

@@ -1,51 +1,94 @@
 """The walk of one address when nothing stands in its way; see `_plain.pxd`. The steps are those listed in `_walk.pxd`."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from kvmmu._bits cimport (
-    PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_512G, PT_PAGE_SIZE_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, INVALID_GPA,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
+    PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
 )
-from kvmmu._gpte cimport guest_walker32, guest_walker64
-from kvmmu._plain cimport plain_walk, walk_plainly
-from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu._format cimport explicit_access
+from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu._memory cimport guest_mem
+from kvmmu._plain cimport (
+    KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
+)
+from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 
 
-cdef bint plain_walk_2_levels(const plain_walk *plain, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                              walk_result *r) noexcept nogil:
-    return walk_plainly(<const guest_walker32 *>NULL, PG_LEVEL_2M, plain, w, gva, access, r)
+cdef kvmmu_translation no_plain_walk(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                     uint32_t access) noexcept nogil:
+    cdef kvmmu_translation none
+    none.gpa = INVALID_GPA
+    none.error_code = none.status = none.level = 0
+    return none
 
 
-cdef bint plain_walk_pae(const plain_walk *plain, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                         walk_result *r) noexcept nogil:
-    return walk_plainly(<const guest_walker64 *>NULL, PG_LEVEL_1G, plain, w, gva, access, r)
+cdef kvmmu_translation plain_walk_2_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                           uint32_t access) noexcept nogil:
+    return kvmmu_plain(KVMMU_FORMAT_32, PG_LEVEL_2M, p, arch.cr3, arch.pkru, gva, access)
 
 
-cdef bint plain_walk_4_levels(const plain_walk *plain, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                              walk_result *r) noexcept nogil:
-    return walk_plainly(<const guest_walker64 *>NULL, PG_LEVEL_512G, plain, w, gva, access, r)
+cdef kvmmu_translation plain_walk_pae(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                      uint32_t access) noexcept nogil:
+    cdef uint64_t pdpte = arch.pdptrs[(gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
+    if not pdpte & PT_PRESENT_MASK:
+        return no_plain_walk(p, arch, gva, access)
+    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 
 
-cdef bint plain_walk_5_levels(const plain_walk *plain, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                              walk_result *r) noexcept nogil:
-    return walk_plainly(<const guest_walker64 *>NULL, PG_LEVEL_256T, plain, w, gva, access, r)
+cdef kvmmu_translation plain_walk_4_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                           uint32_t access) noexcept nogil:
+    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_512G, p, arch.cr3, arch.pkru, gva, access)
 
 
-cdef bint no_plain_walk(const plain_walk *plain, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                        walk_result *r) noexcept nogil:
-    return False
+cdef kvmmu_translation plain_walk_5_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                           uint32_t access) noexcept nogil:
+    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_256T, p, arch.cr3, arch.pkru, gva, access)
+
+
+# ---- what is asked of entries ------------------------------------------------------------------------------------------
+
+cdef bint allows(uint16_t permissions, uint32_t rights) noexcept nogil:
+    return not (permissions >> rights) & 1
+
+
+cdef void init_plain_access(kvmmu_plain_access *a, uint16_t permissions, bint write, uint64_t accessed_mask) noexcept nogil:
+    """Rights that must be there, and rights that must not, if that is all that permissions say."""
+    cdef uint32_t always = <uint32_t>ACC_ALL, never = <uint32_t>(ACC_WRITE_MASK | ACC_USER_MASK | ACC_EXEC_MASK), rights
+    cdef bint known
+    for rights in range(<uint32_t>ACC_ALL + 1):
+        if rights & ACC_READ_MASK and allows(permissions, rights):
+            always &= rights
+            never &= ~rights
+    known = not never & ACC_EXEC_MASK               # NX in any one entry withholds it: no question to an AND
+    for rights in range(<uint32_t>ACC_ALL + 1):
+        if rights & ACC_READ_MASK and allows(permissions, rights) != (rights & always == always and not rights & never):
+            known = False
+    # P, W and U are the same bits in entries as in rights
+    a.wanted = PT_PRESENT_MASK | (always & (ACC_WRITE_MASK | ACC_USER_MASK)) | accessed_mask
+    a.mask = a.wanted | never
+    a.upper_denied = PT64_NX_MASK if always & ACC_EXEC_MASK else 0
+    a.leaf_wanted = accessed_mask << 1 if write else 0
+    if not known:
+        a.mask, a.wanted = 0, PT_PRESENT_MASK
 
 
 cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nogil:
+    cdef kvmmu_plain_walk *p = &plain.p
+    cdef kvmmu_plain_access *a
+    cdef uint64_t rsvd_upper = w.page_size_mask
     cdef int level
+    cdef uint32_t i, access
+    memset(plain, 0, sizeof(plain_walk))
     plain.gva_to_gpa = no_plain_walk
-    plain.four_levels = False
-    plain.rsvd_mask = PT_PAGE_SIZE_MASK
     if w.ngpa is not NULL or w.is_nested or not w.cpu_role or w.cpu_role & ROLE_DIRECT_MASK:
         return
-    for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level):         # PAE: PDPTEs were checked when loaded
-        plain.rsvd_mask |= w.fmt.rsvd_bits_mask[0][level]
     if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
         plain.gva_to_gpa = plain_walk_2_levels
+    elif w.page_size_mask != PT_PAGE_SIZE_MASK:     # 8-byte entries always have large pages
+        return
     elif w.level == PG_LEVEL_1G:
         plain.gva_to_gpa = plain_walk_pae
     elif w.level == PG_LEVEL_512G:
@@ -53,3 +96,23 @@ cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nog
         plain.four_levels = True
     elif w.level == PG_LEVEL_256T:
         plain.gva_to_gpa = plain_walk_5_levels
+    p.page_size_mask, p.pse36_mask, p.gva_mask = w.page_size_mask, w.pse36_mask, w.gva_mask
+    p.pkru_mask = w.fmt.pkru_mask
+    for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs were checked when loaded
+        rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
+    for i in range(<uint32_t>KVMMU_PLAIN_ACCESSES):
+        a = &p.accesses[i]
+        access = explicit_access(i << PERMISSIONS_INDEX_SHIFT)
+        init_plain_access(a, w.fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT], access & ACCESS_WRITE_MASK != 0,
+                          w.accessed_mask)
+        for level in range(PG_LEVEL_1G):
+            a.leaf_mask[level] = a.leaf_wanted | a.upper_denied | w.fmt.rsvd_bits_mask[1][level]
+        a.leaf_mask[0] |= w.fmt.rsvd_bits_mask[0][0]            # bit 7 of a PTE is PAT
+        a.upper_denied |= rsvd_upper
+    if w.mem is not NULL:
+        use_plain_memory(plain, w.mem)
+
+
+cdef void use_plain_memory(plain_walk *plain, const guest_mem *mem) noexcept nogil:
+    plain.p.slot_gpa, plain.p.slot_size = mem.slots[0].gpa, mem.slots[0].size
+    plain.p.hva = mem.slots[0].hva

@@ -1,13 +1,17 @@
 """Translations from Cython and C: cimport this module from an extension of your own.
 
-    from kvmmu.walker cimport STATUS_OK, Walker, translate, walk_handle, walk_result
+    from kvmmu.walker cimport STATUS_OK, Walker, translate, translation, walk_handle
 
     def touch(Walker walker, uint64_t gva):
         cdef walk_handle handle = walker.handle
-        cdef walk_result r
+        cdef translation t
         with nogil:
-            if translate(handle, gva, ACCESS_WRITE_MASK | ACCESS_USER_MASK, True, &r) == STATUS_OK:
-                ...                                         # r.gpa
+            t = translate(handle, gva, ACCESS_WRITE_MASK | ACCESS_USER_MASK, True)
+            if t.status == STATUS_OK:
+                ...                                         # t.gpa, t.level
+
+`translate_fully()` makes the same walk with everything that is known of it: the entry that failed, the fault of the second
+stage. It costs several times as much.
 
 Compile with `kvmmu.get_include()` among the include directories, and again for every release of kvmmu: the functions below
 are inlined into the extension, and the layout of the structures may change between releases.
@@ -32,7 +36,7 @@ from kvmmu._bits cimport (
 )
 from kvmmu._format cimport explicit_access, kvm_page_format
 from kvmmu._pagewalk cimport PageWalk
-from kvmmu._plain cimport plain_walk, translate_plainly
+from kvmmu._plain cimport kvmmu_translation, plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
 
 cdef struct walk_state:
@@ -42,16 +46,32 @@ cdef struct walk_state:
 ctypedef const walk_state *walk_handle
 
 
-cdef inline uint8_t translate(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
-    """Translate one address; STATUS_*.
+# gpa: INVALID_GPA on a fault. error_code: of a #PF, else 0. status: STATUS_*. level: of the leaf, or of the entry that failed;
+# 0 without one
+ctypedef kvmmu_translation translation
+
+# Where the short cut does not succeed.
+cdef translation translate_slowly(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad) noexcept nogil
+
+
+cdef inline translation translate(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad) noexcept nogil:
+    """Translate one address.
 
     IN access: ACCESS_* bits; others are ignored. The vCPU's EFLAGS.AC is not added, as in arrays.
     IN set_ad: False suppresses the stores of accessed and dirty bits, and nothing else.
-    OUT r: every field, also on a fault; see `walk_result`.
     """
-    access = explicit_access(access & <uint32_t>ACCESS_VALID_MASK)
-    if not translate_plainly(&handle.plain, &handle.w, gva, access, r):
-        handle.w.gva_to_gpa(&handle.w, gva, access, set_ad, r)
+    cdef translation t
+    access &= <uint32_t>ACCESS_VALID_MASK
+    t = translate_plainly(&handle.plain, handle.w.vcpu, gva, access)
+    if t.gpa == INVALID_GPA:
+        return translate_slowly(handle, gva, access, set_ad)
+    return t
+
+
+cdef inline uint8_t translate_fully(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad,
+                                    walk_result *r) noexcept nogil:
+    """The same with every column of an array; STATUS_*. OUT r: every field, also on a fault; see `walk_result`."""
+    handle.w.gva_to_gpa(&handle.w, gva, explicit_access(access & <uint32_t>ACCESS_VALID_MASK), set_ad, r)
     return r.status
 
 

@@ -2,10 +2,13 @@
 
 import os
 
+from libc.stdint cimport uint32_t, uint64_t
+
 from kvmmu._contexts cimport SecondStage
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._plain cimport init_plain_walk
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu.walker cimport translate_fully, translation, walk_handle
 
 
 def get_include():
@@ -16,6 +19,14 @@ def get_include():
     str
     """
     return os.path.dirname(os.path.abspath(__file__))
+
+
+cdef translation translate_slowly(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad) noexcept nogil:
+    cdef walk_result r
+    cdef translation t
+    t.status = translate_fully(handle, gva, access, set_ad, &r)
+    t.gpa, t.error_code, t.level = r.gpa, r.error_code, r.level
+    return t
 
 
 cdef class Walker:

@@ -4,7 +4,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._plain cimport translate_plainly
 from kvmmu.walker cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_OK, STATUS_PAGE_FAULT, Walker, translate, walk_handle, walk_result,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_OK, STATUS_PAGE_FAULT, Walker, translate,
+    translate_fully, translation, walk_handle, walk_result,
 )
 
 
@@ -20,26 +21,38 @@ def translate_rows(Walker walker, const uint64_t[::1] gva, const uint8_t[::1] ac
     cdef Py_ssize_t i
     with nogil:
         for i in range(gva.shape[0]):
-            status[i] = translate(handle, gva[i], access[i], set_ad, &r)
+            status[i] = translate_fully(handle, gva[i], access[i], set_ad, &r)
             gpa[i], pte[i], pte_gpa[i], ngpa[i] = r.gpa, r.pte, r.pte_gpa, r.ngpa
             fault_gpa[i], exit_qualification[i] = r.fault_gpa, r.exit_qualification
             error_code[i] = r.error_code
             level[i], refs[i], pte_access[i] = r.level, r.refs, r.pte_access
 
 
+def translate_few(Walker walker, const uint64_t[::1] gva, const uint8_t[::1] access, bint set_ad, columns):
+    """The same of the columns that translate() has."""
+    cdef walk_handle handle = walker.handle
+    cdef translation t
+    cdef uint64_t[::1] gpa = columns["gpa"]
+    cdef uint32_t[::1] error_code = columns["error_code"]
+    cdef uint8_t[::1] status = columns["status"], level = columns["level"]
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(gva.shape[0]):
+            t = translate(handle, gva[i], access[i], set_ad)
+            gpa[i], error_code[i], status[i], level[i] = t.gpa, t.error_code, t.status, t.level
+
+
 def one(Walker walker, uint64_t gva, uint32_t access=0):
     """(status, gpa) of one address."""
-    cdef walk_result r
-    status = translate(walker.handle, gva, access, True, &r)
-    return status, r.gpa
+    cdef translation t = translate(walker.handle, gva, access, True)
+    return t.status, t.gpa
 
 
 def short_cut(Walker walker, uint64_t gva, uint32_t access):
     """Whether the short cut of `kvmmu/_plain.pxd` answers, by the function and by its inlined form."""
-    cdef walk_result r
     cdef walk_handle handle = walker.handle
-    return (bool(handle.plain.gva_to_gpa(&handle.plain, &handle.w, gva, access, &r)),
-            bool(translate_plainly(&handle.plain, &handle.w, gva, access, &r)))
+    return (handle.plain.gva_to_gpa(&handle.plain.p, handle.w.vcpu, gva, access).gpa != INVALID_GPA,
+            translate_plainly(&handle.plain, handle.w.vcpu, gva, access).gpa != INVALID_GPA)
 
 
 def place(Walker walker):

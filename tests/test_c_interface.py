@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ setup(name="cinterface", ext_modules=cythonize(
     [Extension("cinterface", ["cinterface.pyx"], include_dirs=[kvmmu.get_include()], extra_compile_args={flags})],
     compiler_directives={{"language_level": 3, "boundscheck": False, "wraparound": False}}))
 """
+FEW = ("gpa", "status", "error_code", "level")
 FLAGS = [] if sys.platform == "win32" else ["-Wall", "-Werror", "-Wno-unused-function"]
 
 
@@ -66,8 +67,15 @@ def in_c(extension, walker, gva, access, set_ad=True):
     return Translation(**columns)
 
 
-def assert_equal(expected, actual):
-    for name in COLUMNS:
+def in_c_few(extension, walker, gva, access, set_ad=True):
+    """The columns that translate() of the `.pxd` has."""
+    columns = {name: np.empty(gva.size, COLUMNS[name]) for name in FEW}
+    extension.translate_few(walker, gva, access, set_ad, columns)
+    return Translation(**columns)
+
+
+def assert_equal(expected, actual, names=tuple(COLUMNS)):
+    for name in names:
         np.testing.assert_array_equal(getattr(expected, name), getattr(actual, name), err_msg=name)
 
 
@@ -81,15 +89,19 @@ def in_order(walk, gva, access):
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_are_those_of_python(extension, mode, seed):
     """Every field of every row, and the accessed and dirty bits left in memory, on adversarial tables."""
-    (ours, gva, access), (theirs, _, _) = random_machine(seed, mode), random_machine(seed, mode)
+    (ours, gva, access), (few, _, _), (theirs, _, _) = (random_machine(seed, mode) for _ in range(3))
     expected = theirs.gva_walk.translate(gva, access, fields=tuple(COLUMNS), set_ad=False)
     assert_equal(expected, in_c(extension, Walker(ours.gva_walk), gva, access, set_ad=False))
+    assert_equal(expected, in_c_few(extension, Walker(few.gva_walk), gva, access, set_ad=False), FEW)
     assert len(set(expected.status.tolist())) > 1
-    for machine in (ours, theirs):
+    for machine in (ours, few, theirs):
         assert machine.mem.read(0x100000, 0x10000) == random_machine(seed, mode)[0].mem.read(0x100000, 0x10000)
     for _ in range(2):                                  # the second time, A and D bits are there already
-        assert_equal(in_order(theirs.gva_walk, gva, access), in_c(extension, Walker(ours.gva_walk), gva, access))
+        expected = in_order(theirs.gva_walk, gva, access)
+        assert_equal(expected, in_c(extension, Walker(ours.gva_walk), gva, access))
+        assert_equal(expected, in_c_few(extension, Walker(few.gva_walk), gva, access), FEW)
         assert theirs.mem.read(0x100000, 0x10000) == ours.mem.read(0x100000, 0x10000)
+        assert theirs.mem.read(0x100000, 0x10000) == few.mem.read(0x100000, 0x10000)
 
 
 @pytest.mark.parametrize("mode", ["32", "pae", "4l", "5l"])
@@ -113,6 +125,37 @@ def test_the_short_cut_answers_what_it_can(extension, mode):
             elif expected.status[0] != Status.OK:
                 assert (False, False) == extension.short_cut(walker, address, how)
     assert taken > 100
+
+
+@pytest.mark.parametrize(("cr0", "cr4", "efer"), [
+    (cr0, 0x20 | cr4, efer) for cr0 in (0x80000001, 0x80010001) for cr4 in (0, 0x700000)
+    for efer in (0x500, 0xD00)], ids=hex)
+def test_the_short_cut_judges_every_right(extension, cr0, cr4, efer):
+    """Each access by each set of rights, with and without WP, SMEP, SMAP, PKE and NX: it takes what is allowed, no more."""
+    vcpu, leaf, upper = identity(), 0x12000 + 8 * 5, 0x11000
+    vcpu.set_regs(cr0=cr0, cr4=cr4, efer=efer, pkru=0xC)                # PKRU denies key 1
+    walk, walker = vcpu.gva_walk, Walker(vcpu.gva_walk)
+    for table in (0x1000, 0x10000):
+        vcpu.mem.write_u64(table, vcpu.mem.read_u64(table) | 0x20)
+    counts = {True: 0, False: 0}
+    for rights, key, where in product(range(32), (0, 1), (leaf, upper)):
+        bits = (rights & 7) | (rights & 8) << 60 | (rights & 16) << 2 | 0x20       # P W U, NX, D
+        vcpu.mem.write_u64(upper, 0x12027)
+        vcpu.mem.write_u64(leaf, 0x5067 | key << 59)
+        vcpu.mem.write_u64(where, vcpu.mem.read_u64(where) & ~0x67 | bits)
+        before = vcpu.mem.read(0x10000, 0x3000)
+        for access in range(0, 64, 2):
+            row = np.array([0x5008], np.uint64), np.array([access], np.uint8)
+            taken = extension.short_cut(walker, 0x5008, access)
+            expected = walk.translate(*row, fields=tuple(COLUMNS))
+            untouched = vcpu.mem.read(0x10000, 0x3000) == before
+            vcpu.mem.write(0x10000, before)
+            possible = bool(expected.status[0] == Status.OK and untouched)
+            assert (possible, possible) == taken, (rights, key, where, access)
+            assert_equal(expected, in_c_few(extension, walker, *row), FEW)
+            vcpu.mem.write(0x10000, before)
+            counts[possible] += 1
+    assert min(counts.values()) > 100
 
 
 def test_the_short_cut_leaves_the_rest(extension):
@@ -168,6 +211,7 @@ def test_both_walks_of_a_nested_guest(extension, walk):
     access = rng.choice(np.array(ACCESSES, np.uint8), gva.size)
     expected = getattr(vcpu, walk).translate(gva, access, fields=tuple(COLUMNS), set_ad=False)
     assert_equal(expected, in_c(extension, Walker(getattr(vcpu, walk)), gva, access, set_ad=False))
+    assert_equal(expected, in_c_few(extension, Walker(getattr(vcpu, walk)), gva, access, set_ad=False), FEW)
     assert {Status.OK} < set(expected.status.tolist())
 
 
