@@ -25,7 +25,7 @@ cdef struct lane_space:
 
 # What surely passes each access in the last entries of a walk, after a prefix that is like one.
 cdef struct sure_passes:
-    const lane_space *of        # NULL: nothing is known
+    const kvm_pagewalk *of      # NULL: nothing is known
     bint fits                   # False: too few of the last block passed
     int rest                    # blocks to go before trying again
     int patience

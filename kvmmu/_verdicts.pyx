@@ -38,9 +38,9 @@ cdef bint find_sure(sure_passes *p, const lane_space *s, const kvmmu_lanes *l, u
         if (ref >> PREFIX_COLD_SHIFT) & 1:
             continue
         sample = kvmmu_read_entry(s.w.format, l.entry[lane])
-        if p.of is s and p.like == ref and (s.w.format != KVMMU_FORMAT_EPT or p.sample == sample):
+        if p.of is s.w and p.like == ref and (s.w.format != KVMMU_FORMAT_EPT or p.sample == sample):
             return True                             # what is known is for lanes like this
-        p.of, p.like, p.sample = s, ref, sample
+        p.of, p.like, p.sample = s.w, ref, sample
         for access in range(<size_t>KVMMU_ACCESS_BYTES):
             if explicit_access(access) != access:
                 p.passes[access] = p.passes[explicit_access(access)]
@@ -60,7 +60,7 @@ cdef bint judge_surely(const kvmmu_lane_ops *ops, const lane_space *s, kvmmu_lan
     if p.rest:
         p.rest -= 1
         return False
-    if p.of is not s or not p.fits:
+    if p.of is not s.w or not p.fits:
         if not find_sure(p, s, l, lanes):
             return False
     if all_alike(access):

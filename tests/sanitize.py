@@ -32,6 +32,7 @@ IN_CHILD = "KVMMU_SANITIZE_CHILD"
 PAGE = 4096
 MODES = ("nopg", "32", "pae", "4l", "5l")
 FIELDS = ("gpa", "status", "error_code", "level", "pte", "pte_gpa", "pte_access", "refs")
+SOME_FIELDS = (FIELDS, FIELDS[:4], ("level",), ("pte", "refs", "gpa"), (*FIELDS, "ngpa", "fault_gpa", "exit_qualification"))
 ACCESS_BITS = np.array([0, 2, 4, 8, 16, 32], np.uint8)
 EDGE_GVAS = np.array([0, *(1 << n for n in (32, 47, 56)), *((1 << n) - 1 for n in (32, 47, 56, 64))], np.uint64)
 CR0_PE, CR0_WP, CR0_PG = 1 << 0, 1 << 16, 1 << 31
@@ -40,7 +41,8 @@ EFER_LME, EFER_LMA, EFER_NX = 1 << 8, 1 << 10, 1 << 11
 INDEXED_LIMIT = 1 << 32                 # slots beyond the largest that hold more than this are searched, not indexed
 SPARSE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
 BATCHES_PER_MEMORY = 12
-ROWS = (1, 2, 3, 17, 256, 2048, 8192, 8192)
+ROWS = (1, 2, 3, 17, 256, 2048, 8192, 8192, 20000)
+REFERENCE_ROWS = 7                      # so few rows are walked one by one
 SCALARS = 12
 RECORDINGS_PER_MILLION = 40
 
@@ -237,6 +239,54 @@ def check_scalars(kvmmu, walk, gvas, accesses, t, counts):
         counts["scalar walks"] += 2
 
 
+def few_pages(rng, gvas):
+    """The same number of addresses on few pages, in runs: translations that a batch remembers."""
+    pages = rng.choice(gvas, int(rng.choice((1, 8, 100))))
+    runs = np.repeat(rng.choice(pages, gvas.size), int(rng.choice((1, 5, 64))))[:gvas.size]
+    return runs ^ rng.integers(0, PAGE, gvas.size, np.uint64)
+
+
+def register_sets(kvmmu, rng, mode, frames, maxphyaddr, counts):
+    """One set, or several, of this mode or of any, under second stages that some of them share."""
+    number = int(rng.choice((1, 1, 2, 5, 8, 80)))
+    sets = [random_regs(kvmmu, rng, mode if rng.random() < 0.8 else str(rng.choice(MODES)), frames, maxphyaddr)
+            for _ in range(number)]
+    if number > 1 and rng.random() < 0.5:
+        stages = [random_stage(kvmmu, rng, frames, maxphyaddr) for _ in range(int(rng.choice((1, 3, number))))]
+        sets = [(r, stages[int(rng.integers(len(stages)))]) for r in sets]
+    if number > 5:
+        counts["batches of many register sets"] += 1
+    return sets
+
+
+def legal_sets(kvmmu, walk, sets, counts):
+    """The sets that can be loaded."""
+    legal = []
+    for row in sets:
+        try:
+            walk.prepare([row])
+            legal.append(row)
+        except kvmmu.GuestFault:
+            counts["illegal register sets"] += 1
+    return legal
+
+
+def check_batch(walk, gvas, accesses, ctx, regs, fields, rng, counts):
+    """A batch without stores must agree with the same rows in calls too small for more than one walk after the other."""
+    how = {"regs": regs, "fields": fields, "set_ad": False}
+    together = walk.translate(gvas, accesses, ctx=ctx, **how)
+    start = int(rng.integers(gvas.size))
+    for first in range(start, min(start + 40 * REFERENCE_ROWS, gvas.size), REFERENCE_ROWS):
+        rows = slice(first, min(first + REFERENCE_ROWS, gvas.size))
+        alone = walk.translate(gvas[rows], accesses[rows] if np.ndim(accesses) else accesses,
+                               ctx=None if ctx is None else ctx[rows], **how)
+        for name in fields:
+            if not np.array_equal(getattr(together, name)[rows], getattr(alone, name)):
+                raise AssertionError(f"{name} of rows {rows.start} to {rows.stop}: {getattr(together, name)[rows]} in a batch, "
+                                     f"{getattr(alone, name)} alone")
+    counts["batches compared"] += 1
+
+
 def walk_batches(kvmmu, rng, counts):
     """Batches over one random memory."""
     mode = str(rng.choice(MODES, p=(0.02, 0.2, 0.2, 0.38, 0.2)))
@@ -246,27 +296,34 @@ def walk_batches(kvmmu, rng, counts):
                          pse36=bool(rng.integers(2)), conformance=str(rng.choice(("sdm", "kvm"))))
     vcpu = kvmmu.Vcpu(mem, cpu=cpu)
     walk = vcpu.gva_walk
+    from kvmmu._batch import instruction_sets, use_instruction_set
+
     for _ in range(BATCHES_PER_MEMORY):
+        name = str(rng.choice(instruction_sets()))
+        use_instruction_set(name)
         n = int(rng.choice(ROWS))
         gvas, accesses = random_gvas(rng, n, mode), random_accesses(rng, n)
+        if rng.random() < 0.5:
+            gvas = few_pages(rng, gvas)
+        if rng.random() < 0.3:
+            accesses[:] = accesses[0]
         options = {"fields": FIELDS if rng.random() < 0.5 else ("gpa", "status", "error_code"), "set_ad": bool(rng.integers(2)),
                    "threads": int(rng.choice((1, 1, 2)))}
-        sets = [random_regs(kvmmu, rng, mode, frames, maxphyaddr) for _ in range(int(rng.choice((1, 5))))]
-        try:
-            if len(sets) == 1:
-                r = sets[0]
-                vcpu.set_regs(**{name: getattr(r, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")})
-            else:
-                if rng.random() < 0.5:
-                    sets = [(r, random_stage(kvmmu, rng, frames, maxphyaddr)) for r in sets]
-                    counts["walks in two stages"] += n
-                options |= {"regs": walk.prepare(sets), "ctx": rng.integers(0, len(sets), n, np.uint32)}
-        except kvmmu.GuestFault:
-            counts["illegal register sets"] += 1
+        sets = legal_sets(kvmmu, walk, register_sets(kvmmu, rng, mode, frames, maxphyaddr, counts), counts)
+        if not sets:
             continue
+        plain = len(sets) == 1 and not isinstance(sets[0], tuple)
+        if plain:
+            r = sets[0]
+            vcpu.set_regs(**{register: getattr(r, register) for register in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")})
+        else:
+            ctx = np.repeat(rng.integers(0, len(sets), n, np.uint32), int(rng.choice((1, 10, 64))))[:n]
+            options |= {"regs": walk.prepare(sets), "ctx": ctx}
+            counts["walks in two stages"] += n * isinstance(sets[0], tuple)
         t = walk.translate(gvas, accesses, **options)
         counts["walks"] += n
         counts[f"walks {mode}"] += n
+        counts[f"walks {name}"] += n
         counts[f"walks {cpu.conformance}"] += n
         for status, number in enumerate(np.bincount(t.status, minlength=3).tolist()):
             counts[f"status {kvmmu.Status(status).name}"] += number
@@ -276,7 +333,10 @@ def walk_batches(kvmmu, rng, counts):
             walk.translate_span(gvas, rng.integers(1, PAGE + 1, n, np.uint64), accesses,
                                 **{name: options[name] for name in ("regs", "ctx", "set_ad", "threads") if name in options})
             counts["walks of spans"] += n
-        if len(sets) == 1:
+        if rng.random() < 0.5:
+            fields = SOME_FIELDS[int(rng.integers(len(SOME_FIELDS)))]
+            check_batch(walk, gvas, accesses, options.get("ctx"), options.get("regs"), fields, rng, counts)
+        if plain:
             gvas, accesses = gvas[:SCALARS], accesses[:SCALARS]
             check_scalars(kvmmu, walk, gvas, accesses, walk.translate(gvas, accesses, set_ad=False), counts)
 
