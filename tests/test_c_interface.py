@@ -128,7 +128,7 @@ def test_the_short_cut_answers_what_it_can(extension, mode):
 
 
 @pytest.mark.parametrize(("cr0", "cr4", "efer"), [
-    (cr0, 0x20 | cr4, efer) for cr0 in (0x80000001, 0x80010001) for cr4 in (0, 0x700000)
+    (cr0, 0x20 | cr4, efer) for cr0 in (0x80000001, 0x80010001) for cr4 in (0, 0x100000, 0x200000, 0x700000)
     for efer in (0x500, 0xD00)], ids=hex)
 def test_the_short_cut_judges_every_right(extension, cr0, cr4, efer):
     """Each access by each set of rights, with and without WP, SMEP, SMAP, PKE and NX: it takes what is allowed, no more."""
