@@ -10,7 +10,8 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk"]
-KERNEL = ["_walk", "_batch", "_replay"]
+KERNEL = ["_walk", "_batch", "_replay",
+          "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
@@ -32,8 +33,8 @@ if SANITIZE:
 
 def extensions(names, directives):
     modules = [
-        Extension(f"kvmmu.{name}", [f"kvmmu/{name}.pyx"], include_dirs=["kvmmu"], extra_compile_args=COMPILE_ARGS,
-                  extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
+        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["kvmmu"],
+                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
         for name in names
     ]
     return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")

@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 
-from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, Status
+from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, RetPf, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
 from kvmmu._memory import GuestMemory
@@ -30,6 +30,7 @@ from kvmmu.faults import (
     PmlFull,
 )
 from kvmmu.figure import plot_walk
+from kvmmu.host import Host
 from kvmmu.nested import Ept, Intercepts, Npt, Pml
 from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.registers import CpuModel, Regs
@@ -38,9 +39,9 @@ from kvmmu.vcpu import Vcpu
 
 __all__ = [
     "Acc", "Access", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig", "EptQual",
-    "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory", "INVALID_GPA",
+    "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory", "Host", "INVALID_GPA",
     "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt", "PageFault", "PageFormat",
-    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "Report", "Span", "Status", "SvmExit", "SvmExitCode", "Translation",
+    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "Report", "RetPf", "Span", "Status", "SvmExit", "SvmExitCode", "Translation",
     "Vcpu", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
 ]

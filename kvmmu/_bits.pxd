@@ -191,3 +191,38 @@ cdef extern from "_bits.h" nogil:
     const uint64_t ROLE_EXT_CR4_LA57_MASK
     const uint64_t ROLE_EXT_EFER_LMA_MASK
     const uint64_t ROLE_EXT_HAS_PFERR_FETCH_MASK
+    const int SPTE_ENT_PER_PAGE
+    const uint64_t SPTE_MMU_PRESENT_MASK
+    const uint64_t SPTE_TDP_AD_MASK
+    const uint64_t SPTE_TDP_AD_DISABLED
+    const uint64_t SPTE_TDP_AD_WRPROT_ONLY
+    const uint64_t SPTE_BASE_ADDR_MASK
+    const uint64_t SHADOW_NONPRESENT_VALUE
+    const uint64_t FROZEN_SPTE
+    const uint64_t LEGACY_SPTE_HOST_WRITABLE
+    const uint64_t LEGACY_SPTE_MMU_WRITABLE
+    const uint64_t EPT_SPTE_HOST_WRITABLE
+    const uint64_t EPT_SPTE_MMU_WRITABLE
+    const uint64_t EPT_SUPPRESS_VE_MASK
+    const uint64_t EPT_MT_WB_MASK
+    const uint64_t EPT_IPAT_MASK
+    const int SPTE_ACC_TRACK_SAVED_SHIFT
+    const uint64_t SPTE_ACC_TRACK_BITS_MASK
+    const int MMIO_SPTE_GEN_BITS
+    const uint64_t MMIO_SPTE_GEN_MASK
+    const int MMIO_SPTE_GEN_LOW_BITS
+    const int MMIO_SPTE_GEN_LOW_SHIFT
+    const int MMIO_SPTE_GEN_HIGH_SHIFT
+    const uint64_t MMIO_SPTE_GEN_LOW_MASK
+    const uint64_t MMIO_SPTE_GEN_HIGH_MASK
+    const uint64_t LEGACY_MMIO_VALUE
+    const uint64_t EPT_MMIO_VALUE
+    const int L1TF_BITS
+    const uint64_t MEMSLOT_GEN_UPDATE_IN_PROGRESS
+    const int RET_PF_CONTINUE
+    const int RET_PF_RETRY
+    const int RET_PF_EMULATE
+    const int RET_PF_WRITE_PROTECTED
+    const int RET_PF_INVALID
+    const int RET_PF_FIXED
+    const int RET_PF_SPURIOUS
