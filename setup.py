@@ -9,9 +9,11 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk"]
-KERNEL = ["_walk", "_batch", "_replay",
-          "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault"]
+SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk",
+        "mmu._state", "mmu._audit", "mmu._inspect"]
+KERNEL = ["_walk", "_batch", "_replay", "_tlb", "_access", "_machine",
+          "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault",
+          "mmu._tdp", "mmu._tdp_range", "mmu._entry"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {

@@ -24,6 +24,7 @@ cdef extern from "_bits.h" nogil:
     const int PT_ACCESSED_SHIFT
     const int PT_DIRTY_SHIFT
     const int PT_PAGE_SIZE_SHIFT
+    const int PT_GLOBAL_SHIFT
     const int PT_AMD_MBZ_SHIFT
     const uint64_t PT_PRESENT_MASK
     const uint64_t PT_WRITABLE_MASK
@@ -31,6 +32,7 @@ cdef extern from "_bits.h" nogil:
     const uint64_t PT_ACCESSED_MASK
     const uint64_t PT_DIRTY_MASK
     const uint64_t PT_PAGE_SIZE_MASK
+    const uint64_t PT_GLOBAL_MASK
     const uint64_t PT_AMD_MBZ_MASK
     const int PT64_INDEX_BITS
     const uint64_t PT64_INDEX_MASK

@@ -12,12 +12,12 @@ import kvmmu
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
-          "host", "_format", "_gpte", "_walk", "_batch", "mmu", "_contexts",
-          "_arguments", "_explain", "_pagewalk", "vcpu", "_replay", "replay", "report",
-          "figure", "cli")
+          "host", "_format", "_gpte", "_walk", "_batch", "_tlb", "mmu", "_contexts",
+          "_arguments", "_explain", "_pagewalk", "_access", "_machine", "tracepoints", "vm", "vcpu", "_replay", "replay",
+          "report", "figure", "cli")
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
-              "_entry", "_state")
+              "_entry", "_state", "_audit", "_inspect")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "cli")
 FACE = ("__init__", "__main__")                                         # may import everything

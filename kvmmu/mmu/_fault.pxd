@@ -37,8 +37,9 @@ cdef int fast_page_fault(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil
 cdef bint fault_make_spte(kvm *k, uint32_t role, kvm_memory_slot *slot, uint32_t access, uint64_t gfn, uint64_t pfn,
                           uint64_t old, bint prefetch, bint can_unsync, bint synchronizing, bint host_writable,
                           uint64_t *spte) noexcept nogil
-# Install an MMIO entry: store it yourself; this one is traced
-cdef uint64_t make_traced_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
+# An MMIO entry of the present generation, not stored yet
+cdef uint64_t fault_make_mmio_spte(kvm *k, uint64_t gfn, uint32_t access) noexcept nogil
+cdef void trace_mark_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
 # RET_PF_*: of a fault with RSVD. INVALID: a stale generation, take the slow path. -EINVAL: reserved bits in a real entry
 cdef int handle_mmio_page_fault(kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil
 # What the host has done to a frame since it was mapped: it is a new page now

@@ -237,10 +237,12 @@ cdef bint is_mmio_cached(const kvm_vcpu *vcpu, uint64_t addr, bint direct) noexc
     return vcpu.mmio_gva != 0 and vcpu.mmio_gva == addr >> PAGE_SHIFT << PAGE_SHIFT
 
 
-cdef uint64_t make_traced_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil:
-    cdef uint64_t spte = make_mmio_spte(&k.spte, gfn, access, mmio_generation(k))
+cdef uint64_t fault_make_mmio_spte(kvm *k, uint64_t gfn, uint32_t access) noexcept nogil:
+    return make_mmio_spte(&k.spte, gfn, access, mmio_generation(k))
+
+
+cdef void trace_mark_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil:
     trace(&k.trace, TRACE_MARK_MMIO_SPTE, sptep, gfn, access & k.spte.mmio_access_mask, mmio_generation(k))
-    return spte
 
 
 cdef bint is_current_mmio_spte(kvm *k, uint64_t spte) noexcept nogil:

@@ -46,6 +46,7 @@ cdef struct kvm_mmu_page:
     uint8_t write_flooding_count
     bint unsync
     bint tdp_mmu_page
+    bint held                       # a root of a TdpMmu: the machine has a reference of its own
     bint nx_huge_page_disallowed
     bint in_use
 
@@ -62,6 +63,7 @@ cdef struct kvm_stats:
     int64_t pages_4k, pages_2m, pages_1g, nx_lpage_splits
     int64_t max_mmu_rmap_size, max_mmu_page_hash_collisions
     int64_t exits, mmio_exits, insn_emulation, pml_full
+    int64_t bugs                    # what must never happen, did
 
 cdef struct kvm
 cdef struct kvm_vcpu
@@ -136,7 +138,9 @@ cdef struct kvm_mmu:
 
 cdef struct kvm_vcpu:
     kvm *kvm
-    kvm_mmu *mmu
+    kvm_mmu *mmu                    # the active one
+    kvm_mmu root_mmu
+    kvm_mmu guest_mmu
     uint32_t id
     uint32_t requests
     uint8_t as_id
@@ -150,7 +154,7 @@ cdef struct kvm_vcpu:
 
 cdef inline kvm_mmu_page *sp_of(kvm *k, uint64_t sptep) noexcept nogil:
     """The page that an entry is in."""
-    return &k.pages[sptep / SPTE_ENT_PER_PAGE]
+    return &k.pages[sptep // SPTE_ENT_PER_PAGE]
 
 
 cdef inline int sp_level(const kvm_mmu_page *sp) noexcept nogil:
@@ -181,6 +185,5 @@ cdef void make_all_vcpus_request(kvm *k, uint32_t request) noexcept nogil
 # Every vCPU drops what its TLB holds of this machine, before it runs again
 cdef void flush_remote_tlbs(kvm *k) noexcept nogil
 cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil
-# 0, or -1 for want of memory
-cdef int add_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil
-cdef void remove_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil
+# A vCPU that lives as long as the machine; NULL for want of memory
+cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil

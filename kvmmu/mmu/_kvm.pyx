@@ -24,6 +24,8 @@ cdef void free_kvm(kvm *k) noexcept nogil:
         for i in range(k.slots[as_id].count):
             free_memslot(k.slots[as_id].slots[i])
         free(k.slots[as_id].slots)
+    for i in range(k.nr_vcpus):
+        free(k.vcpus[i])
     free_pool(&k.lists)
     free(k.trace.events)
     free(k.sptes)
@@ -52,20 +54,16 @@ cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil:
         k.stats.pages_1g += count
 
 
-cdef int add_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil:
+cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil:
+    cdef kvm_vcpu *vcpu = <kvm_vcpu *>calloc(1, sizeof(kvm_vcpu))
     cdef kvm_vcpu **grown = <kvm_vcpu **>realloc(k.vcpus, (k.nr_vcpus + 1) * sizeof(kvm_vcpu *))
-    if grown is NULL:
-        return -1
-    k.vcpus = grown
+    if grown is not NULL:
+        k.vcpus = grown
+    if grown is NULL or vcpu is NULL:
+        free(vcpu)
+        return NULL
+    vcpu.kvm, vcpu.id = k, id
+    vcpu.mmu = &vcpu.root_mmu
     k.vcpus[k.nr_vcpus] = vcpu
     k.nr_vcpus += 1
-    return 0
-
-
-cdef void remove_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil:
-    cdef size_t i
-    for i in range(k.nr_vcpus):
-        if k.vcpus[i] is vcpu:
-            k.nr_vcpus -= 1
-            k.vcpus[i] = k.vcpus[k.nr_vcpus]
-            return
+    return vcpu

@@ -17,7 +17,7 @@ stands there as `old` when it re-derives one (synchronizing).
 Sources: SDM vol. 3, "EPT Translation Mechanism", "EPT Misconfigurations"; APM vol. 2, "Nested Paging".
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_PFEC_MASK,
@@ -202,6 +202,10 @@ cdef void init_tdp_format(PageFormat fmt, const spte_format *f, int level, bint 
 # IN nested: of an EPT12/NPT12 (else of CR3 tables); execonly as L1 negotiated; gbpages of the guest
 cdef void init_shadow_format(PageFormat fmt, const spte_format *f, int level, bint smep, bint nested, bint execonly,
                              bint gbpages) noexcept
+
+
+# What is wrong with an entry: 0, or a sum as `SpteFormat.audit_page()` describes it
+cdef uint8_t audit_spte(const spte_format *f, PageFormat fmt, uint64_t spte, int level, uint32_t role) noexcept
 
 
 cdef class SpteFormat:

@@ -12,7 +12,7 @@ from kvmmu.mmu._trace cimport TRACE_UNSYNC_PAGE, trace
 
 
 cdef void mark_unsync_child(kvm *k, uint64_t sptep) noexcept nogil:
-    cdef uint32_t sp = <uint32_t>(sptep / SPTE_ENT_PER_PAGE)
+    cdef uint32_t sp = <uint32_t>(sptep // SPTE_ENT_PER_PAGE)
     cdef int index = <int>(sptep % SPTE_ENT_PER_PAGE)
     cdef kvm_mmu_page *page = &k.pages[sp]
     cdef uint64_t bit = <uint64_t>1 << (index & 63)
@@ -31,7 +31,7 @@ cdef void mark_parents_unsync(kvm *k, uint32_t sp) noexcept nogil:
 
 
 cdef void clear_unsync_child(kvm *k, uint64_t sptep) noexcept nogil:
-    cdef kvm_mmu_page *page = &k.pages[sptep / SPTE_ENT_PER_PAGE]
+    cdef kvm_mmu_page *page = &k.pages[sptep // SPTE_ENT_PER_PAGE]
     cdef int index = <int>(sptep % SPTE_ENT_PER_PAGE)
     cdef uint64_t bit = <uint64_t>1 << (index & 63)
     if page.unsync_child_bitmap[index >> 6] & bit:
