@@ -12,12 +12,14 @@ from kvmmu._bits import CR3_PAE_PDPT, Access, NpfInfo, Status
 from kvmmu._memory import GuestMemory
 from kvmmu._replay import Replayer
 from kvmmu.faults import GeneralProtection, NestedFault, access_text, error_code_text, npf_info_text
+from kvmmu.host import Host
 from kvmmu.nested import Npt
 from kvmmu.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.traces import Recording
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vcpu import Vcpu
+from kvmmu.vm import Vm
 
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay"]
 
@@ -26,6 +28,8 @@ _EVENT_WORLD_SWITCH = 7
 _PDPTE_ACCESSED = 1 << 5
 _CHUNK = 1 << 20
 _EXPLAINED = 20
+_MEMORY_UNIT = 1 << 21                      # a slot that ends between large pages has small ones there
+_HOST_MAXPHYADDR = 46
 Progress = Callable[[int, int], object]
 
 _PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
@@ -135,6 +139,35 @@ def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     if contexts:
         use_context(vcpu, contexts[0])
     return vcpu, contexts
+
+
+def touched_machine(recording: Recording, *, tdp: str = "ept", backing: str = "2m", nx_huge_pages: bool = False) -> Vm:
+    """A machine whose guest has read every page that a recording touches, each once.
+
+    Parameters
+    ----------
+    recording : Recording
+    tdp, backing, nx_huge_pages
+        Of its `Host` and `Vm`.
+
+    Returns
+    -------
+    Vm
+        Its memory reaches to the last page touched. Contexts inside a nested guest are left out.
+    """
+    plain, contexts = recording_vcpu(recording)
+    real = recording.pages_gpa[recording.pages_io == 0]
+    end = max(int(real.max(initial=0)), int(recording.table_pfn.max(initial=0)) << 12) + 1
+    mem = GuestMemory(-(-end // _MEMORY_UNIT) * _MEMORY_UNIT)
+    for pfn, page in zip(recording.table_pfn.tolist(), recording.table_data, strict=True):
+        mem.write(pfn << 12, page.tobytes())
+    vm = Vm(mem, plain.cpu, Host(tdp=tdp, maxphyaddr=_HOST_MAXPHYADDR, nx_huge_pages=nx_huge_pages), backing=backing)
+    vcpu = vm.create_vcpu()
+    for number, context in enumerate(contexts):
+        if isinstance(context, Regs):
+            use_context(vcpu, context)
+            vcpu.access(np.ascontiguousarray(recording.pages_gva[recording.pages_ctx == number]), Access.AC)
+    return vm
 
 
 def use_context(vcpu: Vcpu, context: Context) -> None:

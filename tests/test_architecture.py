@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "kvmmu"                               # the s
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
           "host", "_format", "_gpte", "_walk", "_batch", "_tlb", "mmu", "_contexts",
           "_arguments", "_explain", "_pagewalk", "_access", "_machine", "tracepoints", "vm", "vcpu", "_replay", "replay",
-          "report", "figure", "cli")
+          "report", "spt", "figure", "cli")
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
               "_entry", "_state", "_audit", "_inspect")

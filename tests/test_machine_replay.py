@@ -5,6 +5,7 @@ KVMMU_RECORDINGS names a directory of whole recordings, which are replayed too.
 """
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ class Guest:
         for pos, gpa, value in zip(writes.pos.tolist(), writes.gpa.tolist(), writes.val.tolist(), strict=True):
             by_write.setdefault(pos + 1, []).append((gpa, value))
         emulated = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             for gpa, value in by_write.get(start, ()):
                 self.mem.write_u64(gpa, value)
             reload = int(ctx[start]) != self.ctx
