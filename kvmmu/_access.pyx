@@ -334,6 +334,12 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
     cdef access_result r
     cdef tlb_entry *entry
     cdef uint32_t *hints = m.tlb.hints
+    cdef uint64_t *gpa = out.gpa
+    cdef uint64_t *hpa = out.hpa
+    cdef uint32_t *error_code = out.error_code
+    cdef uint8_t *status = out.status
+    cdef uint8_t *rets = out.ret
+    cdef uint8_t *exits = out.exits
     cdef uint32_t a, hint, clock
     cdef uint64_t addr, offset, hits = 0
     cdef size_t i
@@ -350,9 +356,9 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
             hits += 1
             entry.stamp = clock
             offset = addr & ((<uint64_t>1 << c.arrays[hint & 3].shift) - 1)
-            out.gpa[i], out.hpa[i] = entry.gpa | offset, entry.hpa | offset
-            out.status[i], out.error_code[i] = STATUS_OK, 0
-            out.ret[i], out.exits[i] = RET_PF_CONTINUE, 0
+            gpa[i], hpa[i] = entry.gpa | offset, entry.hpa | offset
+            status[i], error_code[i] = STATUS_OK, 0
+            rets[i], exits[i] = RET_PF_CONTINUE, 0
             continue
         m.tlb.clock = clock
         ret = machine_access(m, gva[i], a, &r)
@@ -362,9 +368,9 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
             row[0] = i
             m.tlb.hits += hits
             return ret
-        out.gpa[i], out.hpa[i] = r.gpa, r.hpa
-        out.status[i], out.error_code[i] = r.status, r.error_code
-        out.ret[i], out.exits[i] = r.ret, r.exits
+        gpa[i], hpa[i] = r.gpa, r.hpa
+        status[i], error_code[i] = r.status, r.error_code
+        rets[i], exits[i] = r.ret, r.exits
     m.tlb.clock = clock
     m.tlb.hits += hits
     return 0
