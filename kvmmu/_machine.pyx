@@ -250,8 +250,12 @@ cdef class Machine:
 
     def invlpg(self, gva):
         """INVLPG: this vCPU's translations of an address; a non-canonical one does nothing."""
-        cdef uint64_t addr = gva & self.m.hw.gva_mask
         self.kvm.k.stats.invlpg += 1
+        self.flush_addr(gva)
+
+    def flush_addr(self, gva):
+        """What INVLPG flushes."""
+        cdef uint64_t addr = gva & self.m.hw.gva_mask
         if <uint64_t>(<int64_t>(addr << self.m.hw.canonical_shift) >> self.m.hw.canonical_shift) == addr:
             tlb_invlpg(&self.tlb.t, addr)
             self.m.vcpu.mmio_cached = False

@@ -250,6 +250,34 @@ class Vcpu:
         if self._made is not None:
             self._machine.invpcid(type, pcid, gva)
 
+    def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
+        """Forget translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
+
+        Parameters
+        ----------
+        walk : PageWalk
+            `gva_walk`: under two-dimensional paging only the TLB holds such translations.
+        addr : int
+            Non-canonical: nothing happens.
+        roots : {"current", "all"}
+            Of shadow page tables.
+
+        Raises
+        ------
+        NotImplementedError
+            `ngpa_walk`, or a host without two-dimensional paging: page tables that shadow the guest's are not built.
+        """
+        if roots not in ("current", "all"):
+            raise ValueError(f"roots: want 'current' or 'all', got {roots!r}")
+        if walk is not self.gva_walk and walk is not self.ngpa_walk:
+            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
+        addr = _check_bits("addr", addr, 64)
+        if walk is self.ngpa_walk or self._tdp is None:
+            self._need_tdp()
+            raise NotImplementedError("ngpa_walk is not in use: there is nothing to invalidate in its page tables")
+        if self._made is not None:
+            self._machine.flush_addr(addr)
+
     # ---- the machine -------------------------------------------------------------------------------------------------
 
     @property

@@ -127,6 +127,7 @@ class Driver:
             assert hpa == 2**64 - 1, f"MMIO at {gpa:#x} reached {hpa:#x}"
             return
         assert hpa != 2**64 - 1
+        assert ret != RetPf.EMULATE, f"memory at {gpa:#x} was emulated"
         assert hpa == self.host_address(gpa), f"{gpa:#x} reached {hpa:#x}, the host page is at {self.host_address(gpa):#x}"
         if write and slot["gpa"] in self.dirty:
             self.dirty[slot["gpa"]].add(gpa >> 12)

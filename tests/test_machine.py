@@ -567,6 +567,39 @@ def test_global_translations_and_pcids():
         vcpu.invpcid(0, 0, 1 << 60)
 
 
+def test_invalidate_addr_of_gva_walk_flushes_the_tlb_and_builds_nothing():
+    """Under two-dimensional paging no page table of the host knows linear addresses."""
+    vm, vcpu = machine(maps=((0x1000, 0x3000),))
+    touch(vcpu, 0x1000)
+    vm.mem.write_u64(vcpu.tables.entry_gpa(0x1000, 1), 0)
+    before = vm.stats
+    vcpu.invalidate_addr(vcpu.gva_walk, 1 << 60)
+    assert Status.OK == int(touch(vcpu, 0x1000).status[0])
+    vcpu.invalidate_addr(vcpu.gva_walk, 0x1000, "all")
+    assert Status.PAGE_FAULT == int(touch(vcpu, 0x1000).status[0])
+    assert before == vm.stats
+    with pytest.raises(NotImplementedError):
+        vcpu.invalidate_addr(vcpu.ngpa_walk, 0)
+    with pytest.raises(ValueError, match="roots"):
+        vcpu.invalidate_addr(vcpu.gva_walk, 0, "some")
+
+
+def test_paging_off_and_on_again_uses_the_format_of_now():
+    """The format of a walk is stale while paging is off; rights of before do not come back with CR0.PG."""
+    vm, vcpu = machine(maps=((0x1000, 0x1000, "p u"),))
+    on = vcpu.regs
+    assert Status.PAGE_FAULT == int(touch(vcpu, 0x1000, access=Access.WRITE).status[0])
+    vcpu.set_regs(cr0=1, efer=0x900 & ~0x500, cr4=0)
+    assert Status.OK == int(touch(vcpu, 0x1000, access=Access.WRITE).status[0])
+    vcpu.set_regs(cr0=on.cr0 & ~(1 << 16), cr4=on.cr4, efer=on.efer)
+    assert Status.OK == int(touch(vcpu, 0x1000, access=Access.WRITE).status[0])
+    vcpu.set_regs(cr0=on.cr0, cr4=on.cr4 | 1 << 20)
+    for access, code in ((Access.WRITE, P | W), (Access.FETCH, P | F)):
+        r = touch(vcpu, 0x1000, access=access)
+        assert (Status.PAGE_FAULT, code) == (int(r.status[0]), int(r.error_code[0]))
+    assert vm.audit() == []
+
+
 def test_tlb_by_itself():
     """Least recently used goes first; spaces are apart; huge entries serve all of their pages."""
     tlb = Tlb(((1, 2), (1, 1), (1, 1)))
