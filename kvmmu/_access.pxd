@@ -12,7 +12,7 @@ The SPTEs are walked by the guest walker, over the host memory that they lie in.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PAGE_SIZE
 from kvmmu._memory cimport guest_slot
@@ -52,6 +52,13 @@ cdef struct cached_stage:
     uint32_t epoch                  # from 1
     gpa_entry entries[512]
 
+# Bit i of a word: the access with index i in permissions[] is allowed, as far as that condition goes.
+cdef struct rights_tables:
+    uint16_t guest[16]              # by ACC_* of the guest's tables
+    uint16_t nested[2][16]          # by ACC_USER of those, and ACC_* of the host's
+    uint16_t keys[16]               # by protection key, of a user page
+    uint16_t writes                 # which accesses write
+
 # One vCPU on its host, as an access sees it. Owned by a Machine.
 cdef struct machine:
     kvm *k
@@ -66,6 +73,8 @@ cdef struct machine:
     cached_stage stage              # the processor's walk of SPTEs
     pml_log pml
     uint32_t pml_page               # of the arena; 0: none
+    uint32_t rights_epoch           # of the registers that rights are made from; from 1
+    rights_tables rights
 
 
 cdef inline void use_arena(machine *m) noexcept nogil:
@@ -76,6 +85,10 @@ cdef inline void use_arena(machine *m) noexcept nogil:
 
 
 cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access, bint set_ad, walk_result *r) noexcept nogil
+# The registers that rights depend on have changed
+cdef void machine_load_rights(machine *m) noexcept nogil
+# Whether a translation with these rights of both stages allows an access, by the rules themselves
+cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, uint32_t access) noexcept nogil
 # Step 1: 0, or -1 for want of memory
 cdef int machine_prepare_root(machine *m) noexcept nogil
 cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result *out) noexcept nogil

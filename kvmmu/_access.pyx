@@ -6,17 +6,17 @@ from libc.string cimport memset
 
 from kvmmu._access cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._bits cimport (
-    ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
+    ACC_ALL, ACC_USER_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
     EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_VALID_MASK,
     EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_WRITE_MASK, EPTP_AD_MASK,
-    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
-    PFERR_FETCH_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK,
-    PFERR_WRITE_MASK, PML_ENTITY_NUM, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK,
-    RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_RETRY, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
-    STATUS_PML_FULL,
+    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_FETCH_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PK_MASK,
+    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK, PKRU_KEYS, PML_ENTITY_NUM, PT64_INDEX_BITS, PT64_PKEY_MASK,
+    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_RETRY, ROLE_AD_DISABLED_MASK,
+    ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._format cimport explicit_access, kvm_page_format, permission_fault
+from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._tlb cimport TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result, walk_step
 from kvmmu.mmu._entry cimport kvm_mmu_page_fault, load_tdp_mmu
@@ -181,66 +181,84 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r)
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
     entry.pkey = <uint8_t>((r.pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) if m.hw.cpu_role & ROLE_EXT_EFER_LMA_MASK else 0
     entry.dirty = dirty
+    entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
 
 
-cdef inline bint entry_allows(const kvm_pagewalk *hw, const kvm_pagewalk *n, const tlb_entry *entry,
-                              uint32_t access) noexcept nogil:
-    """Step 2: the rights of both stages allow the access, and no D bit has to be set."""
-    cdef uint32_t nested = second_stage_access(n, access, True, entry.acc)
-    if access & ACCESS_WRITE_MASK and not entry.dirty:
+cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, uint32_t access) noexcept nogil:
+    """Step 2, rule by rule: the rights of both stages, and the protection key, allow the access."""
+    cdef uint32_t nested = second_stage_access(&m.stage.w, access, True, acc)
+    if not m.hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(m.hw.fmt, m.hw.vcpu.pkru, acc, pkey, access):
         return False
-    if not hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(hw.fmt, hw.vcpu.pkru, entry.acc, entry.pkey, access):
-        return False
-    return not (n.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> entry.nacc) & 1
+    return not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> nacc) & 1
+
+
+cdef void machine_load_rights(machine *m) noexcept nogil:
+    """The tables: each of the three conditions by itself, with rights that pass the other two."""
+    cdef uint32_t i, acc, pkey, access, user, nested
+    m.rights_epoch += 1
+    memset(&m.rights, 0, sizeof(m.rights))
+    for i in range(<uint32_t>PERMISSIONS_COUNT):
+        access = i << PERMISSIONS_INDEX_SHIFT
+        if access & ACCESS_WRITE_MASK:
+            m.rights.writes |= <uint16_t>1 << i
+        for acc in range(<uint32_t>ACC_ALL + 1):
+            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (m.hw.fmt.permissions[i] >> acc) & 1:
+                m.rights.guest[acc] |= <uint16_t>1 << i
+            for user in range(2):
+                nested = second_stage_access(&m.stage.w, access, True, <uint32_t>ACC_USER_MASK if user else 0)
+                if not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> acc) & 1:
+                    m.rights.nested[user][acc] |= <uint16_t>1 << i
+        for pkey in range(<uint32_t>PKRU_KEYS):
+            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (
+                    permission_fault(m.hw.fmt, m.hw.vcpu.pkru, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
+                m.rights.keys[pkey] |= <uint16_t>1 << i
+
+
+cdef inline uint16_t allowed_accesses(const machine *m, const tlb_entry *entry) noexcept nogil:
+    """A bit for each access, by its index in permissions[]: what `allows()` says of an entry, and that no D bit has to be set."""
+    cdef uint32_t user = (entry.acc & <uint32_t>ACC_USER_MASK) != 0
+    cdef uint16_t allowed = m.rights.guest[entry.acc] & m.rights.nested[user][entry.nacc]
+    if user:
+        allowed &= m.rights.keys[entry.pkey]
+    if not entry.dirty:
+        allowed &= ~m.rights.writes
+    return allowed
 
 
 # What a hit depends on: copied out, because the compiler must take every store into a column for one to the machine.
 cdef struct hit_context:
     uint64_t gva_mask
     uint64_t local_tag, global_tag
-    int canonical_shift
-    uint32_t pkru
-    uint32_t user_by_pte, user_always
+    uint64_t canonical_offset, canonical_limit      # an address is canonical if offset + address is at most limit
+    uint32_t rights_epoch
     bint usable                     # no request is pending
-    kvm_page_format fmt             # of the guest's tables
-    uint16_t nested[16]
     tlb_array arrays[3]
 
 
 cdef void load_context(machine *m, hit_context *c) noexcept nogil:
     cdef int i
-    c.gva_mask, c.canonical_shift = m.hw.gva_mask, m.hw.canonical_shift
+    c.gva_mask = m.hw.gva_mask
     c.local_tag, c.global_tag = m.tlb.local_tag, m.tlb.global_tag
-    c.pkru = m.hw.vcpu.pkru
-    c.user_by_pte, c.user_always = m.stage.w.user_by_pte, m.stage.w.user_always
+    c.canonical_offset, c.canonical_limit = 0, ~<uint64_t>0
+    if m.hw.canonical_shift:
+        c.canonical_limit >>= m.hw.canonical_shift
+        c.canonical_offset = (c.canonical_limit >> 1) + 1
+    c.rights_epoch = m.rights_epoch
     c.usable = not m.vcpu.requests
-    c.fmt = m.hw.fmt[0]
-    if m.hw.cpu_role & ROLE_DIRECT_MASK:
-        memset(&c.fmt, 0, sizeof(kvm_page_format))
-    for i in range(16):
-        c.nested[i] = m.stage.w.fmt.permissions[i]
     for i in range(3):
         c.arrays[i] = m.tlb.arrays[i]
 
 
 cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t addr, uint32_t access) noexcept nogil:
-    """The entry that the hint names, if it is the one and allows the access: what `entry_allows()` says, from the copies."""
+    """The entry that the hint names, if it is the one and is known to allow the access."""
     cdef const tlb_array *a = &c.arrays[hint & 3]
     cdef uint64_t page = tlb_page(a, addr), key = a.keys[hint >> 2]
     cdef tlb_entry *entry = &a.entries[hint >> 2]
-    cdef uint32_t nested = access & <uint32_t>ACCESS_PFEC_MASK
     if key != (page | c.local_tag) and key != (page | c.global_tag):
         return NULL
-    if <uint64_t>(<int64_t>(addr << c.canonical_shift) >> c.canonical_shift) != addr:
+    if addr + c.canonical_offset > c.canonical_limit or entry.epoch != c.rights_epoch:
         return NULL
-    if c.user_by_pte:
-        nested = (nested & ~<uint32_t>ACCESS_USER_MASK) | (entry.acc & c.user_by_pte)       # ACC_USER is the same bit
-    nested |= c.user_always
-    if permission_fault(&c.fmt, c.pkru, entry.acc, entry.pkey, access):
-        return NULL
-    if (c.nested[nested >> PERMISSIONS_INDEX_SHIFT] >> entry.nacc) & 1 or (access & ACCESS_WRITE_MASK and not entry.dirty):
-        return NULL
-    return entry
+    return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1 else NULL
 
 
 cdef int machine_prepare_root(machine *m) noexcept nogil:
@@ -315,7 +333,9 @@ cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result
     if not m.vcpu.requests and <uint64_t>(<int64_t>(addr << m.hw.canonical_shift) >> m.hw.canonical_shift) == addr:
         entry = tlb_lookup(t, addr, &level)
         if entry is not NULL:
-            if entry_allows(&m.hw, &m.stage.w, entry, access):                            # step 2
+            if entry.epoch != m.rights_epoch:
+                entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
+            if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1:              # step 2
                 t.hits += 1
                 offset = addr & ((<uint64_t>1 << t.arrays[level - 1].shift) - 1)
                 out.gpa, out.hpa = entry.gpa | offset, entry.hpa | offset

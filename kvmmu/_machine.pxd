@@ -1,7 +1,7 @@
 """Machine and TdpMmu, the Python faces of one vCPU on its host."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._access cimport access_columns, machine
 from kvmmu._contexts cimport VcpuArch
@@ -29,6 +29,8 @@ cdef class Machine:
     cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
     cdef cpu_caps host_caps
     cdef PageFormat hw_fmt, sw_fmt, n_fmt
+    cdef uint64_t rights_role       # what the rights in force were made from
+    cdef uint32_t rights_root, rights_pkru
     cdef SlotTable table            # guest-physical memory
     cdef int prepare(self) except -1
     cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out) except -1

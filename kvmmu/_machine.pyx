@@ -3,17 +3,17 @@
 import numpy as np
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._access cimport (
-    access_columns, access_result, cached_gva_to_gpa, machine_drain_pml, machine_emulate,
+    access_columns, access_result, allows, cached_gva_to_gpa, machine_drain_pml, machine_emulate, machine_load_rights,
     machine_prepare_root, machine_run, use_arena,
 )
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva
 from kvmmu._bits cimport (
-    CR3_PCID_MASK, CR4_PCIDE_MASK, GVA_BITS_4_LEVEL, PML_ENTITY_NUM, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK,
-    ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK,
-    ROLE_EXT_VALID_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
+    ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GVA_BITS_4_LEVEL, PERMISSIONS_INDEX_SHIFT, PML_ENTITY_NUM,
+    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK,
+    ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
 )
 from kvmmu._contexts cimport VcpuArch, fill_format, role_of
 from kvmmu._format cimport (
@@ -128,7 +128,7 @@ cdef class Machine:
         set_caps(&self.cpu_caps, cpu, False)
         set_caps(&self.kvm_caps, cpu, True)
         self.m.vcpu.maxphyaddr = cpu.maxphyaddr
-        self.m.hw.cpu_role = 0
+        self.m.hw.cpu_role = self.rights_role = 0
         self.m.mmu.root_role = 0
         host = self.kvm.host
         self.host_caps.maxphyaddr = host.maxphyaddr
@@ -158,6 +158,9 @@ cdef class Machine:
                 self.kvm.k, 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4, bool(smm), bool(guest_mode), host.gmet)
             if root_role != self.m.mmu.root_role:
                 self.use_root_role(root_role)
+        if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
+            self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
+            machine_load_rights(&self.m)
         tlb_use(&self.tlb.t, self.m.mmu.root_role,
                 <uint32_t>(self.arch.arch.cr3 & CR3_PCID_MASK) if self.arch.arch.cr4 & CR4_PCIDE_MASK else 0)
 
@@ -289,6 +292,22 @@ cdef class Machine:
             self.kvm.sync()
             machine_emulate(&self.m, addr, a, &out)
         return int(out.gpa), int(out.hpa), int(out.status), int(out.error_code)
+
+    def hit_rights(self):
+        """For tests: (tables, rules), bool arrays (acc, nacc, pkey, index): what a TLB entry allows, and what the rules say."""
+        cdef uint32_t acc, nacc, pkey, i
+        cdef uint16_t word
+        tables, rules = np.zeros((16, 16, 16, 16), bool), np.zeros((16, 16, 16, 16), bool)
+        for acc in range(16):
+            for nacc in range(16):
+                for pkey in range(16):
+                    word = self.m.rights.guest[acc] & self.m.rights.nested[(acc & ACC_USER_MASK) != 0][nacc]
+                    if acc & ACC_USER_MASK:
+                        word &= self.m.rights.keys[pkey]
+                    for i in range(16):
+                        tables[acc, nacc, pkey, i] = (word >> i) & 1
+                        rules[acc, nacc, pkey, i] = allows(&self.m, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
+        return tables, rules
 
     def drain_pml(self):
         """Take what the processor logged so far into the dirty log."""

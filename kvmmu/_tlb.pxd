@@ -10,7 +10,7 @@ Address Translation"; vol. 2, "INVLPG", "INVPCID".
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PAGE_SHIFT
 
@@ -31,6 +31,8 @@ cdef struct tlb_entry:
     uint8_t nacc                    # and of the host's
     uint8_t pkey
     uint8_t dirty                   # writing needs no D bit set
+    uint16_t allowed                # accesses that all this allows, as of `epoch`
+    uint32_t epoch
 
 cdef struct tlb_array:
     int shift                       # page size

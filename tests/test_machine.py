@@ -272,6 +272,22 @@ def test_faults_of_the_guest_take_no_exit(host):
 
 
 @each_tdp
+def test_the_processor_walks_by_the_manuals_and_kvm_by_its_own_rules(host):
+    """2-level paging with NXE, without SMEP: KVM reports a fetch, a processor does not. `conformance` is of translate() alone."""
+    for conformance in ("sdm", "kvm"):
+        vm, vcpu = machine(host, mode="32", maps=((0x1000, 0x3000), (0x2000, GB1)), cpu=CpuModel(conformance=conformance))
+        vcpu.set_regs(efer=1 << 11)
+        t = vcpu.gva_walk.translate(np.array([0x9000], np.uint64), Access.FETCH)
+        assert (F if conformance == "kvm" else 0) == int(t.error_code[0])
+        assert 0 == int(touch(vcpu, 0x9000, access=Access.FETCH).error_code[0])
+        with pytest.raises(kvmmu.PageFault) as caught:
+            vcpu.write_guest(0x9000, b"x")
+        assert W == caught.value.error_code
+        assert Status.OK == int(touch(vcpu, 0x2000).status[0])          # MMIO: KVM's own walk
+        assert vm.audit() == []
+
+
+@each_tdp
 def test_guest_a_and_d_are_those_of_a_walk(host):
     """A on every level, D on the leaf of a write: the same bytes as one-stage walks leave."""
     _, vcpu = machine(host, maps=((0x1000, 0x3000), (0x2000, 0x4000), (0x400000, 8 * MB2, "p w u", 2)))
@@ -598,6 +614,21 @@ def test_paging_off_and_on_again_uses_the_format_of_now():
         r = touch(vcpu, 0x1000, access=access)
         assert (Status.PAGE_FAULT, code) == (int(r.status[0]), int(r.error_code[0]))
     assert vm.audit() == []
+
+
+@pytest.mark.parametrize("host", [EPT, NPT, Host(tdp="npt", maxphyaddr=48, gmet=True)], ids=["ept", "npt", "gmet"])
+def test_tables_of_a_hit_are_the_rules(host):
+    """Every combination of rights of both stages, protection key and access, under several registers."""
+    _, vcpu = machine(host, maps=((0x1000, 0x3000),))
+    on = vcpu.regs
+    for cr0, cr4, efer, pkru in ((0, 0, 0, 0), (0, 3 << 20, 0, 0), (1 << 16, 3 << 20, 0, 0), (0, 1 << 22, 0, 0x5A6C3924),
+                                 (1 << 16, 1 << 22, 0, 0x5A6C3924), (1 << 31, 0, 0x500, 0)):
+        off = 1 << 5 if cr0 >> 31 else 0
+        vcpu.set_regs(cr0=on.cr0 ^ cr0, cr4=(on.cr4 | cr4) & ~off, efer=on.efer & ~efer, pkru=pkru)
+        tables, rules = vcpu._machine.hit_rights()
+        np.testing.assert_array_equal(rules, tables)
+        assert rules.any()
+        assert not rules.all()
 
 
 def test_tlb_by_itself():

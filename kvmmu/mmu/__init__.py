@@ -10,5 +10,8 @@ From the bottom up, each module importing those before it:
 `_page`    shadow pages: the arena, the hash, the lists, parents.
 `_unsync`  shadow pages that the guest may write to: who may become unsync, and what its parents know of it.
 `_fault`   one page fault: what it asks for, host look-up, huge-page adjustment, the SPTE it ends in, MMIO.
-`_tdp`     TdpMmu: roots, map, fast page fault. `_tdp_range`: zap, age, write protection, split, recovery.
+`_tdp`     TdpMmu: roots and the mapping of a fault. `_tdp_range`: zap, age, write protection, split, recovery.
+`_entry`   from an exit to a return code; roots of a vCPU.
+`_state`   Kvm: a virtual machine's state as a Python object: memslots, notifiers, dirty log. `_audit` checks all of it,
+           `_inspect` shows counters, events and pages as arrays.
 """
