@@ -66,6 +66,7 @@ class Driver:
         self.high_at = HIGH
         self.rows = np.repeat(np.array(self.gva, np.uint64), len(ACCESSES))
         self.kinds = np.tile(np.array(ACCESSES, np.uint8), len(self.gva))
+        self.nested = False
         self.log = []
         self.steps = 0
         self.seen = {}
@@ -259,6 +260,25 @@ class Driver:
             if clear:
                 self.dirty[gpa] = set()
 
+    def write_protect(self):
+        """As a shadow MMU would protect a table: W does not come back by a fast page fault."""
+        outcome = self.outcome(self.pick(self.gva))[0]
+        if outcome[0] == Status.OK and self.slot_of(outcome[1]) is not None:
+            self.vm.kvm.write_protect_gfn(outcome[1] >> 12)
+
+    def toggle_smm(self):
+        """Another root, over the same memory."""
+        self.vcpu.smm = not self.vcpu.smm
+
+    def toggle_guest_mode(self):
+        """L2 without nested paging and back: another root; the registers of L1 come back."""
+        if self.nested:
+            self.vcpu.leave_nested()
+        else:
+            self.vcpu.enter_nested(None)
+        self.nested = not self.nested
+        self.flush()
+
     def zap_all(self):
         self.vm.zap_all()
 
@@ -314,7 +334,8 @@ class Driver:
     OPERATIONS = (
         ("access", 40), ("many", 6), ("write_pte", 10), ("load_cr3", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
         ("reload_all", 1), ("unmap", 3), ("move", 3), ("protect", 3), ("set_backing", 2), ("under_invalidation", 2), ("age", 3),
-        ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4), ("zap_all", 1), ("recover_nx", 2), ("split", 1),
+        ("dirty_log_on", 2), ("dirty_log_off", 1), ("write_protect", 2), ("toggle_smm", 1), ("toggle_guest_mode", 1),
+        ("dirty_log_get", 4), ("zap_all", 1), ("recover_nx", 2), ("split", 1),
         ("recover", 1), ("slot_change", 2), ("generations", 1), ("write_guest", 3))
     NAMES = tuple(name for name, weight in OPERATIONS for _ in range(weight))
 
