@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine, rule by rule: faults of the host's tables, huge pages, dirty log, aging, MMIO, NX mitigation, TLB, tracepoints."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from builders import PageTables
@@ -732,3 +734,34 @@ def test_registers_are_those_of_each_vcpu():
     b.set_regs(cr0=1)
     assert (0x3000, 0x1000) == (a.access(0x1000).gpa, b.access(0x1000).gpa)
     assert a.access(0x1000).hpa != b.access(0x1000).hpa
+
+
+def test_two_threads_take_turns():
+    """Two vCPUs of one machine in two threads: each gets its own answers, and the tables stay whole."""
+    vm, a = machine(size=64 * MB2, backing="4k")
+    b = vm.create_vcpu()
+    b.set_regs(cr0=1)
+    gva = np.random.default_rng(8).integers(0, 64 * MB2, 20_000, np.uint64)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(vcpu.access, rows, access) for vcpu, access in ((a, Access.WRITE), (b, 0))
+                for rows in np.array_split(gva, 8)]
+        zaps = [pool.submit(vm.zap_all) for _ in range(5)]
+        results = [run.result() for run in runs]
+        for zap in zaps:
+            zap.result()
+    for half in (results[:8], results[8:]):
+        np.testing.assert_array_equal(gva, np.concatenate([r.gpa for r in half]))
+    assert vm.audit() == []
+
+
+def test_columns_are_reused():
+    _, vcpu = machine()
+    out = kvmmu.Accesses.empty(3)
+    rows = np.array([0x1000, 0x2000, GB1], np.uint64)
+    assert vcpu.access(rows, out=out) is out
+    assert rows.tolist() == out.gpa.tolist()
+    assert "3 rows" in repr(out)
+    assert "gpa=0x1000" in repr(vcpu.access(0x1000))
+    with pytest.raises(ValueError, match="out"):
+        vcpu.access(0, out=out)
+    assert 0 == vcpu.access(np.empty(0, np.uint64)).gpa.size
