@@ -393,6 +393,22 @@ def test_dirty_log_cycles(host):
     assert vm.audit() == []
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_an_aged_page_may_be_writable_in_the_tlb_alone(began):
+    """Without A/D bits aging takes W from the entry and flushes nothing: the dirty log must flush all the same."""
+    vm, vcpu = machine(Host(tdp="ept", ad=False), backing="4k")
+    if began:
+        vm.set_dirty_log(0)
+    touch(vcpu, 0x3000, access=Access.WRITE)
+    vm.age(0, MB2)
+    if began:
+        assert [3] == vm.get_dirty_log(0).tolist()
+    else:
+        vm.set_dirty_log(0)
+    touch(vcpu, 0x3000, access=Access.WRITE)
+    assert [3] == vm.get_dirty_log(0).tolist()
+
+
 def test_fast_page_fault_sets_w_and_marks_dirty():
     """A write-protected page of the dirty log: one exit, no new entry, W back, in the log."""
     vm, vcpu = machine(backing="4k")

@@ -335,7 +335,6 @@ cdef class Kvm:
     def set_dirty_log(self, gpa, on, as_id=0):
         """Start or stop the dirty log of the slot at gpa."""
         cdef kvm_memory_slot *slot
-        cdef bint flush
         with self.lock:
             slot = self.slot_at(gpa, as_id)
             if slot.dirty_log == bool(on):
@@ -350,12 +349,9 @@ cdef class Kvm:
             if self.host.eager_split:
                 tdp_try_split_huge_pages(self.k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages, PG_LEVEL_4K)
             if self.k.spte.pml:
-                flush = tdp_clear_dirty_slot(self.k, slot)
-                flush |= tdp_wrprot_slot(self.k, slot, PG_LEVEL_2M)
-            else:
-                flush = tdp_wrprot_slot(self.k, slot, PG_LEVEL_4K)
-            if flush:
-                flush_remote_tlbs(self.k)
+                tdp_clear_dirty_slot(self.k, slot)
+            tdp_wrprot_slot(self.k, slot, PG_LEVEL_2M if self.k.spte.pml else PG_LEVEL_4K)
+            flush_remote_tlbs(self.k)                   # in any case: see dirty_log()
 
     def dirty_log(self, gpa, clear, as_id=0):
         """Frames (uint64, ascending) written since the log was last cleared."""
@@ -373,8 +369,9 @@ cdef class Kvm:
                 for i in range(words):
                     word = slot.dirty_bitmap[i]
                     slot.dirty_bitmap[i] = 0
-                    if word:
-                        flush |= tdp_clear_dirty_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word, not self.k.spte.pml)
+                    if word:                # a page that was aged may be writable in a TLB alone: flush in any case
+                        flush = True
+                        tdp_clear_dirty_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word, not self.k.spte.pml)
                 if flush:
                     flush_remote_tlbs(self.k)
             bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little")
