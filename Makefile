@@ -19,7 +19,7 @@ help:
 	@echo 'make build    sdist and wheel into dist/'
 	@echo 'make matrix   20 million cases of the access matrix (minutes)'
 	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
-	@echo 'make long     matrix, asan, and long differential, equality and live-KVM runs'
+	@echo 'make long     matrix, asan, and long differential, equality, live-KVM and machine runs'
 	@echo 'make clean    remove everything that make made'
 
 replay: $(VENV)/.kvmmu
@@ -54,6 +54,7 @@ long: matrix asan
 	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
+	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
 
 clean:
 	rm -rf $(VENV) build dist kvmmu.egg-info

@@ -1,12 +1,14 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 
-from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, Status
+from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, RetPf, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
+from kvmmu._machine import TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
 from kvmmu._roles import CpuRole, calc_cpu_roles
-from kvmmu.columns import Span, Translation
+from kvmmu._tlb import Tlb
+from kvmmu.columns import Accesses, Span, Translation
 from kvmmu.control_blocks import ept_from_vmcs12, npt_from_vmcb, regs_from_vmcb
 from kvmmu.delivery import (
     ExceptionInjected,
@@ -30,21 +32,24 @@ from kvmmu.faults import (
     PmlFull,
 )
 from kvmmu.figure import plot_walk
+from kvmmu.host import Host
 from kvmmu.nested import Ept, Intercepts, Npt, Pml
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.registers import CpuModel, Regs
 from kvmmu.replay import replay
+from kvmmu.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vcpu import Vcpu
+from kvmmu.vm import Vm
 from kvmmu.walker import Walker, get_include
 
 __all__ = [
-    "Acc", "Access", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig", "EptQual",
-    "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory", "INVALID_GPA",
-    "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt", "PageFault", "PageFormat",
-    "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "Span", "Status", "SvmExit",
-    "SvmExitCode", "Translation", "Vcpu", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker",
-    "calc_cpu_roles", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb",
-    "plot_walk", "regs_from_vmcb", "replay",
+    "Acc", "Access", "Accesses", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig",
+    "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
+    "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
+    "PageFault", "PageFormat", "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "RetPf",
+    "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
+    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"

@@ -35,6 +35,7 @@
 #define PT_ACCESSED_SHIFT 5
 #define PT_DIRTY_SHIFT 6
 #define PT_PAGE_SIZE_SHIFT 7
+#define PT_GLOBAL_SHIFT 8
 #define PT_AMD_MBZ_SHIFT 8 /* of a PML4E or PML5E: must be zero on AMD */
 #define PT_PRESENT_MASK KVMMU_BIT(PT_PRESENT_SHIFT)
 #define PT_WRITABLE_MASK KVMMU_BIT(PT_WRITABLE_SHIFT)
@@ -42,6 +43,7 @@
 #define PT_ACCESSED_MASK KVMMU_BIT(PT_ACCESSED_SHIFT)
 #define PT_DIRTY_MASK KVMMU_BIT(PT_DIRTY_SHIFT)
 #define PT_PAGE_SIZE_MASK KVMMU_BIT(PT_PAGE_SIZE_SHIFT)
+#define PT_GLOBAL_MASK KVMMU_BIT(PT_GLOBAL_SHIFT)
 #define PT_AMD_MBZ_MASK KVMMU_BIT(PT_AMD_MBZ_SHIFT)
 
 #define PT64_INDEX_BITS 9
@@ -257,6 +259,49 @@
 #define OP_MEMORY 32
 #define OP_MEMORY_WORD 33
 
+/* ---- host page tables: entries of KVM (SPTEs) -------------------------------------------------------------------
+ *
+ * Software bits are KVM's own choice. A non-present SPTE keeps bit 63, so that EPT would not raise #VE.
+ */
+#define SPTE_ENT_PER_PAGE 512
+#define SPTE_MMU_PRESENT_MASK KVMMU_BIT(11)
+#define SPTE_TDP_AD_MASK KVMMU_BITS(60, 61)
+#define SPTE_TDP_AD_DISABLED KVMMU_BIT(60)
+#define SPTE_TDP_AD_WRPROT_ONLY KVMMU_BIT(61)
+#define SPTE_BASE_ADDR_MASK PT64_BASE_ADDR_MASK
+#define SHADOW_NONPRESENT_VALUE KVMMU_BIT(63)
+#define FROZEN_SPTE (SHADOW_NONPRESENT_VALUE | KVMMU_BIT(5) | KVMMU_BIT(7) | KVMMU_BIT(8))
+#define LEGACY_SPTE_HOST_WRITABLE KVMMU_BIT(9)
+#define LEGACY_SPTE_MMU_WRITABLE KVMMU_BIT(10)
+#define EPT_SPTE_HOST_WRITABLE KVMMU_BIT(53)
+#define EPT_SPTE_MMU_WRITABLE KVMMU_BIT(55)
+#define EPT_SUPPRESS_VE_MASK KVMMU_BIT(63)
+#define EPT_MT_WB_MASK (UINT64_C(6) << EPT_MT_SHIFT)
+#define EPT_IPAT_MASK KVMMU_BIT(6)
+#define SPTE_ACC_TRACK_SAVED_SHIFT 52
+#define SPTE_ACC_TRACK_BITS_MASK (EPT_READABLE_MASK | EPT_EXECUTABLE_MASK | EPT_USER_EXECUTABLE_MASK)
+
+#define MMIO_SPTE_GEN_BITS 18
+#define MMIO_SPTE_GEN_MASK (KVMMU_BIT(MMIO_SPTE_GEN_BITS) - 1)
+#define MMIO_SPTE_GEN_LOW_BITS 7
+#define MMIO_SPTE_GEN_LOW_SHIFT 3
+#define MMIO_SPTE_GEN_HIGH_SHIFT 52
+#define MMIO_SPTE_GEN_LOW_MASK KVMMU_BITS(3, 9)
+#define MMIO_SPTE_GEN_HIGH_MASK KVMMU_BITS(52, 62)
+#define LEGACY_MMIO_VALUE (KVMMU_BIT(51) | PT_PRESENT_MASK)
+#define EPT_MMIO_VALUE (EPT_WRITABLE_MASK | EPT_EXECUTABLE_MASK) /* a misconfiguration */
+#define L1TF_BITS 5 /* physical-address bits inverted by being set, and saved this much higher */
+#define MEMSLOT_GEN_UPDATE_IN_PROGRESS KVMMU_BIT(63)
+
+/* what became of a fault (RET_PF_*) */
+#define RET_PF_CONTINUE 0
+#define RET_PF_RETRY 1
+#define RET_PF_EMULATE 2
+#define RET_PF_WRITE_PROTECTED 3
+#define RET_PF_INVALID 4
+#define RET_PF_FIXED 5
+#define RET_PF_SPURIOUS 6
+
 /* ---- relations that the code relies on ------------------------------------------------------------------------ */
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
 _Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE_MASK && PT_USER_MASK == ACC_USER_MASK,
@@ -272,6 +317,15 @@ _Static_assert(EPT_EXECUTABLE_MASK << EPT_EXECUTABLE_TO_ACC_SHIFT == ACC_EXEC_MA
 _Static_assert(ACC_READ_MASK * EPT_VIOLATION_PROT_READ_MASK == EPT_VIOLATION_PROT_READ_MASK &&
                ACC_WRITE_MASK * EPT_VIOLATION_PROT_READ_MASK == EPT_VIOLATION_PROT_WRITE_MASK,
                "an exit qualification takes R and W of the rights as they stand");
+_Static_assert(MMIO_SPTE_GEN_LOW_MASK >> MMIO_SPTE_GEN_LOW_SHIFT == KVMMU_BIT(MMIO_SPTE_GEN_LOW_BITS) - 1 &&
+                   MMIO_SPTE_GEN_HIGH_MASK >> MMIO_SPTE_GEN_HIGH_SHIFT == MMIO_SPTE_GEN_MASK >> MMIO_SPTE_GEN_LOW_BITS,
+               "the two parts of an MMIO generation make 18 bits");
+_Static_assert(((SPTE_ACC_TRACK_BITS_MASK << SPTE_ACC_TRACK_SAVED_SHIFT) &
+                (EPT_SPTE_HOST_WRITABLE | EPT_SPTE_MMU_WRITABLE | SPTE_TDP_AD_MASK | EPT_SUPPRESS_VE_MASK |
+                 SPTE_BASE_ADDR_MASK)) == 0,
+               "saved rights of an access-tracked SPTE have bits of their own");
+_Static_assert((FROZEN_SPTE & SPTE_MMU_PRESENT_MASK) == 0 && FROZEN_SPTE != SHADOW_NONPRESENT_VALUE,
+               "a frozen SPTE is neither present nor empty");
 #endif
 
 #endif /* KVMMU_BITS_H */

@@ -24,6 +24,7 @@ cdef extern from "_bits.h" nogil:
     const int PT_ACCESSED_SHIFT
     const int PT_DIRTY_SHIFT
     const int PT_PAGE_SIZE_SHIFT
+    const int PT_GLOBAL_SHIFT
     const int PT_AMD_MBZ_SHIFT
     const uint64_t PT_PRESENT_MASK
     const uint64_t PT_WRITABLE_MASK
@@ -31,6 +32,7 @@ cdef extern from "_bits.h" nogil:
     const uint64_t PT_ACCESSED_MASK
     const uint64_t PT_DIRTY_MASK
     const uint64_t PT_PAGE_SIZE_MASK
+    const uint64_t PT_GLOBAL_MASK
     const uint64_t PT_AMD_MBZ_MASK
     const int PT64_INDEX_BITS
     const uint64_t PT64_INDEX_MASK
@@ -218,3 +220,38 @@ cdef extern from "_bits.h" nogil:
     const int OP_RESTART
     const int OP_MEMORY
     const int OP_MEMORY_WORD
+    const int SPTE_ENT_PER_PAGE
+    const uint64_t SPTE_MMU_PRESENT_MASK
+    const uint64_t SPTE_TDP_AD_MASK
+    const uint64_t SPTE_TDP_AD_DISABLED
+    const uint64_t SPTE_TDP_AD_WRPROT_ONLY
+    const uint64_t SPTE_BASE_ADDR_MASK
+    const uint64_t SHADOW_NONPRESENT_VALUE
+    const uint64_t FROZEN_SPTE
+    const uint64_t LEGACY_SPTE_HOST_WRITABLE
+    const uint64_t LEGACY_SPTE_MMU_WRITABLE
+    const uint64_t EPT_SPTE_HOST_WRITABLE
+    const uint64_t EPT_SPTE_MMU_WRITABLE
+    const uint64_t EPT_SUPPRESS_VE_MASK
+    const uint64_t EPT_MT_WB_MASK
+    const uint64_t EPT_IPAT_MASK
+    const int SPTE_ACC_TRACK_SAVED_SHIFT
+    const uint64_t SPTE_ACC_TRACK_BITS_MASK
+    const int MMIO_SPTE_GEN_BITS
+    const uint64_t MMIO_SPTE_GEN_MASK
+    const int MMIO_SPTE_GEN_LOW_BITS
+    const int MMIO_SPTE_GEN_LOW_SHIFT
+    const int MMIO_SPTE_GEN_HIGH_SHIFT
+    const uint64_t MMIO_SPTE_GEN_LOW_MASK
+    const uint64_t MMIO_SPTE_GEN_HIGH_MASK
+    const uint64_t LEGACY_MMIO_VALUE
+    const uint64_t EPT_MMIO_VALUE
+    const int L1TF_BITS
+    const uint64_t MEMSLOT_GEN_UPDATE_IN_PROGRESS
+    const int RET_PF_CONTINUE
+    const int RET_PF_RETRY
+    const int RET_PF_EMULATE
+    const int RET_PF_WRITE_PROTECTED
+    const int RET_PF_INVALID
+    const int RET_PF_FIXED
+    const int RET_PF_SPURIOUS

@@ -82,6 +82,18 @@ class Status(IntEnum):
     PML_FULL = STATUS_PML_FULL
 
 
+class RetPf(IntEnum):
+    """What became of a fault of the host's page tables, in KVM's words."""
+
+    CONTINUE = RET_PF_CONTINUE
+    RETRY = RET_PF_RETRY
+    EMULATE = RET_PF_EMULATE
+    WRITE_PROTECTED = RET_PF_WRITE_PROTECTED
+    INVALID = RET_PF_INVALID
+    FIXED = RET_PF_FIXED
+    SPURIOUS = RET_PF_SPURIOUS
+
+
 class Cr0(IntFlag):
     """CR0."""
 

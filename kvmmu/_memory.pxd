@@ -65,3 +65,4 @@ cdef class GuestMemory:
     cdef list regions
     cdef list starts
     cdef _install(self, list regions)
+    cdef _set(self, list regions)

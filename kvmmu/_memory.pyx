@@ -167,6 +167,9 @@ cdef class GuestMemory:
         for lower, upper in zip(regions, regions[1:]):
             if lower.end > upper.gpa:
                 raise ValueError(f"slots overlap: {lower} and {upper}")
+        self._set(regions)
+
+    cdef _set(self, list regions):
         self.table = SlotTable(regions)
         self.regions = regions
         self.starts = [region.gpa for region in regions]
@@ -234,6 +237,27 @@ cdef class GuestMemory:
         gpa = int(gpa)
         _check_range(gpa, data.size)
         self._install([_Region(gpa, data, bool(readonly))])
+
+    def remove_slot(self, gpa):
+        """Remove the slot at gpa.
+
+        Returns
+        -------
+        ndarray of uint8
+            Its bytes: the caller's buffer, or what was zeroed for it; `add_slot()` takes it again.
+
+        Raises
+        ------
+        ValueError
+            No slot begins there, or it is the last one.
+        """
+        gone = [region for region in self.regions if region.gpa == gpa]
+        if not gone:
+            raise ValueError(f"no slot begins at gpa {gpa:#x}; there are {', '.join(map(str, self.regions))}")
+        if len(self.regions) == 1:
+            raise ValueError(f"the slot {gone[0]} is the last one: memory without slots is none")
+        self._set([region for region in self.regions if region is not gone[0]])
+        return gone[0].data
 
     @property
     def slots(self):

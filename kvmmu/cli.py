@@ -15,8 +15,10 @@ from kvmmu.faults import error_code_text
 from kvmmu.figure import plot_walk
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.progress import progress_bar
+from kvmmu.recorded_machine import touched_machine
 from kvmmu.replay import recording_vcpu, replay, use_context
 from kvmmu.report import replay_tables, show_tables
+from kvmmu.spt import spte_runs, spte_text
 from kvmmu.traces import ParquetTrace, Recording, Trace, TraceError, bundled, convert, is_parquet
 from kvmmu.traces.parquet import COMPRESSIONS
 
@@ -87,7 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--json", action="store_true", help="print one JSON object")
     walk.add_argument("--plot", metavar="FILE", help="save a figure of the walk of a single GVA (.png, .svg, .pdf)")
     walk.set_defaults(run=_walk)
+    _add_spt(commands)
     return parser
+
+
+def _add_spt(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    spt = commands.add_parser("spt", help="print the host's page tables of a recorded guest",
+                              description="Touch every page that a recording touches, on a machine under two-dimensional "
+                                          "paging, and print the tree of SPTEs that its host built.")
+    spt.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
+    spt.add_argument("--phase", choices=("static", "dyn"), help="which phase (default: static if there is one)")
+    spt.add_argument("--tdp", choices=("ept", "npt"), default="ept", help="kind of two-dimensional paging (default: ept)")
+    spt.add_argument("--backing", choices=("4k", "2m", "1g"), default="2m", help="pages of the host (default: 2m)")
+    spt.add_argument("--nx-huge-pages", action="store_true", help="with the mitigation: no huge page is executable")
+    spt.add_argument("--json", action="store_true", help="print one JSON object")
+    spt.set_defaults(run=_spt)
 
 
 def _address(text: str) -> int:
@@ -196,6 +212,17 @@ def _walk(args: argparse.Namespace) -> int:
             if gpas:
                 print(f"  recorded: gpa {' then '.join(hex(gpa) for gpa in gpas)}{' - as walked' if right else ''}")
     return 1 if any(wrong) else 0
+
+
+def _spt(args: argparse.Namespace) -> int:
+    recording = _open(args)
+    vm = touched_machine(recording, tdp=args.tdp, backing=args.backing, nx_huge_pages=args.nx_huge_pages)
+    if args.json:
+        print(json.dumps({"stats": vm.stats, "sptes": [run.__dict__ for run in spte_runs(vm)]}))
+    else:
+        print(spte_text(vm))
+        print("  ".join(f"{name} {count}" for name, count in vm.stats.items() if count))
+    return 0
 
 
 def _recorded_gpas(recording: Recording, ctx: int, gva: int) -> list[int]:

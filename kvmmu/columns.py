@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvmmu._bits import Access
 
-__all__ = ["COLUMNS", "Span", "Translation"]
+__all__ = ["COLUMNS", "Accesses", "Span", "Translation"]
 
 COLUMNS: dict[str, np.dtype[Any]] = {
     "gpa": np.dtype(np.uint64), "status": np.dtype(np.uint8), "error_code": np.dtype(np.uint32),
@@ -103,6 +103,55 @@ class Span:
 
     def __repr__(self) -> str:
         return f"Span({self.gpa.size} rows)"
+
+
+class Accesses:
+    """Columns of accesses of a machine; of a single access integers.
+
+    Attributes
+    ----------
+    gpa : ndarray of uint64, shape (n,)
+        Guest-physical address (bytes); INVALID_GPA where the guest's own tables fault.
+    hpa : ndarray of uint64, shape (n,)
+        Host-physical address; INVALID_GPA on a fault, for MMIO, and where the host let the access not through.
+    status : ndarray of uint8, shape (n,)
+        `Status`: OK, PAGE_FAULT or NON_CANONICAL.
+    error_code : ndarray of uint32, shape (n,)
+        The #PF error code, else 0.
+    ret : ndarray of uint8, shape (n,)
+        `RetPf` of the last exit; CONTINUE (0) where there was none. EMULATE: KVM carried the access out itself.
+    exits : ndarray of uint8, shape (n,)
+        Exits that it took.
+    """
+
+    __slots__ = ("error_code", "exits", "gpa", "hpa", "ret", "status")
+
+    def __init__(self, gpa: Any, hpa: Any, status: Any, error_code: Any, ret: Any, exits: Any) -> None:
+        self.gpa, self.hpa, self.status = gpa, hpa, status
+        self.error_code, self.ret, self.exits = error_code, ret, exits
+
+    @classmethod
+    def empty(cls, n: int) -> Self:
+        """Uninitialised columns of n rows, for `out=`."""
+        return cls(np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.uint8), np.empty(n, np.uint32),
+                   np.empty(n, np.uint8), np.empty(n, np.uint8))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The columns by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def check(self, n: int) -> Self:
+        """Itself, if every column has n rows of the right kind."""
+        wanted = type(self).empty(0).arrays()
+        for name, column in self.arrays().items():
+            check_array(f"out.{name}", column, wanted[name].dtype, n)
+        return self
+
+    def __repr__(self) -> str:
+        if not isinstance(self.gpa, np.ndarray):
+            return (f"Accesses(gpa={self.gpa:#x}, hpa={self.hpa:#x}, status={self.status}, error_code={self.error_code:#x}, "
+                    f"ret={self.ret}, exits={self.exits})")
+        return f"Accesses({self.gpa.size} rows)"
 
 
 def check_fields(fields: str | Iterable[str]) -> tuple[str, ...]:

@@ -1,20 +1,31 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, Status
 from kvmmu._contexts import SecondStage, VcpuArch
+from kvmmu._machine import Machine, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
+from kvmmu._tlb import Tlb
+from kvmmu.columns import Accesses
 from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
-from kvmmu.faults import GuestFault, NestedFault, PageFault
+from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault, fault_of
+from kvmmu.host import Host
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
+from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
 
 _TDP_KINDS = ("ept", "npt", None)
+_FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
 
@@ -31,6 +42,10 @@ class Vcpu:
         Two-dimensional paging of the host, None for shadow paging.
     smm_mem : GuestMemory, optional
         The address space of system-management mode; by default that of `mem`.
+    vm : Vm, optional
+        The machine that it belongs to; `Vm.create_vcpu()` says so. By default one of its own, made at the first access.
+    tlb : sequence of (int, int), optional
+        Sets and ways of its TLB for 4K, 2M and 1G pages.
 
     Attributes
     ----------
@@ -43,7 +58,8 @@ class Vcpu:
     """
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
-                 smm_mem: GuestMemory | None = None) -> None:
+                 smm_mem: GuestMemory | None = None, vm: Vm | None = None,
+                 tlb: Sequence[tuple[int, int]] | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -61,6 +77,12 @@ class Vcpu:
         self.gva_walk.set_delivery(self._deliver_page_fault)
         self.ngpa_walk.set_delivery(self._deliver_nested_fault)
         self.cr2 = 0
+        self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
+        self._made: Machine | None = None           # made at the first use: walks alone need none
+        self.id = 0
+        if vm is not None:
+            self.id = len(vm.vcpus)
+            vm.vcpus.append(self)
         self._use_cpu()
         self._load(_RESET)
 
@@ -126,6 +148,9 @@ class Vcpu:
         self._cpu = cpu
         self._use_cpu()
         self._load(regs)
+        if self._made is not None:
+            self._made.set_cpu(cpu)
+            self._flush_guest()
 
     @property
     def smm(self) -> bool:
@@ -152,6 +177,7 @@ class Vcpu:
         TypeError
             No such register.
         """
+        self._flush_guest()
         stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
         self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
 
@@ -170,7 +196,13 @@ class Vcpu:
         """
         if n not in (0, 3, 4):
             raise ValueError(f"mov_cr: want CR 0, 3 or 4, got {n!r}")
-        self._load(after_mov_cr(self._cpu, self._regs, n, _check_bits("value", value, 64), self._table_space(self._second)))
+        before = self._regs
+        self._load(after_mov_cr(self._cpu, before, n, _check_bits("value", value, 64), self._table_space(self._second)))
+        after = self._regs
+        if n == 3 and not (after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH) and self._made is not None:
+            self._machine.flush_pcid()
+        if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
+            self._flush_guest()
 
     def wrmsr_efer(self, value: int) -> None:
         """WRMSR to IA32_EFER by the guest. LMA is read-only: what is written there is ignored.
@@ -180,7 +212,10 @@ class Vcpu:
         GeneralProtection
             A reserved bit, or LME changed while paging; nothing changed.
         """
-        self._load(after_wrmsr_efer(self._cpu, self._regs, _check_bits("value", value, 64)))
+        before = self._regs
+        self._load(after_wrmsr_efer(self._cpu, before, _check_bits("value", value, 64)))
+        if (before.efer ^ self._regs.efer) & Efer.NX:
+            self._flush_guest()
 
     def wrpkru(self, value: int) -> None:
         """WRPKRU by the guest.
@@ -191,6 +226,196 @@ class Vcpu:
             CR4.PKE is clear.
         """
         self._load(after_wrpkru(self._regs, _check_bits("value", value, 32)))
+
+    def invlpg(self, gva: int) -> None:
+        """INVLPG by the guest: translations of an address, of this PCID and global ones; a non-canonical one does nothing."""
+        gva = _check_bits("gva", gva, 64)
+        if self._made is not None:
+            self._machine.invlpg(gva)
+
+    def invpcid(self, type: int, pcid: int = 0, gva: int = 0) -> None:
+        """INVPCID by the guest: 0 an address of a PCID, 1 a PCID, 2 everything, 3 everything but global translations.
+
+        Raises
+        ------
+        GeneralProtection
+            No such type, a PCID other than 0 while CR4.PCIDE is clear, or a non-canonical address.
+        """
+        pcid, gva = _check_bits("pcid", pcid, 12), _check_bits("gva", gva, 64)
+        width = 57 if self._regs.cr4 & Cr4.LA57 else 48
+        top = gva >> (width - 1)
+        if type not in range(4) or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
+                type == 0 and top not in (0, (1 << (65 - width)) - 1)):
+            raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
+        if self._made is not None:
+            self._machine.invpcid(type, pcid, gva)
+
+    def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
+        """Forget translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
+
+        Parameters
+        ----------
+        walk : PageWalk
+            `gva_walk`: under two-dimensional paging only the TLB holds such translations.
+        addr : int
+            Non-canonical: nothing happens.
+        roots : {"current", "all"}
+            Of shadow page tables.
+
+        Raises
+        ------
+        NotImplementedError
+            `ngpa_walk`, or a host without two-dimensional paging: page tables that shadow the guest's are not built.
+        """
+        if roots not in ("current", "all"):
+            raise ValueError(f"roots: want 'current' or 'all', got {roots!r}")
+        if walk is not self.gva_walk and walk is not self.ngpa_walk:
+            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
+        addr = _check_bits("addr", addr, 64)
+        if walk is self.ngpa_walk or self._tdp is None:
+            self._need_tdp()
+            raise NotImplementedError("ngpa_walk is not in use: there is nothing to invalidate in its page tables")
+        if self._made is not None:
+            self._machine.flush_addr(addr)
+
+    # ---- the machine -------------------------------------------------------------------------------------------------
+
+    @property
+    def vm(self) -> Vm:
+        """The machine that this vCPU belongs to."""
+        if self._vm is None:
+            self._vm = Vm(self._spaces[0], self._cpu, Host(tdp=self._tdp), smm_mem=self._spaces[1])
+            self._vm.vcpus.append(self)
+        return self._vm
+
+    @property
+    def _machine(self) -> Machine:
+        """This vCPU on its host, in the mode of the registers."""
+        if self._made is None:
+            self._made = Machine(self.vm.kvm, self._arch, self.id, self._tlb)
+            self._made.set_cpu(self._cpu)
+        self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode)
+        return self._made
+
+    @property
+    def tlb(self) -> Tlb:
+        """The TLB of the processor that it runs on."""
+        return self._tlb
+
+    @property
+    def tdp_mmu(self) -> TdpMmu:
+        """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging."""
+        self._need_tdp()
+        return self._machine.tdp_mmu
+
+    @property
+    def mmu(self) -> TdpMmu:
+        """The builder of page tables that is active."""
+        self._need_tdp()
+        return self.tdp_mmu
+
+    @property
+    def root_mmu(self) -> TdpMmu:
+        """KVM's name for the MMU that is active outside nested paging."""
+        return self.tdp_mmu
+
+    def _need_tdp(self) -> None:
+        if self._tdp is None or self.mmu_is_nested:
+            raise NotImplementedError(
+                "page tables of the host are built for two-dimensional paging without nested paging: tdp='ept' or 'npt', and "
+                "no Ept or Npt entered")
+
+    def _flush_guest(self) -> None:
+        if self._made is not None:
+            self._machine.flush_guest()
+
+    def access(self, gva: "int | NDArray[np.uint64]", access: Any = 0, *, out: Accesses | None = None) -> Accesses:
+        """Access memory as the guest does: TLB, the processor's walk, exits, KVM's answers, and all that follows from them.
+
+        Parameters
+        ----------
+        gva : int, or ndarray of uint64, shape (n,), C-contiguous
+            Linear addresses (bytes), one after the other.
+        access : Access, or ndarray of uint8, shape (n,)
+            EFLAGS.AC of the vCPU is added to a single access; arrays say `Access.AC`.
+        out : Accesses, optional
+            Columns to reuse, n rows each; for arrays.
+
+        Returns
+        -------
+        Accesses
+            Columns of n rows; of a single access integers.
+
+        Raises
+        ------
+        PageFault, GeneralProtection
+            A single access faults in the guest. In arrays that is data.
+        NotImplementedError
+            The host has no two-dimensional paging, or L2 runs under nested paging.
+        """
+        self._need_tdp()
+        if isinstance(gva, np.ndarray):
+            columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
+            self._machine.access(gva, access, columns.arrays())
+            return columns
+        if out is not None:
+            raise ValueError("out: is for arrays")
+        if self._regs.rflags & RFLAGS_AC:
+            access |= Access.AC
+        result = Accesses(*self._machine.access_one(gva, access))
+        self._raise_fault(gva, access, result.status, result.error_code)
+        return result
+
+    def _raise_fault(self, gva: int, access: int, status: int, error_code: int) -> None:
+        if status == Status.OK:
+            return
+        record = self.gva_walk.walk_record(gva, access)
+        step = record.steps[-1] if record.steps else None
+        raise fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level,
+                       entry=step.entry if step else 0, entry_gpa=step.gpa if step else None, rule=record.rule or "")
+
+    def write_guest(self, gva: int, data: bytes, access: int = 0) -> int:
+        """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        data : bytes
+        access : Access
+            USER, AC or IMPLICIT; WRITE is added.
+
+        Returns
+        -------
+        int
+            How many bytes reached memory; the others are MMIO: a hole, or a read-only slot.
+
+        Raises
+        ------
+        PageFault, GeneralProtection
+            Nothing was written.
+        """
+        access = int(access) | Access.WRITE | (Access.AC if self._regs.rflags & RFLAGS_AC else 0)
+        parts, at = [], 0
+        while at < len(data):
+            size = min(len(data) - at, PAGE_SIZE - (gva + at) % PAGE_SIZE)
+            parts.append((gva + at, data[at:at + size]))
+            at += size
+        reached = []
+        for address, part in parts:
+            gpa, hpa, status, error_code = self._machine.emulate(address, access)
+            self._raise_fault(address, access, status, error_code)
+            if hpa != INVALID_GPA:
+                reached.append((gpa, part))
+        for gpa, part in reached:
+            self.mem.write(gpa, part)
+            self.vm.kvm.note_write(gpa, len(part), self._smm)
+        return sum(len(part) for _, part in reached)
+
+    def drain_pml(self) -> None:
+        """Take what the processor logged so far into the dirty log, as each exit does."""
+        if self._made is not None:
+            self._made.drain_pml()
 
     # ---- nested guests ------------------------------------------------------------------------------------------------
 
@@ -243,6 +468,7 @@ class Vcpu:
         self._l1_regs = l1_regs
         self._use_second(second)
         self._load(regs)
+        self._flush_guest()
 
     def leave_nested(self) -> None:
         """Run L1 again, with the registers it had. Harmless when not nested."""
@@ -251,6 +477,7 @@ class Vcpu:
         regs, self._l1_regs = self._l1_regs, None
         self._use_second(None)
         self._load(regs)
+        self._flush_guest()
 
     def _use_second(self, second: SecondStage | None) -> None:
         if second is None:
@@ -330,6 +557,9 @@ class Vcpu:
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.gva_walk.cpu_role!r}>"
+
+
+Vm._vcpu_type = Vcpu
 
 
 class _NestedSpace:

@@ -45,6 +45,7 @@ ROWS = (1, 2, 3, 17, 256, 2048, 8192, 8192, 20000)
 REFERENCE_ROWS = 7                      # so few rows are walked one by one
 SCALARS = 12
 RECORDINGS_PER_MILLION = 40
+MACHINE_ACCESSES_PER_MILLION = 300_000
 
 
 def build():
@@ -416,10 +417,32 @@ def damaged_trace(kvmmu, rng, counts):
     counts["mismatches seen"] += report.mismatches
 
 
+def random_machine(kvmmu, rng, counts):
+    """A machine driven at random, then with tables that are scribbled over: nothing but the audit is checked."""
+    from machine_driver import CONFIGURATIONS, Driver
+
+    host = CONFIGURATIONS[str(rng.choice(sorted(CONFIGURATIONS)))]
+    driver = Driver(host, str(rng.choice(("4l", "5l", "pae", "32"))), int(rng.integers(1 << 31)))
+    for _ in range(int(rng.integers(20, 200))):
+        driver.step()
+    tables = np.array(sorted({gpa & ~(PAGE - 1) for gpa in (*driver.ptes, *driver.upper, driver.cr3)}), np.uint64)
+    for _ in range(30):
+        masks = rng.choice(np.array([2**64 - 1, 0xFFF, 0x7FFFFFFF, 0x1FFFFFF], np.uint64), 8)
+        words = rng.integers(0, 1 << 63, 8, np.uint64) & masks
+        for gpa, word in zip(rng.choice(tables, 8), words | rng.choice(np.array([0, 1, 3, 7, 0x87], np.uint64), 8), strict=True):
+            driver.mem.write_u64(int(gpa) + 8 * int(rng.integers(512)), int(word))
+        gva = np.concatenate([rng.integers(0, 1 << 48, 50, np.uint64), rng.choice(driver.rows, 50), EDGE_GVAS])
+        driver.vcpu.access(gva, rng.choice(np.array([0, 2, 4, 6, 16, 20, 32], np.uint8), gva.size))
+        counts["machine accesses"] += gva.size
+    assert driver.vm.audit() == []
+    counts["machine operations"] += driver.steps
+
+
 def campaign(walks, seed):
     """Run until so many walks are done; print what was done."""
     import kvmmu
 
+    sys.path.append(str(ROOT / "tests"))
     where = Path(kvmmu.__file__).resolve()
     if ROOT / "build" / "asan" not in where.parents:
         raise SystemExit(f"kvmmu was imported from {where}, which is not the sanitized build")
@@ -429,6 +452,8 @@ def campaign(walks, seed):
     while counts["walks"] < walks:
         try:
             walk_batches(kvmmu, np.random.default_rng((seed, number)), counts)
+            if counts["machine accesses"] < counts["walks"] * MACHINE_ACCESSES_PER_MILLION / 1e6:
+                random_machine(kvmmu, np.random.default_rng((seed, number, 2)), counts)
             if counts["recordings damaged"] < counts["walks"] * RECORDINGS_PER_MILLION / 1e6:
                 damaged_recording(kvmmu, np.random.default_rng((seed, number, 1)), counts)
                 damaged_trace(kvmmu, np.random.default_rng((seed, number, 2)), counts)

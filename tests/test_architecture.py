@@ -12,12 +12,15 @@ import kvmmu
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
 LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory", "registers", "delivery", "control_blocks",
-          "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_rows", "_verdicts", "_blocks",
-          "_batch", "_contexts",
-          "_arguments", "_explain", "_pagewalk", "walker", "vcpu", "_replay", "outcome", "progress", "recorded_faults",
-          "trace_replay", "replay", "report", "figure", "cli")
+          "host", "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_rows", "_verdicts", "_blocks",
+          "_batch", "_tlb", "mmu", "_contexts",
+          "_arguments", "_explain", "_pagewalk", "walker", "_access", "_machine", "tracepoints", "vm", "vcpu", "_replay",
+          "outcome", "progress", "recorded_faults", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure", "cli")
+# The same within mmu/.
+MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
+              "_entry", "_state", "_audit", "_inspect")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
-USES_TRACES = ("replay", "trace_replay", "cli")
+USES_TRACES = ("replay", "trace_replay", "recorded_machine", "cli")
 FACE = ("__init__", "__main__")                                         # may import everything
 SOURCES = sorted(path for suffix in ("py", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
 CYTHON = [path for path in SOURCES if path.suffix != ".py"]
@@ -83,6 +86,16 @@ def test_imports_run_downward(path):
     assert imported(path) - allowed == set(), f"{here} imports upward"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "mmu").glob("_[a-z]*.p*")), ids=lambda path: path.name)
+def test_imports_run_downward_in_the_mmu(path):
+    """Nothing in mmu/ imports a module of mmu/ above it."""
+    if path.suffix not in (".pyx", ".pxd"):
+        return
+    names = {source.split(".")[2] for source, _, _ in IMPORT.findall(path.read_text()) if source.startswith("kvmmu.mmu.")}
+    assert path.stem in MMU_LAYERS
+    assert names - set(MMU_LAYERS[:MMU_LAYERS.index(path.stem) + 1]) == set(), f"mmu/{path.name} imports upward"
+
+
 @each_source
 def test_nothing_else_knows_the_file_formats(path):
     """Of the MMU only replay and the command import traces."""
@@ -135,7 +148,8 @@ def test_formats_are_told_apart_in_one_file(path):
         assert not re.search(r"\bif\s+guest_walker\s+is\b", code_of(path))
 
 
-@pytest.mark.parametrize("name", ["_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_batch.pyx"])
+@pytest.mark.parametrize("name", ["_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_batch.pyx", *(
+    f"mmu/{path.name}" for path in CYTHON if path.parent.name == "mmu")])
 def test_walks_have_no_literal_masks(name):
     """Architectural numbers have names: no hexadecimal constants above 0xff, no shifts of a literal one by a literal."""
     code = code_of(ROOT / name)

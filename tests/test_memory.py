@@ -362,3 +362,21 @@ def test_slots_added_during_walks():
         thread.join()
     assert not wrong
     assert number + 1 == len(mem.slots)
+
+
+def test_remove_slot_gives_the_bytes_back():
+    """A slot that goes leaves a hole; its buffer can come back elsewhere, without a copy."""
+    mem = GuestMemory(0x1000)
+    buffer = np.full(0x2000, 7, np.uint8)
+    mem.add_slot(0x10000, buffer)
+    data = mem.remove_slot(0x10000)
+    assert np.shares_memory(data, buffer)
+    assert not mem.is_backed(0x10000)
+    assert [(0, 0x1000, False)] == mem.slots
+    mem.add_slot(0x40000, data)
+    assert b"\x07" == mem.read(0x41FFF, 1)
+    with pytest.raises(ValueError, match="no slot begins at gpa 0x41000"):
+        mem.remove_slot(0x41000)
+    mem.remove_slot(0)
+    with pytest.raises(ValueError, match="the last one"):
+        mem.remove_slot(0x40000)

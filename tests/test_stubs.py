@@ -12,8 +12,13 @@ import kvmmu
 from kvmmu._roles import CpuRole
 
 PACKAGE = Path(kvmmu.__file__).parent
-STUBS = sorted(PACKAGE.glob("*.pyi"))
+STUBS = sorted([*PACKAGE.glob("*.pyi"), *PACKAGE.glob("mmu/_*.pyi")])
 HIDDEN = {"SlotTable", "WalkCache", "Workspace"}          # C arrays: nothing for Python
+
+
+def module_of(path):
+    """Name of the module behind a stub or a compiled file."""
+    return ".".join(("kvmmu", *path.relative_to(PACKAGE).parts[:-1], path.name.split(".")[0]))
 
 
 def public_names(module):
@@ -34,15 +39,16 @@ def stub_names(path):
     return names
 
 
-@pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("stub", STUBS, ids=module_of)
 def test_names(stub):
-    assert stub_names(stub) == public_names(importlib.import_module(f"kvmmu.{stub.stem}"))
+    assert stub_names(stub) == public_names(importlib.import_module(module_of(stub)))
 
 
 def test_every_module_with_a_python_face_has_a_stub():
-    compiled = {path.name.split(".")[0] for path in PACKAGE.glob("*.*") if path.suffix in (".so", ".pyd")}
-    faces = {name for name in compiled if public_names(importlib.import_module(f"kvmmu.{name}"))}
-    assert {path.stem for path in STUBS} == faces
+    files = [*PACKAGE.glob("*.*"), *PACKAGE.glob("mmu/_*.*")]
+    compiled = {module_of(path) for path in files if path.suffix in (".so", ".pyd")}
+    faces = {name for name in compiled if public_names(importlib.import_module(name))}
+    assert {module_of(path) for path in STUBS} == faces
 
 
 def test_stubtest(tmp_path):
@@ -51,12 +57,13 @@ def test_stubtest(tmp_path):
     allowed = tmp_path / "allowed"
     # Bits of a role are looked up in __getattr__; Cython adds dunder names of its own.
     bits = "|".join(name for name in dir(CpuRole(0)) if not name.startswith("_"))
-    allowed.write_text(f"kvmmu._roles.CpuRole.({bits}|__getattr__)\n" r"kvmmu\.\w+\.(_\w+|SlotTable|WalkCache|Workspace)" "\n"
-                       r"kvmmu\.\w+\.\w+\.__(reduce|setstate|pyx_vtable|new)\w*__" "\n")
+    allowed.write_text(f"kvmmu._roles.CpuRole.({bits}|__getattr__)\n"
+                       r"kvmmu\.(mmu\.)?\w+\.(_\w+|SlotTable|WalkCache|Workspace)" "\n"
+                       r"kvmmu\.(mmu\.)?\w+\.\w+\.__(reduce|setstate|pyx_vtable|new)\w*__" "\n")
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\npython_version = 3.14\n[mypy-pyarrow.*]\nignore_missing_imports = True\n")
     (tmp_path / "kvmmu").symlink_to(PACKAGE)
     command = [sys.executable, "-m", "mypy.stubtest", "--allowlist", allowed, "--ignore-unused-allowlist",
-               "--ignore-disjoint-bases", "--mypy-config-file", config, *(f"kvmmu.{stub.stem}" for stub in STUBS)]
+               "--ignore-disjoint-bases", "--mypy-config-file", config, *(module_of(stub) for stub in STUBS)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,396 @@
+"""One access of one vCPU. The steps are listed in `_access.pxd`."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from kvmmu._access cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
+from kvmmu._bits cimport (
+    ACC_ALL, ACC_USER_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
+    EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_VALID_MASK,
+    EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_WRITE_MASK, EPTP_AD_MASK,
+    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_FETCH_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PK_MASK,
+    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK, PKRU_KEYS, PML_ENTITY_NUM, PT64_INDEX_BITS, PT64_PKEY_MASK,
+    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_RETRY, ROLE_AD_DISABLED_MASK,
+    ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+)
+from kvmmu._format cimport explicit_access, permission_fault
+from kvmmu._tlb cimport TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result, walk_step
+from kvmmu.mmu._entry cimport kvm_mmu_page_fault, load_tdp_mmu
+from kvmmu.mmu._fault cimport spte_walk, walk_sptes
+from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa
+from kvmmu.mmu._page cimport first_spte
+from kvmmu.mmu._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu._spte cimport spte_access, spte_ad_enabled
+from kvmmu.mmu._trace cimport (
+    TRACE_PAGETABLE_WALK, TRACE_PAGING_ELEMENT, TRACE_SET_ACCESSED_BIT, TRACE_SET_DIRTY_BIT, TRACE_WALKER_ERROR,
+    trace,
+)
+
+cdef enum:
+    MAX_EXITS = 64              # of one access: more means that the host never lets it through
+    GPA_ENTRIES = 512
+    PML_MASK = 0xffff           # the index of the log counts down past zero: then it is full, and its first entry is 0
+
+
+# ---- exits ---------------------------------------------------------------------------------------------------------------
+
+cdef uint64_t error_code_of_violation(uint64_t qualification) noexcept nogil:
+    """The page-fault error code that KVM makes of an EPT violation."""
+    cdef uint64_t error_code = 0
+    if qualification & EPT_VIOLATION_ACC_WRITE_MASK:
+        error_code |= PFERR_WRITE_MASK
+    if qualification & EPT_VIOLATION_ACC_INSTR_MASK:
+        error_code |= PFERR_FETCH_MASK
+    if qualification & (EPT_VIOLATION_PROT_READ_MASK | EPT_VIOLATION_PROT_WRITE_MASK | EPT_VIOLATION_PROT_EXEC_MASK):
+        error_code |= PFERR_PRESENT_MASK
+    if qualification & EPT_VIOLATION_GVA_VALID_MASK:
+        error_code |= PFERR_GUEST_FINAL_MASK if qualification & EPT_VIOLATION_GVA_TRANSLATED_MASK else PFERR_GUEST_PAGE_MASK
+    return error_code
+
+
+cdef void machine_drain_pml(machine *m) noexcept nogil:
+    """What the processor logged is dirty; the log is empty again."""
+    cdef kvm *k = m.k
+    cdef kvm_memory_slot *slot
+    cdef uint64_t gfn
+    cdef int i
+    if m.pml_page == 0:
+        return
+    for i in range(<int>((m.pml.index + 1) & PML_MASK), PML_ENTITY_NUM):
+        gfn = k.sptes[first_spte(m.pml_page) + i] >> PAGE_SHIFT
+        slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
+        if slot is not NULL:
+            mark_slot_dirty(slot, gfn)
+    m.pml.index = PML_ENTITY_NUM - 1
+
+
+cdef int handle_exit(machine *m, const walk_result *r) noexcept nogil:
+    """Step 5. RET_PF_*, or a negative errno."""
+    cdef kvm *k = m.k
+    cdef int ret
+    k.stats.exits += 1
+    machine_drain_pml(m)
+    if r.status == STATUS_PML_FULL:
+        k.stats.pml_full += 1
+        return RET_PF_RETRY
+    if r.status == STATUS_EPT_MISCONFIG:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, PFERR_RSVD_MASK)
+    elif r.status == STATUS_EPT_VIOLATION:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, error_code_of_violation(r.exit_qualification))
+    else:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, r.exit_qualification)
+    use_arena(m)
+    return ret
+
+
+cdef void mark_table_writes(machine *m, const walk_step *before, const walk_step *after, int n) noexcept nogil:
+    """A and D that KVM's walk set are writes to the guest's memory."""
+    cdef kvm_memory_slot *slot
+    cdef uint64_t set_bits
+    cdef int i
+    for i in range(n):
+        set_bits = after[i].pte & ~before[i].pte
+        if set_bits and before[i].pte_gpa == after[i].pte_gpa:
+            if set_bits & m.sw.accessed_mask:
+                trace(&m.k.trace, TRACE_SET_ACCESSED_BIT, after[i].pte_gpa)
+            if set_bits & (m.sw.accessed_mask << 1):
+                trace(&m.k.trace, TRACE_SET_DIRTY_BIT, after[i].pte_gpa)
+            slot = gfn_to_memslot(memslots_of(m.k, m.vcpu.as_id), after[i].pte_gpa >> PAGE_SHIFT)
+            if slot is not NULL:
+                mark_slot_dirty(slot, after[i].pte_gpa >> PAGE_SHIFT)
+
+
+cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
+    """Step 6: KVM walks the guest's tables itself. What is not memory, or not for writing, is MMIO."""
+    cdef kvm *k = m.k
+    cdef kvm_memory_slot *slot
+    cdef walk_result r
+    cdef walk_step before[5]
+    cdef walk_step after[5]
+    cdef uint64_t gfn
+    cdef int i, n = m.sw.walk_steps(&m.sw, addr, access, before)
+    k.stats.insn_emulation += 1
+    k.trace.vcpu = m.vcpu.id
+    trace(&k.trace, TRACE_PAGETABLE_WALK, addr, access & ACCESS_PFEC_MASK)
+    for i in range(n):
+        trace(&k.trace, TRACE_PAGING_ELEMENT, before[i].pte, before[i].level)
+    m.sw.gva_to_gpa(&m.sw, addr, access, True, &r)
+    if r.status != STATUS_OK:
+        trace(&k.trace, TRACE_WALKER_ERROR, r.error_code)
+    mark_table_writes(m, before, after, n if m.sw.walk_steps(&m.sw, addr, access, after) == n else 0)
+    out.status, out.error_code = r.status, r.error_code
+    out.gpa = r.gpa
+    out.hpa = INVALID_GPA
+    if r.status != STATUS_OK:
+        return
+    gfn = r.gpa >> PAGE_SHIFT
+    slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
+    if slot is NULL or (slot.readonly and access & ACCESS_WRITE_MASK):
+        k.stats.mmio_exits += 1
+        return
+    out.hpa = (host_pfn_of(slot, gfn, host_page_of(slot, gfn)) << PAGE_SHIFT) | (r.gpa & PAGE_OFFSET_MASK)
+    if access & ACCESS_WRITE_MASK:
+        mark_slot_dirty(slot, gfn)
+
+
+# ---- the second stage ----------------------------------------------------------------------------------------------------
+
+cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    """The walk of SPTEs, or what it came to the last time: guest-physical mappings, which a flush drops."""
+    cdef cached_stage *stage = <cached_stage *>w
+    cdef uint64_t gfn = gpa >> PAGE_SHIFT
+    cdef gpa_entry *entry = &stage.entries[(gfn ^ (gfn >> 9)) & (GPA_ENTRIES - 1)]
+    if entry.gfn == gfn and entry.access == access and entry.epoch == stage.epoch:
+        r.status = STATUS_OK
+        r.refs = 0
+        r.gpa = entry.hpa | (gpa & PAGE_OFFSET_MASK)
+        return
+    stage.walk(w, gpa, access, set_ad, r)
+    if r.status == STATUS_OK:
+        entry.gfn, entry.access, entry.epoch = gfn, access, stage.epoch
+        entry.hpa = r.gpa & ~PAGE_OFFSET_MASK
+
+
+# ---- the TLB -------------------------------------------------------------------------------------------------------------
+
+cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r) noexcept nogil:
+    """Enter what a walk came to: the page is the smaller one of both stages."""
+    cdef kvm *k = m.k
+    cdef spte_walk walk
+    cdef tlb_entry *entry
+    cdef int level
+    cdef uint64_t offset
+    cdef bint paged = not m.hw.cpu_role & ROLE_DIRECT_MASK, is_global = False, dirty
+    walk_sptes(k, m.mmu.root.sp, r.ngpa, &walk)
+    level = walk.level
+    dirty = (access & ACCESS_WRITE_MASK) != 0
+    if paged:
+        level = min(level, <int>r.level)
+        is_global = r.pte & PT_GLOBAL_MASK and m.arch.cr4 & CR4_PGE_MASK
+    if not dirty:
+        dirty = (not paged or (r.pte & (m.hw.accessed_mask << 1)) != 0) and (
+            not spte_ad_enabled(walk.spte) or not k.spte.dirty_mask or (walk.spte & k.spte.dirty_mask) != 0)
+    offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
+    entry = tlb_fill(m.tlb, addr, level, is_global)
+    entry.hpa, entry.gpa = r.gpa & ~offset, r.ngpa & ~offset
+    entry.acc = <uint8_t>r.pte_access
+    entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
+    entry.pkey = <uint8_t>((r.pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) if m.hw.cpu_role & ROLE_EXT_EFER_LMA_MASK else 0
+    entry.dirty = dirty
+    entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
+
+
+cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, uint32_t access) noexcept nogil:
+    """Step 2, rule by rule: the rights of both stages, and the protection key, allow the access."""
+    cdef uint32_t nested = second_stage_access(&m.stage.w, access, True, acc)
+    if not m.hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(m.hw.fmt, m.hw.vcpu.pkru, acc, pkey, access):
+        return False
+    return not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> nacc) & 1
+
+
+cdef void machine_load_rights(machine *m) noexcept nogil:
+    """The tables: each of the three conditions by itself, with rights that pass the other two."""
+    cdef uint32_t i, acc, pkey, access, user, nested
+    m.rights_epoch += 1
+    memset(&m.rights, 0, sizeof(m.rights))
+    for i in range(<uint32_t>PERMISSIONS_COUNT):
+        access = i << PERMISSIONS_INDEX_SHIFT
+        if access & ACCESS_WRITE_MASK:
+            m.rights.writes |= <uint16_t>1 << i
+        for acc in range(<uint32_t>ACC_ALL + 1):
+            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (m.hw.fmt.permissions[i] >> acc) & 1:
+                m.rights.guest[acc] |= <uint16_t>1 << i
+            for user in range(2):
+                nested = second_stage_access(&m.stage.w, access, True, <uint32_t>ACC_USER_MASK if user else 0)
+                if not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> acc) & 1:
+                    m.rights.nested[user][acc] |= <uint16_t>1 << i
+        for pkey in range(<uint32_t>PKRU_KEYS):
+            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (
+                    permission_fault(m.hw.fmt, m.hw.vcpu.pkru, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
+                m.rights.keys[pkey] |= <uint16_t>1 << i
+
+
+cdef inline uint16_t allowed_accesses(const machine *m, const tlb_entry *entry) noexcept nogil:
+    """A bit for each access, by its index in permissions[]: what `allows()` says of an entry, and that no D bit has to be set."""
+    cdef uint32_t user = (entry.acc & <uint32_t>ACC_USER_MASK) != 0
+    cdef uint16_t allowed = m.rights.guest[entry.acc] & m.rights.nested[user][entry.nacc]
+    if user:
+        allowed &= m.rights.keys[entry.pkey]
+    if not entry.dirty:
+        allowed &= ~m.rights.writes
+    return allowed
+
+
+# What a hit depends on: copied out, because the compiler must take every store into a column for one to the machine.
+cdef struct hit_context:
+    uint64_t gva_mask
+    uint64_t local_tag, global_tag
+    uint64_t canonical_offset, canonical_limit      # an address is canonical if offset + address is at most limit
+    uint32_t rights_epoch
+    bint usable                     # no request is pending
+    tlb_array arrays[3]
+
+
+cdef void load_context(machine *m, hit_context *c) noexcept nogil:
+    cdef int i
+    c.gva_mask = m.hw.gva_mask
+    c.local_tag, c.global_tag = m.tlb.local_tag, m.tlb.global_tag
+    c.canonical_offset, c.canonical_limit = 0, ~<uint64_t>0
+    if m.hw.canonical_shift:
+        c.canonical_limit >>= m.hw.canonical_shift
+        c.canonical_offset = (c.canonical_limit >> 1) + 1
+    c.rights_epoch = m.rights_epoch
+    c.usable = not m.vcpu.requests
+    for i in range(3):
+        c.arrays[i] = m.tlb.arrays[i]
+
+
+cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t addr, uint32_t access) noexcept nogil:
+    """The entry that the hint names, if it is the one and is known to allow the access."""
+    cdef const tlb_array *a = &c.arrays[hint & 3]
+    cdef uint64_t page = tlb_page(a, addr), key = a.keys[hint >> 2]
+    cdef tlb_entry *entry = &a.entries[hint >> 2]
+    if key != (page | c.local_tag) and key != (page | c.global_tag):
+        return NULL
+    if addr + c.canonical_offset > c.canonical_limit or entry.epoch != c.rights_epoch:
+        return NULL
+    return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1 else NULL
+
+
+cdef int machine_prepare_root(machine *m) noexcept nogil:
+    """Step 1."""
+    cdef kvm *k = m.k
+    cdef uint32_t root = m.mmu.root.sp
+    if load_tdp_mmu(m.vcpu, m.mmu.root_role):
+        return -1
+    if m.mmu.root.sp != root or m.host.nested_pgd & ~PAGE_OFFSET_MASK != sp_hpa(k, m.mmu.root.sp):
+        use_root(m)
+        m.vcpu.requests |= REQ_TLB_FLUSH
+    if m.vcpu.requests & REQ_TLB_FLUSH:
+        m.vcpu.requests &= ~<uint32_t>REQ_TLB_FLUSH
+        k.stats.tlb_flush += 1
+        m.stage.epoch += 1
+        tlb_flush_all(m.tlb)
+    return 0
+
+
+cdef void use_root(machine *m) noexcept nogil:
+    """Point the processor at the root, by an EPTP or a nested CR3."""
+    cdef uint64_t level = m.mmu.root_role & ROLE_LEVEL_MASK
+    use_arena(m)
+    m.host.nested_pgd = sp_hpa(m.k, m.mmu.root.sp)
+    if m.k.spte.ept:
+        m.host.nested_pgd |= EPTP_MT_WB | ((level - 1) << EPTP_LEVEL_SHIFT)
+        if not m.mmu.root_role & ROLE_AD_DISABLED_MASK:
+            m.host.nested_pgd |= EPTP_AD_MASK
+
+
+# ---- one access ------------------------------------------------------------------------------------------------------------
+
+cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
+    """Steps 1 and 3 to 6. 0, or a negative errno."""
+    cdef walk_result r
+    cdef int ret
+    out.ret, out.exits = RET_PF_CONTINUE, 0
+    while True:
+        if m.vcpu.requests or not m.mmu.root.valid:
+            if machine_prepare_root(m):
+                return -1
+        m.hw.gva_to_gpa(&m.hw, addr, access, True, &r)                              # step 3
+        if r.status == STATUS_OK:
+            fill(m, addr, access, &r)
+            out.gpa, out.hpa = r.ngpa, r.gpa
+            out.status, out.error_code = STATUS_OK, 0
+            return 0
+        if r.status == STATUS_PAGE_FAULT or r.status == STATUS_NON_CANONICAL:       # step 4
+            out.gpa = out.hpa = INVALID_GPA
+            out.status, out.error_code = r.status, r.error_code
+            return 0
+        ret = handle_exit(m, &r)                                                    # step 5
+        if out.exits < 255:
+            out.exits += 1
+        if ret < 0:
+            return ret
+        out.ret = <uint8_t>ret
+        if ret == RET_PF_EMULATE:                                                   # step 6
+            machine_emulate(m, addr, access, out)
+            return 0
+        if out.exits >= MAX_EXITS:              # an invalidation is under way that only the caller can end
+            out.gpa = out.hpa = INVALID_GPA
+            out.status, out.error_code = STATUS_OK, 0
+            return 0
+
+
+cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result *out) noexcept nogil:
+    cdef uint64_t addr = gva & m.hw.gva_mask, offset
+    cdef tlb *t = m.tlb
+    cdef tlb_entry *entry
+    cdef int level = 0
+    if not m.vcpu.requests and <uint64_t>(<int64_t>(addr << m.hw.canonical_shift) >> m.hw.canonical_shift) == addr:
+        entry = tlb_lookup(t, addr, &level)
+        if entry is not NULL:
+            if entry.epoch != m.rights_epoch:
+                entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
+            if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1:              # step 2
+                t.hits += 1
+                offset = addr & ((<uint64_t>1 << t.arrays[level - 1].shift) - 1)
+                out.gpa, out.hpa = entry.gpa | offset, entry.hpa | offset
+                out.status, out.error_code = STATUS_OK, 0
+                out.ret, out.exits = RET_PF_CONTINUE, 0
+                return 0
+            tlb_drop(t, addr)
+    t.misses += 1
+    return slow_access(m, addr, access, out)
+
+
+cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
+                     const access_columns *out, size_t *row) noexcept nogil:
+    """All rows, in order: 0, or the negative errno of the row that failed."""
+    cdef hit_context c
+    cdef access_result r
+    cdef tlb_entry *entry
+    cdef uint32_t *hints = m.tlb.hints
+    cdef uint64_t *gpa = out.gpa
+    cdef uint64_t *hpa = out.hpa
+    cdef uint32_t *error_code = out.error_code
+    cdef uint8_t *status = out.status
+    cdef uint8_t *rets = out.ret
+    cdef uint8_t *exits = out.exits
+    cdef uint32_t a, hint, clock
+    cdef uint64_t addr, offset, hits = 0
+    cdef size_t i
+    cdef int ret
+    load_context(m, &c)
+    clock = m.tlb.clock
+    for i in range(n):
+        addr = gva[i] & c.gva_mask
+        a = explicit_access(access[i * stride])
+        hint = hints[(addr >> PAGE_SHIFT) & (TLB_HINTS - 1)]
+        entry = quick_hit(&c, hint, addr, a) if c.usable else NULL
+        if entry is not NULL:
+            clock += 1
+            hits += 1
+            entry.stamp = clock
+            offset = addr & ((<uint64_t>1 << c.arrays[hint & 3].shift) - 1)
+            gpa[i], hpa[i] = entry.gpa | offset, entry.hpa | offset
+            status[i], error_code[i] = STATUS_OK, 0
+            rets[i], exits[i] = RET_PF_CONTINUE, 0
+            continue
+        m.tlb.clock = clock
+        ret = machine_access(m, gva[i], a, &r)
+        clock = m.tlb.clock
+        c.usable = not m.vcpu.requests
+        if ret < 0:
+            row[0] = i
+            m.tlb.hits += hits
+            return ret
+        gpa[i], hpa[i] = r.gpa, r.hpa
+        status[i], error_code[i] = r.status, r.error_code
+        rets[i], exits[i] = r.ret, r.exits
+    m.tlb.clock = clock
+    m.tlb.hits += hits
+    return 0

@@ -1,0 +1,114 @@
+"""The TLB of one processor: three set-associative arrays, for 4K, 2M and 1G translations, with least-recently-used replacement.
+
+An entry is a whole translation, linear address to host-physical address, with the rights of both stages. Its key is the linear
+page and a tag; a tag is a PCID, or "global", in one of a few spaces, and a space is a root of host page tables (VPID and EP4TA,
+or ASID). A processor may drop an entry whenever it likes; this one does so when an entry denies an access, so that the walk
+decides, and when it runs out of spaces.
+
+Sources: SDM vol. 3, "Caching Translation Information", "Invalidation of TLBs and Paging-Structure Caches", "VMX Support for
+Address Translation"; vol. 2, "INVLPG", "INVPCID".
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from kvmmu._bits cimport PAGE_SHIFT
+
+cdef enum:
+    TLB_LEVELS = 3
+    TLB_VPN_BITS = 45               # of 57-bit linear addresses
+    TLB_PCID_BITS = 12
+    TLB_GLOBAL_SHIFT = 57           # after page and PCID
+    TLB_SPACE_SHIFT = 58
+    TLB_SPACES = 64                 # number 0 is none: no key is 0
+    TLB_HINTS = 1024
+
+cdef struct tlb_entry:
+    uint64_t hpa                    # of the page
+    uint64_t gpa
+    uint32_t stamp                  # of the last use
+    uint8_t acc                     # ACC_*: rights of the guest's tables
+    uint8_t nacc                    # and of the host's
+    uint8_t pkey
+    uint8_t dirty                   # writing needs no D bit set
+    uint16_t allowed                # accesses that all this allows, as of `epoch`
+    uint32_t epoch
+
+cdef struct tlb_array:
+    int shift                       # page size
+    size_t sets                     # power of two
+    size_t ways
+    size_t valid
+    uint64_t *keys                  # [set * ways + way]; 0: free
+    tlb_entry *entries
+
+cdef struct tlb:
+    tlb_array arrays[3]
+    uint32_t clock
+    uint64_t spaces[64]             # what each space stands for
+    int nr_spaces
+    uint64_t local_tag, global_tag  # of the registers in force, in their place in a key
+    uint64_t hits, misses, evictions
+    uint32_t hints[1024]            # by 4K page: where the last look-up found its entry, level - 1 in the low bits
+
+
+cdef inline uint64_t tlb_page(const tlb_array *a, uint64_t gva) noexcept nogil:
+    return (gva >> a.shift) & ((<uint64_t>1 << TLB_VPN_BITS) - 1)
+
+
+cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nogil:
+    """The entry for a canonical address under the tags in force, NULL without one. OUT level."""
+    cdef tlb_array *a
+    cdef uint64_t page, mine, common
+    cdef const uint64_t *keys
+    cdef size_t way, base
+    cdef int i
+    # where it was last time: saves the search, and changes nothing
+    cdef uint32_t *hint = &t.hints[(gva >> PAGE_SHIFT) & (TLB_HINTS - 1)]
+    a = &t.arrays[hint[0] & 3]
+    base = hint[0] >> 2
+    page = tlb_page(a, gva)
+    if a.keys[base] == (page | t.local_tag) or a.keys[base] == (page | t.global_tag):
+        level[0] = <int>(hint[0] & 3) + 1
+        t.clock += 1
+        a.entries[base].stamp = t.clock
+        return &a.entries[base]
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        if a.valid == 0:
+            continue
+        page = tlb_page(a, gva)
+        mine, common = page | t.local_tag, page | t.global_tag
+        base = (page & (a.sets - 1)) * a.ways
+        keys = a.keys + base
+        for way in range(a.ways):
+            if keys[way] == mine or keys[way] == common:
+                level[0] = i + 1
+                hint[0] = <uint32_t>((base + way) << 2) | <uint32_t>i
+                t.clock += 1
+                a.entries[base + way].stamp = t.clock
+                return &a.entries[base + way]
+    return NULL
+
+
+# 0, or -1: wrong shape or no memory. IN sets: powers of two, by level
+cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
+cdef void tlb_free(tlb *t) noexcept nogil
+# Use a space and a PCID; a space that is new takes a number, if need be by dropping all
+cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
+# Enter a translation, in the place of the one that was used longest ago
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil
+cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil
+cdef void tlb_flush_all(tlb *t) noexcept nogil
+# INVLPG: entries for the address of the PCID in force, and global ones, of every page size
+cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil
+# INVPCID 0: entries of a PCID for an address, global ones excepted
+cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil
+# INVPCID 1, and MOV to CR3: entries of a PCID, global ones excepted
+cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil
+# INVPCID 2 (globals too) and 3: entries of every PCID, in the space in force
+cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil
+
+
+cdef class Tlb:
+    cdef tlb t

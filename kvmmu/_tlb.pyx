@@ -1,0 +1,235 @@
+"""The TLB, as `_tlb.pxd` describes it."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from kvmmu._bits cimport PAGE_SHIFT, PT64_INDEX_BITS
+from kvmmu._tlb cimport (
+    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array, tlb_entry,
+    tlb_lookup, tlb_page,
+)
+
+
+cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil:
+    cdef int i
+    memset(t, 0, sizeof(tlb))
+    t.nr_spaces = 1
+    for i in range(TLB_LEVELS):
+        if sets[i] == 0 or sets[i] & (sets[i] - 1) or ways[i] == 0:
+            return -1
+        t.arrays[i].shift = PAGE_SHIFT + PT64_INDEX_BITS * i
+        t.arrays[i].sets, t.arrays[i].ways = sets[i], ways[i]
+        t.arrays[i].keys = <uint64_t *>calloc(sets[i] * ways[i], sizeof(uint64_t))
+        t.arrays[i].entries = <tlb_entry *>calloc(sets[i] * ways[i], sizeof(tlb_entry))
+        if t.arrays[i].keys is NULL or t.arrays[i].entries is NULL:
+            return -1
+    return 0
+
+
+cdef void tlb_free(tlb *t) noexcept nogil:
+    cdef int i
+    for i in range(TLB_LEVELS):
+        free(t.arrays[i].keys)
+        free(t.arrays[i].entries)
+    memset(t, 0, sizeof(tlb))
+
+
+cdef void tlb_flush_all(tlb *t) noexcept nogil:
+    cdef int i
+    for i in range(TLB_LEVELS):
+        if t.arrays[i].valid:
+            memset(t.arrays[i].keys, 0, t.arrays[i].sets * t.arrays[i].ways * sizeof(uint64_t))
+            t.arrays[i].valid = 0
+
+
+cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
+    cdef int i = 1
+    while i < t.nr_spaces and t.spaces[i] != space:
+        i += 1
+    if i == t.nr_spaces:
+        if i == TLB_SPACES:
+            tlb_flush_all(t)
+            i = t.nr_spaces = 1
+        t.spaces[i] = space
+        t.nr_spaces += 1
+    t.local_tag = (<uint64_t>i << TLB_SPACE_SHIFT) | (<uint64_t>pcid << TLB_VPN_BITS)
+    t.global_tag = (<uint64_t>i << TLB_SPACE_SHIFT) | (<uint64_t>1 << TLB_GLOBAL_SHIFT)
+
+
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil:
+    cdef tlb_array *a = &t.arrays[level - 1]
+    cdef uint64_t page = tlb_page(a, gva), key = page | (t.global_tag if is_global else t.local_tag)
+    cdef size_t base = (page & (a.sets - 1)) * a.ways, way, victim = 0
+    cdef uint32_t age, oldest = 0
+    for way in range(a.ways):
+        if a.keys[base + way] == 0 or a.keys[base + way] == key:
+            victim = way
+            break
+        age = t.clock - a.entries[base + way].stamp         # modulo 2**32: the clock may wrap
+        if age >= oldest:
+            oldest, victim = age, way
+    if a.keys[base + victim] == 0:
+        a.valid += 1
+    elif a.keys[base + victim] != key:
+        t.evictions += 1
+    t.clock += 1
+    a.keys[base + victim] = key
+    a.entries[base + victim].stamp = t.clock
+    return &a.entries[base + victim]
+
+
+cdef void drop_key(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
+    cdef tlb_array *a
+    cdef uint64_t page
+    cdef size_t base, way
+    cdef int i
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        page = tlb_page(a, gva)
+        base = (page & (a.sets - 1)) * a.ways
+        for way in range(a.ways):
+            if a.keys[base + way] == (page | tag):
+                a.keys[base + way] = 0
+                a.valid -= 1
+
+
+cdef void drop_matching(tlb *t, uint64_t mask, uint64_t value) noexcept nogil:
+    """Drop entries whose key is value under mask."""
+    cdef tlb_array *a
+    cdef size_t j
+    cdef int i
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        if a.valid == 0:
+            continue
+        for j in range(a.sets * a.ways):
+            if a.keys[j] and (a.keys[j] & mask) == value:
+                a.keys[j] = 0
+                a.valid -= 1
+
+
+cdef inline uint64_t space_bits() noexcept nogil:
+    return ~((<uint64_t>1 << TLB_SPACE_SHIFT) - 1)
+
+
+cdef inline uint64_t tag_of(const tlb *t, uint32_t pcid) noexcept nogil:
+    return (t.local_tag & space_bits()) | (<uint64_t>pcid << TLB_VPN_BITS)
+
+
+cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil:
+    drop_key(t, gva, t.local_tag)
+    drop_key(t, gva, t.global_tag)
+
+
+cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil:
+    tlb_drop(t, gva)
+
+
+cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil:
+    drop_key(t, gva, tag_of(t, pcid))
+
+
+cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil:
+    drop_matching(t, ~((<uint64_t>1 << TLB_VPN_BITS) - 1), tag_of(t, pcid))
+
+
+cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil:
+    cdef uint64_t mask = space_bits()
+    if not globals_too:
+        mask |= <uint64_t>1 << TLB_GLOBAL_SHIFT
+    drop_matching(t, mask, t.local_tag & space_bits())
+
+
+# ---- the Python face ---------------------------------------------------------------------------------------------------
+
+def _shape(geometry):
+    """[(sets, ways)] of 4K, 2M and 1G, checked."""
+    rows = [tuple(row) for row in geometry]
+    for sets, ways in rows:
+        if not (sets >= 1 and sets & (sets - 1) == 0 and ways >= 1):
+            raise ValueError(f"geometry: want (power of two, at least 1), got {(sets, ways)}")
+    if len(rows) != TLB_LEVELS:
+        raise ValueError(f"geometry: want (sets, ways) of 4K, 2M and 1G pages, got {geometry!r}")
+    return rows
+
+
+cdef class Tlb:
+    """A TLB.
+
+    Parameters
+    ----------
+    geometry : sequence of (int, int)
+        Sets (a power of two) and ways, for 4K, 2M and 1G pages.
+
+    Attributes
+    ----------
+    hits, misses, evictions : int
+    """
+
+    def __init__(self, geometry=((128, 12), (128, 8), (4, 4))):
+        cdef size_t sets[3]
+        cdef size_t ways[3]
+        for i, (n, m) in enumerate(_shape(geometry)):
+            sets[i], ways[i] = n, m
+        tlb_free(&self.t)
+        if tlb_init(&self.t, sets, ways):
+            raise MemoryError
+        tlb_use(&self.t, 0, 0)
+
+    def __dealloc__(self):
+        tlb_free(&self.t)
+
+    @property
+    def hits(self):
+        return int(self.t.hits)
+
+    @property
+    def misses(self):
+        return int(self.t.misses)
+
+    @property
+    def evictions(self):
+        return int(self.t.evictions)
+
+    def __len__(self):
+        return int(self.t.arrays[0].valid + self.t.arrays[1].valid + self.t.arrays[2].valid)
+
+    def use(self, space=0, pcid=0):
+        """Put a space (any 64-bit number) and a PCID in force."""
+        if not 0 <= pcid < 1 << TLB_PCID_BITS:
+            raise ValueError(f"pcid: want {TLB_PCID_BITS} bits, got {pcid:#x}")
+        tlb_use(&self.t, space, pcid)
+
+    def fill(self, gva, hpa, level=1, is_global=False):
+        """Enter a translation of the page of `level` around gva."""
+        if level not in (1, 2, 3):
+            raise ValueError(f"level: want 1, 2 or 3, got {level}")
+        cdef tlb_entry *entry = tlb_fill(&self.t, gva, level, bool(is_global))
+        entry.hpa = hpa
+
+    def lookup(self, gva):
+        """(hpa of the page, level) of the entry for gva, or None."""
+        cdef int level = 0
+        cdef tlb_entry *entry = tlb_lookup(&self.t, gva, &level)
+        return None if entry is NULL else (int(entry.hpa), level)
+
+    def invlpg(self, gva):
+        """Drop entries for gva: of the PCID in force, and global ones."""
+        tlb_invlpg(&self.t, gva)
+
+    def invpcid(self, type, pcid=0, gva=0):
+        """INVPCID: 0 an address of a PCID, 1 a PCID, 2 all, 3 all but global ones; in the space in force."""
+        if type == 0:
+            tlb_invpcid_address(&self.t, pcid, gva)
+        elif type == 1:
+            tlb_flush_pcid(&self.t, pcid)
+        elif type in (2, 3):
+            tlb_flush_space(&self.t, type == 2)
+        else:
+            raise ValueError(f"type: want 0 to 3, got {type!r}")
+
+    def flush(self):
+        """Drop everything, in every space."""
+        tlb_flush_all(&self.t)

@@ -1,0 +1,73 @@
+"""The host: what its processor can do, and how its KVM is set up."""
+
+from dataclasses import dataclass
+
+from kvmmu._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN
+
+__all__ = ["Host"]
+
+_LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+_MAXPHYADDR_MIN = 36                    # page tables and guest memory share the physical addresses of the host
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host below a virtual machine.
+
+    Parameters
+    ----------
+    tdp : {"ept", "npt", None}
+        Two-dimensional paging; None: shadow paging.
+    maxphyaddr : int
+        Physical-address width of the host, 36 to 52. Below 52 a legacy SPTE (npt, shadow paging) can mark MMIO.
+    mbec : bool
+        EPT tells execution by supervisor and by user mode apart.
+    gmet : bool
+        NPT guards supervisor fetches (GMET) for the guest itself.
+    ad : bool
+        EPT has accessed and dirty bits; without them accesses are tracked by taking rights away.
+    pml : bool
+        The processor logs dirty pages (EPT with `ad`).
+    nx_huge_pages : bool
+        No huge page may be executable (the mitigation of the iTLB multihit erratum).
+    max_page : {"4k", "2m", "1g"}
+        Largest page of the host's tables.
+    eager_split : bool
+        Split huge pages when dirty logging of a slot begins, not at the first write.
+    l1tf : bool
+        The processor has the L1 terminal fault: MMIO SPTEs invert the top address bits.
+    kernel : str
+        Whose role bits to use: "7.3".
+    """
+
+    tdp: str | None = "ept"
+    maxphyaddr: int = 52
+    mbec: bool = True
+    gmet: bool = False
+    ad: bool = True
+    pml: bool = False
+    nx_huge_pages: bool = False
+    max_page: str = "1g"
+    eager_split: bool = True
+    l1tf: bool = False
+    kernel: str = "7.3"
+
+    def __post_init__(self) -> None:
+        if self.tdp not in ("ept", "npt", None):
+            raise ValueError(f"tdp: want 'ept', 'npt' or None, got {self.tdp!r}")
+        if not isinstance(self.maxphyaddr, int) or not _MAXPHYADDR_MIN <= self.maxphyaddr <= MAXPHYADDR_MAX:
+            raise ValueError(f"maxphyaddr: want {max(_MAXPHYADDR_MIN, MAXPHYADDR_MIN)} to {MAXPHYADDR_MAX}, "
+                             f"got {self.maxphyaddr!r}")
+        if self.max_page not in _LEVELS:
+            raise ValueError(f"max_page: want '4k', '2m' or '1g', got {self.max_page!r}")
+        if self.pml and (self.tdp != "ept" or not self.ad):
+            raise ValueError("pml: page-modification logging needs tdp='ept' and ad=True")
+        if self.gmet and self.tdp != "npt":
+            raise ValueError(f"gmet: is of NPT, got tdp={self.tdp!r}")
+        if self.kernel != "7.3":
+            raise ValueError(f"kernel: want '7.3', got {self.kernel!r}")
+
+    @property
+    def max_huge_page_level(self) -> int:
+        """Level of the largest page: 1, 2 or 3."""
+        return _LEVELS[self.max_page]

@@ -1,0 +1,3 @@
+from kvmmu.mmu._state import Kvm
+
+def audit(machine: Kvm) -> list[str]: ...

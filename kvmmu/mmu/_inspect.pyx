@@ -1,0 +1,84 @@
+"""What tracepoints and page tables of a machine look like from outside, as arrays."""
+
+import numpy as np
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from kvmmu.mmu._kvm cimport kvm, kvm_stats
+from kvmmu.mmu._state cimport Kvm
+from kvmmu.mmu._trace cimport trace_event, trace_ring
+
+
+_STATS = (
+    "pf_taken pf_fixed pf_emulate pf_spurious pf_fast pf_guest pf_mmio_spte_created invlpg tlb_flush "
+    "remote_tlb_flush_requests mmu_shadow_zapped mmu_pte_write mmu_pde_zapped mmu_flooded mmu_recycled "
+    "mmu_cache_miss mmu_unsync pages_4k pages_2m pages_1g nx_lpage_splits max_mmu_rmap_size "
+    "max_mmu_page_hash_collisions exits mmio_exits insn_emulation pml_full bugs").split()
+
+
+def set_trace(Kvm machine, mask, capacity):
+    """Record the events of a bit mask, the last `capacity` of them; 0 stops."""
+    cdef trace_event *events = NULL
+    with machine.lock:
+        if mask and capacity:
+            events = <trace_event *>calloc(capacity, sizeof(trace_event))
+            if events is NULL:
+                raise MemoryError
+        free(machine.k.trace.events)
+        machine.k.trace.events, machine.k.trace.capacity = events, capacity if events is not NULL else 0
+        machine.k.trace.enabled = mask if events is not NULL else 0
+        machine.k.trace.written = 0
+
+
+def trace_events(Kvm machine):
+    """(number of events ever, ndarray of uint64 (n, 10): number, vcpu, id, seven fields), oldest first."""
+    cdef kvm *k = machine.k
+    cdef trace_ring *ring = &k.trace
+    cdef uint64_t i, n, first
+    cdef trace_event *event
+    cdef int j
+    with machine.lock:
+        n = min(ring.written, <uint64_t>ring.capacity)
+        first = ring.written - n
+        out = np.empty((n, 10), np.uint64)
+        for i in range(n):
+            event = &ring.events[(first + i) % ring.capacity]
+            row = out[i]
+            row[0], row[1], row[2] = event.number, event.vcpu, event.id
+            for j in range(7):
+                row[3 + j] = event.args[j]
+        return int(ring.written), out
+
+
+def pages(Kvm machine):
+    """Pages of SPTEs that are in use: dict of arrays sp, gfn, role, root_count, nx (one row each), sptes (n, 512)."""
+    cdef kvm *k = machine.k
+    cdef uint32_t sp
+    with machine.lock:
+        rows = [(sp, k.pages[sp].gfn, k.pages[sp].role, k.pages[sp].root_count,
+                 k.pages[sp].nx_huge_page_disallowed)
+                for sp in range(1, <uint32_t>k.page_end) if k.pages[sp].in_use and k.pages[sp].tdp_mmu_page]
+        table = np.array(rows, np.uint64).reshape(len(rows), 5)
+        sptes = np.empty((len(rows), 512), np.uint64)
+        for i, row in enumerate(rows):
+            sptes[i] = <uint64_t[:512]>&k.sptes[<uint64_t>row[0] * 512]
+    names = ("sp", "gfn", "role", "root_count", "nx")
+    return {name: table[:, i].copy() for i, name in enumerate(names)} | {"sptes": sptes}
+
+
+def stats(Kvm machine):
+    """dict of str to int: the counters by KVM's names."""
+    cdef const int64_t *counters = <const int64_t *>&machine.k.stats
+    with machine.lock:
+        return {name: counters[i] for i, name in enumerate(_STATS)}
+
+
+def clear_stats(Kvm machine):
+    """Set the counters to zero, those of what is there now excepted."""
+    cdef kvm_stats kept = machine.k.stats
+    with machine.lock:
+        memset(&machine.k.stats, 0, sizeof(kvm_stats))
+        machine.k.stats.pages_4k, machine.k.stats.pages_2m, machine.k.stats.pages_1g = kept.pages_4k, kept.pages_2m, kept.pages_1g
+        machine.k.stats.mmu_unsync, machine.k.stats.nx_lpage_splits = kept.mmu_unsync, kept.nx_lpage_splits

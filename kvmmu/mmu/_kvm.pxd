@@ -1,0 +1,189 @@
+"""The state of one virtual machine (struct kvm), of its vCPUs, and of an MMU of theirs.
+
+Shadow pages are named by number. Page n has the 512 entries `kvm.sptes[512 * n]` on, the words `kvm.pages[n]`, and lies at the
+host-physical address `kvm.arena_hpa + 4096 * n`, where the processor's walk finds it. Page 0 is the dummy root: always empty,
+and so the number 0 means "none" in every link. Both arrays move when they grow: after `reserve_pages()`, which alone grows
+them, pointers into them are stale, numbers are not.
+
+Everything here is plain data; no Python object is reached from a fault. One lock for each virtual machine, which the compiled
+classes hold, stands for mmu_lock.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from kvmmu._bits cimport PAGE_SHIFT, ROLE_LEVEL_MASK, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE
+from kvmmu._format cimport kvm_page_format
+from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.mmu._rmap cimport pte_list_pool
+from kvmmu.mmu._slots cimport kvm_memory_slot, slot_table
+from kvmmu.mmu._spte cimport spte_format
+from kvmmu.mmu._trace cimport trace_ring
+
+cdef enum:
+    KVM_MMU_HASH_BUCKETS = 4096
+    KVM_SHADOW_MMU = 0              # index of the lists that each kind of MMU has for itself
+    KVM_TDP_MMU = 1
+    PREV_ROOTS = 3
+    # what a vCPU does before it runs again
+    REQ_TLB_FLUSH = 1
+    REQ_FREE_OBSOLETE_ROOTS = 2
+    REQ_LOAD_MMU_PGD = 4
+    REQ_MMU_SYNC = 8
+
+cdef struct kvm_mmu_page:
+    uint64_t gfn
+    uint32_t role                   # ROLE_*, the low half
+    uint32_t hash_next              # next in its bucket; of a free page the next free one
+    uint32_t prev, next             # in the list that it is on
+    uint32_t nx_prev, nx_next       # in a list of possible NX huge pages
+    uint64_t parents                # list head (_rmap): the entries that point here
+    uint64_t *shadowed_translation  # gfn << 12 | ACC_* of each entry; NULL for a direct page
+    uint64_t unsync_child_bitmap[8]
+    uint32_t unsync_children
+    uint32_t root_count
+    uint8_t mmu_valid_gen
+    uint8_t write_flooding_count
+    bint unsync
+    bint tdp_mmu_page
+    bint held                       # a root of a TdpMmu: the machine has a reference of its own
+    bint nx_huge_page_disallowed
+    bint in_use
+
+# A list of shadow pages, oldest first.
+cdef struct page_list:
+    uint32_t head, tail
+    size_t count
+
+# Counters by KVM's names. pages_* and mmu_unsync go down again.
+cdef struct kvm_stats:
+    int64_t pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_guest, pf_mmio_spte_created
+    int64_t invlpg, tlb_flush, remote_tlb_flush_requests
+    int64_t mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync
+    int64_t pages_4k, pages_2m, pages_1g, nx_lpage_splits
+    int64_t max_mmu_rmap_size, max_mmu_page_hash_collisions
+    int64_t exits, mmio_exits, insn_emulation, pml_full
+    int64_t bugs                    # what must never happen, did
+
+cdef struct kvm
+cdef struct kvm_vcpu
+
+# Leaf entries for [start, end) of a slot's frames go, in every MMU; what is flushed is the callee's business
+ctypedef void (*unmap_gfns_fn)(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
+# Shadow pages of a frame go; how many
+ctypedef int (*unprotect_gfn_fn)(kvm *k, uint64_t gfn) noexcept nogil
+
+cdef struct kvm:
+    spte_format spte
+    slot_table slots[2]             # by address space: 1 is SMM
+    bint one_address_space          # both are slots[0]
+    uint64_t memslot_gen            # of MMIO entries; bit 63 while an update is under way
+    uint64_t next_pfn
+    pte_list_pool lists
+    trace_ring trace
+    kvm_stats stats
+    uint64_t *sptes
+    kvm_mmu_page *pages
+    size_t page_capacity
+    size_t page_end                 # pages below were in use at some time
+    size_t pages_in_use
+    uint32_t free_page
+    uint64_t arena_hpa
+    uint32_t hash[4096]
+    page_list active_mmu_pages
+    page_list tdp_mmu_pages         # all but roots
+    page_list tdp_mmu_roots
+    page_list possible_nx_huge_pages[2]     # linked by nx_prev and nx_next
+    uint64_t n_used_mmu_pages, n_max_mmu_pages
+    uint64_t indirect_shadow_pages
+    uint8_t mmu_valid_gen
+    uint64_t mmu_invalidate_seq
+    uint64_t mmu_invalidate_start, mmu_invalidate_end       # gfns of an invalidation under way; equal: none
+    kvm_vcpu **vcpus
+    size_t nr_vcpus
+    unmap_gfns_fn unmap_gfns
+    unprotect_gfn_fn unprotect_gfn  # NULL: this machine shadows no tables
+
+# One fault on its way through an MMU. The first block is what the exit said, the rest what is found out.
+cdef struct kvm_page_fault:
+    uint64_t addr
+    uint64_t error_code
+    bint exec, write, present, rsvd, user
+    bint prefetch
+    int max_level                   # largest page that may be mapped at all
+    int req_level                   # largest that host and slot allow
+    int goal_level                  # that will be mapped
+    bint huge_page_disallowed       # by the NX mitigation
+    bint write_fault_to_shadow_pgtable      # the write hits a table of its own walk
+    bint map_writable               # the host lets the page be written
+    uint8_t host_page
+    uint64_t gfn
+    uint64_t pfn
+    kvm_memory_slot *slot           # NULL: no memory there, MMIO
+
+ctypedef int (*page_fault_fn)(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil
+
+cdef struct kvm_mmu_root:
+    uint64_t pgd                    # ignored by a TdpMmu
+    uint32_t sp                     # 0: none
+    bint valid
+
+cdef struct kvm_mmu:
+    page_fault_fn page_fault        # IN fault: addr and the bits of the error code. Returns RET_PF_*, or a negative errno
+    const kvm_page_format *fmt      # of the SPTEs
+    const kvm_pagewalk *w           # the walk that is shadowed; NULL: a TdpMmu
+    kvm_mmu_root root
+    kvm_mmu_root prev_roots[3]
+    uint32_t root_role
+
+cdef struct kvm_vcpu:
+    kvm *kvm
+    kvm_mmu *mmu                    # the active one
+    kvm_mmu root_mmu
+    kvm_mmu guest_mmu
+    uint32_t id
+    uint32_t requests
+    uint8_t as_id
+    bint guest_mode
+    int maxphyaddr                  # of the guest
+    uint64_t mmio_gva, mmio_gfn, mmio_gen
+    uint32_t mmio_access
+    bint mmio_cached
+    uint64_t last_retry_eip, last_retry_addr
+
+
+cdef inline kvm_mmu_page *sp_of(kvm *k, uint64_t sptep) noexcept nogil:
+    """The page that an entry is in."""
+    return &k.pages[sptep // SPTE_ENT_PER_PAGE]
+
+
+cdef inline int sp_level(const kvm_mmu_page *sp) noexcept nogil:
+    return <int>(sp.role & ROLE_LEVEL_MASK)
+
+
+cdef inline uint64_t sp_hpa(const kvm *k, uint32_t sp) noexcept nogil:
+    return k.arena_hpa + (<uint64_t>sp << PAGE_SHIFT)
+
+
+cdef inline uint32_t spte_to_child(const kvm *k, uint64_t spte) noexcept nogil:
+    """The page that a present entry other than a leaf points to."""
+    return <uint32_t>(((spte & SPTE_BASE_ADDR_MASK) - k.arena_hpa) >> PAGE_SHIFT)
+
+
+cdef inline slot_table *memslots_of(kvm *k, int as_id) noexcept nogil:
+    return &k.slots[0 if k.one_address_space else as_id]
+
+
+cdef inline bint invalidation_under_way(const kvm *k, uint64_t gfn) noexcept nogil:
+    return gfn - k.mmu_invalidate_start < k.mmu_invalidate_end - k.mmu_invalidate_start
+
+
+cdef kvm *new_kvm() noexcept nogil
+cdef void free_kvm(kvm *k) noexcept nogil
+# IN request: REQ_*
+cdef void make_all_vcpus_request(kvm *k, uint32_t request) noexcept nogil
+# Every vCPU drops what its TLB holds of this machine, before it runs again
+cdef void flush_remote_tlbs(kvm *k) noexcept nogil
+cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil
+# A vCPU that lives as long as the machine; NULL for want of memory
+cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil

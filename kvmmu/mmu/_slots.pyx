@@ -1,0 +1,218 @@
+"""Memslots: look-up, large-page limits, counters. What they are is told in `_slots.pxd`."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memmove, memset
+
+from kvmmu._bits cimport PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
+from kvmmu.mmu._slots cimport (
+    HOST_LEVEL_MASK, SLOT_VERSIONS, host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot, level_index,
+    lpage_disallowed, slot_table,
+)
+
+
+cdef kvm_memory_slot *find_memslot(slot_table *table, uint64_t gfn) noexcept nogil:
+    cdef size_t low = 0, high = table.count, middle
+    while low < high:
+        middle = (low + high) // 2
+        if table.slots[middle].base_gfn <= gfn:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0 or gfn - table.slots[low - 1].base_gfn >= table.slots[low - 1].npages:
+        return NULL
+    table.last = table.slots[low - 1]
+    return table.last
+
+
+cdef int max_mapping_level(const kvm_memory_slot *slot, uint64_t gfn, int max_level, uint8_t host_page) noexcept nogil:
+    cdef int level = min(max_level, host_page & HOST_LEVEL_MASK)
+    while level > PG_LEVEL_4K and lpage_disallowed(slot, gfn, level):
+        level -= 1
+    return level
+
+
+cdef void account_disallow_lpage(kvm_memory_slot *slot, uint64_t gfn, int count) noexcept nogil:
+    cdef int level
+    for level in range(PG_LEVEL_2M, PG_LEVEL_1G + 1):
+        slot.disallow_lpage[level - PG_LEVEL_2M][level_index(slot, gfn, level)] += count
+
+
+cdef int account_write_track(kvm_memory_slot *slot, uint64_t gfn, int count) noexcept nogil:
+    if slot.write_track is NULL:
+        slot.write_track = <uint16_t *>calloc(slot.npages, sizeof(uint16_t))
+        if slot.write_track is NULL:
+            return -1
+    slot.write_track[gfn - slot.base_gfn] += count
+    account_disallow_lpage(slot, gfn, count)
+    return 0
+
+
+cdef uint64_t pages_at(const kvm_memory_slot *slot, int level) noexcept nogil:
+    """Pages of this level that the slot touches."""
+    return level_index(slot, slot.base_gfn + slot.npages - 1, level) + 1
+
+
+cdef int alloc_rmaps(kvm_memory_slot *slot) noexcept nogil:
+    cdef int i
+    for i in range(3):
+        if slot.rmap[i] is NULL:
+            slot.rmap[i] = <uint64_t *>calloc(pages_at(slot, i + 1), sizeof(uint64_t))
+            if slot.rmap[i] is NULL:
+                return -1
+    return 0
+
+
+cdef int alloc_host_pages(kvm_memory_slot *slot) noexcept nogil:
+    if slot.host_page is NULL:
+        slot.host_page = <uint8_t *>calloc(slot.npages, 1)
+        if slot.host_page is NULL:
+            return -1
+        memset(slot.host_page, slot.backing, slot.npages)
+    return 0
+
+
+cdef int set_dirty_log(kvm_memory_slot *slot, bint on) noexcept nogil:
+    slot.dirty_log = on
+    if not on:
+        free(slot.dirty_bitmap)
+        slot.dirty_bitmap = NULL
+    elif slot.dirty_bitmap is NULL:
+        slot.dirty_bitmap = <uint64_t *>calloc((slot.npages + 63) // 64, sizeof(uint64_t))
+        if slot.dirty_bitmap is NULL:
+            slot.dirty_log = False
+            return -1
+    return 0
+
+
+cdef void limit_edges(kvm_memory_slot *slot) noexcept nogil:
+    """A huge page that reaches over an edge of the slot would map what is not its memory."""
+    cdef int level
+    cdef uint64_t mask, end = slot.base_gfn + slot.npages
+    for level in range(PG_LEVEL_2M, PG_LEVEL_1G + 1):
+        mask = (<uint64_t>1 << (PT64_INDEX_BITS * (level - 1))) - 1
+        if slot.base_gfn & mask:
+            slot.disallow_lpage[level - PG_LEVEL_2M][0] = 1
+        if end & mask:
+            slot.disallow_lpage[level - PG_LEVEL_2M][pages_at(slot, level) - 1] = 1
+
+
+cdef kvm_memory_slot *new_memslot(uint32_t id, int as_id, uint64_t gfn, uint64_t npages, uint8_t *hva, int backing,
+                                  bint readonly, uint64_t *pfn) noexcept nogil:
+    cdef uint64_t gig = <uint64_t>1 << (PT64_INDEX_BITS * (PG_LEVEL_1G - 1))
+    cdef kvm_memory_slot *slot = <kvm_memory_slot *>calloc(1, sizeof(kvm_memory_slot))
+    cdef int level
+    if slot is NULL:
+        return NULL
+    slot.id, slot.as_id = id, as_id
+    slot.base_gfn, slot.npages, slot.hva = gfn, npages, hva
+    slot.backing, slot.readonly = backing, readonly
+    # the same place in a gigabyte as in guest-physical space, if a large page may ever map it
+    slot.base_pfn = ((pfn[0] + gig - 1) & ~(gig - 1)) + (gfn & (gig - 1)) if backing > PG_LEVEL_4K else pfn[0]
+    slot.span = (npages + (gfn & (gig - 1)) + gig - 1) & ~(gig - 1) if backing > PG_LEVEL_4K else npages
+    pfn[0] = slot.base_pfn + SLOT_VERSIONS * slot.span
+    for level in range(PG_LEVEL_2M, PG_LEVEL_1G + 1):
+        slot.disallow_lpage[level - PG_LEVEL_2M] = <int32_t *>calloc(pages_at(slot, level), sizeof(int32_t))
+        if slot.disallow_lpage[level - PG_LEVEL_2M] is NULL:
+            free_memslot(slot)
+            return NULL
+    limit_edges(slot)
+    return slot
+
+
+cdef void free_memslot(kvm_memory_slot *slot) noexcept nogil:
+    cdef int i
+    for i in range(2):
+        free(slot.disallow_lpage[i])
+    for i in range(3):
+        free(slot.rmap[i])
+    free(slot.host_page)
+    free(slot.dirty_bitmap)
+    free(slot.write_track)
+    free(slot)
+
+
+cdef int insert_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil:
+    cdef size_t i, capacity
+    cdef kvm_memory_slot **grown
+    if table.count == table.capacity:
+        capacity = 2 * table.capacity + 8
+        grown = <kvm_memory_slot **>realloc(table.slots, capacity * sizeof(kvm_memory_slot *))
+        if grown is NULL:
+            return -1
+        table.slots, table.capacity = grown, capacity
+    i = table.count
+    while i > 0 and table.slots[i - 1].base_gfn > slot.base_gfn:
+        i -= 1
+    memmove(&table.slots[i + 1], &table.slots[i], (table.count - i) * sizeof(kvm_memory_slot *))
+    table.slots[i] = slot
+    table.count += 1
+    return 0
+
+
+cdef void remove_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil:
+    cdef size_t i
+    table.last = NULL
+    for i in range(table.count):
+        if table.slots[i] is slot:
+            memmove(&table.slots[i], &table.slots[i + 1], (table.count - i - 1) * sizeof(kvm_memory_slot *))
+            table.count -= 1
+            return
+
+
+# ---- the Python face ---------------------------------------------------------------------------------------------------
+
+cdef class Memslot:
+    """One memslot by itself, for inspection and tests.
+
+    Parameters
+    ----------
+    gfn, npages : int
+        First guest frame, and how many.
+    backing : int
+        Level that the host maps it at: 1, 2 or 3.
+    pfn : int
+        First host frame that is free.
+    """
+
+    def __init__(self, gfn, npages, backing=3, pfn=0):
+        cdef uint64_t first = pfn
+        if not npages > 0 or backing not in (1, 2, 3):
+            raise ValueError(f"npages: want at least 1, got {npages}; backing: want 1, 2 or 3, got {backing}")
+        if self.slot is not NULL:
+            free_memslot(self.slot)
+        self.slot = new_memslot(0, 0, gfn, npages, NULL, backing, False, &first)
+        if self.slot is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.slot is not NULL:
+            free_memslot(self.slot)
+
+    cdef uint64_t frame(self, gfn) except? 0:
+        if self.slot is NULL or not self.slot.base_gfn <= gfn < self.slot.base_gfn + self.slot.npages:
+            raise ValueError(f"gfn: {gfn:#x} is not in the slot")
+        return gfn
+
+    def max_mapping_level(self, gfn, max_level=3):
+        """Largest page that may map gfn."""
+        cdef uint64_t frame = self.frame(gfn)
+        return max_mapping_level(self.slot, frame, max_level, host_page_of(self.slot, frame))
+
+    def pfn(self, gfn):
+        """The host frame behind gfn."""
+        cdef uint64_t frame = self.frame(gfn)
+        return int(host_pfn_of(self.slot, frame, host_page_of(self.slot, frame)))
+
+    def disallow_lpage(self, gfn, count=1):
+        """Give one reason more (1) or fewer (-1) against huge pages around gfn."""
+        account_disallow_lpage(self.slot, self.frame(gfn), count)
+
+    def track_writes(self, gfn, count=1):
+        """Track writes to gfn once more (1) or less (-1)."""
+        if account_write_track(self.slot, self.frame(gfn), count):
+            raise MemoryError
+
+    def is_write_tracked(self, gfn):
+        """Whether writes to gfn are tracked."""
+        return bool(is_write_tracked(self.slot, self.frame(gfn)))

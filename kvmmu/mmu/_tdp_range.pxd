@@ -1,0 +1,33 @@
+"""TdpMmu over ranges of frames: zap, age, write protection, dirty bits, splitting, recovery. All valid roots of an address space.
+
+What returns a flush need leaves the flush to the caller; the others need none, or say so.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint64_t
+
+from kvmmu.mmu._kvm cimport kvm
+from kvmmu.mmu._slots cimport kvm_memory_slot
+
+# Leaves that map any of [start, end) go; whether there were any, and a flush is needed
+cdef bint tdp_zap_leafs(kvm *k, int as_id, uint64_t start, uint64_t end) noexcept nogil
+# Every root becomes invalid; vCPUs are asked to leave it
+cdef void tdp_invalidate_all_roots(kvm *k) noexcept nogil
+# Take down invalid roots, leaf tables first; those in use stay, empty, until their vCPUs leave
+cdef void tdp_zap_invalidated_roots(kvm *k) noexcept nogil
+# Whether any leaf of [start, end) was accessed; IN clear: and make them old. No flush
+cdef bint tdp_age_gfn_range(kvm *k, int as_id, uint64_t start, uint64_t end, bint clear) noexcept nogil
+# Clear W of leaves of min_level and above, so that a fast page fault can set it again; flush if True
+cdef bint tdp_wrprot_slot(kvm *k, const kvm_memory_slot *slot, int min_level) noexcept nogil
+# Clear D, or W where the entry's type has no D, of all leaves of a slot; flush if True
+cdef bint tdp_clear_dirty_slot(kvm *k, const kvm_memory_slot *slot) noexcept nogil
+# The same for the 4K leaves of up to 64 frames. IN wrprot: W in any case
+cdef bint tdp_clear_dirty_pt_masked(kvm *k, const kvm_memory_slot *slot, uint64_t gfn, uint64_t mask, bint wrprot) noexcept nogil
+# Clear W and MMU-writable of every leaf that maps the frame, down to min_level; flush if True
+cdef bint tdp_write_protect_gfn(kvm *k, const kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil
+# Split leaves of [start, end) above target_level: 0, or -ENOMEM. Flushes by itself
+cdef int tdp_try_split_huge_pages(kvm *k, int as_id, uint64_t start, uint64_t end, int target_level) noexcept nogil
+# Put a huge leaf in the place of every table that slot and host would let be one; flush if True
+cdef bint tdp_recover_huge_pages(kvm *k, const kvm_memory_slot *slot) noexcept nogil
+# Zap up to n of the tables that the NX mitigation made, oldest first; how many went. Flushes by itself
+cdef size_t tdp_recover_nx_huge_pages(kvm *k, size_t n) noexcept nogil

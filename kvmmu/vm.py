@@ -1,0 +1,230 @@
+"""Vm: one virtual machine, its memory, its host, and what its host does with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu._memory import GuestMemory
+from kvmmu.host import Host
+from kvmmu.mmu._audit import audit
+from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
+from kvmmu.mmu._state import Kvm
+from kvmmu.registers import CpuModel
+from kvmmu.tracepoints import Tracepoints
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Vm"]
+
+_LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+
+
+class Vm:
+    """One virtual machine.
+
+    Parameters
+    ----------
+    mem : GuestMemory
+        Guest-physical memory. Its slots are the memslots: adding and removing them there is what a VMM does with KVM's.
+    cpu : CpuModel, optional
+        The guest's processor, of every vCPU.
+    host : Host, optional
+    smm_mem : GuestMemory, optional
+        The address space of system-management mode; by default that of `mem`.
+    backing : {"4k", "2m", "1g"}, optional
+        Pages that the host has behind the memory; by default its largest.
+
+    Notes
+    -----
+    A machine is locked while it runs; two threads that use one take turns.
+    """
+
+    _vcpu_type: type[Any]               # Vcpu, told by the module of Vcpu, which stands above this one
+
+    def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
+                 smm_mem: GuestMemory | None = None, backing: str | None = None) -> None:
+        for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
+            if not isinstance(memory, GuestMemory):
+                raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
+        if not isinstance(host, Host | None):
+            raise TypeError(f"host: want a Host, got {type(host).__name__}")
+        if not isinstance(cpu, CpuModel | None):
+            raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
+        self.mem = mem
+        self.smm_mem = mem if smm_mem is None else smm_mem
+        self.cpu = CpuModel() if cpu is None else cpu
+        self.host = Host() if host is None else host
+        self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing))
+        self.vcpus: list[Any] = []
+        self._trace: Tracepoints | None = None
+
+    def create_vcpu(self, **options: Any) -> Any:
+        """One more `Vcpu`; `options` go to it."""
+        return self._vcpu_type(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
+
+    # ---- what one sees -----------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters by KVM's names, since the machine was made or `clear_stats()`; pages_* count what is mapped now."""
+        return stats(self.kvm)
+
+    def clear_stats(self) -> None:
+        """Begin to count anew."""
+        clear_stats(self.kvm)
+
+    @property
+    def trace(self) -> Tracepoints | None:
+        """The tracepoints that are on; assign a `Tracepoints` to begin, None to end."""
+        return self._trace
+
+    @trace.setter
+    def trace(self, trace: Tracepoints | None) -> None:
+        if not isinstance(trace, Tracepoints | None):
+            raise TypeError(f"trace: want Tracepoints or None, got {type(trace).__name__}")
+        if trace is None:
+            set_trace(self.kvm, 0, 0)
+        else:
+            trace.attach(self.kvm)
+        self._trace = trace
+
+    def audit(self) -> list[str]:
+        """What is wrong with the page tables: one line each, none if every invariant holds."""
+        return audit(self.kvm)
+
+    def sptes(self) -> dict[str, NDArray[np.uint64]]:
+        """Every page of SPTEs: arrays sp, gfn, role, root_count, nx, one row per page, and sptes of shape (n, 512)."""
+        return pages(self.kvm)
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> list[dict[str, Any]]:
+        """The memslots: id, as_id, gpa, size, pfn, readonly, dirty_log."""
+        return self.kvm.slots()
+
+    def add_slot(self, gpa: int, size_or_buffer: "int | Buffer", readonly: bool = False, dirty_log: bool = False) -> None:
+        """Create a memslot; as `GuestMemory.add_slot()`."""
+        self.mem.add_slot(gpa, size_or_buffer, readonly)
+        self.kvm.slots()
+        if dirty_log:
+            self.kvm.set_dirty_log(gpa, True)
+
+    def delete_slot(self, gpa: int) -> NDArray[np.uint8]:
+        """Delete the memslot that begins at gpa, and with it every page table; returns its bytes."""
+        data = self.mem.remove_slot(gpa)
+        self.kvm.slots()
+        return data
+
+    def move_slot(self, gpa: int, to: int) -> None:
+        """Move the memslot that begins at gpa: its bytes, and whether it is read-only, go with it."""
+        slot = next((slot for slot in self.slots if slot["gpa"] == gpa and slot["as_id"] == 0), None)
+        spare = slot is not None and len(self.mem.slots) == 1
+        if slot is None or spare:
+            raise ValueError(f"gpa {gpa:#x}: " + ("the only slot cannot move" if spare else "no slot begins there"))
+        data = self.mem.remove_slot(gpa)
+        self.kvm.slots()
+        try:
+            self.mem.add_slot(to, data, slot["readonly"])
+        except ValueError:
+            self.mem.add_slot(gpa, data, slot["readonly"])
+            raise
+        finally:
+            self.kvm.slots()
+
+    def write_guest_physical(self, gpa: int, data: "Buffer") -> None:
+        """Write guest memory as KVM does on behalf of the guest: the frames are dirty then.
+
+        Raises
+        ------
+        ValueError
+            Part of the range is a hole, or read-only to the guest; nothing is written.
+        """
+        size = memoryview(data).nbytes
+        for slot in self.slots:
+            if slot["as_id"] == 0 and slot["readonly"] and slot["gpa"] < gpa + size and gpa < slot["gpa"] + slot["size"]:
+                raise ValueError(f"the slot at gpa {slot['gpa']:#x} is read-only to the guest")
+        self.mem.write(gpa, data)
+        if size:
+            self.kvm.note_write(gpa, size)
+
+    def set_dirty_log(self, gpa: int, on: bool = True) -> None:
+        """Start or stop the dirty log of the slot that holds gpa."""
+        self._drain()
+        self.kvm.set_dirty_log(gpa, on)
+
+    def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
+        """Frames of the slot that holds gpa written since the log was cleared, ascending; `clear` protects them again."""
+        self._drain()
+        return self.kvm.dirty_log(gpa, clear)
+
+    def _drain(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.drain_pml()
+
+    # ---- the host ----------------------------------------------------------------------------------------------------
+
+    def set_backing(self, gpa: int, size: int, level: str) -> None:
+        """Let the host have pages of another size ("4k", "2m", "1g") behind [gpa, gpa + size)."""
+        self.kvm.set_backing(gpa, size, _level("level", level))
+
+    def invalidate(self, gpa: int, size: int, how: str = "unmap") -> None:
+        """The host takes pages away, and its mmu notifier tells KVM.
+
+        Parameters
+        ----------
+        gpa, size : int
+            Whole pages.
+        how : {"unmap", "move", "protect"}
+            "unmap": nothing is there until the next access, which finds the zero page or, writing, a page of its own;
+            "move": other pages with the same contents; "protect": the same pages, read-only until a write copies them.
+        """
+        self.kvm.invalidate(gpa, size, how)
+
+    @contextmanager
+    def invalidation(self, gpa: int, size: int) -> Iterator[None]:
+        """An mmu notifier under way: within, faults on these pages come to RetPf.RETRY, and no access gets through."""
+        self.kvm.begin_invalidation(gpa, size)
+        try:
+            yield
+        finally:
+            self.kvm.end_invalidation()
+
+    def age(self, gpa: int, size: int) -> bool:
+        """Whether any of the pages was accessed since the last call; all are old then."""
+        return self.kvm.age(gpa, size, True)
+
+    def test_age(self, gpa: int, size: int) -> bool:
+        """Whether any of the pages was accessed since they were aged; changes nothing."""
+        return self.kvm.age(gpa, size, False)
+
+    # ---- page tables -------------------------------------------------------------------------------------------------
+
+    def zap_all(self) -> None:
+        """Drop all page tables of the host."""
+        self.kvm.zap_all_fast()
+
+    def recover_nx_huge_pages(self, ratio: int = 60) -> int:
+        """One period of the recovery worker: zap the oldest 1/ratio of what the NX mitigation split; how many."""
+        return self.kvm.recover_nx_huge_pages(ratio)
+
+    def split_huge_pages(self, gpa: int, size: int, level: str = "4k") -> None:
+        """Split huge mappings of [gpa, gpa + size) down to a level."""
+        self.kvm.split_huge_pages(gpa, size, _level("level", level))
+
+    def recover_huge_pages(self) -> None:
+        """Put huge mappings in the place of tables wherever slots and host allow them."""
+        self.kvm.recover_huge_pages()
+
+    def __repr__(self) -> str:
+        return f"<Vm {self.host} {len(self.vcpus)} vCPUs>"
+
+
+def _level(name: str, value: str) -> int:
+    if value not in _LEVELS:
+        raise ValueError(f"{name}: want '4k', '2m' or '1g', got {value!r}")
+    return _LEVELS[value]

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest on a machine that is driven at random, and what it may see by the architecture.
+
+`Driver` has one guest with a small universe of pages in one address space, and operations that guest, VMM and host may do.
+Beside the machine stands a model: for each page of the universe every outcome that the guest's tables had since the guest
+last flushed it. An access must come to one of these, and to the host page that is behind the frame now. Its own side is the
+one-stage walk of `translate()`, which other tests hold against the manuals, and slots and host pages as it set them up.
+"""
+
+import numpy as np
+from builders import PageTables, flag_bits
+
+from kvmmu import Access, CpuModel, GuestMemory, Host, RetPf, Status, Vm
+
+PAGE, MB2 = 0x1000, 0x200000
+RAM = 16 * MB2
+ROM, HOLE, HIGH = 0x40000000, 0x50000000, 0x60000000
+ACCESSES = [kind | ring for kind in (Access.READ, Access.WRITE, Access.FETCH) for ring in (0, Access.USER)]
+PTE_BITS = [flag_bits(name) for name in ("p", "w", "u", "nx", "a", "d")]
+
+CONFIGURATIONS = {
+    "ept": Host(tdp="ept", maxphyaddr=46),
+    "ept without ad": Host(tdp="ept", ad=False),
+    "ept with pml": Host(tdp="ept", pml=True),
+    "ept, nx huge pages": Host(tdp="ept", nx_huge_pages=True, mbec=False),
+    "ept, lazy split": Host(tdp="ept", eager_split=False, max_page="2m"),
+    "npt": Host(tdp="npt", maxphyaddr=48),
+    "npt without mmio caching": Host(tdp="npt", maxphyaddr=52),
+    "npt, gmet": Host(tdp="npt", maxphyaddr=48, gmet=True),
+    "npt, nx huge pages": Host(tdp="npt", maxphyaddr=40, nx_huge_pages=True),
+}
+
+
+class Driver:
+    """One machine, its guest, and what the guest may see. `step()` does one random operation and checks it."""
+
+    def __init__(self, host, mode="4l", seed=0):
+        self.rng = np.random.default_rng(seed)
+        self.host, self.mode = host, mode
+        self.mem = GuestMemory(RAM)
+        self.mem.add_slot(ROM, 4 * PAGE, readonly=True)
+        self.high = np.zeros(8 * PAGE, np.uint8)
+        self.mem.add_slot(HIGH, self.high)
+        tables = PageTables(mode, base=4 * MB2)
+        targets = [0x10000, 0x11000, 0x12000, 0x13000, MB2, MB2 + PAGE, 3 * MB2, ROM, ROM + PAGE, HOLE, HIGH, HIGH + 5 * PAGE]
+        self.gva = [0x400000 + i * PAGE for i in range(len(targets))]
+        for gva, gpa in zip(self.gva, targets, strict=True):
+            tables.map(gva, gpa)
+        self.gva += [0x800000, 0x800000 + 37 * PAGE, 0xC00000, 0x1000000]
+        tables.map(0x800000, 8 * MB2, level=2)              # a page of 2M (4M in 32-bit paging)
+        tables.map(0xC00000, 10 * MB2, flags="p u", level=2)
+        self.ptes = [tables.entry_gpa(gva, 1) for gva in self.gva[:12]] + [tables.entry_gpa(0x800000, 2),
+                                                                            tables.entry_gpa(0xC00000, 2)]
+        self.upper = [tables.entry_gpa(self.gva[0], 2)]
+        self.entry_size = tables.entry_size
+        self.targets = targets
+        for gpa, page in zip(*tables.pages(), strict=True):
+            self.mem.write(int(gpa), page.tobytes())
+        self.vm = Vm(self.mem, cpu=CpuModel(maxphyaddr=40), host=host)
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_regs(**tables.regs())
+        if mode != "32":
+            self.vcpu.set_regs(cr4=self.vcpu.regs.cr4 | 1 << 7)         # PGE
+        self.cr3 = tables.regs()["cr3"]
+        self.dirty = {}                                     # slot gpa: frames written since the log was cleared
+        self.high_at = HIGH
+        self.rows = np.repeat(np.array(self.gva, np.uint64), len(ACCESSES))
+        self.kinds = np.tile(np.array(ACCESSES, np.uint8), len(self.gva))
+        self.nested = False
+        self.log = []
+        self.steps = 0
+        self.seen = {}
+        self.flush()
+
+    # ---- what the guest may see ----------------------------------------------------------------------------------------
+
+    def outcomes(self):
+        """For each page (status, gpa, error code) per access, as the tables are now."""
+        t = self.vcpu.gva_walk.translate(self.rows, self.kinds, set_ad=False)
+        columns = list(zip(t.status.tolist(), t.gpa.tolist(), t.error_code.tolist(), strict=True))
+        n = len(ACCESSES)
+        return {gva: tuple(columns[i * n:(i + 1) * n]) for i, gva in enumerate(self.gva)}
+
+    def outcome(self, gva):
+        return self.outcomes()[gva]
+
+    def flush(self, *pages):
+        """The guest flushed these pages (all by default): only what the tables say now counts."""
+        now = self.outcomes()
+        for gva in pages or self.gva:
+            self.seen[gva] = {now[gva]}
+
+    def remember(self):
+        """The tables may have changed: what they say now may be seen, and what they said since the last flush."""
+        for gva, outcome in self.outcomes().items():
+            self.seen[gva].add(outcome)
+
+    def slot_of(self, gpa):
+        for slot in self.vm.slots:
+            if slot["gpa"] <= gpa < slot["gpa"] + slot["size"]:
+                return slot
+        return None
+
+    # ---- operations ----------------------------------------------------------------------------------------------------
+
+    def access(self):
+        gva = self.pick(self.gva)
+        i = int(self.rng.integers(len(ACCESSES)))
+        offset = int(self.rng.integers(PAGE))
+        before = self.vcpu.tlb.hits
+        r = self.vcpu.access(np.array([gva + offset], np.uint64), int(ACCESSES[i]))
+        status, gpa, error_code = int(r.status[0]), int(r.gpa[0]), int(r.error_code[0])
+        allowed = {outcomes[i] for outcomes in self.seen[gva]}
+        got = (status, gpa - offset if status == Status.OK else gpa, error_code)
+        assert got in allowed, f"{gva:#x} {ACCESSES[i]!r}: got {got}, the tables allow {allowed}"
+        if self.vcpu.tlb.hits == before:
+            assert got == self.outcome(gva)[i], f"{gva:#x} {ACCESSES[i]!r}: a walk came to {got}"
+        self.log[-1] += f" {gva + offset:#x} {int(ACCESSES[i])} -> {got} ret {int(r.ret[0])} exits {int(r.exits[0])}"
+        if status != Status.OK:
+            assert int(r.hpa[0]) == 2**64 - 1
+            return
+        self.check_host(gpa, int(r.hpa[0]), int(r.ret[0]), bool(ACCESSES[i] & Access.WRITE))
+
+    def check_host(self, gpa, hpa, ret, write):
+        slot = self.slot_of(gpa)
+        if slot is None or (slot["readonly"] and write):
+            assert ret == RetPf.EMULATE
+            assert hpa == 2**64 - 1, f"MMIO at {gpa:#x} reached {hpa:#x}"
+            return
+        assert hpa != 2**64 - 1
+        assert ret != RetPf.EMULATE, f"memory at {gpa:#x} was emulated"
+        assert hpa == self.host_address(gpa), f"{gpa:#x} reached {hpa:#x}, the host page is at {self.host_address(gpa):#x}"
+        if write and slot["gpa"] in self.dirty:
+            self.dirty[slot["gpa"]].add(gpa >> 12)
+
+    def host_address(self, gpa):
+        return self.vm.kvm.host_page(gpa)[0] * PAGE + gpa % PAGE
+
+    def many(self):
+        """A batch in which nothing changes but A and D: each row is allowed."""
+        rows = self.rng.integers(len(self.gva), size=40)
+        kinds = self.rng.integers(len(ACCESSES), size=40)
+        gva = np.array([self.gva[row] for row in rows], np.uint64)
+        r = self.vcpu.access(gva, np.array([ACCESSES[kind] for kind in kinds], np.uint8))
+        for i, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
+            got = (int(r.status[i]), int(r.gpa[i]), int(r.error_code[i]))
+            assert got in {outcomes[kind] for outcomes in self.seen[self.gva[row]]}
+            if got[0] == Status.OK and ACCESSES[kind] & Access.WRITE:
+                slot = self.slot_of(got[1])
+                if slot is not None and not slot["readonly"] and slot["gpa"] in self.dirty:
+                    self.dirty[slot["gpa"]].add(got[1] >> 12)
+
+    def write_pte(self):
+        """The guest changes an entry, and flushes it or not."""
+        i = int(self.rng.integers(len(self.ptes)))
+        old = self.read_entry(self.ptes[i])
+        bit = self.pick([bit for bit in PTE_BITS if self.entry_size == 8 or bit < 1 << 32])
+        new = old ^ bit
+        if self.rng.random() < 0.2 and i < 12:
+            new = (old & 0xFFF) | self.pick(self.targets)
+        self.store_entry(self.ptes[i], new)
+        self.remember()
+        if self.rng.random() < 0.7:
+            for gva in [self.gva[i]] if i < 12 else [gva for gva in self.gva if gva >> 22 == (0x800000, 0xC00000)[i - 12] >> 22]:
+                self.vcpu.invlpg(gva + int(self.rng.integers(PAGE)))
+                self.flush(gva)
+
+    def read_entry(self, gpa):
+        return int.from_bytes(self.mem.read(gpa, self.entry_size), "little")
+
+    def store_entry(self, gpa, value):
+        self.vm.write_guest_physical(gpa, value.to_bytes(self.entry_size, "little"))
+        slot = self.slot_of(gpa)
+        if slot["gpa"] in self.dirty:
+            self.dirty[slot["gpa"]].add(gpa >> 12)
+
+    def load_cr3(self):
+        self.vcpu.mov_cr(3, self.cr3)
+        self.flush()
+
+    def toggle_cr0_wp(self):
+        self.vcpu.mov_cr(0, self.vcpu.regs.cr0 ^ 1 << 16)
+        self.remember_all_registers()
+
+    def toggle_cr4(self):
+        self.vcpu.mov_cr(4, self.vcpu.regs.cr4 ^ self.pick([1 << 20, 1 << 21]))
+        self.remember_all_registers()
+
+    def remember_all_registers(self):
+        """Rights are checked by the registers of now, with the entries of the past: no outcome of before stays. Flush."""
+        self.vcpu.mov_cr(3, self.cr3)
+        self.flush()
+
+    def reload_all(self):
+        self.vcpu.set_regs(cr3=self.cr3)
+        self.flush()
+
+    def unmap(self):
+        self.invalidate("unmap")
+
+    def move(self):
+        self.invalidate("move")
+
+    def protect(self):
+        self.invalidate("protect")
+
+    def invalidate(self, how):
+        gpa = self.pick([0x10000, 0x12000, MB2, MB2 + PAGE, 8 * MB2, 8 * MB2 + 37 * PAGE, 10 * MB2, ROM, self.high_at, 4 * MB2])
+        size = self.pick([PAGE, 2 * PAGE, MB2, 4 * PAGE])
+        gpa &= ~(MB2 - 1) if size == MB2 else ~0
+        self.log[-1] += f" {gpa:#x} {size:#x}"
+        self.vm.invalidate(gpa, size, how)
+
+    def set_backing(self):
+        level, size = self.pick([("4k", MB2), ("2m", MB2)])
+        if {"4k": 1, "2m": 2}[level] > self.host.max_huge_page_level:
+            return
+        gpa = self.pick([0, MB2, 8 * MB2, 10 * MB2])
+        self.vm.set_backing(gpa, size, level)
+
+    def under_invalidation(self):
+        """No access gets through, whatever it finds, unless the TLB still has it: the notifier flushed what it zapped."""
+        gva = self.pick(self.gva)
+        outcome = self.outcome(gva)[0]
+        if outcome[0] != Status.OK or self.slot_of(outcome[1]) is None:
+            return
+        gpa = outcome[1] & ~(PAGE - 1)
+        with self.vm.invalidation(gpa, PAGE):
+            r = self.vcpu.access(np.array([gva], np.uint64), 0)
+            if int(r.gpa[0]) == outcome[1]:
+                raise AssertionError(f"{gva:#x} reached {gpa:#x} under its invalidation")
+            assert self.vm.audit() == []
+
+    def age(self):
+        gpa = self.pick([0, MB2, 8 * MB2, 10 * MB2])
+        young = self.vm.test_age(gpa, MB2)
+        assert young == self.vm.age(gpa, MB2)
+        assert not self.vm.test_age(gpa, MB2)
+
+    def dirty_log_on(self):
+        gpa = self.pick([0, self.high_at])
+        if gpa not in self.dirty and self.slot_of(gpa) is not None:
+            self.vm.set_dirty_log(gpa)
+            self.dirty[gpa] = set()
+
+    def dirty_log_off(self):
+        if self.dirty:
+            gpa = self.pick(sorted(self.dirty))
+            del self.dirty[gpa]
+            self.vm.set_dirty_log(gpa, False)
+
+    def dirty_log_get(self):
+        """Whatever was written since the last time is in the log."""
+        if self.dirty:
+            gpa = self.pick(sorted(self.dirty))
+            clear = bool(self.rng.random() < 0.8)
+            got = set(self.vm.get_dirty_log(gpa, clear).tolist())
+            missing = self.dirty[gpa] - got
+            assert not missing, f"written, not in the log: {sorted(map(hex, missing))}"
+            if clear:
+                self.dirty[gpa] = set()
+
+    def write_protect(self):
+        """As a shadow MMU would protect a table: W does not come back by a fast page fault."""
+        outcome = self.outcome(self.pick(self.gva))[0]
+        if outcome[0] == Status.OK and self.slot_of(outcome[1]) is not None:
+            self.vm.kvm.write_protect_gfn(outcome[1] >> 12)
+
+    def toggle_smm(self):
+        """Another root, over the same memory."""
+        self.vcpu.smm = not self.vcpu.smm
+
+    def toggle_guest_mode(self):
+        """L2 without nested paging and back: another root; the registers of L1 come back."""
+        if self.nested:
+            self.vcpu.leave_nested()
+        else:
+            self.vcpu.enter_nested(None)
+        self.nested = not self.nested
+        self.flush()
+
+    def zap_all(self):
+        self.vm.zap_all()
+
+    def recover_nx(self):
+        before = self.vm.stats["nx_lpage_splits"]
+        self.vm.recover_nx_huge_pages(self.pick([1, 2, 60]))
+        assert self.vm.stats["nx_lpage_splits"] <= before
+
+    def split(self):
+        self.vm.split_huge_pages(self.pick([0, 8 * MB2]), 4 * MB2, self.pick(["4k", "2m"]))
+
+    def recover(self):
+        self.vm.recover_huge_pages()
+
+    def slot_change(self):
+        """The high slot goes, moves, or comes back."""
+        if self.high_at in self.dirty:
+            del self.dirty[self.high_at]
+        if self.slot_of(self.high_at) is None:
+            self.vm.add_slot(self.high_at, self.high)
+        elif self.rng.random() < 0.5:
+            self.vm.delete_slot(self.high_at)
+        else:
+            to = HIGH + PAGE * int(self.rng.integers(4)) if self.high_at == HIGH else HIGH
+            if to != self.high_at:
+                self.vm.move_slot(self.high_at, to)
+                self.high_at = to
+
+    def generations(self):
+        self.vm.kvm.advance_generation(self.pick([1, 100, (1 << 18) - 1]))
+
+    def write_guest(self):
+        gva, user = self.pick(self.gva), self.pick([0, Access.USER])
+        outcome = self.outcome(gva)[2 + (user != 0)]
+        data = self.rng.bytes(16)
+        try:
+            reached = self.vcpu.write_guest(gva, data, user)
+        except Exception as error:
+            assert outcome[0] != Status.OK, f"write_guest({gva:#x}) raised {error!r}, the walk says {outcome}"
+            assert error.error_code == outcome[2]
+            return
+        assert outcome[0] == Status.OK
+        slot = self.slot_of(outcome[1])
+        assert reached == (16 if slot is not None and not slot["readonly"] else 0)
+        if reached:
+            assert self.mem.read(outcome[1], 16) == data
+            if slot["gpa"] in self.dirty:
+                self.dirty[slot["gpa"]].add(outcome[1] >> 12)
+            self.remember()                                 # it may have hit a table
+
+    # ---- the loop ------------------------------------------------------------------------------------------------------
+
+    OPERATIONS = (
+        ("access", 40), ("many", 6), ("write_pte", 10), ("load_cr3", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
+        ("reload_all", 1), ("unmap", 3), ("move", 3), ("protect", 3), ("set_backing", 2), ("under_invalidation", 2), ("age", 3),
+        ("dirty_log_on", 2), ("dirty_log_off", 1), ("write_protect", 2), ("toggle_smm", 1), ("toggle_guest_mode", 1),
+        ("dirty_log_get", 4), ("zap_all", 1), ("recover_nx", 2), ("split", 1),
+        ("recover", 1), ("slot_change", 2), ("generations", 1), ("write_guest", 3))
+    NAMES = tuple(name for name, weight in OPERATIONS for _ in range(weight))
+
+    def pick(self, choices):
+        return choices[int(self.rng.integers(len(choices)))]
+
+    def step(self, audit=True):
+        name = self.pick(self.NAMES)
+        self.log.append(name)
+        del self.log[:-30]
+        getattr(self, name)()
+        self.steps += 1
+        if audit:
+            for vcpu in self.vm.vcpus:
+                vcpu.drain_pml()
+            wrong = self.vm.audit()
+            assert wrong == [], f"after {name}: {wrong[:5]}"
