@@ -15,7 +15,8 @@ LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory",
           "host", "_format", "_gpte", "_walk", "_plain", "_lanes", "_prefixes", "_rows", "_verdicts", "_blocks",
           "_batch", "_tlb", "mmu", "_contexts",
           "_arguments", "_explain", "_pagewalk", "walker", "_access", "_machine", "tracepoints", "vm", "vcpu", "_replay",
-          "outcome", "progress", "recorded_faults", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure", "cli")
+          "outcome", "progress", "recorded_faults", "trace_replay", "replay", "report", "recorded_machine", "spt",
+          "figure", "cli")
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
               "_entry", "_state", "_audit", "_inspect")
