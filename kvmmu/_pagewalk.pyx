@@ -321,7 +321,7 @@ cdef class PageWalk:
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
         cdef walk_result r                          # the short cut did not succeed
-        self.w.gva_to_gpa(&self.w, gva, explicit_access(access), True, &r)
+        self.current().gva_to_gpa(&self.w, gva, explicit_access(access), True, &r)
         if r.status != STATUS_OK:
             raise self.fault(&r, gva & self.w.gva_mask, access)
         return r.gpa
