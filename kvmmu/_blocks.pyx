@@ -4,11 +4,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, INVALID_GPA, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL, STATUS_OK,
-    STATUS_PAGE_FAULT,
+    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL,
+    STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
-from kvmmu._gpte cimport kvmmu_gpte_malformed
 from kvmmu._lanes cimport (
     KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level, kvmmu_set_prefix,
 )
@@ -282,12 +281,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
 
 cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
     """STATUS_* of a fault of the second stage."""
-    cdef const kvm_pagewalk *n = k.w.ngpa
-    cdef uint64_t pte = k.b.pte[lane], level = kvmmu_prefix_level(k.b.ref[lane])
-    if pte & n.present_mask and kvmmu_gpte_malformed(
-            n.format, n.fmt.rsvd_bits_mask[0][level - 1], n.fmt.rsvd_bits_mask[1][level - 1], n.fmt.bad_mt_xwr, pte):
-        return n.rsvd_status
-    return n.fault_status
+    return k.w.ngpa.rsvd_status if k.b.error[lane] & PFERR_RSVD_MASK else k.w.ngpa.fault_status
 
 
 cdef void push_block(batch *b, block *k) noexcept nogil:

@@ -21,7 +21,7 @@ from kvmmu._lanes cimport (
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judged_entry, lane_space, mark_word
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 
@@ -73,6 +73,7 @@ cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa)
     """The second stage of a table of the first, if it needs no accessed or dirty bit set."""
     cdef const kvm_pagewalk *n = second.w
     cdef uint64_t ref
+    cdef uint32_t access
     cdef judged_entry judged
     if ngpa & n.ngpa_rsvd_mask:
         return False
@@ -80,19 +81,12 @@ cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa)
     ref = prefix_of(<lane_space *>second, ngpa)
     if not ref:
         return False
-    # as translate_nested_gpa() has it for a table
-    if judge_one(second, ref, ngpa, n.fmt.looks[table_access(n)], &judged) != JUDGED_OK:
+    access = second_stage_access(n, n.table_access | <uint32_t>ACCESS_USER_MASK, False, 0)
+    if judge_one(second, ref, ngpa, n.fmt.looks[access], &judged) != JUDGED_OK:
         return False
     mark_word(second.touched, judged.entry)
     gpa[0] = judged.gpa
     return True
-
-
-cdef inline uint32_t table_access(const kvm_pagewalk *n) noexcept nogil:
-    cdef uint32_t access = n.table_access
-    if not n.user_by_pte:
-        access |= <uint32_t>ACCESS_USER_MASK
-    return access | n.user_always
 
 
 cdef inline uint64_t prefix_word(const uint8_t *hva, int level, uint64_t access, bint cold, bint readonly) noexcept nogil:
