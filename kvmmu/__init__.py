@@ -3,7 +3,7 @@
 from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, RetPf, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
-from kvmmu._machine import TdpMmu
+from kvmmu._machine import ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
 from kvmmu._roles import CpuRole, calc_cpu_roles
@@ -48,7 +48,7 @@ __all__ = [
     "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "RetPf",
-    "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
 ]

@@ -2,139 +2,33 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
-from kvmmu._access cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
-    EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_VALID_MASK,
-    EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_WRITE_MASK, EPTP_AD_MASK,
-    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
-    PERMISSIONS_INDEX_SHIFT, PFERR_FETCH_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PK_MASK,
-    PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK, PKRU_KEYS, PML_ENTITY_NUM, PT64_INDEX_BITS, PT64_PKEY_MASK,
-    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, RET_PF_RETRY, ROLE_AD_DISABLED_MASK,
-    ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACCESS_AC_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK, EPTP_AD_MASK,
+    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT,
+    PFERR_PK_MASK, PKRU_KEYS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE,
+    RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
+from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._format cimport explicit_access, permission_fault
-from kvmmu._tlb cimport TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result, walk_step
-from kvmmu.mmu._entry cimport kvm_mmu_page_fault, load_tdp_mmu
-from kvmmu.mmu._fault cimport spte_walk, walk_sptes
-from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa
-from kvmmu.mmu._page cimport first_spte
-from kvmmu.mmu._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
-from kvmmu.mmu._spte cimport spte_access, spte_ad_enabled
-from kvmmu.mmu._trace cimport (
-    TRACE_PAGETABLE_WALK, TRACE_PAGING_ELEMENT, TRACE_SET_ACCESSED_BIT, TRACE_SET_DIRTY_BIT, TRACE_WALKER_ERROR,
-    trace,
+from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
+from kvmmu._tlb cimport (
+    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page, tlb_use,
 )
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
+from kvmmu.mmu._entry cimport prepare_mmu
+from kvmmu.mmu._fault cimport spte_walk, walk_sptes
+from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa, sp_of
+from kvmmu.mmu._page cimport first_spte, sp_get_gfn
+from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot
+from kvmmu.mmu._spte cimport is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
+from kvmmu.mmu._tdp cimport tdp_page_fault
 
 cdef enum:
     MAX_EXITS = 64              # of one access: more means that the host never lets it through
     GPA_ENTRIES = 512
-    PML_MASK = 0xffff           # the index of the log counts down past zero: then it is full, and its first entry is 0
-
-
-# ---- exits ---------------------------------------------------------------------------------------------------------------
-
-cdef uint64_t error_code_of_violation(uint64_t qualification) noexcept nogil:
-    """The page-fault error code that KVM makes of an EPT violation."""
-    cdef uint64_t error_code = 0
-    if qualification & EPT_VIOLATION_ACC_WRITE_MASK:
-        error_code |= PFERR_WRITE_MASK
-    if qualification & EPT_VIOLATION_ACC_INSTR_MASK:
-        error_code |= PFERR_FETCH_MASK
-    if qualification & (EPT_VIOLATION_PROT_READ_MASK | EPT_VIOLATION_PROT_WRITE_MASK | EPT_VIOLATION_PROT_EXEC_MASK):
-        error_code |= PFERR_PRESENT_MASK
-    if qualification & EPT_VIOLATION_GVA_VALID_MASK:
-        error_code |= PFERR_GUEST_FINAL_MASK if qualification & EPT_VIOLATION_GVA_TRANSLATED_MASK else PFERR_GUEST_PAGE_MASK
-    return error_code
-
-
-cdef void machine_drain_pml(machine *m) noexcept nogil:
-    """What the processor logged is dirty; the log is empty again."""
-    cdef kvm *k = m.k
-    cdef kvm_memory_slot *slot
-    cdef uint64_t gfn
-    cdef int i
-    if m.pml_page == 0:
-        return
-    for i in range(<int>((m.pml.index + 1) & PML_MASK), PML_ENTITY_NUM):
-        gfn = k.sptes[first_spte(m.pml_page) + i] >> PAGE_SHIFT
-        slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
-        if slot is not NULL:
-            mark_slot_dirty(slot, gfn)
-    m.pml.index = PML_ENTITY_NUM - 1
-
-
-cdef int handle_exit(machine *m, const walk_result *r) noexcept nogil:
-    """Step 5. RET_PF_*, or a negative errno."""
-    cdef kvm *k = m.k
-    cdef int ret
-    k.stats.exits += 1
-    machine_drain_pml(m)
-    if r.status == STATUS_PML_FULL:
-        k.stats.pml_full += 1
-        return RET_PF_RETRY
-    if r.status == STATUS_EPT_MISCONFIG:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, PFERR_RSVD_MASK)
-    elif r.status == STATUS_EPT_VIOLATION:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, error_code_of_violation(r.exit_qualification))
-    else:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, r.exit_qualification)
-    use_arena(m)
-    return ret
-
-
-cdef void mark_table_writes(machine *m, const walk_step *before, const walk_step *after, int n) noexcept nogil:
-    """A and D that KVM's walk set are writes to the guest's memory."""
-    cdef kvm_memory_slot *slot
-    cdef uint64_t set_bits
-    cdef int i
-    for i in range(n):
-        set_bits = after[i].pte & ~before[i].pte
-        if set_bits and before[i].pte_gpa == after[i].pte_gpa:
-            if set_bits & m.sw.accessed_mask:
-                trace(&m.k.trace, TRACE_SET_ACCESSED_BIT, after[i].pte_gpa)
-            if set_bits & (m.sw.accessed_mask << 1):
-                trace(&m.k.trace, TRACE_SET_DIRTY_BIT, after[i].pte_gpa)
-            slot = gfn_to_memslot(memslots_of(m.k, m.vcpu.as_id), after[i].pte_gpa >> PAGE_SHIFT)
-            if slot is not NULL:
-                mark_slot_dirty(slot, after[i].pte_gpa >> PAGE_SHIFT)
-
-
-cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
-    """Step 6: KVM walks the guest's tables itself. What is not memory, or not for writing, is MMIO."""
-    cdef kvm *k = m.k
-    cdef kvm_memory_slot *slot
-    cdef walk_result r
-    cdef walk_step before[5]
-    cdef walk_step after[5]
-    cdef uint64_t gfn
-    cdef int i, n = m.sw.walk_steps(&m.sw, addr, access, before)
-    k.stats.insn_emulation += 1
-    k.trace.vcpu = m.vcpu.id
-    trace(&k.trace, TRACE_PAGETABLE_WALK, addr, access & ACCESS_PFEC_MASK)
-    for i in range(n):
-        trace(&k.trace, TRACE_PAGING_ELEMENT, before[i].pte, before[i].level)
-    m.sw.gva_to_gpa(&m.sw, addr, access, True, &r)
-    if r.status != STATUS_OK:
-        trace(&k.trace, TRACE_WALKER_ERROR, r.error_code)
-    mark_table_writes(m, before, after, n if m.sw.walk_steps(&m.sw, addr, access, after) == n else 0)
-    out.status, out.error_code = r.status, r.error_code
-    out.gpa = r.gpa
-    out.hpa = INVALID_GPA
-    if r.status != STATUS_OK:
-        return
-    gfn = r.gpa >> PAGE_SHIFT
-    slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
-    if slot is NULL or (slot.readonly and access & ACCESS_WRITE_MASK):
-        k.stats.mmio_exits += 1
-        return
-    out.hpa = (host_pfn_of(slot, gfn, host_page_of(slot, gfn)) << PAGE_SHIFT) | (r.gpa & PAGE_OFFSET_MASK)
-    if access & ACCESS_WRITE_MASK:
-        mark_slot_dirty(slot, gfn)
 
 
 # ---- the second stage ----------------------------------------------------------------------------------------------------
@@ -157,16 +51,25 @@ cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access
 
 # ---- the TLB -------------------------------------------------------------------------------------------------------------
 
-cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r) noexcept nogil:
-    """Enter what a walk came to: the page is the smaller one of both stages."""
+cdef uint64_t leaf_gpa(kvm *k, const spte_walk *walk, uint64_t hpa) noexcept nogil:
+    """The guest-physical address that an address in the page of a shadow MMU's leaf stands for."""
+    cdef uint64_t offset = (pages_per_hpage(walk.level) << PAGE_SHIFT) - 1
+    cdef uint64_t gfn = sp_get_gfn(sp_of(k, walk.sptep), <int>(walk.sptep % SPTE_ENT_PER_PAGE))
+    return (gfn << PAGE_SHIFT & ~offset) | (hpa & offset)
+
+
+cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
+    """Enter what a walk came to: the page is the smaller one of both stages. OUT out: the addresses."""
     cdef kvm *k = m.k
     cdef spte_walk walk
     cdef tlb_entry *entry
     cdef int level
-    cdef uint64_t offset
+    cdef uint64_t offset, gpa
     cdef bint paged = not m.hw.cpu_role & ROLE_DIRECT_MASK, is_global = False, dirty
-    walk_sptes(k, m.mmu.root.sp, r.ngpa, &walk)
+    walk_sptes(k, m.mmu.root.sp, r.ngpa if k.tdp_enabled else addr, &walk)
     level = walk.level
+    gpa = r.ngpa if m.mmu.page_fault == tdp_page_fault else leaf_gpa(k, &walk, r.gpa)
+    out.gpa, out.hpa = gpa, r.gpa
     dirty = (access & ACCESS_WRITE_MASK) != 0
     if paged:
         level = min(level, <int>r.level)
@@ -176,7 +79,7 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r)
             not spte_ad_enabled(walk.spte) or not k.spte.dirty_mask or (walk.spte & k.spte.dirty_mask) != 0)
     offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
     entry = tlb_fill(m.tlb, addr, level, is_global)
-    entry.hpa, entry.gpa = r.gpa & ~offset, r.ngpa & ~offset
+    entry.hpa, entry.gpa = r.gpa & ~offset, gpa & ~offset
     entry.acc = <uint8_t>r.pte_access
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
     entry.pkey = <uint8_t>((r.pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) if m.hw.cpu_role & ROLE_EXT_EFER_LMA_MASK else 0
@@ -189,6 +92,8 @@ cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, u
     cdef uint32_t nested = second_stage_access(&m.stage.w, access, True, acc)
     if not m.hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(m.hw.fmt, m.hw.vcpu.pkru, acc, pkey, access):
         return False
+    if m.hw.ngpa is NULL:
+        return True
     return not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> nacc) & 1
 
 
@@ -205,6 +110,9 @@ cdef void machine_load_rights(machine *m) noexcept nogil:
             if m.hw.cpu_role & ROLE_DIRECT_MASK or not (m.hw.fmt.permissions[i] >> acc) & 1:
                 m.rights.guest[acc] |= <uint16_t>1 << i
             for user in range(2):
+                if m.hw.ngpa is NULL:
+                    m.rights.nested[user][acc] |= <uint16_t>1 << i
+                    continue
                 nested = second_stage_access(&m.stage.w, access, True, <uint32_t>ACC_USER_MASK if user else 0)
                 if not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> acc) & 1:
                     m.rights.nested[user][acc] |= <uint16_t>1 << i
@@ -261,14 +169,20 @@ cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t a
     return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1 else NULL
 
 
+cdef void machine_use_tags(machine *m) noexcept nogil:
+    """A space of the TLB is a role of host tables; under L1's second stage a root, of which L1 has as many as it likes."""
+    cdef uint64_t space = m.mmu.root_role
+    if m.mmu == &m.vcpu.guest_mmu:
+        space = sp_hpa(m.k, m.mmu.root.sp) if m.mmu.root.valid else 0
+    tlb_use(m.tlb, space, <uint32_t>(m.arch.cr3 & CR3_PCID_MASK) if m.arch.cr4 & CR4_PCIDE_MASK else 0)
+
+
 cdef int machine_prepare_root(machine *m) noexcept nogil:
     """Step 1."""
     cdef kvm *k = m.k
-    cdef uint32_t root = m.mmu.root.sp
-    if load_tdp_mmu(m.vcpu, m.mmu.root_role):
+    if prepare_mmu(m.vcpu):
         return -1
-    if m.mmu.root.sp != root or m.host.nested_pgd & ~PAGE_OFFSET_MASK != sp_hpa(k, m.mmu.root.sp):
-        use_root(m)
+    if use_root(m) and m.mmu.page_fault == tdp_page_fault:
         m.vcpu.requests |= REQ_TLB_FLUSH
     if m.vcpu.requests & REQ_TLB_FLUSH:
         m.vcpu.requests &= ~<uint32_t>REQ_TLB_FLUSH
@@ -278,15 +192,28 @@ cdef int machine_prepare_root(machine *m) noexcept nogil:
     return 0
 
 
-cdef void use_root(machine *m) noexcept nogil:
-    """Point the processor at the root, by an EPTP or a nested CR3."""
-    cdef uint64_t level = m.mmu.root_role & ROLE_LEVEL_MASK
+cdef bint use_root(machine *m) noexcept nogil:
+    """Point the processor at the root, by CR3, EPTP or nested CR3; whether it is another one."""
+    cdef kvm *k = m.k
+    cdef uint64_t level = m.mmu.root_role & ROLE_LEVEL_MASK, hpa = sp_hpa(k, m.mmu.root.sp), spte
+    cdef bint other = m.root_hpa != hpa
+    cdef int i
     use_arena(m)
-    m.host.nested_pgd = sp_hpa(m.k, m.mmu.root.sp)
-    if m.k.spte.ept:
+    m.root_hpa = hpa
+    if other:
+        m.stage.epoch += 1
+    m.host.cr3 = m.host.nested_pgd = hpa
+    if not k.tdp_enabled:
+        for i in range(4):                              # level 3: the processor loads four registers
+            spte = k.sptes[first_spte(m.mmu.root.sp) + i]
+            m.host.pdptrs[i] = spte if is_shadow_present_pte(spte) else 0
+    elif k.spte.ept:
         m.host.nested_pgd |= EPTP_MT_WB | ((level - 1) << EPTP_LEVEL_SHIFT)
         if not m.mmu.root_role & ROLE_AD_DISABLED_MASK:
             m.host.nested_pgd |= EPTP_AD_MASK
+    if m.mmu == &m.vcpu.guest_mmu:
+        machine_use_tags(m)
+    return other
 
 
 # ---- one access ------------------------------------------------------------------------------------------------------------
@@ -295,28 +222,31 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
     """Steps 1 and 3 to 6. 0, or a negative errno."""
     cdef walk_result r
     cdef int ret
+    cdef bint shadowed = not m.k.tdp_enabled
     out.ret, out.exits = RET_PF_CONTINUE, 0
+    m.vcpu.eflags_ac = access & <uint32_t>ACCESS_AC_MASK
     while True:
         if m.vcpu.requests or not m.mmu.root.valid:
             if machine_prepare_root(m):
                 return -1
         m.hw.gva_to_gpa(&m.hw, addr, access, True, &r)                              # step 3
         if r.status == STATUS_OK:
-            fill(m, addr, access, &r)
-            out.gpa, out.hpa = r.ngpa, r.gpa
+            fill(m, addr, access, &r, out)
             out.status, out.error_code = STATUS_OK, 0
             return 0
-        if r.status == STATUS_PAGE_FAULT or r.status == STATUS_NON_CANONICAL:       # step 4
-            out.gpa = out.hpa = INVALID_GPA
-            out.status, out.error_code = r.status, r.error_code
+        if r.status == STATUS_NON_CANONICAL or (r.status == STATUS_PAGE_FAULT and not shadowed):      # step 4
+            set_fault(out, &r)
             return 0
-        ret = handle_exit(m, &r)                                                    # step 5
+        ret = handle_exit(m, addr, &r)                                              # step 5
         if out.exits < 255:
             out.exits += 1
         if ret < 0:
             return ret
         out.ret = <uint8_t>ret
-        if ret == RET_PF_EMULATE:                                                   # step 6
+        if m.vcpu.injected and take_guest_fault(m, addr, &r, out):
+            m.vcpu.injected = False
+            return 0
+        if ret == RET_PF_EMULATE and not repeats_write(m, addr, access, addr if shadowed else r.fault_gpa):      # step 6
             machine_emulate(m, addr, access, out)
             return 0
         if out.exits >= MAX_EXITS:              # an invalidation is under way that only the caller can end
@@ -345,6 +275,15 @@ cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result
             tlb_drop(t, addr)
     t.misses += 1
     return slow_access(m, addr, access, out)
+
+
+cdef void machine_store(machine *m, const access_result *out) noexcept nogil:
+    cdef kvm_memory_slot *slot
+    if m.data is NULL or m.size == 0 or out.status != STATUS_OK or out.hpa == INVALID_GPA or out.ret == RET_PF_EMULATE:
+        return
+    slot = gfn_to_memslot(memslots_of(m.k, m.vcpu.as_id), out.gpa >> PAGE_SHIFT)
+    if slot is not NULL:
+        memcpy(slot.hva + (out.gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
 
 
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,

@@ -17,10 +17,8 @@ from kvmmu._format cimport (
 )
 from kvmmu._memory cimport GuestMemory
 from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
-from kvmmu._walk cimport (
-    cpu_caps, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, kvm_pagewalk, pse36_bits, translate_nested_gpa,
-    vcpu_arch, walk_result,
-)
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits
 
 from kvmmu.faults import nested_fault_of
 from kvmmu.nested import Ept, Npt

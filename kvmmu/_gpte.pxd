@@ -33,6 +33,8 @@ cdef struct guest_walker32:
     int top_level               # of the first entry that has an accessed bit
     uint8_t refs                # entries read
     bint hole                   # the last entry lies in no slot
+    bint dirty_set              # of the leaf, by this walk
+    uint32_t accessed_set       # bit per level: A, by this walk
     uint32_t pte_access         # ACC_*: AND over the walk
     uint64_t gpa
     uint32_t ptes[2]            # [level - 1]
@@ -45,6 +47,8 @@ cdef struct guest_walker64:
     int top_level
     uint8_t refs
     bint hole
+    bint dirty_set
+    uint32_t accessed_set
     uint32_t pte_access
     uint64_t gpa
     uint64_t ptes[5]
@@ -57,6 +61,8 @@ cdef struct guest_walkerEPT:
     int top_level
     uint8_t refs
     bint hole
+    bint dirty_set
+    uint32_t accessed_set
     uint32_t pte_access
     uint64_t gpa
     uint64_t ptes[5]

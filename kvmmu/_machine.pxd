@@ -1,36 +1,37 @@
-"""Machine and TdpMmu, the Python faces of one vCPU on its host."""
+"""Machine, TdpMmu and ShadowMmu, the Python faces of one vCPU on its host."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._access cimport access_columns, machine
-from kvmmu._contexts cimport VcpuArch
 from kvmmu._format cimport PageFormat
-from kvmmu._memory cimport SlotTable
-from kvmmu._tlb cimport Tlb
-from kvmmu._walk cimport cpu_caps
-from kvmmu.mmu._state cimport Kvm
+from kvmmu._machine_modes cimport MachineModes
+from kvmmu._machine_state cimport access_columns
+from kvmmu.mmu._kvm cimport kvm_mmu
 
 
-cdef class TdpMmu:
-    """The builder of a vCPU's host page tables under two-dimensional paging."""
+cdef class Mmu:
+    """A builder of a vCPU's host page tables."""
     cdef Machine machine
+    cdef kvm_mmu *mmu
     cdef readonly PageFormat fmt
+    cdef readonly object w
 
 
-cdef class Machine:
+cdef class TdpMmu(Mmu):
+    """Two-dimensional paging, outside of L1's nested paging."""
+
+
+cdef class ShadowMmu(Mmu):
+    """Tables that shadow tables of the guest's."""
+
+
+cdef class Machine(MachineModes):
     """All of one vCPU but its registers' rules. Made by a Vcpu."""
-    cdef readonly Kvm kvm
-    cdef readonly Tlb tlb
-    cdef readonly TdpMmu tdp_mmu
-    cdef machine m
-    cdef VcpuArch arch              # the guest's registers
-    cdef cpu_caps cpu_caps          # of the guest, as its processor is
-    cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
-    cdef cpu_caps host_caps
-    cdef PageFormat hw_fmt, sw_fmt, n_fmt
-    cdef uint64_t rights_role       # what the rights in force were made from
-    cdef uint32_t rights_root, rights_pkru
-    cdef SlotTable table            # guest-physical memory
+    cdef readonly TdpMmu tdp_mmu        # None without two-dimensional paging
+    cdef readonly ShadowMmu shadow_mmu
     cdef int prepare(self) except -1
     cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out) except -1
+    cdef int fail(self, int errno, what) except -1
+    cdef int invalidate(self, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) except -1
+    cdef int sync_all(self) except -1
+    cdef int set_data(self, const uint8_t[::1] data) except -1

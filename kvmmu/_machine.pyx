@@ -2,62 +2,59 @@
 
 import numpy as np
 
+from libc.errno cimport ENOMEM
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._access cimport (
-    access_columns, access_result, allows, cached_gva_to_gpa, machine_drain_pml, machine_emulate, machine_load_rights,
-    machine_prepare_root, machine_run, use_arena,
-)
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva
-from kvmmu._bits cimport (
-    ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GVA_BITS_4_LEVEL, PERMISSIONS_INDEX_SHIFT, PML_ENTITY_NUM,
-    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK,
-    ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
-)
-from kvmmu._contexts cimport VcpuArch, fill_format, role_of
-from kvmmu._format cimport (
-    PageFormat, explicit_access, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask,
-)
-from kvmmu._memory cimport GuestMemory
-from kvmmu._tlb cimport Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address, tlb_use
-from kvmmu._walk cimport cpu_caps, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk
-from kvmmu.mmu._entry cimport free_mmu_root, kvm_mmu_page_fault, tdp_root_role
-from kvmmu.mmu._kvm cimport add_vcpu, sp_hpa
+from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine_run, machine_store
+from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, rflags_ac
+from kvmmu._bits cimport ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, INVALID_GPA, PERMISSIONS_INDEX_SHIFT, PML_ENTITY_NUM
+from kvmmu._contexts cimport VcpuArch
+from kvmmu._exits cimport machine_drain_pml, machine_emulate
+from kvmmu._format cimport PageFormat, explicit_access
+from kvmmu._machine_modes cimport MachineModes
+from kvmmu._machine_state cimport access_columns, access_result, use_arena
+from kvmmu._tlb cimport Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address
+from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
+from kvmmu.mmu._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, add_vcpu, kvm_mmu, sp_hpa
 from kvmmu.mmu._page cimport alloc_page, reserve_pages
-from kvmmu.mmu._spte cimport init_tdp_format
+from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu._state cimport Kvm
+from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_prev_roots, sync_roots
+from kvmmu.mmu._tdp cimport tdp_page_fault
 
 from kvmmu._bits import RetPf
 from kvmmu.columns import check_access, check_array
 
 
-cdef class TdpMmu:
-    """The builder of a vCPU's host page tables under two-dimensional paging, for guests that are not nested.
+cdef class Mmu:
+    """A builder of a vCPU's host page tables.
 
     Attributes
     ----------
     fmt : PageFormat
         What its SPTEs mean.
-    w : None
-        No walk: a fault of these tables never needs a look at the guest's.
+    w : PageWalk or None
+        The walk whose tables it shadows.
     """
-
-    @property
-    def w(self):
-        return None
 
     @property
     def root_role(self):
         """The word of the root's role (`CpuRole` has the names of its bits)."""
-        return int(self.machine.m.mmu.root_role)
+        return int(self.mmu.root_role)
 
     @property
     def root_hpa(self):
         """Where the root lies (host-physical, bytes); None before the first access, and after an invalidation."""
-        if not self.machine.m.mmu.root.valid:
+        if not self.mmu.root.valid:
             return None
-        return int(sp_hpa(self.machine.kvm.k, self.machine.m.mmu.root.sp))
+        return int(sp_hpa(self.machine.kvm.k, self.mmu.root.sp))
+
+    @property
+    def prev_roots(self):
+        """The roots before the present one that are kept: list of (pgd, host-physical address), the last used first."""
+        return [(int(self.mmu.prev_roots[i].pgd), int(sp_hpa(self.machine.kvm.k, self.mmu.prev_roots[i].sp)))
+                for i in range(PREV_ROOTS) if self.mmu.prev_roots[i].valid]
 
     def page_fault(self, addr, error_code):
         """Handle one fault, as an exit would bring it.
@@ -65,32 +62,50 @@ cdef class TdpMmu:
         Parameters
         ----------
         addr : int
-            Guest-physical address (bytes).
+            Bytes: guest-physical under two-dimensional paging, L2's guest-physical under L1's, else linear.
         error_code : int
-            As of a #NPF, or as KVM decodes an EPT violation.
+            As of a #PF or #NPF, or as KVM decodes an EPT violation.
 
         Returns
         -------
         RetPf
+            RETRY also for a fault that is the guest's own: an access there would raise it.
         """
         cdef Machine m = self.machine
         cdef uint64_t gpa = check_scalar_gva(addr), code = error_code
         cdef int ret = 0
+        if self.mmu != m.m.mmu:
+            raise ValueError(f"{type(self).__name__} is not in use: the active one is `mmu`")
         with m.kvm.lock:
             m.prepare()
             if machine_prepare_root(&m.m):
                 raise MemoryError
+            m.m.vcpu.eflags_ac = rflags_ac(&m.arch.arch)
             ret = kvm_mmu_page_fault(m.m.vcpu, gpa, code)
+            m.m.vcpu.injected = False
             use_arena(&m.m)
-        if ret < 0:
-            raise RuntimeError(f"the fault at {addr:#x} failed in the host with errno {-ret}")
+        m.fail(ret, f"the fault at {addr:#x}")
         return RetPf(ret)
 
     def __repr__(self):
-        return f"<TdpMmu root_role {self.root_role:#x}>"
+        return f"<{type(self).__name__} root_role {self.root_role:#x}>"
 
 
-cdef class Machine:
+cdef class TdpMmu(Mmu):
+    """The builder of a vCPU's host page tables under two-dimensional paging, but for guests under L1's nested paging.
+
+    Its `w` is None: a fault of these tables never needs a look at the guest's.
+    """
+
+
+cdef class ShadowMmu(Mmu):
+    """The builder of tables that shadow tables of the guest's: those of CR3 without two-dimensional paging, else L1's EPT or NPT.
+
+    Its `w` is `gva_walk` without two-dimensional paging, else `ngpa_walk`.
+    """
+
+
+cdef class Machine(MachineModes):
     """One vCPU on its host.
 
     Parameters
@@ -100,101 +115,40 @@ cdef class Machine:
         The guest's registers.
     vcpu_id : int
     buffer : Tlb
+    gva_walk, ngpa_walk : PageWalk
+        What `w` of an MMU names.
     """
 
-    def __init__(self, Kvm state, VcpuArch arch, vcpu_id, Tlb buffer):
+    def __init__(self, Kvm state, VcpuArch arch, vcpu_id, Tlb buffer, gva_walk, ngpa_walk):
         if self.m.vcpu is not NULL:
             raise RuntimeError("a machine is made once")
         self.kvm, self.arch, self.tlb = state, arch, buffer
-        self.tdp_mmu = TdpMmu()
-        self.tdp_mmu.machine, self.tdp_mmu.fmt = self, PageFormat()
         self.hw_fmt, self.sw_fmt, self.n_fmt = PageFormat(), PageFormat(), PageFormat()
+        self.tdp_fmt, self.shadow_fmt = PageFormat(), PageFormat()
         with state.lock:
             self.m.vcpu = add_vcpu(state.k, vcpu_id)
         if self.m.vcpu is NULL:
             raise MemoryError
+        self.shadow_mmu = ShadowMmu()
+        self.shadow_mmu.w = gva_walk
+        if state.k.tdp_enabled:
+            self.tdp_mmu = TdpMmu()
+            self.shadow_mmu.w = ngpa_walk
+            adopt(self, self.tdp_mmu, &self.m.vcpu.root_mmu, self.tdp_fmt)
+            adopt(self, self.shadow_mmu, &self.m.vcpu.guest_mmu, self.shadow_fmt)
+            self.m.vcpu.root_mmu.page_fault = tdp_page_fault
+        else:
+            adopt(self, self.shadow_mmu, &self.m.vcpu.root_mmu, self.shadow_fmt)
         self.m.mmu = &self.m.vcpu.root_mmu
-        self.m.mmu.fmt = &self.tdp_mmu.fmt.fmt
         self.m.k, self.m.tlb, self.m.arena, self.m.arch = state.k, &buffer.t, &state.arena_slot, &arch.arch
-        self.m.hw.vcpu = self.m.sw.vcpu = &arch.arch
+        self.m.sw.vcpu = &arch.arch
         self.m.hw.fmt, self.m.sw.fmt, self.m.stage.w.fmt = &self.hw_fmt.fmt, &self.sw_fmt.fmt, &self.n_fmt.fmt
         self.m.stage.w.vcpu = &self.m.host
         self.m.stage.epoch = 1
-
-    # ---- registers, roles and walks ------------------------------------------------------------------------------------
-
-    def set_cpu(self, cpu):
-        """Take a processor model; the next `set_mode()` builds every walk anew."""
-        set_caps(&self.cpu_caps, cpu, False)
-        set_caps(&self.kvm_caps, cpu, True)
-        self.m.vcpu.maxphyaddr = cpu.maxphyaddr
-        self.m.hw.cpu_role = self.rights_role = 0
-        self.m.mmu.root_role = 0
-        host = self.kvm.host
-        self.host_caps.maxphyaddr = host.maxphyaddr
-        self.host_caps.gbpages = host.max_huge_page_level >= 3
-        self.host_caps.amd = host.tdp != "ept"
-        self.host_caps.kvm = self.host_caps.pse36 = False
-
-    def set_mode(self, GuestMemory mem, *, smm=False, guest_mode=False):
-        """Take the roles of the registers in force; no work for those that did not change."""
-        cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
-        cdef uint32_t root_role
-        if self.table is not mem.table:
-            self.table = mem.table
-            self.m.sw.mem = &self.table.mem
-        if role != self.m.hw.cpu_role:
-            init_pagewalk(&self.m.hw, role, &self.cpu_caps)
-            init_pagewalk(&self.m.sw, role, &self.kvm_caps)
-            if not role & ROLE_DIRECT_MASK:
-                fill_format(self.hw_fmt, role, &self.cpu_caps, False)
-                fill_format(self.sw_fmt, role, &self.kvm_caps, False)
-        self.m.hw.mem, self.m.hw.ngpa = &self.kvm.ram, &self.m.stage.w
-        self.m.sw.ngpa = NULL
-        self.m.vcpu.as_id, self.m.vcpu.guest_mode = bool(smm), bool(guest_mode)
-        host = self.kvm.host
-        if host.tdp is not None:
-            root_role = tdp_root_role(
-                self.kvm.k, 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4, bool(smm), bool(guest_mode), host.gmet)
-            if root_role != self.m.mmu.root_role:
-                self.use_root_role(root_role)
-        if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
-            self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
-            machine_load_rights(&self.m)
-        tlb_use(&self.tlb.t, self.m.mmu.root_role,
-                <uint32_t>(self.arch.arch.cr3 & CR3_PCID_MASK) if self.arch.arch.cr4 & CR4_PCIDE_MASK else 0)
-
-    def use_root_role(self, root_role):
-        """Another root: its walk by the processor, and the MMU's own format."""
-        cdef permission_params p
-        cdef uint64_t role = root_role
-        cdef int level = <int>(role & ROLE_LEVEL_MASK)
-        cdef bint smep = (role & ROLE_CR4_SMEP_MASK) != 0
-        with self.kvm.lock:
-            free_mmu_root(self.m.vcpu)
-            self.m.mmu.root_role = <uint32_t>role
-        init_tdp_format(self.tdp_mmu.fmt, &self.kvm.k.spte, level, smep)
-        if self.kvm.k.spte.ept:
-            role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | (role & (ROLE_AD_DISABLED_MASK | ROLE_CR4_SMEP_MASK)) | (
-                ROLE_EXT_VALID_MASK | ROLE_EXT_EXECONLY_MASK)
-            init_ept_pagewalk(&self.m.stage.w, role, &self.host_caps, False)
-            p.tdp = p.ept = p.wp = p.nx = True
-            p.smep, p.smap = smep, False
-            update_permission_bitmask(&self.n_fmt.fmt, &p)
-            self.n_fmt.fmt.pkru_mask = 0
-            reset_ept_rsvds_bits_mask(&self.n_fmt.fmt, self.host_caps.maxphyaddr, True, self.kvm.k.spte.max_huge_page_level)
-        else:
-            role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | ROLE_EXT_EFER_LMA_MASK | (
-                ROLE_EXT_VALID_MASK | (role & ROLE_CR4_SMEP_MASK))
-            fill_format(self.n_fmt, role, &self.host_caps, True)
-            init_npt_pagewalk(&self.m.stage.w, role, &self.host_caps, True)
-        self.m.stage.walk, self.m.stage.w.gva_to_gpa = self.m.stage.w.gva_to_gpa, cached_gva_to_gpa
-        self.m.stage.w.mem = &self.kvm.arena
+        self.m.page_table_writing = True
 
     cdef int prepare(self) except -1:
         """What must be before the vCPU runs: slots, a root, and the log of dirty pages."""
-        if self.kvm.host.tdp is None:
-            raise NotImplementedError("access() and page_fault() need a host with two-dimensional paging (tdp='ept' or 'npt')")
         self.kvm.sync()
         if self.kvm.k.spte.pml and self.m.pml_page == 0:
             if reserve_pages(self.kvm.k, 1):
@@ -203,12 +157,40 @@ cdef class Machine:
             self.m.pml.index = PML_ENTITY_NUM - 1
         if self.m.pml_page:
             self.m.pml.address = sp_hpa(self.kvm.k, self.m.pml_page)
-            self.m.stage.w.pml = &self.m.pml
+            # the log would hold L2's addresses
+            self.m.stage.w.pml = &self.m.pml if self.m.mmu == &self.m.vcpu.root_mmu else NULL
         use_arena(&self.m)
         if self.m.vcpu.requests or not self.m.mmu.root.valid:
             if machine_prepare_root(&self.m):
                 raise MemoryError
         return 0
+
+    cdef int fail(self, int errno, what) except -1:
+        """An error of the host is the caller's to know."""
+        if errno == -ENOMEM:
+            raise MemoryError
+        if errno < 0:
+            raise RuntimeError(f"{what} failed in the host with errno {-errno}")
+        return 0
+
+    @property
+    def root_mmu(self):
+        """The MMU outside of L1's nested paging."""
+        return self.tdp_mmu if self.kvm.k.tdp_enabled else self.shadow_mmu
+
+    @property
+    def mmu(self):
+        """The MMU in use."""
+        return self.root_mmu if self.m.mmu == &self.m.vcpu.root_mmu else self.shadow_mmu
+
+    def set_rip(self, rip):
+        """Of the instruction under way."""
+        self.m.vcpu.rip = rip
+
+    def vm_enter(self):
+        """What was put off until the guest runs again."""
+        with self.kvm.lock:
+            self.prepare()
 
     # ---- accesses --------------------------------------------------------------------------------------------------------
 
@@ -219,9 +201,7 @@ cdef class Machine:
             self.prepare()
             with nogil:
                 r = machine_run(&self.m, gva, access, stride, n, out, &i)
-        if r < 0:
-            raise RuntimeError(f"the access to {gva[i]:#x} in row {i} failed in the host with errno {-r}")
-        return 0
+        return self.fail(r, f"the access to {gva[i if i < n else 0]:#x} in row {i}")
 
     def access(self, gva, access, arrays):
         """The rows of checked arrays, in order; `arrays` are those of the result by name."""
@@ -238,60 +218,159 @@ cdef class Machine:
         self.run(<const uint64_t *><uintptr_t>gva.ctypes.data, <const uint8_t *><uintptr_t>access.ctypes.data,
                  1 if access.size > 1 else 0, n, &out)
 
-    def access_one(self, gva, access):
-        """(gpa, hpa, status, error_code, ret, exits) of one access; the vCPU's EFLAGS.AC is the caller's to add."""
-        cdef uint64_t addr = check_scalar_gva(gva), gpa = 0, hpa = 0
-        cdef uint8_t a = <uint8_t>check_scalar_access(access), status = 0, ret = 0, exits = 0
-        cdef uint32_t error_code = 0
-        cdef access_columns out
-        out.gpa, out.hpa, out.status = &gpa, &hpa, &status
-        out.error_code, out.ret, out.exits = &error_code, &ret, &exits
-        self.run(&addr, &a, 0, 1, &out)
-        return int(gpa), int(hpa), int(status), int(error_code), int(ret), int(exits)
+    def access_one(self, gva, access, data=None, page_table_writing=True):
+        """(gpa, hpa, status, error_code, ret, exits, fault_gpa, exit_qualification) of one access; the vCPU's EFLAGS.AC is the
+        caller's to add. data: as of `emulate()`."""
+        cdef uint64_t addr = check_scalar_gva(gva)
+        cdef uint32_t a = explicit_access(check_scalar_access(access))
+        cdef access_result out
+        cdef int r = 0
+        with self.kvm.lock:
+            self.prepare()
+            self.set_data(data)
+            self.m.page_table_writing = bool(page_table_writing)
+            out.fault_gpa, out.exit_qualification = INVALID_GPA, 0
+            with nogil:
+                r = machine_access(&self.m, addr, a, &out)
+                if r == 0:
+                    machine_store(&self.m, &out)
+            self.m.data, self.m.page_table_writing = NULL, True
+        self.fail(r, f"the access to {gva:#x}")
+        return (int(out.gpa), int(out.hpa), int(out.status), int(out.error_code), int(out.ret), int(out.exits),
+                int(out.fault_gpa), int(out.exit_qualification))
 
     # ---- what the guest flushes --------------------------------------------------------------------------------------------
 
     def invlpg(self, gva):
-        """INVLPG: this vCPU's translations of an address; a non-canonical one does nothing."""
+        """INVLPG: this vCPU's translations of an address, under every root; a non-canonical one does nothing."""
         self.kvm.k.stats.invlpg += 1
-        self.flush_addr(gva)
+        self.invalidate_addr(gva, True, True)
 
-    def flush_addr(self, gva):
-        """What INVLPG flushes."""
+    def invalidate_addr(self, gva, current, prev_roots):
+        """Translations of a linear address, in the TLB and in tables that shadow the guest's, of the roots named."""
         cdef uint64_t addr = gva & self.m.hw.gva_mask
-        if <uint64_t>(<int64_t>(addr << self.m.hw.canonical_shift) >> self.m.hw.canonical_shift) == addr:
+        if <uint64_t>(<int64_t>(addr << self.m.hw.canonical_shift) >> self.m.hw.canonical_shift) != addr:
+            return
+        with self.kvm.lock:
             tlb_invlpg(&self.tlb.t, addr)
             self.m.vcpu.mmio_cached = False
+            if not self.kvm.k.tdp_enabled:
+                self.invalidate(&self.m.vcpu.root_mmu, addr, current, ROOTS_ALL if prev_roots else 0)
+
+    def invalidate_ngpa(self, ngpa, current, prev_roots):
+        """The same of an address of L2's in the tables that shadow L1's second stage."""
+        cdef uint64_t addr = ngpa
+        with self.kvm.lock:
+            self.invalidate(&self.m.vcpu.guest_mmu, addr, current, ROOTS_ALL if prev_roots else 0)
+            self.m.vcpu.requests |= REQ_TLB_FLUSH
+
+    cdef int invalidate(self, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) except -1:
+        if mmu == self.m.mmu:
+            self.kvm.sync()
+            mmu_invalidate_addr(self.m.vcpu, mmu, addr, current, prev_roots)
+        return 0
 
     def invpcid(self, type, pcid, gva):
         """INVPCID, with arguments that are checked."""
+        cdef uint32_t active = 0
+        cdef bint shadowed = not self.kvm.k.tdp_enabled
+        if self.arch.arch.cr4 & CR4_PCIDE_MASK:
+            active = <uint32_t>(self.arch.arch.cr3 & CR3_PCID_MASK)
         if type == 0:
             tlb_invpcid_address(&self.tlb.t, pcid, gva)
+            if shadowed:
+                self.kvm.k.stats.invlpg += 1
+                with self.kvm.lock:
+                    self.invalidate(&self.m.vcpu.root_mmu, gva, pcid == active,
+                                    prev_roots_of(&self.m.vcpu.root_mmu, pcid, CR3_PCID_MASK))
         elif type == 1:
             tlb_flush_pcid(&self.tlb.t, pcid)
+            if shadowed:
+                self.invalidate_pcid(pcid)
         else:
             tlb_flush_space(&self.tlb.t, type == 2)
+            if shadowed:
+                self.sync_all()
 
-    def flush_pcid(self):
-        """MOV to CR3: translations of the PCID in force, global ones excepted."""
-        cdef uint32_t pcid = 0
-        if self.arch.arch.cr4 & CR4_PCIDE_MASK:
-            pcid = <uint32_t>(self.arch.arch.cr3 & CR3_PCID_MASK)
-        tlb_flush_pcid(&self.tlb.t, pcid)
+    def invalidate_pcid(self, pcid):
+        """All of one PCID, in the tables that shadow the guest's: synchronized at the next entry, or left."""
+        cdef uint32_t active = 0
+        cdef bint pcide = (self.arch.arch.cr4 & CR4_PCIDE_MASK) != 0
+        if pcide:
+            active = <uint32_t>(self.arch.arch.cr3 & CR3_PCID_MASK)
+        if pcid == active:
+            self.m.vcpu.requests |= REQ_MMU_SYNC | REQ_TLB_FLUSH
+        if pcide:                                       # else every load of CR3 synchronizes
+            with self.kvm.lock:
+                free_shadow_roots(self.kvm.k, &self.m.vcpu.root_mmu,
+                                  prev_roots_of(&self.m.vcpu.root_mmu, pcid, CR3_PCID_MASK) << 1)
+
+    def mov_cr3(self, before, noflush, pdptrs_changed):
+        """MOV to CR3: translations of its PCID go, global ones excepted, unless the guest keeps them; tables that shadow the
+        guest's are found again. IN before: the CR3 until now."""
+        cdef uint64_t cr3 = self.arch.arch.cr3
+        cdef uint32_t pcid = <uint32_t>(cr3 & CR3_PCID_MASK) if self.arch.arch.cr4 & CR4_PCIDE_MASK else 0
+        if not noflush:
+            tlb_flush_pcid(&self.tlb.t, pcid)
+        if self.kvm.k.tdp_enabled:
+            return
+        with self.kvm.lock:
+            self.kvm.sync()
+            if pdptrs_changed:
+                free_shadow_roots(self.kvm.k, &self.m.vcpu.root_mmu, ROOT_CURRENT)
+            if cr3 != before:
+                new_pgd(self.m.vcpu, cr3, False)
+        if not noflush:
+            self.invalidate_pcid(pcid)
+
+    def reset_context(self):
+        """Registers that roles are made of were written: every root of a shadow MMU of theirs is left."""
+        if not self.kvm.k.tdp_enabled:
+            with self.kvm.lock:
+                free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
+                self.m.vcpu.mmio_cached = False
 
     def flush_guest(self):
         """Every translation of the guest, global ones too."""
         tlb_flush_space(&self.tlb.t, True)
+        self.sync_all()
 
-    def emulate(self, gva, access):
-        """(gpa, hpa, status, error_code) of an access that KVM carries out itself, by its own walk."""
+    cdef int sync_all(self) except -1:
+        """Under shadow paging a flush by the guest makes every root of it agree with its tables."""
+        if not self.kvm.k.tdp_enabled:
+            with self.kvm.lock:
+                self.kvm.sync()
+                sync_roots(self.m.vcpu)
+                sync_prev_roots(self.m.vcpu)
+            self.m.vcpu.requests |= REQ_TLB_FLUSH
+        return 0
+
+    # ---- what KVM carries out ----------------------------------------------------------------------------------------------
+
+    def emulate(self, gva, access, data=None):
+        """(gpa, hpa, status, error_code, fault_gpa, exit_qualification) of an access that KVM carries out by its own walk.
+
+        data : bytes, optional
+            What a write writes, within one page; empty: only to see whether it would. By default an aligned entry, unchanged.
+        """
         cdef uint64_t addr = check_scalar_gva(gva) & self.m.sw.gva_mask
         cdef uint32_t a = explicit_access(check_scalar_access(access))
         cdef access_result out
         with self.kvm.lock:
-            self.kvm.sync()
+            self.prepare()
+            self.set_data(data)
             machine_emulate(&self.m, addr, a, &out)
-        return int(out.gpa), int(out.hpa), int(out.status), int(out.error_code)
+            self.m.data = NULL
+            use_arena(&self.m)
+        return result_of(&out)
+
+    cdef int set_data(self, const uint8_t[::1] data) except -1:
+        """The bytes of the access to come; the caller keeps them."""
+        self.m.data, self.m.size = NULL, 0
+        if data is not None:
+            self.m.size = data.shape[0]
+            self.m.data = &data[0] if self.m.size else &NO_DATA[0]
+        return 0
 
     def hit_rights(self):
         """For tests: (tables, rules), bool arrays (acc, nacc, pkey, index): what a TLB entry allows, and what the rules say."""
@@ -315,6 +394,14 @@ cdef class Machine:
             machine_drain_pml(&self.m)
 
 
-cdef void set_caps(cpu_caps *caps, cpu, bint as_kvm) except *:
-    caps.maxphyaddr, caps.gbpages, caps.pse36 = cpu.maxphyaddr, cpu.gbpages, cpu.pse36
-    caps.amd, caps.kvm = cpu.vendor == "amd", as_kvm
+cdef uint8_t NO_DATA[1]
+
+
+cdef result_of(const access_result *out):
+    return (int(out.gpa), int(out.hpa), int(out.status), int(out.error_code), int(out.fault_gpa), int(out.exit_qualification))
+
+
+cdef void adopt(Machine machine, Mmu mmu, kvm_mmu *state, PageFormat fmt) noexcept:
+    """An MMU of a machine gets its Python face."""
+    mmu.machine, mmu.mmu, mmu.fmt = machine, state, fmt
+    state.fmt = &mmu.fmt.fmt

@@ -18,10 +18,8 @@ from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
 from kvmmu._memory cimport GuestMemory
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
-from kvmmu._walk cimport (
-    init_pagewalk, init_second_stage_face, kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch,
-    walk_result,
-)
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch, walk_result
+from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
 
 from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole

@@ -18,7 +18,7 @@ Protection", "Nested Paging".
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport ACC_USER_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK
+from kvmmu._bits cimport ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACC_USER_MASK
 from kvmmu._format cimport kvm_page_format
 from kvmmu._memory cimport guest_mem
 
@@ -60,12 +60,14 @@ cdef struct walk_result:
     uint8_t refs                # entries read, in both stages
     bint hole                   # pte lies in no slot
 
-# One entry of a walk, for records.
+# One entry of a walk, for records and for a shadow MMU.
 cdef struct walk_step:
-    uint64_t pte
+    uint64_t pte                # as the walk left it
     uint64_t pte_gpa            # before the second stage
     int level
     uint32_t access             # ACC_* of this entry alone; 0 if it is not present
+    bint sets_accessed          # this walk has set its A, its D
+    bint sets_dirty
 
 # What gva_to_gpa of a kvm_pagewalk walks.
 cdef enum:
@@ -77,11 +79,14 @@ cdef struct kvm_pagewalk
 
 ctypedef void (*gva_to_gpa_fn)(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil
 ctypedef int (*walk_steps_fn)(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil
+ctypedef int (*walk_addr_fn)(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                             walk_step *steps) noexcept nogil
 
 # How to walk one set of guest tables (kvm_pagewalk). All of it follows from the role and the processor model.
 cdef struct kvm_pagewalk:
     gva_to_gpa_fn gva_to_gpa        # IN access: without IMPLICIT. OUT r: every field
     walk_steps_fn walk_steps        # the entries of the walk, root first, A/D untouched; returns their number (0 to 5)
+    walk_addr_fn walk_addr          # both at once: the translation, with A/D, and the entries that it read
     const guest_mem *mem
     const vcpu_arch *vcpu
     const kvm_page_format *fmt
@@ -124,13 +129,8 @@ cdef inline uint32_t second_stage_access(const kvm_pagewalk *n, uint32_t access,
     return access | n.user_always
 
 
-cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil
-cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil
-# IN host_smep: CR4.SMEP of the host, whose place in the role GMET has taken
-cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil
-# A walk that is the second stage n alone, with the statuses of a second stage
-cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil
-cdef int pse36_bits(const cpu_caps *caps) noexcept nogil
+# Take the functions that walk tables of this kind and format
+cdef void use_walker(kvm_pagewalk *w) noexcept nogil
 
 # nGPA to GPA through the second stage n: 0 or the STATUS_* of its fault. IN final: the address of the access itself, else
 # that of a table; pte_access: rights of the first stage. OUT gpa; r: the second-stage fields and refs, on a fault pte too.

@@ -3,29 +3,21 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK,
-    ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, EPT_ACCESSED_MASK, EPT_RWX_MASK, EPT_USER_EXECUTABLE_MASK,
-    EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_ACC_WRITE_MASK,
-    EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_USER_MASK,
-    EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK,
-    EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_USER_EXEC_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
-    INVALID_GPA, KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK,
-    PFERR_RSVD_MASK, PG_LEVEL_4K, PML_ENTITY_NUM, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT32_PSE36_KVM_BITS,
-    PT32_PSE36_SHIFT, PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK,
-    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
+    ACC_WRITE_MASK, CR3_PAE_PDPT_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK,
+    EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_USER_MASK, EPT_VIOLATION_GVA_VALID_MASK,
+    EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK,
+    EPT_VIOLATION_PROT_USER_EXEC_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K,
+    PML_ENTITY_NUM, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT_PRESENT_MASK, ROLE_CR4_SMEP_MASK,
+    STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu._format cimport kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights,
-    gpte_to_gpa, guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa,
-    read_gpte,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
+    guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
 from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_read64, kvmmu_write64
-from kvmmu._walk cimport (
-    WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, cpu_caps, kvm_pagewalk, walk_result, walk_step,
-)
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
 
 # What a walk came to, beside STATUS_*.
 cdef enum:
@@ -131,6 +123,10 @@ cdef inline uint8_t update_accessed_dirty_bits(guest_walker *walker, const kvm_p
             continue
         if not cmpxchg_gpte(walker, walker.pte_hva[level - 1], pte, wanted):
             return WALK_RACE_LOST
+        if wanted & ~pte & w.accessed_mask:
+            walker.accessed_set |= 1 << level
+        if wanted & ~pte & (w.accessed_mask << 1):
+            walker.dirty_set = True
         walker.ptes[level - 1] = wanted
     return STATUS_OK
 
@@ -267,6 +263,7 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
         return
     r.ngpa = r.fault_gpa = INVALID_GPA
     r.exit_qualification = 0
+    walker.accessed_set, walker.dirty_set = 0, False
     while status == WALK_RACE_LOST:         # each restart finds one more bit set by us or by somebody else
         status = walk_addr_once(walker, w, addr, access, set_ad, r)
     r.status = status
@@ -285,26 +282,52 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
     r.hole = walker.hole
 
 
-cdef inline int walk_steps_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
-                                   walk_step *steps) noexcept nogil:
-    cdef uint64_t addr = gva & w.gva_mask
-    cdef walk_result r
-    cdef int level, last, n = 0
-    if is_noncanonical(w, addr) or addr & w.ngpa_rsvd_mask:
-        return 0
-    for level in range(w.level):
-        walker.ptes[level] = 0
-        walker.pte_gpa[level] = INVALID_GPA
-    walk_addr_once(walker, w, addr, access, False, &r)
-    last = walker.level
-    for level in range(w.level, last - 1, -1):
+cdef inline int record_steps(const guest_walker *walker, const kvm_pagewalk *w, walk_step *steps) noexcept nogil:
+    """The entries that a walk has read, root first; their number."""
+    cdef int level, n = 0
+    for level in range(w.level, walker.level - 1, -1):
         steps[n].level = level
         steps[n].pte = walker.ptes[level - 1]
         steps[n].pte_gpa = walker.pte_gpa[level - 1]
         steps[n].access = 0
+        steps[n].sets_accessed = steps[n].sets_dirty = False
         if steps[n].pte & w.present_mask:
             steps[n].access = gpte_access(walker, gpte_rights(walker, walker.ptes[level - 1]))
         n += 1
+    return n
+
+
+cdef inline void clear_steps(guest_walker *walker, const kvm_pagewalk *w) noexcept nogil:
+    """Nothing read yet: no entry is known, at any level."""
+    cdef int level
+    for level in range(w.level):
+        walker.ptes[level] = 0
+        walker.pte_gpa[level] = INVALID_GPA
+    walker.level = w.level + 1
+
+
+cdef inline int walk_steps_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access,
+                                   walk_step *steps) noexcept nogil:
+    cdef uint64_t addr = gva & w.gva_mask
+    cdef walk_result r
+    if is_noncanonical(w, addr) or addr & w.ngpa_rsvd_mask:
+        return 0
+    clear_steps(walker, w)
+    walk_addr_once(walker, w, addr, access, False, &r)
+    return record_steps(walker, w, steps)
+
+
+cdef inline int walk_addr_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                                  walk_step *steps) noexcept nogil:
+    cdef int i, n
+    clear_steps(walker, w)
+    walker.accessed_set, walker.dirty_set = 0, False
+    gva_to_gpa_generic(walker, w, gva, access, True, r)
+    n = record_steps(walker, w, steps)
+    for i in range(n):
+        steps[i].sets_accessed = (walker.accessed_set >> steps[i].level) & 1
+    if n:
+        steps[n - 1].sets_dirty = walker.dirty_set
     return n
 
 
@@ -320,6 +343,12 @@ cdef int paging32_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t acces
     return walk_steps_generic(&walker, w, gva, access, steps)
 
 
+cdef int paging32_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                            walk_step *steps) noexcept nogil:
+    cdef guest_walker32 walker
+    return walk_addr_generic(&walker, w, gva, access, r, steps)
+
+
 cdef void paging64_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
     cdef guest_walker64 walker
     gva_to_gpa_generic(&walker, w, gva, access, set_ad, r)
@@ -330,6 +359,12 @@ cdef int paging64_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t acces
     return walk_steps_generic(&walker, w, gva, access, steps)
 
 
+cdef int paging64_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                            walk_step *steps) noexcept nogil:
+    cdef guest_walker64 walker
+    return walk_addr_generic(&walker, w, gva, access, r, steps)
+
+
 cdef void ept_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
     cdef guest_walkerEPT walker
     gva_to_gpa_generic(&walker, w, gva, access, set_ad, r)
@@ -338,6 +373,12 @@ cdef void ept_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, b
 cdef int ept_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil:
     cdef guest_walkerEPT walker
     return walk_steps_generic(&walker, w, gva, access, steps)
+
+
+cdef int ept_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                       walk_step *steps) noexcept nogil:
+    cdef guest_walkerEPT walker
+    return walk_addr_generic(&walker, w, gva, access, r, steps)
 
 
 cdef inline void translate_whole_gpa(const kvm_pagewalk *n, uint32_t access, uint32_t pte_access, bint set_ad,
@@ -369,120 +410,22 @@ cdef int nonpaging_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t acce
     return 0
 
 
-# ---- from role and processor model to a walk ---------------------------------------------------------------------------
-
-cdef int pse36_bits(const cpu_caps *caps) noexcept nogil:
-    """Address bits above 31 in a 4M PDE: up to MAXPHYADDR, at most eight; KVM takes four whatever MAXPHYADDR is."""
-    if not caps.pse36:
-        return 0
-    if caps.kvm:
-        return PT32_PSE36_KVM_BITS
-    return min(caps.maxphyaddr, 40) - 32
+cdef int nonpaging_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                             walk_step *steps) noexcept nogil:
+    w.gva_to_gpa(w, gva, access, True, r)
+    return 0
 
 
-cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """What both stages share: the instance of the walk and the data of its format."""
-    w.cpu_role = cpu_role
-    w.level = <int>(cpu_role & ROLE_LEVEL_MASK)
-    w.gva_mask = ~<uint64_t>0 if cpu_role & ROLE_EXT_EFER_LMA_MASK else GVA32_MASK
-    w.canonical_shift = 0
-    w.present_mask = PT_PRESENT_MASK
-    w.page_size_mask = PT_PAGE_SIZE_MASK
-    w.pse36_mask = 0
-    w.accessed_mask = PT_ACCESSED_MASK
-    w.pferr_mask = <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK)
-    w.final_before_ad = caps.kvm
-    w.is_nested = w.pdptes_in_memory = False
-    w.pdpte_rsvd_mask = w.ngpa_rsvd_mask = 0
-    w.pml = NULL
-    w.kind = WALK_TABLES
-    w.second = 0
-    w.format = KVMMU_FORMAT_64
-    if not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
-        w.gva_to_gpa = paging64_gva_to_gpa
-        w.walk_steps = paging64_walk_steps
-        return
-    w.format = KVMMU_FORMAT_32
-    w.gva_to_gpa = paging32_gva_to_gpa
-    w.walk_steps = paging32_walk_steps
-    if not cpu_role & ROLE_EXT_CR4_PSE_MASK:
-        w.page_size_mask = 0
-    if pse36_bits(caps):
-        w.pse36_mask = KVMMU_BITS(PT32_PSE36_SHIFT, PT32_PSE36_SHIFT + pse36_bits(caps) - 1)
+# ---- which instance ----------------------------------------------------------------------------------------------------
 
-
-cdef bint reports_fetch(uint64_t cpu_role, const cpu_caps *caps, bint smep) noexcept nogil:
-    """Whether an error code tells fetches: SMEP, or NX; by the manuals NX counts only with PAE."""
-    if smep:
-        return True
-    return (cpu_role & ROLE_EFER_NX_MASK) != 0 and (caps.kvm or not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK)
-
-
-cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """All of a first stage that follows from the role; mem, vcpu, fmt and ngpa are the caller's."""
-    init_instance(w, cpu_role, caps)
-    if cpu_role & ROLE_DIRECT_MASK:
-        w.gva_to_gpa = nonpaging_gva_to_gpa
-        w.walk_steps = nonpaging_walk_steps
-        w.kind = WALK_DIRECT
-        w.pferr_mask = 0
-        return
-    if cpu_role & ROLE_EXT_EFER_LMA_MASK:
-        w.canonical_shift = 64 - (GVA_BITS_5_LEVEL if cpu_role & ROLE_EXT_CR4_LA57_MASK else GVA_BITS_4_LEVEL)
-    if reports_fetch(cpu_role, caps, (cpu_role & ROLE_CR4_SMEP_MASK) != 0):
-        w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
-
-
-cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
-    w[0] = n[0]
-    w.ngpa = n
-    w.kind = WALK_SECOND_STAGE
-    w.gva_to_gpa = second_stage_gva_to_gpa
-
-
-cdef void init_nested(kvm_pagewalk *w, const cpu_caps *caps) noexcept nogil:
-    """What EPT and NPT share."""
-    w.is_nested = True
-    w.ngpa = NULL
-    w.final_before_ad = False
-    w.fault_gpa_mask = ~PAGE_OFFSET_MASK if caps.kvm else ~<uint64_t>0
-    w.user_always = w.user_by_pte = 0
-    w.advanced_info = False
-
-
-cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil:
-    cdef bint have_ad = not cpu_role & ROLE_AD_DISABLED_MASK
-    init_instance(w, cpu_role, caps)
-    init_nested(w, caps)
-    w.format = KVMMU_FORMAT_EPT
-    w.gva_to_gpa = ept_gva_to_gpa
-    w.walk_steps = ept_walk_steps
-    w.gva_mask = ~<uint64_t>0
-    w.present_mask = EPT_RWX_MASK | (EPT_USER_EXECUTABLE_MASK if cpu_role & ROLE_CR4_SMEP_MASK else 0)
-    w.accessed_mask = EPT_ACCESSED_MASK if have_ad else 0
-    if not caps.kvm and w.level == 4:
-        w.ngpa_rsvd_mask = KVMMU_BITS(GVA_BITS_4_LEVEL, 63)
-    w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
-    w.user_by_pte = <uint32_t>ACCESS_USER_MASK
-    # With A/D bits every access to a guest paging-structure entry is a write; without, KVM's walker still asks for one
-    w.table_access = <uint32_t>ACCESS_WRITE_MASK if have_ad or caps.kvm else 0
-    w.fault_status = STATUS_EPT_VIOLATION
-    w.rsvd_status = STATUS_EPT_MISCONFIG
-    w.stage_final = EPT_VIOLATION_GVA_TRANSLATED_MASK
-    w.stage_page = EPT_VIOLATION_ACC_READ_MASK
-    w.advanced_info = advanced_info and not caps.kvm
-
-
-cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil:
-    cdef bint gmet = (cpu_role & ROLE_CR4_SMEP_MASK) != 0
-    init_instance(w, cpu_role, caps)
-    init_nested(w, caps)
-    w.pdptes_in_memory = w.level == 3
-    if not gmet:
-        w.user_always = <uint32_t>ACCESS_USER_MASK
-    w.table_access = <uint32_t>ACCESS_WRITE_MASK
-    w.fault_status = w.rsvd_status = STATUS_NESTED_PAGE_FAULT
-    w.stage_final = PFERR_GUEST_FINAL_MASK
-    w.stage_page = PFERR_GUEST_PAGE_MASK
-    if reports_fetch(cpu_role, caps, host_smep):
-        w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+cdef void use_walker(kvm_pagewalk *w) noexcept nogil:
+    if w.kind == WALK_DIRECT:
+        w.gva_to_gpa, w.walk_steps, w.walk_addr = nonpaging_gva_to_gpa, nonpaging_walk_steps, nonpaging_walk_addr
+    elif w.kind == WALK_SECOND_STAGE:
+        w.gva_to_gpa = second_stage_gva_to_gpa
+    elif w.format == KVMMU_FORMAT_32:
+        w.gva_to_gpa, w.walk_steps, w.walk_addr = paging32_gva_to_gpa, paging32_walk_steps, paging32_walk_addr
+    elif w.format == KVMMU_FORMAT_64:
+        w.gva_to_gpa, w.walk_steps, w.walk_addr = paging64_gva_to_gpa, paging64_walk_steps, paging64_walk_addr
+    else:
+        w.gva_to_gpa, w.walk_steps, w.walk_addr = ept_gva_to_gpa, ept_walk_steps, ept_walk_addr

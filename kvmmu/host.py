@@ -7,6 +7,28 @@ from kvmmu._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN
 __all__ = ["Host"]
 
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+
+
+@dataclass(frozen=True)
+class RoleBits:
+    """How a kernel packs the role of a shadow page.
+
+    Attributes
+    ----------
+    smep_andnot_wp : bool
+        SMEP counts only while CR0.WP is clear; else it is in the role by itself.
+    access_letters : tuple of (int, str)
+        Rights (`Acc`) that the role tells apart for legacy tables, and their letters in a trace.
+    """
+
+    smep_andnot_wp: bool
+    access_letters: tuple[tuple[int, str], ...]
+
+
+_KERNELS = {
+    "7.3": RoleBits(smep_andnot_wp=False, access_letters=((1, "r"), (2, "w"), (4, "u"), (8, "x"))),
+    "6.18": RoleBits(smep_andnot_wp=True, access_letters=((2, "w"), (4, "u"), (8, "x"))),
+}
 _MAXPHYADDR_MIN = 36                    # page tables and guest memory share the physical addresses of the host
 
 
@@ -37,7 +59,7 @@ class Host:
     l1tf : bool
         The processor has the L1 terminal fault: MMIO SPTEs invert the top address bits.
     kernel : str
-        Whose role bits to use: "7.3".
+        Whose role bits to use: "7.3", or "6.18" to compare with recordings of that kernel. Nothing else depends on it.
     """
 
     tdp: str | None = "ept"
@@ -64,8 +86,13 @@ class Host:
             raise ValueError("pml: page-modification logging needs tdp='ept' and ad=True")
         if self.gmet and self.tdp != "npt":
             raise ValueError(f"gmet: is of NPT, got tdp={self.tdp!r}")
-        if self.kernel != "7.3":
-            raise ValueError(f"kernel: want '7.3', got {self.kernel!r}")
+        if self.kernel not in _KERNELS:
+            raise ValueError(f"kernel: want {' or '.join(map(repr, _KERNELS))}, got {self.kernel!r}")
+
+    @property
+    def role_bits(self) -> RoleBits:
+        """The role bits of `kernel`."""
+        return _KERNELS[self.kernel]
 
     @property
     def max_huge_page_level(self) -> int:

@@ -1,11 +1,12 @@
 """The kvmmmu tracepoints: what the MMU of the host did, in KVM's words and as ftrace prints it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmmu._bits import RetPf
 from kvmmu._roles import CpuRole
 from kvmmu.faults import error_code_text
+from kvmmu.host import Host, RoleBits
 from kvmmu.mmu._inspect import set_trace, trace_events
 from kvmmu.mmu._state import Kvm
 
@@ -33,7 +34,6 @@ _FIELDS = {
     "kvm_mmu_walker_error": "pferr",
 }
 _NAMES = tuple(_FIELDS)
-_ACCESS_LETTERS = ((1, "r"), (2, "w"), (4, "u"), (8, "x"))
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,24 @@ class TraceEvent:
     name : str
     fields : dict of str to int
         By the names of the tracepoint; `sptep` is a host-physical address.
+    role_bits : RoleBits
+        Of the kernel whose roles are printed.
     """
 
     number: int
     vcpu: int
     name: str
     fields: dict[str, int]
+    role_bits: RoleBits = field(default=Host().role_bits, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The fields as the tracepoint prints them."""
+        return _text(self.name, self.fields, self.role_bits)
 
     def __str__(self) -> str:
         who = f"kvm-vcpu{self.vcpu}-{self.vcpu} [000] ....."
-        return f"{who} {self.number / 1e6:.6f}: {self.name}: {_text(self.name, self.fields)}"
+        return f"{who} {self.number / 1e6:.6f}: {self.name}: {self.text}"
 
 
 class Tracepoints:
@@ -107,7 +115,7 @@ class Tracepoints:
                 fields["sptep"] = self._kvm.arena_hpa + 8 * fields["sptep"]
             if "errno" in fields:
                 fields["errno"] = fields["errno"] - (1 << 64) if fields["errno"] >> 63 else fields["errno"]
-            yield TraceEvent(number, vcpu, name, fields)
+            yield TraceEvent(number, vcpu, name, fields, self._kvm.host.role_bits)
 
     def events(self, *names: str) -> list[TraceEvent]:
         """The events kept, oldest first; of the given names alone, if any are given."""
@@ -121,14 +129,15 @@ class Tracepoints:
         return f"<Tracepoints {bin(self.mask).count('1')} on>"
 
 
-def _letters(access: int, letters: Iterable[tuple[int, str]] = _ACCESS_LETTERS) -> str:
+def _letters(access: int, letters: Iterable[tuple[int, str]]) -> str:
     return "".join(letter if access & bit else "-" for bit, letter in letters)
 
 
-def _page(f: dict[str, int]) -> str:
+def _page(f: dict[str, int], role_bits: RoleBits) -> str:
     role = CpuRole(f["role"])
+    access = _letters(role.access, role_bits.access_letters)
     return (f"sp gen {f['mmu_valid_gen']} gfn {f['gfn']:x} l{role.level} {4 if role.has_4_byte_gpte else 8}-byte q{role.quadrant}"
-            f"{' direct' if role.direct else ''} {_letters(role.access)}{' invalid' if role.invalid else ''} "
+            f"{' direct' if role.direct else ''} {access}{' invalid' if role.invalid else ''} "
             f"{'' if role.efer_nx else '!'}nxe {'!' if role.ad_disabled else ''}ad root {f['root_count']} "
             f"{'unsync' if f['unsync'] else 'sync'}")
 
@@ -141,12 +150,12 @@ def _spte_letters(spte: int) -> str:
     return f"{'r' if spte & 1 else '-'}{'w' if spte & 2 else '-'}{'-' if spte >> 63 & 1 else 'x'}{'u' if spte & 4 else '-'}"
 
 
-def _text(name: str, f: dict[str, int]) -> str:
+def _text(name: str, f: dict[str, int], role_bits: RoleBits) -> str:
     match name:
         case "kvm_mmu_get_page":
-            return f"{_page(f)} {'new' if f['created'] else 'existing'}"
+            return f"{_page(f, role_bits)} {'new' if f['created'] else 'existing'}"
         case "kvm_mmu_sync_page" | "kvm_mmu_unsync_page" | "kvm_mmu_prepare_zap_page":
-            return _page(f)
+            return _page(f, role_bits)
         case "mark_mmio_spte":
             return f"sptep:{f['sptep']:x} gfn {f['gfn']:x} access {f['access']:x} gen {f['gen']:x}"
         case "handle_mmio_page_fault":

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, Status
 from kvmmu._contexts import SecondStage, VcpuArch
-from kvmmu._machine import Machine, TdpMmu
+from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
 from kvmmu._tlb import Tlb
 from kvmmu.columns import Accesses
 from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
-from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault, fault_of
+from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault, fault_of, nested_fault_of
 from kvmmu.host import Host
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
@@ -26,6 +26,7 @@ __all__ = ["Vcpu"]
 
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
+_ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
 
@@ -55,6 +56,8 @@ class Vcpu:
         The second stage under a nested guest. Not in use outside one.
     cr2 : int
         The linear address of the last #PF that `inject()` delivered to the guest that runs.
+    rip : int
+        Of the instruction under way, for whoever emulates one: KVM lets a write to a shadowed table be repeated once.
     """
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
@@ -77,6 +80,7 @@ class Vcpu:
         self.gva_walk.set_delivery(self._deliver_page_fault)
         self.ngpa_walk.set_delivery(self._deliver_nested_fault)
         self.cr2 = 0
+        self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
         self.id = 0
@@ -177,9 +181,14 @@ class Vcpu:
         TypeError
             No such register.
         """
-        self._flush_guest()
         stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
+        before = self._regs
+        self._flush_guest()
         self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
+        after = self._regs
+        if self._made is not None and (before.cr0, before.cr3, before.cr4, before.efer) != (
+                after.cr0, after.cr3, after.cr4, after.efer):
+            self._machine.reset_context()
 
     def mov_cr(self, n: int, value: int) -> None:
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
@@ -199,8 +208,12 @@ class Vcpu:
         before = self._regs
         self._load(after_mov_cr(self._cpu, before, n, _check_bits("value", value, 64), self._table_space(self._second)))
         after = self._regs
-        if n == 3 and not (after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH) and self._made is not None:
-            self._machine.flush_pcid()
+        if self._made is not None:
+            if n == 3:
+                noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
+                self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
+            elif _changes_roles(before, after):
+                self._machine.reset_context()
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
 
@@ -214,7 +227,8 @@ class Vcpu:
         """
         before = self._regs
         self._load(after_wrmsr_efer(self._cpu, before, _check_bits("value", value, 64)))
-        if (before.efer ^ self._regs.efer) & Efer.NX:
+        if (before.efer ^ self._regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
+            self._machine.reset_context()
             self._flush_guest()
 
     def wrpkru(self, value: int) -> None:
@@ -256,27 +270,25 @@ class Vcpu:
         Parameters
         ----------
         walk : PageWalk
-            `gva_walk`: under two-dimensional paging only the TLB holds such translations.
+            `gva_walk`: under two-dimensional paging only the TLB holds such translations. `ngpa_walk`: the tables that shadow
+            L1's second stage; nothing happens while L2 does not run under one.
         addr : int
             Non-canonical: nothing happens.
         roots : {"current", "all"}
             Of shadow page tables.
 
-        Raises
-        ------
-        NotImplementedError
-            `ngpa_walk`, or a host without two-dimensional paging: page tables that shadow the guest's are not built.
         """
         if roots not in ("current", "all"):
             raise ValueError(f"roots: want 'current' or 'all', got {roots!r}")
         if walk is not self.gva_walk and walk is not self.ngpa_walk:
             raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
         addr = _check_bits("addr", addr, 64)
-        if walk is self.ngpa_walk or self._tdp is None:
-            self._need_tdp()
-            raise NotImplementedError("ngpa_walk is not in use: there is nothing to invalidate in its page tables")
-        if self._made is not None:
-            self._machine.flush_addr(addr)
+        if self._made is None:
+            return
+        if walk is self.gva_walk:
+            self._machine.invalidate_addr(addr, True, roots == "all")
+        else:
+            self._machine.invalidate_ngpa(addr, True, roots == "all")
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -292,9 +304,9 @@ class Vcpu:
     def _machine(self) -> Machine:
         """This vCPU on its host, in the mode of the registers."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self._arch, self.id, self._tlb)
+            self._made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
             self._made.set_cpu(self._cpu)
-        self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode)
+        self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
         return self._made
 
     @property
@@ -303,27 +315,33 @@ class Vcpu:
         return self._tlb
 
     @property
-    def tdp_mmu(self) -> TdpMmu:
-        """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging."""
-        self._need_tdp()
+    def tdp_mmu(self) -> TdpMmu | None:
+        """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging; None without."""
         return self._machine.tdp_mmu
 
     @property
-    def mmu(self) -> TdpMmu:
-        """The builder of page tables that is active."""
-        self._need_tdp()
-        return self.tdp_mmu
+    def shadow_mmu(self) -> ShadowMmu:
+        """The builder of tables that shadow the guest's: all of them without two-dimensional paging, else L1's EPT or NPT."""
+        return self._machine.shadow_mmu
 
     @property
-    def root_mmu(self) -> TdpMmu:
-        """KVM's name for the MMU that is active outside nested paging."""
-        return self.tdp_mmu
+    def mmu(self) -> Mmu:
+        """The builder of page tables that is active."""
+        return self._machine.mmu
 
-    def _need_tdp(self) -> None:
-        if self._tdp is None or self.mmu_is_nested:
-            raise NotImplementedError(
-                "page tables of the host are built for two-dimensional paging without nested paging: tdp='ept' or 'npt', and "
-                "no Ept or Npt entered")
+    @property
+    def root_mmu(self) -> Mmu:
+        """KVM's name for the MMU that is active outside nested paging."""
+        return self._machine.root_mmu
+
+    @property
+    def guest_mmu(self) -> ShadowMmu | None:
+        """KVM's name for the MMU that is active under nested paging; None without two-dimensional paging."""
+        return None if self._tdp is None else self.shadow_mmu
+
+    def vm_enter(self) -> None:
+        """Do what was put off until the guest runs again: load a root, synchronize it, flush."""
+        self._machine.vm_enter()
 
     def _flush_guest(self) -> None:
         if self._made is not None:
@@ -348,31 +366,77 @@ class Vcpu:
 
         Raises
         ------
-        PageFault, GeneralProtection
+        PageFault, GeneralProtection, NestedFault
             A single access faults in the guest. In arrays that is data.
-        NotImplementedError
-            The host has no two-dimensional paging, or L2 runs under nested paging.
+
+        Notes
+        -----
+        What a write writes is not known here (see `store()`): where KVM has to carry it out, it is an aligned 8-byte write of
+        what is there already.
         """
-        self._need_tdp()
         if isinstance(gva, np.ndarray):
             columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
             self._machine.access(gva, access, columns.arrays())
             return columns
         if out is not None:
             raise ValueError("out: is for arrays")
-        if self._regs.rflags & RFLAGS_AC:
-            access |= Access.AC
-        result = Accesses(*self._machine.access_one(gva, access))
-        self._raise_fault(gva, access, result.status, result.error_code)
+        return self._access(gva, self._with_ac(access), None, True)
+
+    def _with_ac(self, access: int) -> int:
+        return access | Access.AC if self._regs.rflags & RFLAGS_AC else access
+
+    def _access(self, gva: int, access: int, data: bytes | None, page_table_writing: bool) -> Accesses:
+        self._machine.set_rip(self.rip)
+        *columns, fault_gpa, qualification = self._machine.access_one(gva, access, data, page_table_writing)
+        result = Accesses(*columns)
+        self._raise_fault(gva, access, result.status, result.error_code, fault_gpa, qualification)
         return result
 
-    def _raise_fault(self, gva: int, access: int, status: int, error_code: int) -> None:
+    def store(self, gva: int, data: bytes, access: int = 0, *, page_table_writing: bool = True) -> Accesses:
+        """Write memory as the guest does, with the bytes.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        data : bytes
+            A page boundary in it is crossed as by one instruction: all or nothing. Empty: only to see where a byte would go.
+        access : Access
+            USER, AC or IMPLICIT; WRITE is added.
+        page_table_writing : bool
+            The instruction is of a kind that KVM expects to write page tables (MOV, XCHG, CMPXCHG, AND, OR, BTS, ...); others
+            (ADD, SUB, INC, MOVNTI, ...) it has repeated without shadow pages of the frame, rather than emulate them.
+
+        Returns
+        -------
+        Accesses
+            Integers, of the first byte. MMIO takes no bytes: its `hpa` is INVALID_GPA.
+
+        Raises
+        ------
+        PageFault, GeneralProtection, NestedFault
+            Nothing was written.
+        """
+        access = self._with_ac(int(access) | Access.WRITE)
+        parts = _pages_of(gva, bytes(data))
+        if len(parts) > 1:
+            for address, _ in parts:
+                self._access(address, access, b"", page_table_writing)
+        results = [self._access(address, access, part, page_table_writing) for address, part in parts]
+        return results[0]
+
+    def _raise_fault(self, gva: int, access: int, status: int, error_code: int, fault_gpa: int = INVALID_GPA,
+                     qualification: int = 0) -> None:
         if status == Status.OK:
             return
         record = self.gva_walk.walk_record(gva, access)
         step = record.steps[-1] if record.steps else None
-        raise fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level,
-                       entry=step.entry if step else 0, entry_gpa=step.gpa if step else None, rule=record.rule or "")
+        entry, entry_gpa = (step.entry, step.gpa) if step else (0, None)
+        if status in (Status.PAGE_FAULT, Status.NON_CANONICAL):
+            raise fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level, entry=entry,
+                           entry_gpa=entry_gpa, rule=record.rule or "")
+        raise nested_fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level, entry=entry,
+                              entry_gpa=entry_gpa, rule=record.rule or "", fault_gpa=fault_gpa, exit_qualification=qualification)
 
     def write_guest(self, gva: int, data: bytes, access: int = 0) -> int:
         """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
@@ -395,22 +459,43 @@ class Vcpu:
         PageFault, GeneralProtection
             Nothing was written.
         """
-        access = int(access) | Access.WRITE | (Access.AC if self._regs.rflags & RFLAGS_AC else 0)
-        parts, at = [], 0
-        while at < len(data):
-            size = min(len(data) - at, PAGE_SIZE - (gva + at) % PAGE_SIZE)
-            parts.append((gva + at, data[at:at + size]))
-            at += size
+        access = self._with_ac(int(access) | Access.WRITE)
+        parts = _pages_of(gva, bytes(data))
         reached = []
+        if len(parts) > 1:
+            for address, _ in parts:
+                self._emulate(address, access, b"")
         for address, part in parts:
-            gpa, hpa, status, error_code = self._machine.emulate(address, access)
-            self._raise_fault(address, access, status, error_code)
-            if hpa != INVALID_GPA:
-                reached.append((gpa, part))
-        for gpa, part in reached:
-            self.mem.write(gpa, part)
-            self.vm.kvm.note_write(gpa, len(part), self._smm)
-        return sum(len(part) for _, part in reached)
+            _, hpa = self._emulate(address, access, part)
+            reached.append(len(part) if hpa != INVALID_GPA else 0)
+        return sum(reached)
+
+    def read_guest(self, gva: int, n: int, access: int = 0) -> bytes:
+        """Read memory as an instruction that KVM emulates, as `write_guest()` writes it.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        n : int
+            How many bytes; MMIO reads as zero.
+        access : Access
+            USER, AC, FETCH or IMPLICIT.
+
+        Raises
+        ------
+        PageFault, GeneralProtection, NestedFault
+        """
+        data = b""
+        for address, part in _pages_of(gva, bytes(n)):
+            gpa, hpa = self._emulate(address, self._with_ac(int(access)), None)
+            data += self.mem.read(gpa, len(part)) if hpa != INVALID_GPA else part
+        return data
+
+    def _emulate(self, gva: int, access: int, data: bytes | None) -> tuple[int, int]:
+        gpa, hpa, status, error_code, fault_gpa, qualification = self._machine.emulate(gva, access, data)
+        self._raise_fault(gva, access, status, error_code, fault_gpa, qualification)
+        return gpa, hpa
 
     def drain_pml(self) -> None:
         """Take what the processor logged so far into the dirty log, as each exit does."""
@@ -575,6 +660,24 @@ class _NestedSpace:
 
     def read_u64(self, gpa: int) -> int:
         return self.mem.read_u64(self.gpa + gpa - self.base)
+
+
+def _pages_of(gva: int, data: bytes) -> list[tuple[int, bytes]]:
+    """(address, bytes) of each page that data at gva touches."""
+    if not data:
+        return [(gva, data)]
+    parts, at = [], 0
+    while at < len(data):
+        size = min(len(data) - at, PAGE_SIZE - (gva + at) % PAGE_SIZE)
+        parts.append((gva + at, data[at:at + size]))
+        at += size
+    return parts
+
+
+def _changes_roles(before: Regs, after: Regs) -> bool:
+    """Whether a MOV to CR0 or CR4 changes what roles are made of; CR0.WP counts for nothing while paging is off."""
+    cr0 = before.cr0 ^ after.cr0
+    return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
 
 
 def _known(registers: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class Vm:
         The address space of system-management mode; by default that of `mem`.
     backing : {"4k", "2m", "1g"}, optional
         Pages that the host has behind the memory; by default its largest.
+    slot_zap_all : bool
+        Deleting or moving a memslot drops all page tables (KVM's quirk, on unless a VMM turns it off), else only what maps the
+        slot or shadows tables in it.
 
     Notes
     -----
@@ -46,7 +49,7 @@ class Vm:
     _vcpu_type: type[Any]               # Vcpu, told by the module of Vcpu, which stands above this one
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
-                 smm_mem: GuestMemory | None = None, backing: str | None = None) -> None:
+                 smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -58,7 +61,7 @@ class Vm:
         self.smm_mem = mem if smm_mem is None else smm_mem
         self.cpu = CpuModel() if cpu is None else cpu
         self.host = Host() if host is None else host
-        self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing))
+        self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing), slot_zap_all)
         self.vcpus: list[Any] = []
         self._trace: Tracepoints | None = None
 
@@ -112,7 +115,7 @@ class Vm:
         self.mem.add_slot(gpa, size_or_buffer, readonly)
         self.kvm.slots()
         if dirty_log:
-            self.kvm.set_dirty_log(gpa, True)
+            self.kvm.set_dirty_log(gpa, True, created=True)
 
     def delete_slot(self, gpa: int) -> NDArray[np.uint8]:
         """Delete the memslot that begins at gpa, and with it every page table; returns its bytes."""
@@ -151,6 +154,23 @@ class Vm:
         self.mem.write(gpa, data)
         if size:
             self.kvm.note_write(gpa, size)
+            self.kvm.track_write(gpa, size)
+
+    def host_write(self, gpa: int, data: "Buffer") -> None:
+        """Write guest memory as the VMM's own process does: KVM learns of it only if the host has to give the page a copy."""
+        size = memoryview(data).nbytes
+        if size:
+            self.kvm.note_write(gpa, size, dirty=False)
+        self.mem.write(gpa, data)
+
+    def set_nr_mmu_pages(self, n: int) -> None:
+        """Limit the number of shadow pages; the oldest go beyond it. 64 are always allowed.
+
+        By default 2% of the pages of memory.
+        """
+        if n < 1:
+            raise ValueError(f"n: want at least 1, got {n}")
+        self.kvm.set_nr_mmu_pages(n)
 
     def set_dirty_log(self, gpa: int, on: bool = True) -> None:
         """Start or stop the dirty log of the slot that holds gpa."""

@@ -2,13 +2,19 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm, kvm_vcpu
+from kvmmu._walk cimport walk_result
+from kvmmu.mmu._kvm cimport kvm, kvm_mmu, kvm_vcpu
 
 # One exit. IN addr: guest-physical for a direct MMU; error_code: of #PF or #NPF, or decoded from an EPT violation. Returns
 # RET_PF_*: EMULATE asks the caller to carry the access out, all others to run the vCPU again; or a negative errno
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil
-# Make the MMU of a vCPU a TdpMmu of this role; no work if it is one
-cdef int load_tdp_mmu(kvm_vcpu *vcpu, uint32_t role) noexcept nogil
-cdef void free_mmu_root(kvm_vcpu *vcpu) noexcept nogil
+# Everything that was asked of the active MMU, and a root for it: 0, or a negative errno
+cdef int prepare_mmu(kvm_vcpu *vcpu) noexcept nogil
+cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil
+# A fault that KVM's walk has found goes to the guest, by the walk that failed
+cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil
+# KVM may let the guest repeat the write instead of carrying it out, once it shadows the frame no longer. IN addr: of the
+# exit; gfn: that is written. Whether the guest is to repeat it
+cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexcept nogil
 # The role of a TdpMmu's root
 cdef uint32_t tdp_root_role(const kvm *k, int level, bint smm, bint guest_mode, bint gmet) noexcept nogil

@@ -6,22 +6,47 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK,
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_SHIFT,
-    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK,
-    ROLE_GUEST_MODE_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
+    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_GUEST_MODE_MASK,
+    ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
+from kvmmu._walk cimport walk_result
 from kvmmu.mmu._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
-from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, kvm, kvm_page_fault, kvm_vcpu
+from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, kvm, kvm_mmu, kvm_page_fault, kvm_vcpu
+from kvmmu.mmu._roots cimport ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root
+from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
 from kvmmu.mmu._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
+from kvmmu.mmu._track cimport unprotect_gfn
 
 
 cdef int write_protect_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:
     """A write to a frame that holds shadowed tables: carried out for the guest, unless the tables can go instead."""
     cdef uint64_t walked = PFERR_PRESENT_MASK | PFERR_WRITE_MASK | PFERR_GUEST_PAGE_MASK
-    if vcpu.mmu.root_role & ROLE_DIRECT_MASK and error_code & walked == walked and vcpu.kvm.unprotect_gfn is not NULL:
+    cdef bint again = vcpu.last_retry_eip == vcpu.rip and vcpu.last_retry_addr == addr
+    if again:                                           # it was repeated once already: now it is carried out
+        return RET_PF_EMULATE
+    vcpu.last_retry_eip = vcpu.last_retry_addr = 0
+    if vcpu.mmu.root_role & ROLE_DIRECT_MASK and error_code & walked == walked:
         # the processor's own update of A and D in a table, which nobody can emulate
-        if vcpu.kvm.unprotect_gfn(vcpu.kvm, addr >> PAGE_SHIFT):
+        if unprotect_gfn(vcpu.kvm, vcpu.as_id, addr >> PAGE_SHIFT):
             return RET_PF_RETRY
+    vcpu.allow_retry = not vcpu.guest_mode
     return RET_PF_EMULATE
+
+
+cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexcept nogil:
+    if not unprotect_gfn(vcpu.kvm, vcpu.as_id, gfn):
+        return False
+    vcpu.last_retry_eip, vcpu.last_retry_addr = vcpu.rip, addr
+    return True
+
+
+cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
+    cdef bint stale = r.error_code & PFERR_PRESENT_MASK and not r.error_code & PFERR_RSVD_MASK
+    # an entry that grants more than the guest's tables would fault here for ever
+    if stale and by_ngpa_walk == vcpu.kvm.tdp_enabled:
+        mmu_invalidate_addr(vcpu, vcpu.mmu, addr, True, 0)
+    if not by_ngpa_walk:
+        vcpu.kvm.stats.pf_guest += 1
 
 
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:
@@ -41,10 +66,13 @@ cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) 
         init_fault(vcpu, &fault, addr, error_code)
         if direct:
             init_direct_fault(vcpu, &fault)
+        vcpu.injected = vcpu.allow_retry = False
         r = vcpu.mmu.page_fault(vcpu, &fault)
         if r == RET_PF_INVALID:
             k.stats.bugs += 1
             return -EIO
+        if vcpu.injected:
+            inject_guest_fault(vcpu, addr, &vcpu.guest_fault, k.tdp_enabled)
     if r < 0:
         return r
     if r == RET_PF_WRITE_PROTECTED:
@@ -71,21 +99,43 @@ cdef uint32_t tdp_root_role(const kvm *k, int level, bint smm, bint guest_mode, 
     return <uint32_t>role
 
 
-cdef void free_mmu_root(kvm_vcpu *vcpu) noexcept nogil:
-    if vcpu.mmu.root.valid:
-        tdp_put_root(vcpu.kvm, vcpu.mmu.root.sp)
-    vcpu.mmu.root.valid = False
-    vcpu.mmu.root.sp = 0
+# ---- roots -----------------------------------------------------------------------------------------------------------------
+
+cdef void free_tdp_root(kvm *k, kvm_mmu *mmu) noexcept nogil:
+    if mmu.root.valid:
+        tdp_put_root(k, mmu.root.sp)
+    mmu.root.valid = False
+    mmu.root.sp = 0
 
 
-cdef int load_tdp_mmu(kvm_vcpu *vcpu, uint32_t role) noexcept nogil:
-    if vcpu.mmu.root.valid and vcpu.mmu.root_role == role and not vcpu.requests & REQ_FREE_OBSOLETE_ROOTS:
-        return 0
-    free_mmu_root(vcpu)
-    vcpu.requests &= ~<uint32_t>REQ_FREE_OBSOLETE_ROOTS
-    vcpu.mmu.page_fault = tdp_page_fault
-    vcpu.mmu.w = NULL
-    vcpu.mmu.root_role = role
-    vcpu.mmu.root.sp = tdp_get_root(vcpu.kvm, role)
-    vcpu.mmu.root.valid = vcpu.mmu.root.sp != 0
-    return 0 if vcpu.mmu.root.valid else -ENOMEM
+cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil:
+    if mmu.page_fault == tdp_page_fault:
+        free_tdp_root(vcpu.kvm, mmu)
+    else:
+        free_shadow_roots(vcpu.kvm, mmu, ROOTS_ALL)
+
+
+cdef int load_tdp_root(kvm_vcpu *vcpu) noexcept nogil:
+    cdef kvm_mmu *mmu = vcpu.mmu
+    if not mmu.root.valid:
+        mmu.root.sp = tdp_get_root(vcpu.kvm, mmu.root_role)
+        mmu.root.valid = mmu.root.sp != 0
+    return 0 if mmu.root.valid else -ENOMEM
+
+
+cdef int prepare_mmu(kvm_vcpu *vcpu) noexcept nogil:
+    cdef kvm *k = vcpu.kvm
+    if vcpu.requests & REQ_FREE_OBSOLETE_ROOTS:
+        vcpu.requests &= ~<uint32_t>REQ_FREE_OBSOLETE_ROOTS
+        if k.tdp_enabled:
+            free_tdp_root(k, &vcpu.root_mmu)
+            free_obsolete_roots(k, &vcpu.guest_mmu)
+        else:
+            free_obsolete_roots(k, &vcpu.root_mmu)
+    if vcpu.requests & REQ_MMU_SYNC:
+        vcpu.requests &= ~<uint32_t>REQ_MMU_SYNC
+        sync_roots(vcpu)
+    vcpu.requests &= ~<uint32_t>REQ_LOAD_MMU_PGD
+    if vcpu.mmu.page_fault == tdp_page_fault:
+        return load_tdp_root(vcpu)
+    return load_shadow_root(vcpu)

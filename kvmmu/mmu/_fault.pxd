@@ -42,5 +42,7 @@ cdef uint64_t fault_make_mmio_spte(kvm *k, uint64_t gfn, uint32_t access) noexce
 cdef void trace_mark_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
 # RET_PF_*: of a fault with RSVD. INVALID: a stale generation, take the slow path. -EINVAL: reserved bits in a real entry
 cdef int handle_mmio_page_fault(kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil
+# KVM or the VMM writes to a frame: the host page becomes one of its own
+cdef void host_writes(kvm *k, kvm_memory_slot *slot, uint64_t gfn) noexcept nogil
 # What the host has done to a frame since it was mapped: it is a new page now
 cdef void move_host_page(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil

@@ -15,7 +15,8 @@ _STATS = (
     "pf_taken pf_fixed pf_emulate pf_spurious pf_fast pf_guest pf_mmio_spte_created invlpg tlb_flush "
     "remote_tlb_flush_requests mmu_shadow_zapped mmu_pte_write mmu_pde_zapped mmu_flooded mmu_recycled "
     "mmu_cache_miss mmu_unsync pages_4k pages_2m pages_1g nx_lpage_splits max_mmu_rmap_size "
-    "max_mmu_page_hash_collisions exits mmio_exits insn_emulation pml_full bugs").split()
+    "max_mmu_page_hash_collisions exits mmio_exits insn_emulation insn_emulation_fail "
+    "pml_full bugs").split()
 
 
 def set_trace(Kvm machine, mask, capacity):

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PAGE_SHIFT, ROLE_LEVEL_MASK, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE
 from kvmmu._format cimport kvm_page_format
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.mmu._rmap cimport pte_list_pool
 from kvmmu.mmu._slots cimport kvm_memory_slot, slot_table
 from kvmmu.mmu._spte cimport spte_format
@@ -47,6 +47,7 @@ cdef struct kvm_mmu_page:
     bint unsync
     bint tdp_mmu_page
     bint held                       # a root of a TdpMmu: the machine has a reference of its own
+    bint special                    # the top of a shadow MMU's root, without a guest table behind it; no child counts it a parent
     bint nx_huge_page_disallowed
     bint in_use
 
@@ -62,7 +63,7 @@ cdef struct kvm_stats:
     int64_t mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync
     int64_t pages_4k, pages_2m, pages_1g, nx_lpage_splits
     int64_t max_mmu_rmap_size, max_mmu_page_hash_collisions
-    int64_t exits, mmio_exits, insn_emulation, pml_full
+    int64_t exits, mmio_exits, insn_emulation, insn_emulation_fail, pml_full
     int64_t bugs                    # what must never happen, did
 
 cdef struct kvm
@@ -70,8 +71,6 @@ cdef struct kvm_vcpu
 
 # Leaf entries for [start, end) of a slot's frames go, in every MMU; what is flushed is the callee's business
 ctypedef void (*unmap_gfns_fn)(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
-# Shadow pages of a frame go; how many
-ctypedef int (*unprotect_gfn_fn)(kvm *k, uint64_t gfn) noexcept nogil
 
 cdef struct kvm:
     spte_format spte
@@ -102,7 +101,11 @@ cdef struct kvm:
     kvm_vcpu **vcpus
     size_t nr_vcpus
     unmap_gfns_fn unmap_gfns
-    unprotect_gfn_fn unprotect_gfn  # NULL: this machine shadows no tables
+    bint tdp_enabled
+    bint slot_zap_all               # a memslot that goes takes all page tables with it, not only its own
+    bint has_shadow_roots           # memslots have rmaps
+    bint limit_requested            # n_max_mmu_pages is the VMM's choice, not that of the memory's size
+    bint smep_andnot_wp             # role bits of an older kernel: SMEP counts only while CR0.WP is clear
 
 # One fault on its way through an MMU. The first block is what the exit said, the rest what is found out.
 cdef struct kvm_page_fault:
@@ -125,7 +128,7 @@ ctypedef int (*page_fault_fn)(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept no
 
 cdef struct kvm_mmu_root:
     uint64_t pgd                    # ignored by a TdpMmu
-    uint32_t sp                     # 0: none
+    uint32_t sp                     # 0: the dummy root
     bint valid
 
 cdef struct kvm_mmu:
@@ -135,6 +138,7 @@ cdef struct kvm_mmu:
     kvm_mmu_root root
     kvm_mmu_root prev_roots[3]
     uint32_t root_role
+    uint32_t special_roots[3]       # pages for roots of level 3, 4, 5 that no guest table stands behind; 0: not made yet
 
 cdef struct kvm_vcpu:
     kvm *kvm
@@ -146,6 +150,11 @@ cdef struct kvm_vcpu:
     uint8_t as_id
     bint guest_mode
     int maxphyaddr                  # of the guest
+    uint32_t eflags_ac              # ACCESS_AC of the access under way
+    uint64_t rip                    # of the instruction under way
+    bint injected                   # the last fault was the guest's: `guest_fault` tells it
+    bint allow_retry                # the last write may be repeated instead of emulated, after `unprotect_and_retry()`
+    walk_result guest_fault
     uint64_t mmio_gva, mmio_gfn, mmio_gen
     uint32_t mmio_access
     bint mmio_cached

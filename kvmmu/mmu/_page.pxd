@@ -72,6 +72,8 @@ cdef void free_page(kvm *k, uint32_t sp) noexcept nogil
 # alloc_page(), hashed and in active_mmu_pages; 0 for want of memory for shadowed_translation
 cdef uint32_t new_shadow_page(kvm *k, uint64_t gfn, uint32_t role) noexcept nogil
 cdef void unhash_page(kvm *k, uint32_t sp) noexcept nogil
+# Undo new_shadow_page()
+cdef void forget_new_page(kvm *k, uint32_t sp) noexcept nogil
 
 cdef void list_append(kvm *k, page_list *pages, uint32_t sp) noexcept nogil
 cdef void list_remove(kvm *k, page_list *pages, uint32_t sp) noexcept nogil

@@ -104,6 +104,13 @@ cdef void unhash_page(kvm *k, uint32_t sp) noexcept nogil:
         link = &k.pages[link[0]].hash_next
 
 
+cdef void forget_new_page(kvm *k, uint32_t sp) noexcept nogil:
+    unhash_page(k, sp)
+    list_remove(k, &k.active_mmu_pages, sp)
+    k.n_used_mmu_pages -= 1
+    free_page(k, sp)
+
+
 # ---- lists -------------------------------------------------------------------------------------------------------------
 
 cdef void list_append(kvm *k, page_list *pages, uint32_t sp) noexcept nogil:

@@ -1,26 +1,7 @@
-"""Kvm: the state of one virtual machine as a Python object, with its lock and the memory that its slots are over."""
+"""Kvm: the state of one virtual machine as a Python object."""
 
-from libc.stdint cimport uint32_t, uint64_t
-
-from kvmmu._memory cimport GuestMemory, SlotTable, guest_mem, guest_slot
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu._kvm_memory cimport KvmMemory
 
 
-cdef class Kvm:
-    cdef kvm *k
-    cdef readonly object host
-    cdef readonly object lock           # mmu_lock: reentrant, held by every method
-    cdef readonly int backing
-    cdef list spaces                    # GuestMemory of each address space
-    cdef list tables                    # SlotTable that the memslots of each were made from
-    cdef dict slots_by_region           # (address space, region) to the address of its kvm_memory_slot
-    cdef uint32_t next_slot_id
-    cdef guest_slot *ram_slots
-    cdef guest_mem ram                  # host-physical memory behind the memslots, as the processor sees it
-    cdef guest_slot arena_slot
-    cdef guest_mem arena                # host-physical memory that holds the SPTEs
-    cdef int sync(self) except -1
-    cdef object fmt                     # SpteFormat
-    cdef kvm_memory_slot *slot_at(self, gpa, int as_id) except NULL
-    cdef int rebuild_ram(self) except -1
+cdef class Kvm(KvmMemory):
+    """All of one virtual machine but its vCPUs. Made by a Vm."""

@@ -1,56 +1,30 @@
-"""Kvm: memslots that follow a GuestMemory, the host's notifiers, dirty logs, and the maintenance of a machine's page tables."""
-
-import threading
+"""Kvm: what the host does: notifiers, dirty logs, and the maintenance of a machine's page tables."""
 
 import numpy as np
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
 
-from kvmmu._bits cimport (
-    GPA_LIMIT, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K,
+from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmmu.mmu._fault cimport host_writes, move_host_page
+from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, memslots_of
+from kvmmu.mmu._kvm_memory cimport KvmMemory, next_generation, unmap_gfns, zap_all_fast
+from kvmmu.mmu._shadow_range cimport (
+    shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
+    slot_gfn_write_protect,
 )
-from kvmmu._memory cimport GuestMemory, guest_slot
-from kvmmu.mmu._kvm cimport flush_remote_tlbs, free_kvm, kvm, memslots_of, new_kvm
-from kvmmu.mmu._fault cimport move_host_page
 from kvmmu.mmu._slots cimport (
-    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, SLOT_VERSIONS, alloc_host_pages, free_memslot, gfn_to_memslot,
-    host_page_of, host_pfn_of, insert_memslot, kvm_memory_slot, mark_slot_dirty, new_memslot, remove_memslot, set_dirty_log,
+    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, alloc_host_pages, gfn_to_memslot, host_page_of, host_pfn_of,
+    kvm_memory_slot, mark_slot_dirty, set_dirty_log,
 )
-from kvmmu.mmu._spte cimport SpteFormat, pages_per_hpage
+from kvmmu.mmu._spte cimport pages_per_hpage
 from kvmmu.mmu._tdp_range cimport (
-    tdp_age_gfn_range, tdp_clear_dirty_pt_masked, tdp_clear_dirty_slot, tdp_invalidate_all_roots, tdp_recover_huge_pages,
-    tdp_recover_nx_huge_pages, tdp_try_split_huge_pages, tdp_wrprot_slot, tdp_write_protect_gfn, tdp_zap_invalidated_roots,
-    tdp_zap_leafs,
+    tdp_age_gfn_range, tdp_clear_dirty_pt_masked, tdp_clear_dirty_slot, tdp_recover_huge_pages, tdp_recover_nx_huge_pages,
+    tdp_try_split_huge_pages, tdp_wrprot_slot,
 )
-from kvmmu.mmu._trace cimport TRACE_ZAP_ALL_FAST, trace
+from kvmmu.mmu._track cimport track_write
 
-cdef uint64_t FIRST_PFN = pages_per_hpage(PG_LEVEL_1G)  # so that no host-physical address is a guest-physical one by chance
-
-
-cdef void unmap_gfns(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil:
-    """What an mmu notifier makes of frames whose host page goes."""
-    if tdp_zap_leafs(k, slot.as_id, start, end):
-        flush_remote_tlbs(k)
-
-
-cdef void zap_all_fast(kvm *k) noexcept nogil:
-    k.mmu_valid_gen = 1 - k.mmu_valid_gen
-    trace(&k.trace, TRACE_ZAP_ALL_FAST, k.mmu_valid_gen, k.n_used_mmu_pages)
-    tdp_invalidate_all_roots(k)
-    tdp_zap_invalidated_roots(k)
-
-
-cdef void next_generation(kvm *k, uint64_t count) noexcept nogil:
-    """Memslots changed: MMIO entries of the generations before are stale. At a wrap they would look new, so all goes."""
-    cdef uint64_t before = k.memslot_gen & MMIO_SPTE_GEN_MASK
-    k.memslot_gen = (k.memslot_gen & ~MEMSLOT_GEN_UPDATE_IN_PROGRESS) + count
-    if k.memslot_gen & MMIO_SPTE_GEN_MASK < before or count > MMIO_SPTE_GEN_MASK:
-        zap_all_fast(k)
-
-
-cdef class Kvm:
+cdef class Kvm(KvmMemory):
     """The page tables of one virtual machine and all that decides over them. Made by a Vm.
 
     Parameters
@@ -60,154 +34,9 @@ cdef class Kvm:
         Memory of the two address spaces; the same object makes them one.
     backing : int, optional
         Level of the pages that the host has behind the slots; by default its largest.
+    slot_zap_all : bool
+        A memslot that goes takes all page tables with it.
     """
-
-    def __cinit__(self):
-        self.k = new_kvm()
-        if self.k is NULL:
-            raise MemoryError
-
-    def __init__(self, host, GuestMemory mem, GuestMemory smm_mem, backing=None):
-        cdef SpteFormat fmt = SpteFormat(host)
-        self.host, self.lock = host, threading.RLock()
-        self.backing = host.max_huge_page_level if backing is None else backing
-        self.spaces = [mem] if smm_mem is mem else [mem, smm_mem]
-        self.tables = [None] * len(self.spaces)
-        self.slots_by_region = {}
-        self.fmt = fmt
-        self.k.spte = fmt.f
-        self.k.arena_hpa = <uint64_t>1 << (fmt.f.maxphyaddr - 1)
-        self.k.next_pfn = FIRST_PFN
-        self.k.one_address_space = smm_mem is mem
-        self.k.n_max_mmu_pages = ~<uint64_t>0
-        self.k.unmap_gfns = unmap_gfns
-        self.arena.slots = &self.arena_slot
-        self.arena.count = 1
-        self.sync()
-
-    def __dealloc__(self):
-        free_kvm(self.k)
-        free(self.ram_slots)
-
-    # ---- memslots ----------------------------------------------------------------------------------------------------
-
-    cdef int sync(self) except -1:
-        """Let the memslots be what the memory is now. Whatever goes, or moves, takes all page tables with it."""
-        cdef GuestMemory mem
-        cdef bint same = True
-        for as_id, mem in enumerate(self.spaces):
-            same = same and self.tables[as_id] is mem.table
-        if same:
-            return 0
-        wanted = {}
-        for as_id, mem in enumerate(self.spaces):
-            for region in mem.regions:
-                wanted[as_id, region] = None
-        gone = [key for key in self.slots_by_region if key not in wanted]
-        self._delete(gone)
-        for key in wanted:
-            if key not in self.slots_by_region:
-                self._create(key)
-        for as_id, mem in enumerate(self.spaces):
-            self.tables[as_id] = mem.table
-        self.rebuild_ram()
-        return 0
-
-    def _delete(self, keys):
-        cdef kvm_memory_slot *slot
-        if not keys:
-            return
-        self.k.memslot_gen |= MEMSLOT_GEN_UPDATE_IN_PROGRESS
-        for key in keys:
-            slot = <kvm_memory_slot *><uintptr_t>self.slots_by_region[key]
-            slot.invalid = True
-        zap_all_fast(self.k)
-        for key in keys:
-            slot = <kvm_memory_slot *><uintptr_t>self.slots_by_region.pop(key)
-            remove_memslot(&self.k.slots[key[0]], slot)
-            free_memslot(slot)
-        next_generation(self.k, 1)
-
-    def _create(self, key):
-        cdef uint64_t pfn = self.k.next_pfn
-        as_id, region = key
-        cdef uintptr_t hva = region.address
-        cdef kvm_memory_slot *slot = new_memslot(
-            self.next_slot_id, as_id, region.gpa >> PAGE_SHIFT, region.size >> PAGE_SHIFT, <uint8_t *>hva, self.backing,
-            region.readonly, &pfn)
-        if slot is NULL:
-            raise MemoryError
-        if pfn << PAGE_SHIFT > self.k.arena_hpa or insert_memslot(&self.k.slots[as_id], slot):
-            free_memslot(slot)
-            raise ValueError(f"slot {region}: {self.host.maxphyaddr} bits of host-physical address are too few to back it; "
-                             f"want a Host with a larger maxphyaddr")
-        self.k.next_pfn = pfn
-        self.next_slot_id += 1
-        self.slots_by_region[key] = <uintptr_t>slot
-        next_generation(self.k, 1)
-
-    cdef int rebuild_ram(self) except -1:
-        """Host-physical memory: every image of every slot, the largest slot's first image in front."""
-        cdef size_t n = len(self.slots_by_region), i = 0
-        cdef kvm_memory_slot *slot
-        cdef kvm_memory_slot *largest = NULL
-        cdef int version
-        cdef guest_slot *slots = <guest_slot *>calloc(max(<size_t>1, n * SLOT_VERSIONS), sizeof(guest_slot))
-        if slots is NULL:
-            raise MemoryError
-        ordered = sorted(self.slots_by_region.values(), key=lambda address: (<kvm_memory_slot *><uintptr_t>address).base_pfn)
-        for address in ordered:
-            slot = <kvm_memory_slot *><uintptr_t>address
-            if largest is NULL or slot.npages > largest.npages:
-                largest = slot
-        fill_image(&slots[0], largest, 0)
-        for address in ordered:
-            slot = <kvm_memory_slot *><uintptr_t>address
-            for version in range(SLOT_VERSIONS):
-                if slot is not largest or version:
-                    i += 1
-                    fill_image(&slots[i], slot, version)
-        free(self.ram_slots)
-        self.ram_slots = slots
-        self.ram.slots, self.ram.count = slots, i + 1
-        return 0
-
-    cdef kvm_memory_slot *slot_at(self, gpa, int as_id) except NULL:
-        cdef kvm_memory_slot *slot = NULL
-        self.sync()
-        if 0 <= gpa < GPA_LIMIT:
-            slot = gfn_to_memslot(memslots_of(self.k, as_id), <uint64_t>gpa >> PAGE_SHIFT)
-        if slot is NULL:
-            raise ValueError(f"gpa {gpa:#x}: no memory slot is there")
-        return slot
-
-    def _frames(self, gpa, size):
-        """[(slot address, first frame, last frame + 1)] of the slots within [gpa, gpa + size), all address spaces."""
-        cdef kvm_memory_slot *slot
-        if gpa < 0 or size <= 0 or gpa % PAGE_SIZE or size % PAGE_SIZE:
-            raise ValueError(f"want whole pages, got {size:#x} bytes at gpa {gpa:#x}")
-        self.sync()
-        parts = []
-        for address in self.slots_by_region.values():
-            slot = <kvm_memory_slot *><uintptr_t>address
-            start = max(gpa >> PAGE_SHIFT, int(slot.base_gfn))
-            end = min((gpa + size) >> PAGE_SHIFT, int(slot.base_gfn + slot.npages))
-            if start < end:
-                parts.append((address, start, end))
-        return parts
-
-    def slots(self):
-        """One dict per memslot: id, as_id, gpa, size, pfn, readonly, dirty_log."""
-        cdef kvm_memory_slot *slot
-        rows = []
-        with self.lock:
-            self.sync()
-            for address in self.slots_by_region.values():
-                slot = <kvm_memory_slot *><uintptr_t>address
-                rows.append({"id": int(slot.id), "as_id": int(slot.as_id), "gpa": int(slot.base_gfn << PAGE_SHIFT),
-                             "size": int(slot.npages << PAGE_SHIFT), "pfn": int(slot.base_pfn), "readonly": bool(slot.readonly),
-                             "dirty_log": bool(slot.dirty_log)})
-        return sorted(rows, key=lambda row: (row["as_id"], row["gpa"]))
 
     # ---- the host ----------------------------------------------------------------------------------------------------
 
@@ -238,6 +67,7 @@ cdef class Kvm:
         cdef kvm_memory_slot *slot = <kvm_memory_slot *><uintptr_t>address
         cdef uint64_t gfn, first, last, size
         cdef int level
+        cdef bint broken
         for level in (PG_LEVEL_1G, PG_LEVEL_2M):
             size = pages_per_hpage(level)
             for edge in {start - start % size, (end - 1) - (end - 1) % size}:
@@ -245,11 +75,13 @@ cdef class Kvm:
                     continue
                 first = max(<uint64_t>edge, slot.base_gfn)
                 last = min(<uint64_t>edge + size, slot.base_gfn + slot.npages)
+                broken = False
                 for gfn in range(first, last):
                     if slot.host_page[gfn - slot.base_gfn] & HOST_LEVEL_MASK == level:
                         slot.host_page[gfn - slot.base_gfn] -= 1
-                # the frames are where they were; a huge mapping of them goes all the same
-                unmap_gfns(self.k, slot, first, last)
+                        broken = True
+                if broken:      # the frames are where they were; a huge mapping of them goes all the same
+                    unmap_gfns(self.k, slot, first, last)
 
     def invalidate(self, gpa, size, how):
         """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect"."""
@@ -327,13 +159,14 @@ cdef class Kvm:
         with self.lock:
             for address, start, end in self._frames(gpa, size):
                 slot = <kvm_memory_slot *><uintptr_t>address
+                young |= bool(shadow_age_gfn_range(self.k, slot, start, end, bool(clear)))
                 young |= bool(tdp_age_gfn_range(self.k, slot.as_id, start, end, bool(clear)))
         return young
 
     # ---- dirty log ---------------------------------------------------------------------------------------------------
 
-    def set_dirty_log(self, gpa, on, as_id=0):
-        """Start or stop the dirty log of the slot at gpa."""
+    def set_dirty_log(self, gpa, on, as_id=0, created=False):
+        """Start or stop the dirty log of the slot at gpa; created: it was made a moment ago, and nothing maps it."""
         cdef kvm_memory_slot *slot
         with self.lock:
             slot = self.slot_at(gpa, as_id)
@@ -341,15 +174,19 @@ cdef class Kvm:
                 return
             if set_dirty_log(slot, bool(on)):
                 raise MemoryError
+            if created:
+                return
             next_generation(self.k, 1)
             if not on:
-                if tdp_recover_huge_pages(self.k, slot):
+                flush = bool(shadow_zap_collapsible(self.k, slot))
+                if tdp_recover_huge_pages(self.k, slot) or flush:
                     flush_remote_tlbs(self.k)
                 return
             if self.host.eager_split:
                 tdp_try_split_huge_pages(self.k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages, PG_LEVEL_4K)
             if self.k.spte.pml:
                 tdp_clear_dirty_slot(self.k, slot)
+            shadow_wrprot_slot(self.k, slot, PG_LEVEL_4K)
             tdp_wrprot_slot(self.k, slot, PG_LEVEL_2M if self.k.spte.pml else PG_LEVEL_4K)
             flush_remote_tlbs(self.k)                   # in any case: see dirty_log()
 
@@ -371,14 +208,15 @@ cdef class Kvm:
                     slot.dirty_bitmap[i] = 0
                     if word:                # a page that was aged may be writable in a TLB alone: flush in any case
                         flush = True
+                        shadow_wrprot_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word)
                         tdp_clear_dirty_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word, not self.k.spte.pml)
                 if flush:
                     flush_remote_tlbs(self.k)
             bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little")
             return np.flatnonzero(bits).astype(np.uint64) + np.uint64(slot.base_gfn)
 
-    def note_write(self, gpa, size, as_id=0):
-        """Bytes of the guest were written by KVM or the VMM: the host page becomes a private one, the frame is dirty."""
+    def note_write(self, gpa, size, as_id=0, dirty=True):
+        """KVM or the VMM writes bytes of the guest: the host page becomes a private one; dirty: KVM, which logs the frame."""
         cdef kvm_memory_slot *slot
         cdef uint64_t gfn, end = ((gpa + size - 1) >> PAGE_SHIFT) + 1
         with self.lock:
@@ -387,12 +225,18 @@ cdef class Kvm:
                 slot = gfn_to_memslot(memslots_of(self.k, as_id), gfn)
                 if slot is NULL:
                     continue
-                if slot.host_page is not NULL and slot.host_page[gfn - slot.base_gfn] & (HOST_UNMAPPED | HOST_READONLY):
-                    unmap_gfns(self.k, slot, gfn, gfn + 1)
-                    if slot.host_page[gfn - slot.base_gfn] & HOST_READONLY:
-                        move_host_page(slot, gfn)
-                    slot.host_page[gfn - slot.base_gfn] &= ~(HOST_UNMAPPED | HOST_READONLY)
-                mark_slot_dirty(slot, gfn)
+                host_writes(self.k, slot, gfn)
+                if dirty:
+                    mark_slot_dirty(slot, gfn)
+
+    def track_write(self, gpa, size, as_id=0):
+        """Bytes of the guest were written: what shadows them is not true any more."""
+        cdef uint64_t at = gpa, end = gpa + size, part
+        with self.lock:
+            while at < end:
+                part = min(end - at, PAGE_SIZE - (at & PAGE_OFFSET_MASK))
+                track_write(self.k, as_id, at, part, True)
+                at += part
 
     # ---- what one sees -----------------------------------------------------------------------------------------------
 
@@ -414,8 +258,10 @@ cdef class Kvm:
         if ratio < 1:
             raise ValueError(f"ratio: want at least 1, got {ratio}")
         with self.lock:
-            n = -(-int(self.k.possible_nx_huge_pages[1].count) // ratio)
-            return int(tdp_recover_nx_huge_pages(self.k, n))
+            n = -(-int(self.k.possible_nx_huge_pages[KVM_SHADOW_MMU].count) // ratio)
+            zapped = int(shadow_recover_nx_huge_pages(self.k, n))
+            n = -(-int(self.k.possible_nx_huge_pages[KVM_TDP_MMU].count) // ratio)
+            return zapped + int(tdp_recover_nx_huge_pages(self.k, n))
 
     def split_huge_pages(self, gpa, size, level):
         """Split huge mappings of [gpa, gpa + size) down to a level."""
@@ -435,6 +281,7 @@ cdef class Kvm:
             for address in self.slots_by_region.values():
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if not slot.dirty_log:
+                    flush |= shadow_zap_collapsible(self.k, slot)
                     flush |= tdp_recover_huge_pages(self.k, slot)
             if flush:
                 flush_remote_tlbs(self.k)
@@ -444,7 +291,7 @@ cdef class Kvm:
         cdef kvm_memory_slot *slot
         with self.lock:
             slot = self.slot_at(gfn << PAGE_SHIFT, as_id)
-            if not tdp_write_protect_gfn(self.k, slot, gfn, PG_LEVEL_4K):
+            if not slot_gfn_write_protect(self.k, slot, gfn, PG_LEVEL_4K):
                 return False
             flush_remote_tlbs(self.k)
             return True
@@ -458,10 +305,3 @@ cdef class Kvm:
     def generation(self):
         """Of the memslots."""
         return int(self.k.memslot_gen)
-
-
-cdef void fill_image(guest_slot *image, const kvm_memory_slot *slot, int version) noexcept nogil:
-    image.gpa = (slot.base_pfn + version * slot.span) << PAGE_SHIFT
-    image.size = slot.npages << PAGE_SHIFT
-    image.hva = slot.hva
-    image.readonly = False                          # SPTEs say what may be written

@@ -8,7 +8,7 @@ from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, sp_level
 from kvmmu.mmu._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu._rmap cimport pte_list_count, pte_list_get
 from kvmmu.mmu._slots cimport is_write_tracked, kvm_memory_slot, lpage_disallowed
-from kvmmu.mmu._trace cimport TRACE_UNSYNC_PAGE, trace
+from kvmmu.mmu._trace cimport TRACE_SYNC_PAGE, TRACE_UNSYNC_PAGE, trace
 
 
 cdef void mark_unsync_child(kvm *k, uint64_t sptep) noexcept nogil:
@@ -40,16 +40,18 @@ cdef void clear_unsync_child(kvm *k, uint64_t sptep) noexcept nogil:
 
 
 cdef void clear_unsync(kvm *k, uint32_t sp) noexcept nogil:
-    if k.pages[sp].unsync:
-        k.pages[sp].unsync = False
+    cdef kvm_mmu_page *page = &k.pages[sp]
+    if page.unsync:
+        trace(&k.trace, TRACE_SYNC_PAGE, page.mmu_valid_gen, page.gfn, page.role, page.root_count, page.unsync)
+        page.unsync = False
         k.stats.mmu_unsync -= 1
 
 
 cdef void unsync_page(kvm *k, uint32_t sp) noexcept nogil:
     cdef kvm_mmu_page *page = &k.pages[sp]
+    trace(&k.trace, TRACE_UNSYNC_PAGE, page.mmu_valid_gen, page.gfn, page.role, page.root_count, page.unsync)
     page.unsync = True
     k.stats.mmu_unsync += 1
-    trace(&k.trace, TRACE_UNSYNC_PAGE, page.mmu_valid_gen, page.gfn, page.role, page.root_count, page.unsync)
     mark_parents_unsync(k, sp)
 
 

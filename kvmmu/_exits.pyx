@@ -1,0 +1,193 @@
+"""Exits, faults of the guest, and emulation, as `_exits.pxd` describes them."""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from kvmmu._bits cimport (
+    ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
+    EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_USER_MASK,
+    EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK,
+    EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_USER_EXEC_MASK, EPT_VIOLATION_PROT_WRITE_MASK, INVALID_GPA,
+    PAGE_OFFSET_MASK, PAGE_SHIFT, PFERR_FETCH_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK, PML_ENTITY_NUM, RET_PF_RETRY, ROLE_CR4_SMEP_MASK,
+    STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+)
+from kvmmu._machine_state cimport access_result, machine, use_arena
+from kvmmu._tlb cimport tlb_drop
+from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
+from kvmmu.mmu._entry cimport inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
+from kvmmu.mmu._fault cimport host_writes
+from kvmmu.mmu._guest_tables cimport trace_walk
+from kvmmu.mmu._kvm cimport kvm, memslots_of
+from kvmmu.mmu._page cimport first_spte
+from kvmmu.mmu._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu._track cimport track_write
+
+cdef enum:
+    PML_MASK = 0xffff           # the index of the log counts down past zero: then it is full, and its first entry is 0
+
+
+# ---- exits ---------------------------------------------------------------------------------------------------------------
+
+cdef uint64_t error_code_of_violation(uint64_t qualification, bint mbec) noexcept nogil:
+    """The page-fault error code that KVM makes of an EPT violation."""
+    cdef uint64_t error_code = 0
+    if mbec and qualification & EPT_VIOLATION_PROT_USER_EXEC_MASK:
+        error_code |= PFERR_PRESENT_MASK
+    if qualification & EPT_VIOLATION_ACC_WRITE_MASK:
+        error_code |= PFERR_WRITE_MASK
+    if qualification & EPT_VIOLATION_ACC_INSTR_MASK:
+        error_code |= PFERR_FETCH_MASK
+    if qualification & (EPT_VIOLATION_PROT_READ_MASK | EPT_VIOLATION_PROT_WRITE_MASK | EPT_VIOLATION_PROT_EXEC_MASK):
+        error_code |= PFERR_PRESENT_MASK
+    if qualification & EPT_VIOLATION_GVA_VALID_MASK:
+        error_code |= PFERR_GUEST_FINAL_MASK if qualification & EPT_VIOLATION_GVA_TRANSLATED_MASK else PFERR_GUEST_PAGE_MASK
+    if qualification & EPT_VIOLATION_GVA_TRANSLATED_MASK and qualification & EPT_VIOLATION_GVA_USER_MASK:
+        error_code |= PFERR_USER_MASK
+    return error_code
+
+
+cdef void machine_drain_pml(machine *m) noexcept nogil:
+    """What the processor logged is dirty; the log is empty again."""
+    cdef kvm *k = m.k
+    cdef kvm_memory_slot *slot
+    cdef uint64_t gfn
+    cdef int i
+    if m.pml_page == 0:
+        return
+    for i in range(<int>((m.pml.index + 1) & PML_MASK), PML_ENTITY_NUM):
+        gfn = k.sptes[first_spte(m.pml_page) + i] >> PAGE_SHIFT
+        slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
+        if slot is not NULL:
+            mark_slot_dirty(slot, gfn)
+    m.pml.index = PML_ENTITY_NUM - 1
+
+
+cdef int handle_exit(machine *m, uint64_t addr, const walk_result *r) noexcept nogil:
+    """Step 5. RET_PF_*, or a negative errno."""
+    cdef kvm *k = m.k
+    cdef int ret
+    k.stats.exits += 1
+    machine_drain_pml(m)
+    if r.status == STATUS_PML_FULL:
+        k.stats.pml_full += 1
+        return RET_PF_RETRY
+    if r.status == STATUS_PAGE_FAULT:                   # of the tables that stand for the guest's
+        ret = kvm_mmu_page_fault(m.vcpu, addr, r.error_code)
+    elif r.status == STATUS_EPT_MISCONFIG:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, PFERR_RSVD_MASK)
+    elif r.status == STATUS_EPT_VIOLATION:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, error_code_of_violation(
+            r.exit_qualification, (m.mmu.root_role & ROLE_CR4_SMEP_MASK) != 0))
+    else:
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, r.exit_qualification)
+    use_arena(m)
+    return ret
+
+
+# ---- faults of the guest -------------------------------------------------------------------------------------------------
+
+cdef void set_fault(access_result *out, const walk_result *r) noexcept nogil:
+    out.gpa = out.hpa = INVALID_GPA
+    out.status, out.error_code = r.status, r.error_code
+    out.fault_gpa, out.exit_qualification = INVALID_GPA, 0
+    if r.status != STATUS_PAGE_FAULT and r.status != STATUS_NON_CANONICAL:
+        out.error_code = 0
+        out.fault_gpa, out.exit_qualification = r.fault_gpa, r.exit_qualification
+
+
+cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, access_result *out) noexcept nogil:
+    """The fault that KVM's walk has found: the guest's #PF, or an exit to L1, which the exit at hand tells more of. False: it
+    is not there any more."""
+    cdef const kvm_pagewalk *w = m.mmu.w
+    cdef walk_result r
+    cdef uint64_t gpa = 0, error_code = exit_.exit_qualification, copied
+    cdef bint final
+    if not m.k.tdp_enabled:
+        tlb_drop(m.tlb, addr)
+        set_fault(out, &m.vcpu.guest_fault)
+        return True
+    if exit_.status == STATUS_EPT_VIOLATION:
+        error_code = error_code_of_violation(exit_.exit_qualification, (m.mmu.root_role & ROLE_CR4_SMEP_MASK) != 0)
+    final = not error_code & PFERR_GUEST_PAGE_MASK
+    r.refs = 0
+    r.error_code = 0
+    r.status = translate_nested_gpa(w, exit_.fault_gpa, <uint32_t>(error_code & ACCESS_PFEC_MASK), final,
+                                    <uint32_t>ACC_USER_MASK if error_code & PFERR_USER_MASK else 0, False, &gpa, &r)
+    if r.status == STATUS_OK:
+        return False
+    r.fault_gpa = exit_.fault_gpa
+    if r.status == STATUS_EPT_VIOLATION:
+        copied = EPT_VIOLATION_GVA_VALID_MASK | EPT_VIOLATION_GVA_TRANSLATED_MASK
+        if m.advanced_info:
+            copied |= EPT_VIOLATION_GVA_USER_MASK | EPT_VIOLATION_GVA_WRITABLE_MASK | EPT_VIOLATION_GVA_NX_MASK
+        r.exit_qualification = (r.exit_qualification & ~copied) | (exit_.exit_qualification & copied)
+    set_fault(out, &r)
+    return True
+
+
+# ---- emulation -----------------------------------------------------------------------------------------------------------
+
+cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexcept nogil:
+    """The bytes of the access reach memory, if they are known, and the shadow pages of the frame learn of it."""
+    cdef kvm *k = m.k
+    cdef uint64_t gfn = gpa >> PAGE_SHIFT
+    host_writes(k, slot, gfn)
+    mark_slot_dirty(slot, gfn)
+    if m.data is NULL:
+        track_write(k, m.vcpu.as_id, gpa & ~<uint64_t>(sizeof(uint64_t) - 1), sizeof(uint64_t), True)
+        return
+    if m.size == 0:                                     # only to see whether the write will go through
+        return
+    memcpy(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
+    track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)
+
+
+cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
+    """Step 6: KVM walks the guest's tables itself. What is not memory, or not for writing, is MMIO."""
+    cdef kvm *k = m.k
+    cdef kvm_memory_slot *slot
+    cdef walk_result r
+    cdef walk_step steps[5]
+    cdef uint64_t gfn
+    cdef bint by_ngpa_walk
+    cdef int n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
+    k.stats.insn_emulation += 1
+    k.trace.vcpu = m.vcpu.id
+    trace_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
+    if r.status != STATUS_OK:
+        set_fault(out, &r)
+        by_ngpa_walk = r.fault_gpa != INVALID_GPA
+        if r.status != STATUS_NON_CANONICAL:
+            inject_guest_fault(m.vcpu, r.fault_gpa if by_ngpa_walk else addr, &r, by_ngpa_walk)
+            tlb_drop(m.tlb, addr)
+        return
+    out.status, out.error_code = STATUS_OK, 0
+    out.gpa = r.gpa
+    out.hpa = INVALID_GPA
+    gfn = r.gpa >> PAGE_SHIFT
+    slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
+    if slot is NULL and access & ACCESS_FETCH_MASK:     # no instruction to carry out
+        k.stats.insn_emulation_fail += 1
+        return
+    if slot is NULL or (slot.readonly and access & ACCESS_WRITE_MASK):
+        k.stats.mmio_exits += 1
+        return
+    if access & ACCESS_WRITE_MASK:
+        emulated_write(m, slot, r.gpa)
+    out.hpa = (host_pfn_of(slot, gfn, host_page_of(slot, gfn)) << PAGE_SHIFT) | (r.gpa & PAGE_OFFSET_MASK)
+
+
+cdef bint repeats_write(machine *m, uint64_t addr, uint32_t access, uint64_t exit_addr) noexcept nogil:
+    """Whether an instruction that KVM does not expect to write page tables is repeated, now that the frame is not shadowed."""
+    cdef walk_result r
+    cdef walk_step steps[5]
+    cdef int n
+    if m.page_table_writing or not m.vcpu.allow_retry:
+        return False
+    n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
+    trace_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
+    if r.status != STATUS_OK or not unprotect_and_retry(m.vcpu, exit_addr, r.gpa >> PAGE_SHIFT):
+        return False
+    m.k.stats.insn_emulation += 1
+    return True

@@ -1,0 +1,35 @@
+"""MachineModes: the registers of one vCPU, and what follows from them on its host: walks, the active MMU, roots, tags."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._contexts cimport SecondStage, VcpuArch
+from kvmmu._format cimport PageFormat
+from kvmmu._machine_state cimport machine
+from kvmmu._memory cimport SlotTable
+from kvmmu._tlb cimport Tlb
+from kvmmu._walk cimport cpu_caps
+from kvmmu.mmu._kvm cimport kvm_mmu
+from kvmmu.mmu._state cimport Kvm
+
+
+cdef class MachineModes:
+    cdef readonly Kvm kvm
+    cdef readonly Tlb tlb
+    cdef machine m
+    cdef VcpuArch arch              # the guest's registers
+    cdef cpu_caps cpu_caps          # of the guest, as its processor is
+    cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
+    cdef cpu_caps host_caps
+    cdef PageFormat hw_fmt, sw_fmt, n_fmt
+    cdef PageFormat tdp_fmt, shadow_fmt     # of the SPTEs of each MMU
+    cdef SecondStage second         # L1's second stage as KVM walks it
+    cdef object stage               # what it was made from
+    cdef uint64_t rights_role       # what the rights in force were made from
+    cdef uint32_t rights_root, rights_pkru
+    cdef SlotTable table            # guest-physical memory
+    cdef int use_mmu(self, kvm_mmu *mmu) except -1
+    cdef int use_guest_walk(self, uint64_t role) except -1
+    cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1
+    cdef int use_nested(self, uint64_t role, SecondStage second) except -1
+    cdef int use_shadow_paging(self, uint64_t role) except -1
+    cdef int init_stage(self, uint32_t root_role) except -1

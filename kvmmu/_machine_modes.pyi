@@ -1,0 +1,14 @@
+from kvmmu._contexts import SecondStage
+from kvmmu._memory import GuestMemory
+from kvmmu._tlb import Tlb
+from kvmmu.mmu._state import Kvm
+from kvmmu.registers import CpuModel
+
+class MachineModes:
+    @property
+    def kvm(self) -> Kvm: ...
+    @property
+    def tlb(self) -> Tlb: ...
+    def set_cpu(self, cpu: CpuModel) -> None: ...
+    def set_mode(self, mem: GuestMemory, *, smm: bool = False, guest_mode: bool = False,
+                 second: SecondStage | None = None) -> None: ...

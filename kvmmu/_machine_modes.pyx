@@ -1,0 +1,205 @@
+"""MachineModes: registers become walks, MMUs, roots and tags."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
+from kvmmu._bits cimport (
+    CR4_PKE_MASK, GVA_BITS_4_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
+    ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK,
+    ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
+)
+from kvmmu._contexts cimport SecondStage, fill_format, role_of, second_stage
+from kvmmu._format cimport permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu._memory cimport GuestMemory
+from kvmmu._walk cimport cpu_caps
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk
+from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
+from kvmmu.mmu._kvm cimport REQ_LOAD_MMU_PGD, kvm_mmu
+from kvmmu.mmu._roots cimport new_pgd, shadow_root_role
+from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
+from kvmmu.mmu._spte cimport init_shadow_format, init_tdp_format
+
+from kvmmu.nested import Ept
+
+
+cdef class MachineModes:
+    """The modes of one vCPU on its host."""
+
+    # ---- registers, roles and walks ------------------------------------------------------------------------------------
+
+    def set_cpu(self, cpu):
+        """Take a processor model; the next `set_mode()` builds every walk anew."""
+        set_caps(&self.cpu_caps, cpu, False)
+        set_caps(&self.kvm_caps, cpu, True)
+        self.m.vcpu.maxphyaddr = cpu.maxphyaddr
+        self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = 0
+        self.stage = None
+        with self.kvm.lock:
+            free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
+            free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
+        self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
+        host = self.kvm.host
+        self.host_caps.maxphyaddr = host.maxphyaddr
+        self.host_caps.gbpages = host.max_huge_page_level >= 3
+        self.host_caps.amd = host.tdp != "ept"
+        self.host_caps.kvm = self.host_caps.pse36 = False
+
+    def set_mode(self, GuestMemory mem, *, smm=False, guest_mode=False, SecondStage second=None):
+        """Take the roles of the registers in force; no work for those that did not change. IN second: L1's, under L2."""
+        cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
+        if self.table is not mem.table:
+            self.table = mem.table
+            self.m.sw.mem = &self.table.mem
+        if role != self.m.sw.cpu_role:
+            init_pagewalk(&self.m.sw, role, &self.kvm_caps)
+            if not role & ROLE_DIRECT_MASK:
+                fill_format(self.sw_fmt, role, &self.kvm_caps, False)
+        self.m.sw.ngpa = NULL
+        self.m.vcpu.as_id, self.m.vcpu.guest_mode = bool(smm), bool(guest_mode)
+        if not self.kvm.k.tdp_enabled:
+            self.use_shadow_paging(role)
+        elif second is None:
+            self.use_tdp(role, bool(smm), bool(guest_mode))
+        else:
+            self.use_nested(role, second)
+        role = self.m.hw.cpu_role
+        if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
+            self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
+            machine_load_rights(&self.m)
+        machine_use_tags(&self.m)
+
+    cdef int use_mmu(self, kvm_mmu *mmu) except -1:
+        """Make one MMU the active one; what the processor remembers of the other's roots is tagged as such."""
+        if self.m.mmu != mmu:
+            self.m.mmu = self.m.vcpu.mmu = mmu
+            self.m.root_hpa = 0
+            self.m.vcpu.mmio_cached = False
+            self.m.vcpu.requests |= REQ_LOAD_MMU_PGD
+            self.rights_role = 0
+        return 0
+
+    cdef int use_guest_walk(self, uint64_t role) except -1:
+        """The processor walks the guest's tables, through the SPTEs."""
+        if role != self.m.hw.cpu_role:
+            init_pagewalk(&self.m.hw, role, &self.cpu_caps)
+            if not role & ROLE_DIRECT_MASK:
+                fill_format(self.hw_fmt, role, &self.cpu_caps, False)
+        self.m.hw.vcpu = &self.arch.arch
+        self.m.hw.mem, self.m.hw.ngpa = &self.kvm.ram, &self.m.stage.w
+        return 0
+
+    cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1:
+        """Two-dimensional paging of the host alone."""
+        cdef bint changes = self.m.mmu != &self.m.vcpu.root_mmu
+        cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
+        cdef uint32_t root_role
+        self.use_guest_walk(role)
+        root_role = tdp_root_role(
+            self.kvm.k, 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4, smm, guest_mode, self.kvm.host.gmet)
+        self.use_mmu(mmu)
+        if root_role != mmu.root_role:
+            with self.kvm.lock:
+                free_mmu_roots(self.m.vcpu, mmu)
+                mmu.root_role = root_role
+            init_tdp_format(
+                self.tdp_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK), (root_role & ROLE_CR4_SMEP_MASK) != 0)
+            changes = True
+        if changes:
+            self.init_stage(root_role)
+        return 0
+
+    cdef int use_nested(self, uint64_t role, SecondStage second) except -1:
+        """L2 under L1's second stage: the processor goes through a shadow of it."""
+        cdef kvm_mmu *mmu = &self.m.vcpu.guest_mmu
+        cdef bint changes = self.m.mmu != mmu
+        cdef uint32_t root_role
+        cdef int level = 0
+        self.use_guest_walk(role)
+        if second.stage is not self.stage:
+            self.second, self.stage = second_stage(second.stage, &self.kvm_caps), second.stage
+            changes = True
+        self.second.use_memory(self.kvm.spaces[0])
+        if self.second.n.pml is not NULL:
+            self.second.n.pml = &second.pml             # one log, whoever walks
+        self.m.sw.ngpa = &self.second.n
+        self.m.advanced_info = isinstance(second.stage, Ept) and second.stage.advanced_info
+        self.use_mmu(mmu)
+        mmu.w = &self.second.n
+        mmu.page_fault = shadow_page_fault
+        if not self.kvm.k.spte.ept:
+            level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4
+        root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
+        if changes or root_role != mmu.root_role:
+            with self.kvm.lock:
+                mmu.root_role = root_role
+                new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
+            init_shadow_format(
+                self.shadow_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK), (root_role & ROLE_CR4_SMEP_MASK) != 0,
+                True, (self.second.n.cpu_role & ROLE_EXT_EXECONLY_MASK) != 0, self.cpu_caps.gbpages)
+            self.init_stage(root_role)
+        return 0
+
+    cdef int use_shadow_paging(self, uint64_t role) except -1:
+        """No second stage: the processor walks tables that stand for the guest's."""
+        cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
+        cdef uint32_t root_role = shadow_root_role(self.kvm.k, role, 0, False)
+        cdef uint64_t hw_role
+        if self.arch.arch.cr4 & CR4_PKE_MASK and self.arch.arch.pkru:
+            raise ValueError(f"pkru {self.arch.arch.pkru:#x}: KVM has no protection keys without two-dimensional paging; "
+                             f"want CR4.PKE clear or PKRU 0")
+        mmu.w = &self.m.sw
+        mmu.page_fault = nonpaging_page_fault if root_role & ROLE_DIRECT_MASK else shadow_page_fault
+        if root_role != mmu.root_role:
+            with self.kvm.lock:
+                if (root_role ^ mmu.root_role) & ROLE_GUEST_MODE_MASK:     # L1 and L2 come back to their roots
+                    mmu.root_role = root_role
+                    new_pgd(self.m.vcpu, self.arch.arch.cr3, False)
+                else:
+                    free_mmu_roots(self.m.vcpu, mmu)
+                    mmu.root_role = root_role
+            init_shadow_format(self.shadow_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK),
+                               (root_role & ROLE_CR4_SMEP_MASK) != 0, False, False, self.cpu_caps.gbpages)
+        hw_role = ROLE_EXT_VALID_MASK | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | (root_role & ROLE_LEVEL_MASK)
+        if not role & ROLE_DIRECT_MASK:                 # with paging off KVM keeps SMEP and SMAP from its own tables
+            hw_role |= role & (ROLE_EXT_CR4_SMAP_MASK | ROLE_CR4_SMEP_MASK)
+        if root_role & ROLE_LEVEL_MASK > 3:
+            hw_role |= ROLE_EXT_EFER_LMA_MASK
+        if root_role & ROLE_LEVEL_MASK > 4:
+            hw_role |= ROLE_EXT_CR4_LA57_MASK
+        if hw_role != self.m.hw.cpu_role:
+            init_pagewalk(&self.m.hw, hw_role, &self.host_caps)
+            fill_format(self.hw_fmt, hw_role, &self.host_caps, False)
+        self.m.hw.vcpu = &self.m.host
+        self.m.hw.mem, self.m.hw.ngpa = &self.kvm.arena, NULL
+        return 0
+
+    cdef int init_stage(self, uint32_t root_role) except -1:
+        """The processor's walk of SPTEs as its second stage."""
+        cdef permission_params p
+        cdef uint64_t role = root_role
+        cdef int level = <int>(role & ROLE_LEVEL_MASK)
+        cdef bint smep = (role & ROLE_CR4_SMEP_MASK) != 0
+        if self.kvm.k.spte.ept:
+            role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | (role & (ROLE_AD_DISABLED_MASK | ROLE_CR4_SMEP_MASK)) | (
+                ROLE_EXT_VALID_MASK | ROLE_EXT_EXECONLY_MASK)
+            init_ept_pagewalk(&self.m.stage.w, role, &self.host_caps, True)
+            p.tdp = p.ept = p.wp = p.nx = True
+            p.smep, p.smap = smep, False
+            update_permission_bitmask(&self.n_fmt.fmt, &p)
+            self.n_fmt.fmt.pkru_mask = 0
+            reset_ept_rsvds_bits_mask(&self.n_fmt.fmt, self.host_caps.maxphyaddr, True, self.kvm.k.spte.max_huge_page_level)
+        else:
+            role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | ROLE_EXT_EFER_LMA_MASK | (
+                ROLE_EXT_VALID_MASK | (role & ROLE_CR4_SMEP_MASK))
+            fill_format(self.n_fmt, role, &self.host_caps, True)
+            init_npt_pagewalk(&self.m.stage.w, role, &self.host_caps, True)
+        self.m.stage.walk, self.m.stage.w.gva_to_gpa = self.m.stage.w.gva_to_gpa, cached_gva_to_gpa
+        self.m.stage.w.mem = &self.kvm.arena
+        self.m.stage.epoch += 1
+        self.rights_role = 0
+        return 0
+
+
+cdef void set_caps(cpu_caps *caps, cpu, bint as_kvm) except *:
+    caps.maxphyaddr, caps.gbpages, caps.pse36 = cpu.maxphyaddr, cpu.gbpages, cpu.pse36
+    caps.amd, caps.kvm = cpu.vendor == "amd", as_kvm

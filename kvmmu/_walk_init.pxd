@@ -1,0 +1,13 @@
+"""From a role and a processor model to a walk: everything of a `kvm_pagewalk` that follows from them."""
+
+from libc.stdint cimport uint64_t
+
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk
+
+cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil
+cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil
+# IN host_smep: CR4.SMEP of the host, whose place in the role GMET has taken
+cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil
+# A walk that is the second stage n alone, with the statuses of a second stage
+cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil
+cdef int pse36_bits(const cpu_caps *caps) noexcept nogil

@@ -1,0 +1,127 @@
+"""From a role and a processor model to a walk, as `_walk_init.pxd` says."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._bits cimport (
+    ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, EPT_ACCESSED_MASK, EPT_RWX_MASK, EPT_USER_EXECUTABLE_MASK,
+    EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
+    KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PT32_PSE36_KVM_BITS, PT32_PSE36_SHIFT,
+    PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
+    ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+    ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+)
+from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, cpu_caps, kvm_pagewalk, use_walker
+
+
+cdef int pse36_bits(const cpu_caps *caps) noexcept nogil:
+    """Address bits above 31 in a 4M PDE: up to MAXPHYADDR, at most eight; KVM takes four whatever MAXPHYADDR is."""
+    if not caps.pse36:
+        return 0
+    if caps.kvm:
+        return PT32_PSE36_KVM_BITS
+    return min(caps.maxphyaddr, 40) - 32
+
+
+cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
+    """What both stages share: the instance of the walk and the data of its format."""
+    w.cpu_role = cpu_role
+    w.level = <int>(cpu_role & ROLE_LEVEL_MASK)
+    w.gva_mask = ~<uint64_t>0 if cpu_role & ROLE_EXT_EFER_LMA_MASK else GVA32_MASK
+    w.canonical_shift = 0
+    w.present_mask = PT_PRESENT_MASK
+    w.page_size_mask = PT_PAGE_SIZE_MASK
+    w.pse36_mask = 0
+    w.accessed_mask = PT_ACCESSED_MASK
+    w.pferr_mask = <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK)
+    w.final_before_ad = caps.kvm
+    w.is_nested = w.pdptes_in_memory = False
+    w.pdpte_rsvd_mask = w.ngpa_rsvd_mask = 0
+    w.pml = NULL
+    w.kind = WALK_TABLES
+    w.second = 0
+    w.format = KVMMU_FORMAT_64
+    if not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
+        return
+    w.format = KVMMU_FORMAT_32
+    if not cpu_role & ROLE_EXT_CR4_PSE_MASK:
+        w.page_size_mask = 0
+    if pse36_bits(caps):
+        w.pse36_mask = KVMMU_BITS(PT32_PSE36_SHIFT, PT32_PSE36_SHIFT + pse36_bits(caps) - 1)
+
+
+cdef bint reports_fetch(uint64_t cpu_role, const cpu_caps *caps, bint smep) noexcept nogil:
+    """Whether an error code tells fetches: SMEP, or NX; by the manuals NX counts only with PAE."""
+    if smep:
+        return True
+    return (cpu_role & ROLE_EFER_NX_MASK) != 0 and (caps.kvm or not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK)
+
+
+cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
+    """All of a first stage that follows from the role; mem, vcpu, fmt and ngpa are the caller's."""
+    init_instance(w, cpu_role, caps)
+    if cpu_role & ROLE_DIRECT_MASK:
+        w.kind = WALK_DIRECT
+        w.pferr_mask = 0
+        use_walker(w)
+        return
+    if cpu_role & ROLE_EXT_EFER_LMA_MASK:
+        w.canonical_shift = 64 - (GVA_BITS_5_LEVEL if cpu_role & ROLE_EXT_CR4_LA57_MASK else GVA_BITS_4_LEVEL)
+    if reports_fetch(cpu_role, caps, (cpu_role & ROLE_CR4_SMEP_MASK) != 0):
+        w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+    use_walker(w)
+
+
+cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
+    w[0] = n[0]
+    w.ngpa = n
+    w.kind = WALK_SECOND_STAGE
+    use_walker(w)
+
+
+cdef void init_nested(kvm_pagewalk *w, const cpu_caps *caps) noexcept nogil:
+    """What EPT and NPT share."""
+    w.is_nested = True
+    w.ngpa = NULL
+    w.final_before_ad = False
+    w.fault_gpa_mask = ~PAGE_OFFSET_MASK if caps.kvm else ~<uint64_t>0
+    w.user_always = w.user_by_pte = 0
+    w.advanced_info = False
+
+
+cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil:
+    cdef bint have_ad = not cpu_role & ROLE_AD_DISABLED_MASK
+    init_instance(w, cpu_role, caps)
+    init_nested(w, caps)
+    w.format = KVMMU_FORMAT_EPT
+    w.gva_mask = ~<uint64_t>0
+    w.present_mask = EPT_RWX_MASK | (EPT_USER_EXECUTABLE_MASK if cpu_role & ROLE_CR4_SMEP_MASK else 0)
+    w.accessed_mask = EPT_ACCESSED_MASK if have_ad else 0
+    if not caps.kvm and w.level == 4:
+        w.ngpa_rsvd_mask = KVMMU_BITS(GVA_BITS_4_LEVEL, 63)
+    w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+    w.user_by_pte = <uint32_t>ACCESS_USER_MASK
+    # With A/D bits every access to a guest paging-structure entry is a write; without, KVM's walker still asks for one
+    w.table_access = <uint32_t>ACCESS_WRITE_MASK if have_ad or caps.kvm else 0
+    w.fault_status = STATUS_EPT_VIOLATION
+    w.rsvd_status = STATUS_EPT_MISCONFIG
+    w.stage_final = EPT_VIOLATION_GVA_TRANSLATED_MASK
+    w.stage_page = EPT_VIOLATION_ACC_READ_MASK
+    w.advanced_info = advanced_info and not caps.kvm
+    use_walker(w)
+
+
+cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil:
+    cdef bint gmet = (cpu_role & ROLE_CR4_SMEP_MASK) != 0
+    init_instance(w, cpu_role, caps)
+    init_nested(w, caps)
+    w.pdptes_in_memory = w.level == 3
+    if not gmet:
+        w.user_always = <uint32_t>ACCESS_USER_MASK
+    w.table_access = <uint32_t>ACCESS_WRITE_MASK
+    w.fault_status = w.rsvd_status = STATUS_NESTED_PAGE_FAULT
+    w.stage_final = PFERR_GUEST_FINAL_MASK
+    w.stage_page = PFERR_GUEST_PAGE_MASK
+    if reports_fetch(cpu_role, caps, host_smep):
+        w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
+    use_walker(w)

@@ -1,0 +1,44 @@
+"""How entries and shadow pages of a shadow MMU go, and the limit on their number.
+
+An entry goes with all that hangs on it: a leaf leaves the reverse map of its frame, a table loses a parent. A page goes in two
+steps. `prepare_zap_page()` empties it, takes it out of its parents and of the accounts of its guest table, and marks it
+invalid; pages that were prepared stand in a list of the caller's, still in the hash. `commit_zap()` flushes and frees them.
+A root that a vCPU still uses is not freed but left invalid; who frees the root prepares it once more.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu._bits cimport ROLE_INVALID_MASK
+from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, page_list
+from kvmmu.mmu._slots cimport kvm_memory_slot
+
+cdef enum:
+    KVM_MIN_FREE_MMU_PAGES = 5
+    KVM_REFILL_PAGES = 25
+    KVM_MIN_ALLOC_MMU_PAGES = 64
+    KVM_PERMILLE_MMU_PAGES = 20
+
+cdef inline bint is_obsolete_sp(const kvm *k, const kvm_mmu_page *sp) noexcept nogil:
+    """Marked invalid, or of a generation that was zapped as a whole."""
+    return (sp.role & <uint32_t>ROLE_INVALID_MASK) != 0 or sp.mmu_valid_gen != k.mmu_valid_gen
+
+
+cdef kvm_memory_slot *slot_of_sp(kvm *k, const kvm_mmu_page *sp, uint64_t gfn) noexcept nogil
+# A leaf entry, present already, becomes part of the reverse map
+cdef void rmap_add(kvm *k, kvm_memory_slot *slot, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
+# All leaves that map the page of this level go; whether there were any
+cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil
+# An entry of any kind becomes empty. IN invalid: not NULL: children that nothing needs any more go with it
+cdef void drop_spte(kvm *k, uint64_t sptep) noexcept nogil
+cdef size_t zap_spte(kvm *k, uint64_t sptep, page_list *invalid) noexcept nogil
+# How many pages were zapped; others than sp may be among them
+cdef size_t prepare_zap_page(kvm *k, uint32_t sp, page_list *invalid) noexcept nogil
+cdef void commit_zap(kvm *k, page_list *invalid) noexcept nogil
+# One flush for either reason
+cdef void flush_or_zap(kvm *k, page_list *invalid, bint flush) noexcept nogil
+cdef size_t zap_oldest_pages(kvm *k, size_t n) noexcept nogil
+# 0, or -ENOSPC: not even zapping made room for the pages of a fault
+cdef int make_pages_available(kvm *k) noexcept nogil
+# The limit on shadow pages; those beyond it go
+cdef void change_mmu_pages(kvm *k, uint64_t limit) noexcept nogil
