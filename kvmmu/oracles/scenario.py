@@ -1,0 +1,362 @@
+"""Scenarios on the machine here: the operations of a recorded guest, and records like those of the KVM that ran it.
+
+A scenario's guest runs user mode natively and has its kernel mode emulated; its host pages no second stage. Each operation enters
+the guest once. What that does to page tables besides the operation's own access is one fetch from the stub's code page, in user
+mode only; all else that the stub does is emulated and leaves no trace.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu import INVALID_GPA, Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, Tracepoints, Vm
+from kvmmu.oracles.events import event_text
+from kvmmu.oracles.guest_stub import INSTRUCTIONS, Stub
+from kvmmu.oracles.live_machine import FATAL
+
+__all__ = ["ScenarioMachine", "run_scenario"]
+
+PAGE_SIZE = 4096
+MASK = 2**64 - 1
+DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
+EINVAL = 22
+GP_VECTOR = 13
+CPU = CpuModel(vendor="amd", maxphyaddr=48, gbpages=False, la57=False, pcid=False, conformance="kvm")
+CONTROL_REGISTERS = {"cr0": 0, "cr3": 3, "cr4": 4}
+# What instructions make of the bytes in memory and their operand. All but MOV and MOVNTI read first.
+UPDATES: dict[str, Callable[[int, int], int]] = {
+    "xchg": lambda old, value: value,
+    "cmpxchg": lambda old, value: old or value,
+    "xadd": lambda old, value: old + value,
+    "rmw": lambda old, value: old,
+    "add": lambda old, value: old + value,
+    "sub": lambda old, value: old - value,
+    "or": lambda old, value: old | value,
+    "and": lambda old, value: old & value,
+    "not": lambda old, value: ~old,
+    "inc": lambda old, value: old + 1,
+    "btr": lambda old, value: old & ~(1 << value % 64),
+}
+# KVM takes these for something else than a guest that writes its page tables.
+NOT_PAGE_TABLE_WRITING = frozenset({"xadd", "add", "sub", "not", "inc", "btr", "movnti", "movups"})
+
+
+class _Slot:
+    """A slot of the VMM: its memory outlives the slot of the machine."""
+
+    def __init__(self, slot: dict[str, Any]) -> None:
+        self.number, self.gpa, self.size = slot["slot"], slot["gpa"], slot["size"]
+        self.flags = self.first_flags = slot.get("flags", 0)
+        self.backing = slot.get("backing", "4k")
+        self.data: NDArray[np.uint8] = np.zeros(self.size, np.uint8)
+        self.present = False
+        self.states: list[tuple[int, str]] = []         # offsets of host pages that are not plain ones, while it is not there
+        if slot.get("unpopulated"):
+            self.states = [(offset, "unmap") for offset in range(0, self.size, PAGE_SIZE)]
+
+
+class ScenarioMachine:
+    """A machine in the initial state of a scenario.
+
+    Parameters
+    ----------
+    scenario : dict
+        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all`; numbers in strings are hexadecimal.
+    trace : bool
+        Whether records have the events of the page tables.
+
+    Attributes
+    ----------
+    vm, vcpu : Vm, Vcpu
+    """
+
+    def __init__(self, scenario: dict[str, Any], *, trace: bool = True) -> None:
+        if scenario.get("mode"):
+            raise NotImplementedError(f"mode {scenario['mode']!r}: scenarios of 4-level long mode are known")
+        self._stub = Stub(scenario["stub"])
+        stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
+        self._slots = {slot["slot"]: _Slot(slot) for slot in (*scenario["slots"], stub)}
+        first = next((slot for slot in self._slots.values() if slot.gpa == 0), None)
+        if first is None:
+            raise ValueError("slots: want one at gpa 0")
+        self.mem = GuestMemory(first.data)
+        host = Host(tdp=None, kernel="6.18", maxphyaddr=48, max_page="2m")
+        self.vm = Vm(self.mem, CPU, host, backing="2m", slot_zap_all=not scenario.get("disable_quirk_slot_zap_all", False))
+        for slot in self._slots.values():
+            self._create_slot(slot, slot is first)
+        for address, value in scenario["mem"]:
+            self._poke(_number(address), _number(value).to_bytes(8, "little"))
+        for address, data in self._stub.memory():
+            self._poke(address, data)
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_regs(**{name: _number(value) for name, value in scenario["regs"].items()})
+        self._watched = [_number(gpa) for gpa in scenario["watch"]]
+        self._tables = {gpa: self._peek(gpa, PAGE_SIZE) for gpa in self._watched}
+        self._trace = trace
+        self.vm.clear_stats()
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    def _create_slot(self, slot: _Slot, exists: bool = False) -> None:
+        if not exists:
+            self.vm.add_slot(slot.gpa, slot.data, readonly=bool(slot.flags & READONLY_FLAG))
+        if slot.flags & DIRTY_LOG_FLAG:
+            self.vm.set_dirty_log(slot.gpa, True)
+        if slot.backing != "2m":
+            self.vm.set_backing(slot.gpa, slot.size, slot.backing)
+        for offset, how in slot.states:
+            self.vm.invalidate(slot.gpa + offset, PAGE_SIZE, how)
+        slot.present, slot.states = True, []
+
+    def _find(self, gpa: int) -> tuple[_Slot, int] | None:
+        """The slot that holds gpa, or did before it was deleted, and the offset in it."""
+        for slot in self._slots.values():
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot, gpa - slot.gpa
+        return None
+
+    def _peek(self, gpa: int, size: int) -> bytes:
+        found = self._find(gpa)
+        return b"" if found is None else found[0].data[found[1]:found[1] + size].tobytes()
+
+    def _poke(self, gpa: int, data: bytes) -> None:
+        """Write before there is a guest."""
+        found = self._find(gpa)
+        if found is None:
+            raise ValueError(f"gpa {gpa:#x}: in none of the slots")
+        slot, offset = found
+        slot.data[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def _host_write(self, gpa: int, data: bytes) -> None:
+        """The VMM writes the memory of the guest, and KVM is not told."""
+        found = self._find(gpa)
+        if found is None:
+            raise ValueError(f"gpa {gpa:#x}: in none of the slots")
+        slot, offset = found
+        if slot.present:
+            self.vm.host_write(gpa, data)
+        else:
+            slot.data[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+            slot.states = [state for state in slot.states if state[0] != offset - offset % PAGE_SIZE]
+
+    def _changes(self) -> list[list[str]]:
+        """Entries of watched tables that differ from what they were."""
+        changed = []
+        for gpa in self._watched:
+            old, new = self._tables[gpa], self._peek(gpa, PAGE_SIZE)
+            if old != new and new:
+                self._tables[gpa] = new
+                changed += [[f"{gpa + at:x}", f"{int.from_bytes(new[at:at + 8], 'little'):x}"]
+                            for at in range(0, PAGE_SIZE, 8) if old[at:at + 8] != new[at:at + 8]]
+        return changed
+
+    # ---- operations --------------------------------------------------------------------------------------------------
+
+    def apply(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Do one operation; returns its record: result, val, delta, ptes, dirty_gfns, trace, those that are."""
+        record: dict[str, Any] = {}
+        before = self.vm.stats
+        if self._trace:
+            self.vm.trace = Tracepoints(capacity=1 << 14)
+        record["result"] = self._guest(op, record) if "cpl" in op else self._host(op, record)
+        after = self.vm.stats
+        record["delta"] = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        ptes = self._changes()
+        if ptes:
+            record["ptes"] = ptes
+        if self._trace:
+            record["trace"] = [text for text in map(event_text, self._events()) if text]
+        return record
+
+    def _events(self) -> Iterable[Any]:
+        return self.vm.trace or ()
+
+    def _guest(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
+        """One entry of the guest."""
+        name, cpl = op["op"], op["cpl"]
+        if name not in INSTRUCTIONS:
+            raise ValueError(f"op: want one of {', '.join(INSTRUCTIONS)}, got {name!r}")
+        self.vcpu.vm_enter()
+        try:
+            if cpl:
+                self.vcpu.access(self._stub.code_va(name, cpl), Access.USER | Access.FETCH)
+                return self._native(name, _number(op.get("va", 0)), _number(op.get("val", 0)), record)
+            return self._emulated(name, _number(op.get("va", 0)), _number(op.get("val", 0)), record)
+        except PageFault as fault:
+            return ["#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
+        except GeneralProtection:
+            return ["exc", GP_VECTOR, 0]
+
+    def _native(self, name: str, va: int, value: int, record: dict[str, Any]) -> list[Any]:
+        size = INSTRUCTIONS[name][1]
+        if va % PAGE_SIZE + size > PAGE_SIZE:
+            raise ValueError(f"va {va:#x}: a native access of {size} bytes crosses a page")
+        if name == "null":
+            return ["ok"]
+        if name == "fetch":
+            return ["internal", 1] if self.vcpu.access(va, Access.USER | Access.FETCH).hpa == INVALID_GPA else ["ok"]
+        if name.startswith("load"):
+            found = self.vcpu.access(va, Access.USER)
+            if found.hpa == INVALID_GPA:
+                return ["mmio", "r", f"{found.gpa:x}", size, "ok"]
+            record["val"] = f"{int.from_bytes(self.mem.read(found.gpa, size), 'little'):x}"
+            return ["ok"]
+        if name not in UPDATES and not name.startswith(("store", "mov")):
+            raise ValueError(f"op: {name!r} does not run at CPL 3")
+        operand = _operand(name, size, value)
+        data = operand if name not in UPDATES else lambda old: _update(name, old, value)
+        found = self.vcpu.store(va, data, Access.USER, page_table_writing=name not in NOT_PAGE_TABLE_WRITING)
+        if found.hpa != INVALID_GPA:
+            return ["ok"]
+        reads = ["mmio", "r", f"{found.gpa:x}", size] if name in UPDATES else []
+        result = operand if name not in UPDATES else _update(name, bytes(size), value)
+        return [*reads, "mmio", "w", f"{found.gpa:x}", size, result.hex(), "ok"]
+
+    def _emulated(self, name: str, va: int, value: int, record: dict[str, Any]) -> list[Any]:
+        size = INSTRUCTIONS[name][1]
+        if name == "null":
+            return ["ok"]
+        if name == "invlpg":
+            self.vcpu.invlpg(va)
+        elif name in CONTROL_REGISTERS:
+            self.vcpu.mov_cr(CONTROL_REGISTERS[name], value)
+        elif name == "efer":
+            self.vcpu.wrmsr_efer(value)
+        elif name == "fetch":
+            return ["ok"] if len(self.vcpu.read_guest(va, size, Access.FETCH)) == size else ["internal", 1]
+        elif name.startswith("load"):
+            data, mmio = self._emulated_read(va, size)
+            if not mmio:
+                record["val"] = f"{int.from_bytes(data, 'little'):x}"
+            return [*mmio, "ok"]
+        else:
+            data, mmio = _operand(name, size, value), []
+            if name in UPDATES:
+                old, mmio = self._emulated_read(va, size)
+                data = _update(name, old, value)
+            done = self.vcpu.write_guest(va, data)
+            if done < size:
+                mmio = [*mmio, "mmio", "w", f"{self._gpa(va + done, Access.WRITE):x}", size - done, data[done:].hex()]
+            return [*mmio, "ok"]
+        return ["ok"]
+
+    def _emulated_read(self, va: int, size: int) -> tuple[bytes, list[Any]]:
+        """What KVM reads for the guest; what is MMIO reads as zeros."""
+        data = self.vcpu.read_guest(va, size)
+        if len(data) == size:
+            return data, []
+        return data.ljust(size, b"\0"), ["mmio", "r", f"{self._gpa(va + len(data), 0):x}", size - len(data)]
+
+    def _gpa(self, va: int, access: int) -> int:
+        return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
+
+    def _host(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
+        """One operation of the VMM."""
+        action = getattr(self, f"_op_{op['op']}", None)
+        if action is None:
+            raise ValueError(f"op: no host operation {op['op']!r}")
+        return ["host", action(op, record) or 0]
+
+    def _op_host_write(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        self._host_write(_number(op["gpa"]), _number(op["val"]).to_bytes(8, "little"))
+
+    def _op_host_touch(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        self._host_write(_number(op["gpa"]), self._peek(_number(op["gpa"]), 8))
+
+    def _op_set_sregs(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        try:
+            self.vcpu.set_regs(**{name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op})
+        except GuestFault:
+            return -EINVAL
+        return None
+
+    def _op_slot_delete(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot = self._slots[op["slot"]]
+        slot.states = self._states(slot)
+        self.vm.delete_slot(slot.gpa)
+        slot.present = False
+
+    def _states(self, slot: _Slot) -> list[tuple[int, str]]:
+        """Host pages of a slot that are not there, or are the zero page."""
+        states = []
+        for offset in range(0, slot.size, PAGE_SIZE):
+            _, _, unmapped, readonly = self.vm.kvm.host_page(slot.gpa + offset)
+            if unmapped or readonly:
+                states.append((offset, "unmap" if unmapped else "protect"))
+        return states
+
+    def _op_slot_set(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        slot = self._slots[op["slot"]]
+        gpa, flags = _number(op.get("gpa", slot.gpa)), op.get("flags", slot.first_flags)
+        if not slot.present:
+            slot.gpa, slot.flags = gpa, flags
+            self._create_slot(slot)
+            return None
+        if (flags ^ slot.flags) & READONLY_FLAG:
+            return -EINVAL
+        if gpa != slot.gpa:
+            self.vm.move_slot(slot.gpa, gpa)
+            slot.gpa = gpa
+        if (flags ^ slot.flags) & DIRTY_LOG_FLAG:
+            self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
+        slot.flags = flags
+        return None
+
+    def _op_dirty_get(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        record["dirty_gfns"] = [f"{gfn:x}" for gfn in self.vm.get_dirty_log(self._slots[op["slot"]].gpa).tolist()]
+
+    def _op_dontneed(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot, offset, size = self._slots[op["slot"]], _number(op["off"]), _number(op["len"])
+        slot.data[offset:offset + size] = 0
+        if slot.present:
+            self.vm.invalidate(slot.gpa + offset, size, "unmap")
+            return
+        gone = range(offset, offset + size, PAGE_SIZE)
+        slot.states = [state for state in slot.states if state[0] not in gone] + [(at, "unmap") for at in gone]
+
+    def _op_nr_mmu_pages(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        try:
+            self.vm.set_nr_mmu_pages(_number(op["n"]))
+        except ValueError:
+            return -EINVAL
+        return None
+
+
+def _number(value: "int | str") -> int:
+    return int(value, 16) if isinstance(value, str) else value
+
+
+def _operand(name: str, size: int, value: int) -> bytes:
+    """What MOV writes."""
+    return bytes(size) if name == "movups" else (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+def _update(name: str, old: bytes, value: int) -> bytes:
+    """What an instruction that reads first writes."""
+    new = UPDATES[name](int.from_bytes(old, "little"), value) & MASK
+    return new.to_bytes(8, "little")
+
+
+def run_scenario(scenario: dict[str, Any], *, trace: bool = True) -> list[dict[str, Any]]:
+    """Run a scenario on the machine here.
+
+    Parameters
+    ----------
+    scenario : dict
+        As of `ScenarioMachine`, and `ops`.
+    trace : bool
+        Whether records have the events of the page tables, in the form of the recordings.
+
+    Returns
+    -------
+    list of dict
+        A record per operation, as a live KVM would give; fewer if the guest came to an end.
+    """
+    machine, records = ScenarioMachine(scenario, trace=trace), []
+    for op in scenario["ops"]:
+        records.append(machine.apply(op))
+        if records[-1]["result"][0] in FATAL:
+            break
+    return records
