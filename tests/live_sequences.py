@@ -31,7 +31,7 @@ REGIONS = (0x40000000, 0x80000000)      # of the two page directories
 CODE_PDE = 7
 NX, RESERVED = 1 << 63, 1 << 50
 
-CR0, CR0_WP = 0x80040033, 0x10000
+CR0, CR0_WP, CR0_PG = 0x80040033, 0x10000, 0x80000000
 CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 0x20, 0x80, 0x100000, 0x200000
 EFER, EFER_NX = 0x501, 0x800
 LEAF_FLAGS = (0x67,) * 9 + (0x27, 0x07, 0x25, 0x05, 0x65, 0x63, 0x03, 0x23, 0x61)
@@ -42,8 +42,9 @@ WRITERS = ("xchg", "cmpxchg", "xadd", "rmw", "add", "sub", "or", "and", "not", "
 class _Sequence:
     """A scenario under construction."""
 
-    def __init__(self, seed, operations):
+    def __init__(self, seed, operations, paging=True):
         self.random = random.Random(seed)
+        self.paging = paging
         pick = self.random.choice
         backing = pick(["4k", "4k", "2m", "unpopulated"])
         slot_1 = {"slot": 1, "gpa": SLOT_1_GPA, "size": 4 << 20}
@@ -64,6 +65,9 @@ class _Sequence:
             self.scenario["watch"].append(f"{SLOT_1_GPA + SLOT_1_PT:#x}")
         if self.random.random() < 0.3:
             self.scenario["disable_quirk_slot_zap_all"] = True
+        if not paging:
+            self.scenario |= {"mode": "nopg", "regs": {"cr0": "0x50033", "cr3": "0x0", "cr4": "0x20", "efer": "0x0"}}
+            self.cr0, self.efer = CR0 & ~CR0_PG | CR0_WP, 0
         for cpl in (3, 0, 3):
             self._add("null", cpl)
         kinds, weights = zip(*self._kinds().items(), strict=True)
@@ -71,6 +75,11 @@ class _Sequence:
             self.random.choices(kinds, weights)[0]()
 
     def _kinds(self):
+        if not self.paging:
+            return {
+                self._load: 20, self._store: 20, self._load_emulated: 5, self._store_emulated: 5, self._write_otherwise: 5,
+                self._mov_cr3: 5, self._mov_cr0: 2, self._invlpg: 2, self._fetch: 2, self._change_slot: 5, self._log: 5,
+                self._read_log: 8, self._drop_page: 5, self._write_pte_silently: 2, self._limit_pages: 1}
         return {
             self._load: 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
             self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
@@ -173,6 +182,9 @@ class _Sequence:
         self._add("null", 3)
 
     def _va(self):
+        if not self.paging:
+            page = self.random.choice((*DATA, *TABLES, SLOT_1_GPA, SLOT_1_GPA + 0x1000, SLOT_1_ELSEWHERE, HOLE))
+            return page + self.random.choice((0, 8, 16))
         if self.random.random() < 0.08:
             return WINDOW + self.random.choice(TABLES) + 8 * self.random.randrange(16)
         region = self.random.choice(REGIONS)
@@ -188,6 +200,8 @@ class _Sequence:
 
     def _window_va(self, gpa):
         """Where an entry is mapped for writing; a table in slot 1 has no window, but is reached through some PTE."""
+        if not self.paging:
+            return gpa
         if gpa < 4 << 20:
             return WINDOW + gpa
         return self.random.choice(REGIONS) + 0x200000 * self.random.randrange(4) + (gpa & 0xFFFF)
@@ -261,6 +275,8 @@ class _Sequence:
 
     def _fetch(self):
         va = self.random.choice(REGIONS) + 0x200000 * CODE_PDE + 0x1000 * self.random.randrange(4)
+        if not self.paging:
+            va = self.random.choice(CODE)
         # A KVM that emulates kernel mode may apply SMAP to fetches when SMEP is off.
         cpl = 3 if self.cr4 & CR4_SMAP else self.random.choice((3, 3, 3, 0))
         self._add("fetch", cpl, va=f"{va:#x}")
@@ -312,6 +328,6 @@ class _Sequence:
         self._add("nr_mmu_pages", n=self.random.choice((64, 80, 1000)))
 
 
-def sequence(seed, operations=200):
-    """A random scenario of about that many operations."""
-    return _Sequence(seed, operations).scenario
+def sequence(seed, operations=200, paging=True):
+    """A random scenario of about that many operations; without paging the guest has no page tables, and KVM emulates it."""
+    return _Sequence(seed, operations, paging).scenario

@@ -4,7 +4,8 @@ The eight pages lie in a memory slot of their own. Their order, and the page tab
 the code is written here. Every instruction sits in a slot of 16 bytes and is followed by OUT, which ends the operation; so does
 every handler of an exception, with its vector in the port.
 
-Registers on entry: RBX the linear address, RCX the operand, RDX where a fetched ``JMP RDX`` comes back to.
+Registers on entry: RBX the linear address, RCX the operand, RDX where a fetched ``JMP RDX`` comes back to. With paging off the
+guest runs in 32-bit protected mode, and accesses of 8 bytes become accesses of 4.
 """
 
 import struct
@@ -56,6 +57,8 @@ INSTRUCTIONS: dict[str, tuple[bytes, int]] = {
     "cr4": (bytes.fromhex("0f22e1"), 0),
     "efer": (bytes.fromhex("0f30"), 0),
 }
+_REX_W = 0x48
+_GDT_32 = (0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF)
 _OFFSETS = {name: CODE_SIZE * i for i, name in enumerate(INSTRUCTIONS)}
 
 
@@ -66,17 +69,36 @@ class Stub:
     ----------
     stub : dict
         The `stub` of a scenario.
+    mode : str, optional
+        The `mode` of a scenario: "nopg" for paging off, None for 4-level long mode.
 
     Attributes
     ----------
     gpa, size, va, user_code_va : int
-        Of the whole; linear addresses are mapped by the tables in it.
+        Of the whole; in long mode linear addresses are mapped by the tables in it.
+    long_mode : bool
     """
 
-    def __init__(self, stub: dict[str, Any]) -> None:
+    def __init__(self, stub: dict[str, Any], mode: str | None = None) -> None:
+        if mode not in (None, "nopg"):
+            raise ValueError(f"mode: want 'nopg' or none, got {mode!r}")
+        self.long_mode = mode is None
         self.slot = int(stub["slot"])
-        self.gpa, self.size, self.va, self.user_code_va = (int(stub[key], 16) for key in ("gpa", "size", "va", "user_code_va"))
-        self.tables = [(int(gpa, 16), int(entry, 16)) for gpa, entry in stub["mem"]]
+        self.gpa, self.size = int(stub["gpa"], 16), int(stub["size"], 16)
+        if self.long_mode:
+            self.va, self.user_code_va = int(stub["va"], 16), int(stub["user_code_va"], 16)
+        else:
+            self.va, self.user_code_va = self.gpa, self._page(_USER)
+        self.tables = [(int(gpa, 16), int(entry, 16)) for gpa, entry in stub.get("mem", ())]
+
+    def instruction(self, name: str) -> tuple[bytes, int]:
+        """Machine code, and the bytes that it moves."""
+        if name not in INSTRUCTIONS:
+            raise ValueError(f"op: want one of {', '.join(INSTRUCTIONS)}, got {name!r}")
+        code, size = INSTRUCTIONS[name]
+        if self.long_mode or _REX_W not in code[:2]:
+            return code, size
+        return code.replace(bytes((_REX_W,)), b"", 1), min(size, 4)
 
     def code_va(self, name: str, cpl: int) -> int:
         """Linear address of an instruction for a privilege level."""
@@ -84,7 +106,7 @@ class Stub:
 
     def return_va(self, name: str, cpl: int) -> int:
         """Linear address of the OUT after an instruction."""
-        return self.code_va(name, cpl) + len(INSTRUCTIONS[name][0])
+        return self.code_va(name, cpl) + len(self.instruction(name)[0])
 
     @property
     def stack_va(self) -> int:
@@ -92,9 +114,14 @@ class Stub:
         return self.va + (_STACK + 1) * PAGE_SIZE - 64
 
     @property
+    def word(self) -> int:
+        """Bytes of what an exception pushes."""
+        return 8 if self.long_mode else 4
+
+    @property
     def idt(self) -> tuple[int, int]:
         """Base and limit."""
-        return self.va + _IDT * PAGE_SIZE, 16 * VECTORS - 1
+        return self.va + _IDT * PAGE_SIZE, 2 * self.word * VECTORS - 1
 
     @property
     def gdt(self) -> tuple[int, int]:
@@ -108,23 +135,24 @@ class Stub:
 
     def memory(self) -> list[tuple[int, bytes]]:
         """What to write where: guest-physical addresses and bytes."""
-        code = b"".join((instruction + bytes((_OUT, PORT_OF_SUCCESS))).ljust(CODE_SIZE, b"\x90")
-                        for instruction, _ in INSTRUCTIONS.values())
+        code = b"".join((self.instruction(name)[0] + bytes((_OUT, PORT_OF_SUCCESS))).ljust(CODE_SIZE, b"\x90")
+                        for name in INSTRUCTIONS)
         handlers = b"".join(bytes((_OUT, PORT_OF_EXCEPTIONS + vector)).ljust(CODE_SIZE, b"\x90") for vector in range(VECTORS))
         gates = b"".join(self._gate(self.va + _HANDLERS + CODE_SIZE * vector) for vector in range(VECTORS))
         base, limit = self.tss
         tss_descriptor = (limit | (base & 0xFFFFFF) << 16 | 0x8B << 40 | (base >> 24 & 0xFF) << 56, base >> 32)
-        gdt = struct.pack(f"<{len(_GDT) + 2}Q", *_GDT, *tss_descriptor)
-        tss = struct.pack("<IQ", 0, self.stack_va).ljust(TSS_LIMIT + 1, b"\0")
+        gdt = struct.pack(f"<{len(_GDT) + 2}Q", *(_GDT if self.long_mode else _GDT_32), *tss_descriptor)
+        tss = struct.pack("<IQ", 0, self.stack_va) if self.long_mode else struct.pack("<III", 0, self.stack_va, SELECTORS[0][1])
         return [
             (self._page(_SUPERVISOR), code), (self._page(_SUPERVISOR) + _HANDLERS, handlers), (self._page(_USER), code),
-            (self._page(_IDT), gates), (self._page(_GDT_TSS), gdt), (self._page(_GDT_TSS) + TSS_OFFSET, tss),
+            (self._page(_IDT), gates), (self._page(_GDT_TSS), gdt),
+            (self._page(_GDT_TSS) + TSS_OFFSET, tss.ljust(TSS_LIMIT + 1, b"\0")),
             *((gpa, entry.to_bytes(8, "little")) for gpa, entry in self.tables)]
 
     def _page(self, number: int) -> int:
         return self.gpa + number * PAGE_SIZE
 
-    @staticmethod
-    def _gate(handler: int) -> bytes:
-        """A 64-bit interrupt gate of CPL 0."""
-        return struct.pack("<HHBBHII", handler & 0xFFFF, SELECTORS[0][0], 0, 0x8E, handler >> 16 & 0xFFFF, handler >> 32, 0)
+    def _gate(self, handler: int) -> bytes:
+        """An interrupt gate of CPL 0."""
+        gate = struct.pack("<HHBBH", handler & 0xFFFF, SELECTORS[0][0], 0, 0x8E, handler >> 16 & 0xFFFF)
+        return gate + struct.pack("<II", handler >> 32, 0) if self.long_mode else gate

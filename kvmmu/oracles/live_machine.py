@@ -15,15 +15,7 @@ import platform
 import struct
 from typing import Any, Self
 
-from kvmmu.oracles.guest_stub import (
-    INSTRUCTIONS,
-    PORT_OF_EXCEPTIONS,
-    PORT_OF_SUCCESS,
-    SELECTORS,
-    TSS_SELECTOR,
-    VECTORS_WITH_ERROR_CODE,
-    Stub,
-)
+from kvmmu.oracles.guest_stub import PORT_OF_EXCEPTIONS, PORT_OF_SUCCESS, SELECTORS, TSS_SELECTOR, VECTORS_WITH_ERROR_CODE, Stub
 from kvmmu.oracles.ioctls import (
     DescriptorTable,
     DirtyLog,
@@ -90,6 +82,7 @@ class _Backing:
     def __init__(self, slot: dict[str, Any]) -> None:
         size = slot["size"]
         self.size, self.kind = size, slot.get("backing", "4k")
+        self.protected: list[tuple[int, int]] = []
         self.map = mmap.mmap(-1, size + HUGE_PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.at = -start % HUGE_PAGE_SIZE
@@ -120,10 +113,23 @@ class _Backing:
         return self.map[self.at + offset:self.at + offset + size]
 
     def write(self, offset: int, data: bytes) -> None:
+        if any(start < offset + len(data) and offset < end for start, end in self.protected):
+            raise ValueError(f"offset {offset:#x}: the host made that read-only")
         self.map[self.at + offset:self.at + offset + len(data)] = data
 
     def dontneed(self, offset: int, size: int) -> None:
         self.map.madvise(mmap.MADV_DONTNEED, self.at + offset, size)
+
+    def protect(self, offset: int, size: int, prot: int) -> None:
+        """PROT_READ, or with PROT_WRITE."""
+        if not prot & mmap.PROT_READ:
+            raise ValueError(f"prot: want {mmap.PROT_READ} or {mmap.PROT_READ | mmap.PROT_WRITE}, got {prot}")
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(size), prot):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.protected = [part for part in self.protected if not offset <= part[0] < offset + size]
+        if not prot & mmap.PROT_WRITE:
+            self.protected.append((offset, offset + size))
 
 
 class LiveMachine:
@@ -143,11 +149,9 @@ class LiveMachine:
     """
 
     def __init__(self, scenario: dict[str, Any]) -> None:
-        if scenario.get("mode"):
-            raise CannotRun(f"mode {scenario['mode']!r}: only 4-level long mode runs here")
         self._fds: list[int] = []
         self._slots: dict[int, dict[str, Any]] = {slot["slot"]: dict(slot) for slot in scenario["slots"]}
-        self._stub = Stub(scenario["stub"])
+        self._stub = Stub(scenario["stub"], scenario.get("mode"))
         self._cpl: int | None = None
         try:
             self._create(bool(scenario.get("disable_quirk_slot_zap_all")))
@@ -248,7 +252,8 @@ class LiveMachine:
         """Put the vCPU into a privilege level; `self._sregs` are its registers."""
         code, data = SELECTORS[cpl]
         common = {"limit": 0xFFFFFFFF, "present": 1, "dpl": cpl, "s": 1, "g": 1}
-        self._sregs.cs = Segment(selector=code, type=11, l=1, **common)
+        mode = {"l": 1} if self._stub.long_mode else {"db": 1}
+        self._sregs.cs = Segment(selector=code, type=11, **mode, **common)
         for name in ("ss", "ds", "es", "fs", "gs"):
             setattr(self._sregs, name, Segment(selector=data, type=3, db=1, **common))
         ioctl(self._vcpu, "KVM_SET_SREGS", self._sregs)
@@ -296,14 +301,13 @@ class LiveMachine:
     def _guest(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
         """One entry of the guest."""
         name, cpl = op["op"], op["cpl"]
-        if name not in INSTRUCTIONS:
-            raise ValueError(f"op: want one of {', '.join(INSTRUCTIONS)}, got {name!r}")
+        back = self._stub.return_va(name, cpl)
         if cpl != self._cpl:
             ioctl(self._vcpu, "KVM_GET_SREGS", self._sregs)
             self._use_cpl(cpl)
         value = _number(op.get("val", 0))
         regs = GeneralRegs(
-            rbx=_number(op.get("va", 0)), rcx=value, rdx=self._stub.return_va(name, cpl), rsp=self._stub.stack_va,
+            rbx=_number(op.get("va", 0)), rcx=value, rdx=back, rsp=self._stub.stack_va,
             rip=self._stub.code_va(name, cpl), rflags=RFLAGS_FIXED | RFLAGS_IOPL_3)
         if name == "efer":
             regs.rcx, regs.rax, regs.rdx = EFER_MSR, value & 0xFFFFFFFF, value >> 32
@@ -339,7 +343,7 @@ class LiveMachine:
         if vector in VECTORS_WITH_ERROR_CODE:
             regs = GeneralRegs()
             ioctl(self._vcpu, "KVM_GET_REGS", regs)
-            error = int.from_bytes(self._read(self._stub.gpa + regs.rsp - self._stub.va, 8), "little")
+            error = int.from_bytes(self._read(self._stub.gpa + regs.rsp - self._stub.va, self._stub.word), "little")
         if vector == PAGE_FAULT:
             sregs = Sregs()
             ioctl(self._vcpu, "KVM_GET_SREGS", sregs)
@@ -395,6 +399,9 @@ class LiveMachine:
 
     def _op_dontneed(self, op: dict[str, Any]) -> None:
         self._backings[op["slot"]].dontneed(_number(op["off"]), _number(op["len"]))
+
+    def _op_mprotect(self, op: dict[str, Any]) -> None:
+        self._backings[op["slot"]].protect(_number(op["off"]), _number(op["len"]), _number(op["prot"]))
 
     def _op_nr_mmu_pages(self, op: dict[str, Any]) -> None:
         ioctl(self._vm, "KVM_SET_NR_MMU_PAGES", _number(op["n"]))

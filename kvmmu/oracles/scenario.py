@@ -5,6 +5,7 @@ the guest once. What that does to page tables besides the operation's own access
 mode only; all else that the stub does is emulated and leaves no trace.
 """
 
+import mmap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,13 +14,12 @@ from numpy.typing import NDArray
 
 from kvmmu import INVALID_GPA, Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, Tracepoints, Vm
 from kvmmu.oracles.events import event_text
-from kvmmu.oracles.guest_stub import INSTRUCTIONS, Stub
+from kvmmu.oracles.guest_stub import Stub
 from kvmmu.oracles.live_machine import FATAL
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
 PAGE_SIZE = 4096
-MASK = 2**64 - 1
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 EINVAL = 22
 GP_VECTOR = 13
@@ -37,7 +37,7 @@ UPDATES: dict[str, Callable[[int, int], int]] = {
     "and": lambda old, value: old & value,
     "not": lambda old, value: ~old,
     "inc": lambda old, value: old + 1,
-    "btr": lambda old, value: old & ~(1 << value % 64),
+    "btr": lambda old, value: old & ~(1 << value),
 }
 # KVM takes these for something else than a guest that writes its page tables.
 NOT_PAGE_TABLE_WRITING = frozenset({"xadd", "add", "sub", "not", "inc", "btr", "movnti", "movups"})
@@ -73,9 +73,7 @@ class ScenarioMachine:
     """
 
     def __init__(self, scenario: dict[str, Any], *, trace: bool = True) -> None:
-        if scenario.get("mode"):
-            raise NotImplementedError(f"mode {scenario['mode']!r}: scenarios of 4-level long mode are known")
-        self._stub = Stub(scenario["stub"])
+        self._stub = Stub(scenario["stub"], scenario.get("mode"))
         stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
         self._slots = {slot["slot"]: _Slot(slot) for slot in (*scenario["slots"], stub)}
         first = next((slot for slot in self._slots.values() if slot.gpa == 0), None)
@@ -176,21 +174,23 @@ class ScenarioMachine:
     def _guest(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
         """One entry of the guest."""
         name, cpl = op["op"], op["cpl"]
-        if name not in INSTRUCTIONS:
-            raise ValueError(f"op: want one of {', '.join(INSTRUCTIONS)}, got {name!r}")
+        va, value = _number(op.get("va", 0)), _number(op.get("val", 0))
+        size = self._stub.instruction(name)[1]
+        if name == "btr":                                           # the bit may be in another word
+            va = va + size * ((value ^ 1 << 63) - (1 << 63) >> 3 + size.bit_length() - 1) & 2**64 - 1
+            value %= 8 * size
         self.vcpu.vm_enter()
         try:
-            if cpl:
+            if cpl and self._stub.long_mode:
                 self.vcpu.access(self._stub.code_va(name, cpl), Access.USER | Access.FETCH)
-                return self._native(name, _number(op.get("va", 0)), _number(op.get("val", 0)), record)
-            return self._emulated(name, _number(op.get("va", 0)), _number(op.get("val", 0)), record)
+                return self._native(name, size, va, value, record)
+            return self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
         except PageFault as fault:
             return ["#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
         except GeneralProtection:
             return ["exc", GP_VECTOR, 0]
 
-    def _native(self, name: str, va: int, value: int, record: dict[str, Any]) -> list[Any]:
-        size = INSTRUCTIONS[name][1]
+    def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
         if va % PAGE_SIZE + size > PAGE_SIZE:
             raise ValueError(f"va {va:#x}: a native access of {size} bytes crosses a page")
         if name == "null":
@@ -214,8 +214,7 @@ class ScenarioMachine:
         result = operand if name not in UPDATES else _update(name, bytes(size), value)
         return [*reads, "mmio", "w", f"{found.gpa:x}", size, result.hex(), "ok"]
 
-    def _emulated(self, name: str, va: int, value: int, record: dict[str, Any]) -> list[Any]:
-        size = INSTRUCTIONS[name][1]
+    def _emulated(self, name: str, size: int, va: int, value: int, user: int, record: dict[str, Any]) -> list[Any]:
         if name == "null":
             return ["ok"]
         if name == "invlpg":
@@ -225,29 +224,29 @@ class ScenarioMachine:
         elif name == "efer":
             self.vcpu.wrmsr_efer(value)
         elif name == "fetch":
-            return ["ok"] if len(self.vcpu.read_guest(va, size, Access.FETCH)) == size else ["internal", 1]
+            return ["ok"] if len(self.vcpu.read_guest(va, size, user | Access.FETCH)) == size else ["internal", 1]
         elif name.startswith("load"):
-            data, mmio = self._emulated_read(va, size)
+            data, mmio = self._emulated_read(va, size, user)
             if not mmio:
                 record["val"] = f"{int.from_bytes(data, 'little'):x}"
             return [*mmio, "ok"]
         else:
             data, mmio = _operand(name, size, value), []
             if name in UPDATES:
-                old, mmio = self._emulated_read(va, size)
+                old, mmio = self._emulated_read(va, size, user)
                 data = _update(name, old, value)
-            done = self.vcpu.write_guest(va, data)
+            done = self.vcpu.write_guest(va, data, user)
             if done < size:
-                mmio = [*mmio, "mmio", "w", f"{self._gpa(va + done, Access.WRITE):x}", size - done, data[done:].hex()]
+                mmio = [*mmio, "mmio", "w", f"{self._gpa(va + done, user | Access.WRITE):x}", size - done, data[done:].hex()]
             return [*mmio, "ok"]
         return ["ok"]
 
-    def _emulated_read(self, va: int, size: int) -> tuple[bytes, list[Any]]:
+    def _emulated_read(self, va: int, size: int, user: int) -> tuple[bytes, list[Any]]:
         """What KVM reads for the guest; what is MMIO reads as zeros."""
-        data = self.vcpu.read_guest(va, size)
+        data = self.vcpu.read_guest(va, size, user)
         if len(data) == size:
             return data, []
-        return data.ljust(size, b"\0"), ["mmio", "r", f"{self._gpa(va + len(data), 0):x}", size - len(data)]
+        return data.ljust(size, b"\0"), ["mmio", "r", f"{self._gpa(va + len(data), user):x}", size - len(data)]
 
     def _gpa(self, va: int, access: int) -> int:
         return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
@@ -316,6 +315,12 @@ class ScenarioMachine:
         gone = range(offset, offset + size, PAGE_SIZE)
         slot.states = [state for state in slot.states if state[0] not in gone] + [(at, "unmap") for at in gone]
 
+    def _op_mprotect(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot, offset, size, prot = self._slots[op["slot"]], _number(op["off"]), _number(op["len"]), _number(op["prot"])
+        if not prot & mmap.PROT_READ:
+            raise ValueError(f"prot: want {mmap.PROT_READ} or {mmap.PROT_READ | mmap.PROT_WRITE}, got {prot}")
+        self.vm.invalidate(slot.gpa + offset, size, "move" if prot & mmap.PROT_WRITE else "protect")
+
     def _op_nr_mmu_pages(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
         try:
             self.vm.set_nr_mmu_pages(_number(op["n"]))
@@ -335,8 +340,8 @@ def _operand(name: str, size: int, value: int) -> bytes:
 
 def _update(name: str, old: bytes, value: int) -> bytes:
     """What an instruction that reads first writes."""
-    new = UPDATES[name](int.from_bytes(old, "little"), value) & MASK
-    return new.to_bytes(8, "little")
+    new = UPDATES[name](int.from_bytes(old, "little"), value) & (1 << 8 * len(old)) - 1
+    return new.to_bytes(len(old), "little")
 
 
 def run_scenario(scenario: dict[str, Any], *, trace: bool = True) -> list[dict[str, Any]]:
