@@ -46,7 +46,7 @@ class _Sequence:
         self.random = random.Random(seed)
         self.paging = paging
         pick = self.random.choice
-        backing = pick(["4k", "4k", "2m", "unpopulated"])
+        backing = pick(["4k", "4k", "2m", "2m", "unpopulated"])
         slot_1 = {"slot": 1, "gpa": SLOT_1_GPA, "size": 4 << 20}
         slot_1 |= {"unpopulated": True} if backing == "unpopulated" else {"backing": backing}
         if self.random.random() < 0.1 and backing != "unpopulated":
@@ -97,6 +97,7 @@ class _Sequence:
 
         for root, pdpt in zip(ROOTS, (PDPTS[0], PDPTS[0], PDPTS[1]), strict=True):
             entry(root, 0, pdpt | 7)
+            entry(root, 1, root | self.random.choice((7, 7, 5, 0)))        # the tables, mapped by themselves
             entry(root, 96, STUB_LINK)
         for pdpt in PDPTS:
             entry(pdpt, 1, PDS[0] | 7)
@@ -134,6 +135,8 @@ class _Sequence:
             return 0x80 | self.random.choice(LEAF_FLAGS)            # covers every table
         if kind < 0.92:
             return self.random.choice(PTS) | 7 | RESERVED
+        if kind < 0.95:
+            return self.random.choice(PDS) | 7                      # a table on two levels
         return 0
 
     def _pte(self):
@@ -170,7 +173,7 @@ class _Sequence:
         if kind < 0.9:
             return self.random.choice(PDS) + 8 * self.random.randrange(4), self._pde()
         if kind < 0.95:
-            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS, *PDS, 0)) | 7
+            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS * 3, *PTS, 0)) | 7
         return self.random.choice(ROOTS), self.random.choice(PDPTS) | self.random.choice(TABLE_FLAGS)
 
     # ---- operations --------------------------------------------------------------------------------------------------
@@ -187,6 +190,9 @@ class _Sequence:
             return page + self.random.choice((0, 8, 16))
         if self.random.random() < 0.08:
             return WINDOW + self.random.choice(TABLES) + 8 * self.random.randrange(16)
+        if self.random.random() < 0.05:                             # tables by way of the root's entry for itself
+            indices = (self.random.choice((0, 1, 1, 2, 64)) << shift for shift in (30, 21, 12))
+            return 1 << 39 | sum(indices) | self.random.choice((0, 8))
         region = self.random.choice(REGIONS)
         return region + 0x200000 * self.random.randrange(4) + 0x1000 * self.random.randrange(16) + self.random.choice((0, 8, 16))
 
