@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu import INVALID_GPA, Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, Tracepoints, Vm
+from kvmmu import (
+    INVALID_GPA,
+    Access,
+    CpuModel,
+    GeneralProtection,
+    GuestFault,
+    GuestMemory,
+    Host,
+    PageFault,
+    RetPf,
+    Tracepoints,
+    Vm,
+)
 from kvmmu.oracles.events import event_text
 from kvmmu.oracles.guest_stub import Stub
 from kvmmu.oracles.live_machine import FATAL
@@ -22,6 +34,8 @@ __all__ = ["ScenarioMachine", "run_scenario"]
 PAGE_SIZE = 4096
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 EINVAL = 22
+MIN_MMU_PAGES = 64
+JMP_RDX, ADD_AL_TO_RAX = b"\xff\xe2", b"\0\0"
 GP_VECTOR = 13
 CPU = CpuModel(vendor="amd", maxphyaddr=48, gbpages=False, la57=False, pcid=False, conformance="kvm")
 CONTROL_REGISTERS = {"cr0": 0, "cr3": 3, "cr4": 4}
@@ -80,7 +94,7 @@ class ScenarioMachine:
         if first is None:
             raise ValueError("slots: want one at gpa 0")
         self.mem = GuestMemory(first.data)
-        host = Host(tdp=None, kernel="6.18", maxphyaddr=48, max_page="2m")
+        host = Host(tdp=None, kernel="6.18", maxphyaddr=52, max_page="2m")
         self.vm = Vm(self.mem, CPU, host, backing="2m", slot_zap_all=not scenario.get("disable_quirk_slot_zap_all", False))
         for slot in self._slots.values():
             self._create_slot(slot, slot is first)
@@ -99,8 +113,9 @@ class ScenarioMachine:
 
     def _create_slot(self, slot: _Slot, exists: bool = False) -> None:
         if not exists:
-            self.vm.add_slot(slot.gpa, slot.data, readonly=bool(slot.flags & READONLY_FLAG))
-        if slot.flags & DIRTY_LOG_FLAG:
+            flags = {"readonly": bool(slot.flags & READONLY_FLAG), "dirty_log": bool(slot.flags & DIRTY_LOG_FLAG)}
+            self.vm.add_slot(slot.gpa, slot.data, **flags)
+        elif slot.flags & DIRTY_LOG_FLAG:
             self.vm.set_dirty_log(slot.gpa, True)
         if slot.backing != "2m":
             self.vm.set_backing(slot.gpa, slot.size, slot.backing)
@@ -189,6 +204,9 @@ class ScenarioMachine:
             return ["#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
         except GeneralProtection:
             return ["exc", GP_VECTOR, 0]
+        finally:
+            if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
+                self.vcpu.vm_enter()
 
     def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
         if va % PAGE_SIZE + size > PAGE_SIZE:
@@ -196,7 +214,12 @@ class ScenarioMachine:
         if name == "null":
             return ["ok"]
         if name == "fetch":
-            return ["internal", 1] if self.vcpu.access(va, Access.USER | Access.FETCH).hpa == INVALID_GPA else ["ok"]
+            found = self.vcpu.access(va, Access.USER | Access.FETCH)
+            if found.hpa == INVALID_GPA:
+                return ["internal", 1]
+            if self.mem.read(found.gpa, size) == ADD_AL_TO_RAX:                 # RAX is 0
+                self.vcpu.access(0, Access.USER | Access.WRITE)
+            return self._fetched(self.mem.read(found.gpa, size), va)
         if name.startswith("load"):
             found = self.vcpu.access(va, Access.USER)
             if found.hpa == INVALID_GPA:
@@ -205,14 +228,27 @@ class ScenarioMachine:
             return ["ok"]
         if name not in UPDATES and not name.startswith(("store", "mov")):
             raise ValueError(f"op: {name!r} does not run at CPL 3")
-        operand = _operand(name, size, value)
-        data = operand if name not in UPDATES else lambda old: _update(name, old, value)
-        found = self.vcpu.store(va, data, Access.USER, page_table_writing=name not in NOT_PAGE_TABLE_WRITING)
-        if found.hpa != INVALID_GPA:
-            return ["ok"]
-        reads = ["mmio", "r", f"{found.gpa:x}", size] if name in UPDATES else []
-        result = operand if name not in UPDATES else _update(name, bytes(size), value)
-        return [*reads, "mmio", "w", f"{found.gpa:x}", size, result.hex(), "ok"]
+        kind = {"page_table_writing": name not in NOT_PAGE_TABLE_WRITING}
+        if name not in UPDATES:
+            data = _operand(name, size, value)
+            found = self.vcpu.store(va, data, Access.USER, **kind)
+            return ["ok"] if found.hpa != INVALID_GPA else ["mmio", "w", f"{found.gpa:x}", size, data.hex(), "ok"]
+        found = self.vcpu.store(va, b"", Access.USER, **kind)               # where it goes; then what it makes of what is there
+        if found.hpa == INVALID_GPA:
+            data = _update(name, bytes(size), value)
+            return ["mmio", "r", f"{found.gpa:x}", size, "mmio", "w", f"{found.gpa:x}", size, data.hex(), "ok"]
+        data = _update(name, self.mem.read(found.gpa, size), value)
+        if found.ret == RetPf.EMULATE:
+            self.vm.write_guest_physical(found.gpa, data)
+        else:
+            self.vcpu.store(va, data, Access.USER, **kind)
+        return ["ok"]
+
+    @staticmethod
+    def _fetched(code: bytes, va: int) -> list[Any]:
+        if code != JMP_RDX:
+            raise ValueError(f"fetch: {code.hex(' ')} at va {va:#x} does not come back; want {JMP_RDX.hex(' ')}")
+        return ["ok"]
 
     def _emulated(self, name: str, size: int, va: int, value: int, user: int, record: dict[str, Any]) -> list[Any]:
         if name == "null":
@@ -224,7 +260,12 @@ class ScenarioMachine:
         elif name == "efer":
             self.vcpu.wrmsr_efer(value)
         elif name == "fetch":
-            return ["ok"] if len(self.vcpu.read_guest(va, size, user | Access.FETCH)) == size else ["internal", 1]
+            data, mmio = self._emulated_read(va, size, user | Access.FETCH)
+            if mmio:
+                return ["internal", 1]
+            if data == ADD_AL_TO_RAX:
+                self._emulated_read(0, 1, user)
+            return self._fetched(data, va)
         elif name.startswith("load"):
             data, mmio = self._emulated_read(va, size, user)
             if not mmio:
@@ -241,12 +282,17 @@ class ScenarioMachine:
             return [*mmio, "ok"]
         return ["ok"]
 
-    def _emulated_read(self, va: int, size: int, user: int) -> tuple[bytes, list[Any]]:
+    def _emulated_read(self, va: int, size: int, access: int) -> tuple[bytes, list[Any]]:
         """What KVM reads for the guest; what is MMIO reads as zeros."""
-        data = self.vcpu.read_guest(va, size, user)
-        if len(data) == size:
-            return data, []
-        return data.ljust(size, b"\0"), ["mmio", "r", f"{self._gpa(va + len(data), user):x}", size - len(data)]
+        data = self.vcpu.read_guest(va, size, access)
+        at, mmio = 0, []
+        while at < size:
+            part = min(size - at, PAGE_SIZE - (va + at) % PAGE_SIZE)
+            gpa = self._gpa(va + at, access)
+            if not self.mem.is_backed(gpa, 1):
+                mmio += ["mmio", "r", f"{gpa:x}", part]
+            at += part
+        return data, mmio
 
     def _gpa(self, va: int, access: int) -> int:
         return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
@@ -322,10 +368,9 @@ class ScenarioMachine:
         self.vm.invalidate(slot.gpa + offset, size, "move" if prot & mmap.PROT_WRITE else "protect")
 
     def _op_nr_mmu_pages(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
-        try:
-            self.vm.set_nr_mmu_pages(_number(op["n"]))
-        except ValueError:
+        if _number(op["n"]) < MIN_MMU_PAGES:
             return -EINVAL
+        self.vm.set_nr_mmu_pages(_number(op["n"]))
         return None
 
 
