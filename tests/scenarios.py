@@ -25,6 +25,8 @@ def recordings():
 def differences(ops, expected, actual, counters=TRUSTED):
     """Where two lists of records differ: (index, what, expected, actual). What `expected` calls undetermined does not count."""
     found = []
+    if actual and actual[-1]["result"][0] == "code":        # the guest goes on with code that is not carried out here
+        expected, actual = expected[:len(actual) - 1], actual[:-1]
     if len(expected) != len(actual):
         found.append((min(len(expected), len(actual)), "records", len(expected), len(actual)))
     skip = set()

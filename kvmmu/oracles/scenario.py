@@ -21,6 +21,7 @@ from kvmmu import (
     GuestMemory,
     Host,
     PageFault,
+    Pferr,
     RetPf,
     Tracepoints,
     Vm,
@@ -107,6 +108,7 @@ class ScenarioMachine:
         self._watched = [_number(gpa) for gpa in scenario["watch"]]
         self._tables = {gpa: self._peek(gpa, PAGE_SIZE) for gpa in self._watched}
         self._trace = trace
+        self._exits: list[Any] = []                     # of the operation under way, for MMIO
         self.vm.clear_stats()
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -117,6 +119,10 @@ class ScenarioMachine:
             self.vm.add_slot(slot.gpa, slot.data, **flags)
         elif slot.flags & DIRTY_LOG_FLAG:
             self.vm.set_dirty_log(slot.gpa, True)
+        self._use_host_pages(slot)
+
+    def _use_host_pages(self, slot: _Slot) -> None:
+        """Put the host's pages behind a slot that has just appeared where it is."""
         if slot.backing != "2m":
             self.vm.set_backing(slot.gpa, slot.size, slot.backing)
         for offset, how in slot.states:
@@ -191,6 +197,7 @@ class ScenarioMachine:
         name, cpl = op["op"], op["cpl"]
         va, value = _number(op.get("va", 0)), _number(op.get("val", 0))
         size = self._stub.instruction(name)[1]
+        self._exits.clear()
         if name == "btr":                                           # the bit may be in another word
             va = va + size * ((value ^ 1 << 63) - (1 << 63) >> 3 + size.bit_length() - 1) & 2**64 - 1
             value %= 8 * size
@@ -198,12 +205,17 @@ class ScenarioMachine:
         try:
             if cpl and self._stub.long_mode:
                 self.vcpu.access(self._stub.code_va(name, cpl), Access.USER | Access.FETCH)
-                return self._native(name, size, va, value, record)
-            return self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
+                result = self._native(name, size, va, value, record)
+                if result[0] not in FATAL:              # a write may have taken the stub's mapping away
+                    self.vcpu.vm_enter()
+                    self.vcpu.access(self._stub.return_va(name, cpl), Access.USER | Access.FETCH)
+            else:
+                result = self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
+            return self._exits + result
         except PageFault as fault:
-            return ["#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
+            return [*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
         except GeneralProtection:
-            return ["exc", GP_VECTOR, 0]
+            return [*self._exits, "exc", GP_VECTOR, 0]
         finally:
             if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
                 self.vcpu.vm_enter()
@@ -219,11 +231,11 @@ class ScenarioMachine:
                 return ["internal", 1]
             if self.mem.read(found.gpa, size) == ADD_AL_TO_RAX:                 # RAX is 0
                 self.vcpu.access(0, Access.USER | Access.WRITE)
-            return self._fetched(self.mem.read(found.gpa, size), va)
+            return self._fetched(self.mem.read(found.gpa, size))
         if name.startswith("load"):
             found = self.vcpu.access(va, Access.USER)
             if found.hpa == INVALID_GPA:
-                return ["mmio", "r", f"{found.gpa:x}", size, "ok"]
+                return self._mmio_exit("r", found.gpa, size)
             record["val"] = f"{int.from_bytes(self.mem.read(found.gpa, size), 'little'):x}"
             return ["ok"]
         if name not in UPDATES and not name.startswith(("store", "mov")):
@@ -232,23 +244,31 @@ class ScenarioMachine:
         if name not in UPDATES:
             data = _operand(name, size, value)
             found = self.vcpu.store(va, data, Access.USER, **kind)
-            return ["ok"] if found.hpa != INVALID_GPA else ["mmio", "w", f"{found.gpa:x}", size, data.hex(), "ok"]
+            return ["ok"] if found.hpa != INVALID_GPA else self._mmio_exit("w", found.gpa, size, data)
         found = self.vcpu.store(va, b"", Access.USER, **kind)               # where it goes; then what it makes of what is there
-        if found.hpa == INVALID_GPA:
+        if not self.mem.is_backed(found.gpa, 1):
+            self._mmio_exit("r", found.gpa, size)
             data = _update(name, bytes(size), value)
-            return ["mmio", "r", f"{found.gpa:x}", size, "mmio", "w", f"{found.gpa:x}", size, data.hex(), "ok"]
+            self.vcpu.write_guest(va, data, Access.USER)                    # the second exit of the same instruction
+            return self._mmio_exit("w", found.gpa, size, data)
         data = _update(name, self.mem.read(found.gpa, size), value)
+        if found.hpa == INVALID_GPA:                                        # it reads, but may not be written
+            return self._mmio_exit("w", found.gpa, size, data)
         if found.ret == RetPf.EMULATE:
             self.vm.write_guest_physical(found.gpa, data)
         else:
             self.vcpu.store(va, data, Access.USER, **kind)
         return ["ok"]
 
-    @staticmethod
-    def _fetched(code: bytes, va: int) -> list[Any]:
-        if code != JMP_RDX:
-            raise ValueError(f"fetch: {code.hex(' ')} at va {va:#x} does not come back; want {JMP_RDX.hex(' ')}")
+    def _mmio_exit(self, way: str, gpa: int, size: int, data: bytes | None = None) -> list[Any]:
+        """Remember an exit to the VMM; returns how the operation ends if nothing else happens."""
+        self._exits += ["mmio", way, f"{gpa:x}", size, *([] if data is None else [data.hex()])]
         return ["ok"]
+
+    @staticmethod
+    def _fetched(code: bytes) -> list[Any]:
+        """How a fetch ends that found these bytes."""
+        return ["ok"] if code == JMP_RDX else ["code", code.hex(" ")]
 
     def _emulated(self, name: str, size: int, va: int, value: int, user: int, record: dict[str, Any]) -> list[Any]:
         if name == "null":
@@ -260,39 +280,44 @@ class ScenarioMachine:
         elif name == "efer":
             self.vcpu.wrmsr_efer(value)
         elif name == "fetch":
-            data, mmio = self._emulated_read(va, size, user | Access.FETCH)
-            if mmio:
+            data = self._emulated_read(va, size, user | Access.FETCH)
+            if self._exits:
+                self._exits.clear()
                 return ["internal", 1]
             if data == ADD_AL_TO_RAX:
-                self._emulated_read(0, 1, user)
-            return self._fetched(data, va)
+                self._emulated_update(0, 1, user)
+            return self._fetched(data)
         elif name.startswith("load"):
-            data, mmio = self._emulated_read(va, size, user)
-            if not mmio:
+            data = self._emulated_read(va, size, user)
+            if not self._exits:
                 record["val"] = f"{int.from_bytes(data, 'little'):x}"
-            return [*mmio, "ok"]
         else:
-            data, mmio = _operand(name, size, value), []
+            data = _operand(name, size, value)
             if name in UPDATES:
-                old, mmio = self._emulated_read(va, size, user)
-                data = _update(name, old, value)
+                data = _update(name, self._emulated_update(va, size, user), value)
             done = self.vcpu.write_guest(va, data, user)
             if done < size:
-                mmio = [*mmio, "mmio", "w", f"{self._gpa(va + done, user | Access.WRITE):x}", size - done, data[done:].hex()]
-            return [*mmio, "ok"]
+                self._mmio_exit("w", self._gpa(va + done, user | Access.WRITE), size - done, data[done:])
         return ["ok"]
 
-    def _emulated_read(self, va: int, size: int, access: int) -> tuple[bytes, list[Any]]:
+    def _emulated_read(self, va: int, size: int, access: int) -> bytes:
         """What KVM reads for the guest; what is MMIO reads as zeros."""
-        data = self.vcpu.read_guest(va, size, access)
-        at, mmio = 0, []
+        data, at = self.vcpu.read_guest(va, size, access), 0
         while at < size:
             part = min(size - at, PAGE_SIZE - (va + at) % PAGE_SIZE)
             gpa = self._gpa(va + at, access)
             if not self.mem.is_backed(gpa, 1):
-                mmio += ["mmio", "r", f"{gpa:x}", part]
+                self._mmio_exit("r", gpa, part)
             at += part
-        return data, mmio
+        return data
+
+    def _emulated_update(self, va: int, size: int, access: int) -> bytes:
+        """What KVM reads for an instruction that is going to write there: a fault says so."""
+        try:
+            return self._emulated_read(va, size, access)
+        except PageFault as fault:
+            fault.error_code |= Pferr.WRITE
+            raise
 
     def _gpa(self, va: int, access: int) -> int:
         return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
@@ -342,9 +367,11 @@ class ScenarioMachine:
         if (flags ^ slot.flags) & READONLY_FLAG:
             return -EINVAL
         if gpa != slot.gpa:
+            slot.states = self._states(slot)
             self.vm.move_slot(slot.gpa, gpa)
-            slot.gpa = gpa
-        if (flags ^ slot.flags) & DIRTY_LOG_FLAG:
+            slot.gpa, slot.flags = gpa, flags
+            self._use_host_pages(slot)
+        elif (flags ^ slot.flags) & DIRTY_LOG_FLAG:
             self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
         slot.flags = flags
         return None
@@ -402,11 +429,12 @@ def run_scenario(scenario: dict[str, Any], *, trace: bool = True) -> list[dict[s
     Returns
     -------
     list of dict
-        A record per operation, as a live KVM would give; fewer if the guest came to an end.
+        A record per operation, as a live KVM would give; fewer if the guest came to an end. It does so here, with the result
+        ["code", bytes], when a fetch finds other code than that which comes back: no instructions are carried out.
     """
     machine, records = ScenarioMachine(scenario, trace=trace), []
     for op in scenario["ops"]:
         records.append(machine.apply(op))
-        if records[-1]["result"][0] in FATAL:
+        if records[-1]["result"][0] in (*FATAL, "code"):
             break
     return records
