@@ -30,6 +30,7 @@ WINDOW = 0x1000000000
 REGIONS = (0x40000000, 0x80000000)      # of the two page directories
 CODE_PDE = 7
 NX, RESERVED = 1 << 63, 1 << 50
+IGNORED = (0,) * 8 + (0x100, 0xE00, 0x18, 1 << 55, 1 << 60)    # global, software bits, memory type, key
 
 CR0, CR0_WP, CR0_PG = 0x80040033, 0x10000, 0x80000000
 CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 0x20, 0x80, 0x100000, 0x200000
@@ -51,7 +52,7 @@ class _Sequence:
         slot_1 |= {"unpopulated": True} if backing == "unpopulated" else {"backing": backing}
         if self.random.random() < 0.1 and backing != "unpopulated":
             slot_1["flags"] = 2
-        self.readonly, self.huge = "flags" in slot_1, backing == "2m"
+        self.readonly = "flags" in slot_1
         self.cr3, self.cr0, self.cr4, self.efer = ROOTS[0], CR0 | CR0_WP, CR4_PAE, EFER | EFER_NX
         self.slot_1_at, self.slot_1_there, self.logging = SLOT_1_GPA, True, {0: 0, 1: 0}
         self.stamp = 0
@@ -125,7 +126,7 @@ class _Sequence:
     def _pde(self):
         kind = self.random.random()
         if kind < 0.62:
-            return self.random.choice(PTS) | self.random.choice(TABLE_FLAGS) | self._nx(0.05)
+            return self.random.choice(PTS) | self.random.choice(TABLE_FLAGS) | self._nx(0.05) & ~0x100
         if kind < 0.72:
             return SLOT_1_GPA + SLOT_1_PT | 7
         if kind < 0.86:
@@ -160,7 +161,8 @@ class _Sequence:
         return self.random.choice((*CODE, 0)) | self.random.choice(LEAF_FLAGS) | self._nx(0.2)
 
     def _nx(self, probability):
-        return NX if self.random.random() < probability else 0
+        """Bits of a leaf that are no rights, and NX with a probability."""
+        return self.random.choice(IGNORED) | (NX if self.random.random() < probability else 0)
 
     def _entry(self):
         """A table entry to write: its address, and a new value."""
@@ -173,7 +175,7 @@ class _Sequence:
         if kind < 0.9:
             return self.random.choice(PDS) + 8 * self.random.randrange(4), self._pde()
         if kind < 0.95:
-            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS * 3, *PTS, 0)) | 7
+            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS * 4, *PTS, 0, 0x80)) | 7
         return self.random.choice(ROOTS), self.random.choice(PDPTS) | self.random.choice(TABLE_FLAGS)
 
     # ---- operations --------------------------------------------------------------------------------------------------
@@ -321,9 +323,9 @@ class _Sequence:
             self._add("dirty_get", slot=self.random.choice(slots))
 
     def _drop_page(self):
-        """Take pages from the guest. Code stays, and so do pages of a slot whose host pages are huge."""
+        """Take pages from the guest; of a huge one, too. Code stays."""
         slot = self.random.choice((0, 0, 0, 1))
-        if slot == 1 and (self.huge or not self.slot_1_there):
+        if slot == 1 and not self.slot_1_there:
             return
         offset = self.random.choice(tuple(range(0, 0x3000, 0x1000)) if slot else DATA[:-4])
         self._add("dontneed", slot=slot, off=f"{offset:#x}", len="0x1000")

@@ -32,7 +32,7 @@ from kvmmu.oracles.live_machine import FATAL
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
-PAGE_SIZE = 4096
+PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 EINVAL = 22
 MIN_MMU_PAGES = 64
@@ -68,6 +68,7 @@ class _Slot:
         self.data: NDArray[np.uint8] = np.zeros(self.size, np.uint8)
         self.present = False
         self.states: list[tuple[int, str]] = []         # offsets of host pages that are not plain ones, while it is not there
+        self.split: set[int] = set()                    # offsets of huge host pages that are none any more
         if slot.get("unpopulated"):
             self.states = [(offset, "unmap") for offset in range(0, self.size, PAGE_SIZE)]
 
@@ -125,6 +126,8 @@ class ScenarioMachine:
         """Put the host's pages behind a slot that has just appeared where it is."""
         if slot.backing != "2m":
             self.vm.set_backing(slot.gpa, slot.size, slot.backing)
+        for offset in slot.split:
+            self.vm.set_backing(slot.gpa + offset, HUGE_PAGE_SIZE, "4k")
         for offset, how in slot.states:
             self.vm.invalidate(slot.gpa + offset, PAGE_SIZE, how)
         slot.present, slot.states = True, []
@@ -382,6 +385,8 @@ class ScenarioMachine:
     def _op_dontneed(self, op: dict[str, Any], record: dict[str, Any]) -> None:
         slot, offset, size = self._slots[op["slot"]], _number(op["off"]), _number(op["len"])
         slot.data[offset:offset + size] = 0
+        if slot.backing == "2m":
+            slot.split |= {at - at % HUGE_PAGE_SIZE for at in range(offset, offset + size, PAGE_SIZE)}
         if slot.present:
             self.vm.invalidate(slot.gpa + offset, size, "unmap")
             return
