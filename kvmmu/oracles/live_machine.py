@@ -15,7 +15,15 @@ import platform
 import struct
 from typing import Any, Self
 
-from kvmmu.oracles.guest_stub import PORT_OF_EXCEPTIONS, PORT_OF_SUCCESS, SELECTORS, TSS_SELECTOR, VECTORS_WITH_ERROR_CODE, Stub
+from kvmmu.oracles.guest_stub import (
+    FATAL,
+    PORT_OF_EXCEPTIONS,
+    PORT_OF_SUCCESS,
+    SELECTORS,
+    TSS_SELECTOR,
+    VECTORS_WITH_ERROR_CODE,
+    Stub,
+)
 from kvmmu.oracles.ioctls import (
     DescriptorTable,
     DirtyLog,
@@ -46,7 +54,6 @@ DIRTY_LOG_FLAG = 1 << 0
 RFLAGS_IOPL_3, RFLAGS_FIXED = 3 << 12, 1 << 1
 EFER_MSR = 0xC0000080
 PAGE_FAULT = 14
-FATAL = ("internal", "exit")
 
 
 class CannotRun(Exception):

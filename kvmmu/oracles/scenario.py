@@ -27,8 +27,7 @@ from kvmmu import (
     Vm,
 )
 from kvmmu.oracles.events import event_text
-from kvmmu.oracles.guest_stub import Stub
-from kvmmu.oracles.live_machine import FATAL
+from kvmmu.oracles.guest_stub import FATAL, Stub
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
