@@ -11,7 +11,7 @@ guest runs in 32-bit protected mode, and accesses of 8 bytes become accesses of 
 import struct
 from typing import Any
 
-__all__ = ["CODE_SIZE", "FATAL", "INSTRUCTIONS", "PORT_OF_EXCEPTIONS", "PORT_OF_SUCCESS", "SELECTORS", "VECTORS_WITH_ERROR_CODE", "Stub"]
+__all__ = ["FATAL", "INSTRUCTIONS", "PORT_OF_EXCEPTIONS", "PORT_OF_SUCCESS", "SELECTORS", "VECTORS_WITH_ERROR_CODE", "Stub"]
 
 FATAL = ("internal", "exit")            # results after which the guest does not run again
 PORT_OF_SUCCESS = 0x10
