@@ -54,6 +54,7 @@ long: matrix asan
 	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
+	KVMMU_LIVE_OPERATIONS=100000 $(BIN)/pytest tests/test_live_machine.py -rs
 	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
 
 clean:

@@ -1,1 +1,5 @@
-"""Oracles for differential runs: other implementations of the x86 MMU, asked the same questions."""
+"""Oracles for differential runs: other implementations of the x86 MMU, and the machine here in the form of their answers."""
+
+from kvmmu.oracles.scenario import run_scenario
+
+__all__ = ["run_scenario"]

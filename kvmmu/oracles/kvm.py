@@ -21,9 +21,7 @@ A KVM may take the registers of 32-bit or PAE paging and silently keep CR0.PG cl
 translates to itself. `LiveKvm.set_sregs` reads the registers back, so that no such answer passes for a translation.
 """
 
-import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import platform
@@ -32,9 +30,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-DEVICE = "/dev/kvm"
-API_VERSION = 12
-MAX_CPUID_ENTRIES = 256
+from kvmmu.oracles.ioctls import GeneralRegs, MemoryRegion, Segment, Sregs, ioctl, load_cpuid, open_device
+
 INVALID_GPA = 2**64 - 1
 
 CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31
@@ -49,74 +46,6 @@ AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 SEGMENT_CODE, SEGMENT_DATA = 11, 3
 
 
-class Segment(ctypes.Structure):
-    """struct kvm_segment."""
-
-    _fields_ = [
-        ("base", ctypes.c_uint64),
-        ("limit", ctypes.c_uint32),
-        ("selector", ctypes.c_uint16),
-        *((name, ctypes.c_uint8) for name in ("type", "present", "dpl", "db", "s", "l", "g", "avl")),
-        *((name, ctypes.c_uint8) for name in ("unusable", "padding")),
-    ]
-
-
-class DescriptorTable(ctypes.Structure):
-    """struct kvm_dtable."""
-
-    _fields_ = [("base", ctypes.c_uint64), ("limit", ctypes.c_uint16), ("padding", ctypes.c_uint16 * 3)]
-
-
-class Sregs(ctypes.Structure):
-    """struct kvm_sregs."""
-
-    _fields_ = [
-        *((name, Segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
-        *((name, DescriptorTable) for name in ("gdt", "idt")),
-        *((name, ctypes.c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
-        ("interrupt_bitmap", ctypes.c_uint64 * 4),
-    ]
-
-
-class GeneralRegs(ctypes.Structure):
-    """struct kvm_regs."""
-
-    _fields_ = [("general", ctypes.c_uint64 * 16), ("rip", ctypes.c_uint64), ("rflags", ctypes.c_uint64)]
-
-
-class MemoryRegion(ctypes.Structure):
-    """struct kvm_userspace_memory_region."""
-
-    _fields_ = [
-        ("slot", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("guest_phys_addr", ctypes.c_uint64),
-        ("memory_size", ctypes.c_uint64),
-        ("userspace_addr", ctypes.c_uint64),
-    ]
-
-
-class CpuidEntry(ctypes.Structure):
-    """struct kvm_cpuid_entry2."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")),
-        ("padding", ctypes.c_uint32 * 3),
-    ]
-
-
-class CpuidHeader(ctypes.Structure):
-    """struct kvm_cpuid2 without its entries: the part that the ioctl numbers count."""
-
-    _fields_ = [("nent", ctypes.c_uint32), ("padding", ctypes.c_uint32)]
-
-
-class Cpuid(ctypes.Structure):
-    """struct kvm_cpuid2 with room for the entries."""
-
-    _fields_ = [("header", CpuidHeader), ("entries", CpuidEntry * MAX_CPUID_ENTRIES)]
-
-
 TRANSLATION_DTYPE = np.dtype(
     [
         ("linear_address", np.uint64),
@@ -128,41 +57,6 @@ TRANSLATION_DTYPE = np.dtype(
     ]
 )
 """struct kvm_translation."""
-
-
-def _ioctl_number(direction: int, number: int, size: int = 0) -> int:
-    """Return the number of a KVM ioctl; `direction` is the sum of 1 (user space writes) and 2 (user space reads)."""
-    return direction << 30 | size << 16 | 0xAE << 8 | number
-
-
-def _kvm_ioctls() -> dict[str, int]:
-    """Return the numbers of the ioctls used here, by name."""
-    sregs, regs, header = (ctypes.sizeof(struct) for struct in (Sregs, GeneralRegs, CpuidHeader))
-    return {
-        "KVM_GET_API_VERSION": _ioctl_number(0, 0x00),
-        "KVM_CREATE_VM": _ioctl_number(0, 0x01),
-        "KVM_GET_SUPPORTED_CPUID": _ioctl_number(3, 0x05, header),
-        "KVM_CREATE_VCPU": _ioctl_number(0, 0x41),
-        "KVM_SET_USER_MEMORY_REGION": _ioctl_number(1, 0x46, ctypes.sizeof(MemoryRegion)),
-        "KVM_GET_REGS": _ioctl_number(2, 0x81, regs),
-        "KVM_SET_REGS": _ioctl_number(1, 0x82, regs),
-        "KVM_GET_SREGS": _ioctl_number(2, 0x83, sregs),
-        "KVM_SET_SREGS": _ioctl_number(1, 0x84, sregs),
-        "KVM_TRANSLATE": _ioctl_number(3, 0x85, TRANSLATION_DTYPE.itemsize),
-        "KVM_SET_CPUID2": _ioctl_number(1, 0x90, header),
-        "KVM_GET_CPUID2": _ioctl_number(3, 0x91, header),
-    }
-
-
-IOCTLS = _kvm_ioctls()
-
-
-def _ioctl(fd: int, name: str, argument: Any = 0) -> int:
-    """Issue the KVM ioctl `name`; an OSError says which one failed and why."""
-    try:
-        return int(fcntl.ioctl(fd, IOCTLS[name], argument))
-    except OSError as error:
-        raise OSError(error.errno, f"{name}: {os.strerror(error.errno or 0)}") from None
 
 
 class LiveKvm:
@@ -226,16 +120,10 @@ class LiveKvm:
 
     def _create_vcpu(self) -> list[int]:
         """Open the device, check its version and return the file descriptors of a new VM and its vCPU."""
-        try:
-            device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise OSError(error.errno, f"open {DEVICE}: {os.strerror(error.errno or 0)}") from None
+        device = open_device()
         self._fds.append(device)
-        version = _ioctl(device, "KVM_GET_API_VERSION")
-        if version != API_VERSION:
-            raise OSError(errno.ENOTSUP, f"KVM_GET_API_VERSION: version {version}, need {API_VERSION}")
-        self._fds.append(_ioctl(device, "KVM_CREATE_VM"))
-        self._fds.append(_ioctl(self._fds[-1], "KVM_CREATE_VCPU"))
+        self._fds.append(ioctl(device, "KVM_CREATE_VM"))
+        self._fds.append(ioctl(self._fds[-1], "KVM_CREATE_VCPU"))
         return self._fds[-2:]
 
     def _create_memory(self, size: int) -> NDArray[np.uint8]:
@@ -243,17 +131,12 @@ class LiveKvm:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
         region = MemoryRegion(memory_size=size, userspace_addr=memory.ctypes.data)
-        _ioctl(self._vm_fd, "KVM_SET_USER_MEMORY_REGION", region)
+        ioctl(self._vm_fd, "KVM_SET_USER_MEMORY_REGION", region)
         return memory
 
     def set_cpuid(self) -> None:
         """Give the vCPU every feature that KVM supports, and read back what it now reports."""
-        table = Cpuid(header=CpuidHeader(nent=MAX_CPUID_ENTRIES))
-        _ioctl(self._fds[0], "KVM_GET_SUPPORTED_CPUID", table)
-        _ioctl(self._vcpu_fd, "KVM_SET_CPUID2", table)
-        table.header.nent = MAX_CPUID_ENTRIES
-        _ioctl(self._vcpu_fd, "KVM_GET_CPUID2", table)
-        self._cpuid = {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[: table.header.nent]}
+        self._cpuid = load_cpuid(self._fds[0], self._vcpu_fd)
         self.maxphyaddr = self.cpuid(CPUID_ADDRESS_SIZES)[0] & 0xFF
         self.gbpages = bool(self.cpuid(CPUID_AMD_FEATURES)[3] & CPUID_PDPE1GB)
         _, ebx, ecx, edx = self.cpuid(CPUID_VENDOR)
@@ -284,13 +167,13 @@ class LiveKvm:
         wanted = {"cr0": cr0, "cr3": cr3, "cr4": cr4, "efer": efer}
         self._require_4_level(**wanted)
         sregs = Sregs()
-        _ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
+        ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
         segment = {"limit": 0xFFFFFFFF, "present": 1, "dpl": cpl, "s": 1, "g": 1}
         sregs.cs = Segment(selector=8 | cpl, type=SEGMENT_CODE, l=1, **segment)
         sregs.ss = Segment(selector=16 | cpl, type=SEGMENT_DATA, db=1, **segment)
         for name, value in wanted.items():
             setattr(sregs, name, value)
-        _ioctl(self._vcpu_fd, "KVM_SET_SREGS", sregs)
+        ioctl(self._vcpu_fd, "KVM_SET_SREGS", sregs)
         self._check_sregs(wanted)
 
     @staticmethod
@@ -306,7 +189,7 @@ class LiveKvm:
     def _check_sregs(self, wanted: dict[str, int]) -> None:
         """Raise an OSError unless the vCPU holds the registers that were just set."""
         sregs = Sregs()
-        _ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
+        ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
         held = {name: getattr(sregs, name) for name in wanted}
         kept = [f"{name} {held[name]:#x} for {wanted[name]:#x}" for name in wanted if held[name] != wanted[name]]
         if kept:
@@ -315,9 +198,9 @@ class LiveKvm:
     def set_rflags(self, rflags: int) -> None:
         """Set RFLAGS; only AC (bit 18) matters to a translation."""
         regs = GeneralRegs()
-        _ioctl(self._vcpu_fd, "KVM_GET_REGS", regs)
+        ioctl(self._vcpu_fd, "KVM_GET_REGS", regs)
         regs.rflags = rflags | RFLAGS_FIXED
-        _ioctl(self._vcpu_fd, "KVM_SET_REGS", regs)
+        ioctl(self._vcpu_fd, "KVM_SET_REGS", regs)
 
     def _translate(self, gvas: ArrayLike) -> NDArray[Any]:
         """Issue KVM_TRANSLATE for every address and return the records that KVM filled in."""
@@ -326,7 +209,7 @@ class LiveKvm:
         records["linear_address"] = gvas.ravel()
         view, step = memoryview(records.view(np.uint8)), TRANSLATION_DTYPE.itemsize
         for start in range(0, len(view), step):
-            _ioctl(self._vcpu_fd, "KVM_TRANSLATE", view[start : start + step])
+            ioctl(self._vcpu_fd, "KVM_TRANSLATE", view[start : start + step])
         records["physical_address"][records["valid"] == 0] = INVALID_GPA
         return records
 

@@ -1,0 +1,444 @@
+"""Scenarios on the machine here: the operations of a recorded guest, and records like those of the KVM that ran it.
+
+A scenario's guest runs user mode natively and has its kernel mode emulated; its host pages no second stage. Each operation enters
+the guest once. What that does to page tables besides the operation's own access is one fetch from the stub's code page, in user
+mode only; all else that the stub does is emulated and leaves no trace.
+"""
+
+import mmap
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu import (
+    INVALID_GPA,
+    Access,
+    CpuModel,
+    GeneralProtection,
+    GuestFault,
+    GuestMemory,
+    Host,
+    PageFault,
+    Pferr,
+    RetPf,
+    Tracepoints,
+    Vm,
+)
+from kvmmu.oracles.events import event_text
+from kvmmu.oracles.guest_stub import FATAL, Stub
+
+__all__ = ["ScenarioMachine", "run_scenario"]
+
+PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
+DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
+EINVAL = 22
+MIN_MMU_PAGES = 64
+JMP_RDX, ADD_AL_TO_RAX = b"\xff\xe2", b"\0\0"
+GP_VECTOR = 13
+CPU = CpuModel(vendor="amd", maxphyaddr=48, gbpages=False, la57=False, pcid=False, conformance="kvm")
+CONTROL_REGISTERS = {"cr0": 0, "cr3": 3, "cr4": 4}
+# What instructions make of the bytes in memory and their operand. All but MOV and MOVNTI read first.
+UPDATES: dict[str, Callable[[int, int], int]] = {
+    "xchg": lambda old, value: value,
+    "cmpxchg": lambda old, value: old or value,
+    "xadd": lambda old, value: old + value,
+    "rmw": lambda old, value: old,
+    "add": lambda old, value: old + value,
+    "sub": lambda old, value: old - value,
+    "or": lambda old, value: old | value,
+    "and": lambda old, value: old & value,
+    "not": lambda old, value: ~old,
+    "inc": lambda old, value: old + 1,
+    "btr": lambda old, value: old & ~(1 << value),
+}
+# KVM takes these for something else than a guest that writes its page tables.
+NOT_PAGE_TABLE_WRITING = frozenset({"xadd", "add", "sub", "not", "inc", "btr", "movnti", "movups"})
+
+
+class _Slot:
+    """A slot of the VMM: its memory outlives the slot of the machine."""
+
+    def __init__(self, slot: dict[str, Any]) -> None:
+        self.number, self.gpa, self.size = slot["slot"], slot["gpa"], slot["size"]
+        self.flags = self.first_flags = slot.get("flags", 0)
+        self.backing = slot.get("backing", "4k")
+        self.data: NDArray[np.uint8] = np.zeros(self.size, np.uint8)
+        self.present = False
+        self.states: list[tuple[int, str]] = []         # offsets of host pages that are not plain ones, while it is not there
+        self.split: set[int] = set()                    # offsets of huge host pages that are none any more
+        if slot.get("unpopulated"):
+            self.states = [(offset, "unmap") for offset in range(0, self.size, PAGE_SIZE)]
+
+
+class ScenarioMachine:
+    """A machine in the initial state of a scenario.
+
+    Parameters
+    ----------
+    scenario : dict
+        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all`; numbers in strings are hexadecimal.
+    trace : bool
+        Whether records have the events of the page tables.
+
+    Attributes
+    ----------
+    vm, vcpu : Vm, Vcpu
+    """
+
+    def __init__(self, scenario: dict[str, Any], *, trace: bool = True) -> None:
+        self._stub = Stub(scenario["stub"], scenario.get("mode"))
+        stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
+        self._slots = {slot["slot"]: _Slot(slot) for slot in (*scenario["slots"], stub)}
+        first = next((slot for slot in self._slots.values() if slot.gpa == 0), None)
+        if first is None:
+            raise ValueError("slots: want one at gpa 0")
+        self.mem = GuestMemory(first.data)
+        host = Host(tdp=None, kernel="6.18", maxphyaddr=52, max_page="2m")
+        self.vm = Vm(self.mem, CPU, host, backing="2m", slot_zap_all=not scenario.get("disable_quirk_slot_zap_all", False))
+        for slot in self._slots.values():
+            self._create_slot(slot, slot is first)
+        for address, value in scenario["mem"]:
+            self._poke(_number(address), _number(value).to_bytes(8, "little"))
+        for address, data in self._stub.memory():
+            self._poke(address, data)
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_regs(**{name: _number(value) for name, value in scenario["regs"].items()})
+        self._watched = [_number(gpa) for gpa in scenario["watch"]]
+        self._tables = {gpa: self._peek(gpa, PAGE_SIZE) for gpa in self._watched}
+        self._trace = trace
+        self._exits: list[Any] = []                     # of the operation under way, for MMIO
+        self.vm.clear_stats()
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    def _create_slot(self, slot: _Slot, exists: bool = False) -> None:
+        if not exists:
+            flags = {"readonly": bool(slot.flags & READONLY_FLAG), "dirty_log": bool(slot.flags & DIRTY_LOG_FLAG)}
+            self.vm.add_slot(slot.gpa, slot.data, **flags)
+        elif slot.flags & DIRTY_LOG_FLAG:
+            self.vm.set_dirty_log(slot.gpa, True)
+        self._use_host_pages(slot)
+
+    def _use_host_pages(self, slot: _Slot) -> None:
+        """Put the host's pages behind a slot that has just appeared where it is."""
+        if slot.backing != "2m":
+            self.vm.set_backing(slot.gpa, slot.size, slot.backing)
+        for offset in slot.split:
+            self.vm.set_backing(slot.gpa + offset, HUGE_PAGE_SIZE, "4k")
+        for offset, how in slot.states:
+            self.vm.invalidate(slot.gpa + offset, PAGE_SIZE, how)
+        slot.present, slot.states = True, []
+
+    def _find(self, gpa: int) -> tuple[_Slot, int] | None:
+        """The slot that holds gpa, or did before it was deleted, and the offset in it."""
+        for slot in self._slots.values():
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot, gpa - slot.gpa
+        return None
+
+    def _peek(self, gpa: int, size: int) -> bytes:
+        found = self._find(gpa)
+        return b"" if found is None else found[0].data[found[1]:found[1] + size].tobytes()
+
+    def _poke(self, gpa: int, data: bytes) -> None:
+        """Write before there is a guest."""
+        found = self._find(gpa)
+        if found is None:
+            raise ValueError(f"gpa {gpa:#x}: in none of the slots")
+        slot, offset = found
+        slot.data[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def _host_write(self, gpa: int, data: bytes) -> None:
+        """The VMM writes the memory of the guest, and KVM is not told."""
+        found = self._find(gpa)
+        if found is None:
+            raise ValueError(f"gpa {gpa:#x}: in none of the slots")
+        slot, offset = found
+        if slot.present:
+            self.vm.host_write(gpa, data)
+        else:
+            slot.data[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+            slot.states = [state for state in slot.states if state[0] != offset - offset % PAGE_SIZE]
+
+    def _changes(self) -> list[list[str]]:
+        """Entries of watched tables that differ from what they were."""
+        changed = []
+        for gpa in self._watched:
+            old, new = self._tables[gpa], self._peek(gpa, PAGE_SIZE)
+            if old != new and new:
+                self._tables[gpa] = new
+                changed += [[f"{gpa + at:x}", f"{int.from_bytes(new[at:at + 8], 'little'):x}"]
+                            for at in range(0, PAGE_SIZE, 8) if old[at:at + 8] != new[at:at + 8]]
+        return changed
+
+    # ---- operations --------------------------------------------------------------------------------------------------
+
+    def apply(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Do one operation; returns its record: result, val, delta, ptes, dirty_gfns, trace, those that are."""
+        record: dict[str, Any] = {}
+        before = self.vm.stats
+        if self._trace:
+            self.vm.trace = Tracepoints(capacity=1 << 14)
+        record["result"] = self._guest(op, record) if "cpl" in op else self._host(op, record)
+        after = self.vm.stats
+        record["delta"] = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        ptes = self._changes()
+        if ptes:
+            record["ptes"] = ptes
+        if self._trace:
+            record["trace"] = [text for text in map(event_text, self._events()) if text]
+        return record
+
+    def _events(self) -> Iterable[Any]:
+        return self.vm.trace or ()
+
+    def _guest(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
+        """One entry of the guest."""
+        name, cpl = op["op"], op["cpl"]
+        va, value = _number(op.get("va", 0)), _number(op.get("val", 0))
+        size = self._stub.instruction(name)[1]
+        self._exits.clear()
+        if name == "btr":                                           # the bit may be in another word
+            va = va + size * ((value ^ 1 << 63) - (1 << 63) >> 3 + size.bit_length() - 1) & 2**64 - 1
+            value %= 8 * size
+        self.vcpu.vm_enter()
+        try:
+            if cpl and self._stub.long_mode:
+                self.vcpu.access(self._stub.code_va(name, cpl), Access.USER | Access.FETCH)
+                result = self._native(name, size, va, value, record)
+                if result[0] not in FATAL:              # a write may have taken the stub's mapping away
+                    self.vcpu.vm_enter()
+                    self.vcpu.access(self._stub.return_va(name, cpl), Access.USER | Access.FETCH)
+            else:
+                result = self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
+            return self._exits + result
+        except PageFault as fault:
+            return [*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
+        except GeneralProtection:
+            return [*self._exits, "exc", GP_VECTOR, 0]
+        finally:
+            if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
+                self.vcpu.vm_enter()
+
+    def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
+        if va % PAGE_SIZE + size > PAGE_SIZE:
+            raise ValueError(f"va {va:#x}: a native access of {size} bytes crosses a page")
+        if name == "null":
+            return ["ok"]
+        if name == "fetch":
+            found = self.vcpu.access(va, Access.USER | Access.FETCH)
+            if found.hpa == INVALID_GPA:
+                return ["internal", 1]
+            if self.mem.read(found.gpa, size) == ADD_AL_TO_RAX:                 # RAX is 0
+                self.vcpu.access(0, Access.USER | Access.WRITE)
+            return self._fetched(self.mem.read(found.gpa, size))
+        if name.startswith("load"):
+            found = self.vcpu.access(va, Access.USER)
+            if found.hpa == INVALID_GPA:
+                return self._mmio_exit("r", found.gpa, size)
+            record["val"] = f"{int.from_bytes(self.mem.read(found.gpa, size), 'little'):x}"
+            return ["ok"]
+        if name not in UPDATES and not name.startswith(("store", "mov")):
+            raise ValueError(f"op: {name!r} does not run at CPL 3")
+        kind = {"page_table_writing": name not in NOT_PAGE_TABLE_WRITING}
+        if name not in UPDATES:
+            data = _operand(name, size, value)
+            found = self.vcpu.store(va, data, Access.USER, **kind)
+            return ["ok"] if found.hpa != INVALID_GPA else self._mmio_exit("w", found.gpa, size, data)
+        found = self.vcpu.store(va, b"", Access.USER, **kind)               # where it goes; then what it makes of what is there
+        if not self.mem.is_backed(found.gpa, 1):
+            self._mmio_exit("r", found.gpa, size)
+            data = _update(name, bytes(size), value)
+            self.vcpu.write_guest(va, data, Access.USER)                    # the second exit of the same instruction
+            return self._mmio_exit("w", found.gpa, size, data)
+        data = _update(name, self.mem.read(found.gpa, size), value)
+        if found.hpa == INVALID_GPA:                                        # it reads, but may not be written
+            return self._mmio_exit("w", found.gpa, size, data)
+        if found.ret == RetPf.EMULATE:
+            self.vm.write_guest_physical(found.gpa, data)
+        else:
+            self.vcpu.store(va, data, Access.USER, **kind)
+        return ["ok"]
+
+    def _mmio_exit(self, way: str, gpa: int, size: int, data: bytes | None = None) -> list[Any]:
+        """Remember an exit to the VMM; returns how the operation ends if nothing else happens."""
+        self._exits += ["mmio", way, f"{gpa:x}", size, *([] if data is None else [data.hex()])]
+        return ["ok"]
+
+    @staticmethod
+    def _fetched(code: bytes) -> list[Any]:
+        """How a fetch ends that found these bytes."""
+        return ["ok"] if code == JMP_RDX else ["code", code.hex(" ")]
+
+    def _emulated(self, name: str, size: int, va: int, value: int, user: int, record: dict[str, Any]) -> list[Any]:
+        if name == "null":
+            return ["ok"]
+        if name == "invlpg":
+            self.vcpu.invlpg(va)
+        elif name in CONTROL_REGISTERS:
+            self.vcpu.mov_cr(CONTROL_REGISTERS[name], value)
+        elif name == "efer":
+            self.vcpu.wrmsr_efer(value)
+        elif name == "fetch":
+            data = self._emulated_read(va, size, user | Access.FETCH)
+            if self._exits:
+                self._exits.clear()
+                return ["internal", 1]
+            if data == ADD_AL_TO_RAX:
+                self._emulated_update(0, 1, user)
+            return self._fetched(data)
+        elif name.startswith("load"):
+            data = self._emulated_read(va, size, user)
+            if not self._exits:
+                record["val"] = f"{int.from_bytes(data, 'little'):x}"
+        else:
+            data = _operand(name, size, value)
+            if name in UPDATES:
+                data = _update(name, self._emulated_update(va, size, user), value)
+            done = self.vcpu.write_guest(va, data, user)
+            if done < size:
+                self._mmio_exit("w", self._gpa(va + done, user | Access.WRITE), size - done, data[done:])
+        return ["ok"]
+
+    def _emulated_read(self, va: int, size: int, access: int) -> bytes:
+        """What KVM reads for the guest; what is MMIO reads as zeros."""
+        data, at = self.vcpu.read_guest(va, size, access), 0
+        while at < size:
+            part = min(size - at, PAGE_SIZE - (va + at) % PAGE_SIZE)
+            gpa = self._gpa(va + at, access)
+            if not self.mem.is_backed(gpa, 1):
+                self._mmio_exit("r", gpa, part)
+            at += part
+        return data
+
+    def _emulated_update(self, va: int, size: int, access: int) -> bytes:
+        """What KVM reads for an instruction that is going to write there: a fault says so."""
+        try:
+            return self._emulated_read(va, size, access)
+        except PageFault as fault:
+            fault.error_code |= Pferr.WRITE
+            raise
+
+    def _gpa(self, va: int, access: int) -> int:
+        return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
+
+    def _host(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
+        """One operation of the VMM."""
+        action = getattr(self, f"_op_{op['op']}", None)
+        if action is None:
+            raise ValueError(f"op: no host operation {op['op']!r}")
+        return ["host", action(op, record) or 0]
+
+    def _op_host_write(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        self._host_write(_number(op["gpa"]), _number(op["val"]).to_bytes(8, "little"))
+
+    def _op_host_touch(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        self._host_write(_number(op["gpa"]), self._peek(_number(op["gpa"]), 8))
+
+    def _op_set_sregs(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        try:
+            self.vcpu.set_regs(**{name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op})
+        except GuestFault:
+            return -EINVAL
+        return None
+
+    def _op_slot_delete(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot = self._slots[op["slot"]]
+        slot.states = self._states(slot)
+        self.vm.delete_slot(slot.gpa)
+        slot.present = False
+
+    def _states(self, slot: _Slot) -> list[tuple[int, str]]:
+        """Host pages of a slot that are not there, or are the zero page."""
+        states = []
+        for offset in range(0, slot.size, PAGE_SIZE):
+            _, _, unmapped, readonly = self.vm.kvm.host_page(slot.gpa + offset)
+            if unmapped or readonly:
+                states.append((offset, "unmap" if unmapped else "protect"))
+        return states
+
+    def _op_slot_set(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        slot = self._slots[op["slot"]]
+        gpa, flags = _number(op.get("gpa", slot.gpa)), op.get("flags", slot.first_flags)
+        if not slot.present:
+            slot.gpa, slot.flags = gpa, flags
+            self._create_slot(slot)
+            return None
+        if (flags ^ slot.flags) & READONLY_FLAG:
+            return -EINVAL
+        if gpa != slot.gpa:
+            slot.states = self._states(slot)
+            self.vm.move_slot(slot.gpa, gpa)
+            slot.gpa, slot.flags = gpa, flags
+            self._use_host_pages(slot)
+        elif (flags ^ slot.flags) & DIRTY_LOG_FLAG:
+            self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
+        slot.flags = flags
+        return None
+
+    def _op_dirty_get(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        record["dirty_gfns"] = [f"{gfn:x}" for gfn in self.vm.get_dirty_log(self._slots[op["slot"]].gpa).tolist()]
+
+    def _op_dontneed(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot, offset, size = self._slots[op["slot"]], _number(op["off"]), _number(op["len"])
+        slot.data[offset:offset + size] = 0
+        if slot.backing == "2m":
+            slot.split |= {at - at % HUGE_PAGE_SIZE for at in range(offset, offset + size, PAGE_SIZE)}
+        if slot.present:
+            self.vm.invalidate(slot.gpa + offset, size, "unmap")
+            return
+        gone = range(offset, offset + size, PAGE_SIZE)
+        slot.states = [state for state in slot.states if state[0] not in gone] + [(at, "unmap") for at in gone]
+
+    def _op_mprotect(self, op: dict[str, Any], record: dict[str, Any]) -> None:
+        slot, offset, size, prot = self._slots[op["slot"]], _number(op["off"]), _number(op["len"]), _number(op["prot"])
+        if not prot & mmap.PROT_READ:
+            raise ValueError(f"prot: want {mmap.PROT_READ} or {mmap.PROT_READ | mmap.PROT_WRITE}, got {prot}")
+        self.vm.invalidate(slot.gpa + offset, size, "move" if prot & mmap.PROT_WRITE else "protect")
+
+    def _op_nr_mmu_pages(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        if _number(op["n"]) < MIN_MMU_PAGES:
+            return -EINVAL
+        self.vm.set_nr_mmu_pages(_number(op["n"]))
+        return None
+
+
+def _number(value: "int | str") -> int:
+    return int(value, 16) if isinstance(value, str) else value
+
+
+def _operand(name: str, size: int, value: int) -> bytes:
+    """What MOV writes."""
+    return bytes(size) if name == "movups" else (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+def _update(name: str, old: bytes, value: int) -> bytes:
+    """What an instruction that reads first writes."""
+    new = UPDATES[name](int.from_bytes(old, "little"), value) & (1 << 8 * len(old)) - 1
+    return new.to_bytes(len(old), "little")
+
+
+def run_scenario(scenario: dict[str, Any], *, trace: bool = True) -> list[dict[str, Any]]:
+    """Run a scenario on the machine here.
+
+    Parameters
+    ----------
+    scenario : dict
+        As of `ScenarioMachine`, and `ops`.
+    trace : bool
+        Whether records have the events of the page tables, in the form of the recordings.
+
+    Returns
+    -------
+    list of dict
+        A record per operation, as a live KVM would give; fewer if the guest came to an end. It does so here, with the result
+        ["code", bytes], when a fetch finds other code than that which comes back: no instructions are carried out.
+    """
+    machine, records = ScenarioMachine(scenario, trace=trace), []
+    for op in scenario["ops"]:
+        records.append(machine.apply(op))
+        if records[-1]["result"][0] in (*FATAL, "code"):
+            break
+    return records

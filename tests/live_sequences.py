@@ -1,0 +1,341 @@
+"""Random scenarios in the form of the recorded ones: a guest that maps, unmaps and aliases pages and its own page tables.
+
+Three roots share tables. Every table is mapped as data by a window, so that CPL 3 can write it natively and CPL 0 by emulation.
+All randomness comes from the seed.
+"""
+
+import random
+
+SLOT_0 = {"slot": 0, "gpa": 0, "size": 4 << 20}
+SLOT_1_GPA, SLOT_1_ELSEWHERE = 0x40000000, 0x48000000
+HOLE = 0x10000000
+STUB_LINK = 0x30005027
+STUB = {
+    "slot": 31, "gpa": "0x30000000", "size": "0x10000", "va": "0x300000000000", "user_code_va": "0x300000001000",
+    "mem": [["0x30005000", "0x30006067"], ["0x30006000", "0x30007067"], ["0x30007000", "0x30000063"],
+            ["0x30007008", "0x30001067"], ["0x30007010", "0x30002063"], ["0x30007018", "0x30003063"],
+            ["0x30007020", "0x30004063"]]}
+
+ROOTS = (0x10000, 0x11000, 0x12000)
+PDPTS = (0x13000, 0x14000)
+PDS = (0x15000, 0x16000)
+PTS = (0x17000, 0x18000, 0x19000)
+CODE_PT = 0x1a000
+WINDOW_PD, WINDOW_PT = 0x1b000, 0x1c000
+SLOT_1_PT = 0x3000                      # in slot 1
+TABLES = (*ROOTS, *PDPTS, *PDS, *PTS, CODE_PT, WINDOW_PD, WINDOW_PT)
+DATA = tuple(range(0x100000, 0x110000, 0x1000))
+CODE = DATA[-4:]                        # they keep JMP RDX at offset 0
+WINDOW = 0x1000000000
+REGIONS = (0x40000000, 0x80000000)      # of the two page directories
+CODE_PDE = 7
+NX, RESERVED = 1 << 63, 1 << 50
+IGNORED = (0,) * 8 + (0x100, 0xE00, 0x18, 1 << 55, 1 << 60)    # global, software bits, memory type, key
+
+CR0, CR0_WP, CR0_PG = 0x80040033, 0x10000, 0x80000000
+CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 0x20, 0x80, 0x100000, 0x200000
+EFER, EFER_NX = 0x501, 0x800
+LEAF_FLAGS = (0x67,) * 9 + (0x27, 0x07, 0x25, 0x05, 0x65, 0x63, 0x03, 0x23, 0x61)
+TABLE_FLAGS = (0x07,) * 9 + (0x27, 0x67, 0x05, 0x03)
+WRITERS = ("xchg", "cmpxchg", "xadd", "rmw", "add", "sub", "or", "and", "not", "inc", "movnti", "btr")
+
+
+class _Sequence:
+    """A scenario under construction."""
+
+    def __init__(self, seed, operations, paging=True):
+        self.random = random.Random(seed)
+        self.paging = paging
+        pick = self.random.choice
+        backing = pick(["4k", "4k", "2m", "2m", "unpopulated"])
+        slot_1 = {"slot": 1, "gpa": SLOT_1_GPA, "size": 4 << 20}
+        slot_1 |= {"unpopulated": True} if backing == "unpopulated" else {"backing": backing}
+        if self.random.random() < 0.1 and backing != "unpopulated":
+            slot_1["flags"] = 2
+        self.readonly = "flags" in slot_1
+        self.cr3, self.cr0, self.cr4, self.efer = ROOTS[0], CR0 | CR0_WP, CR4_PAE, EFER | EFER_NX
+        self.slot_1_at, self.slot_1_there, self.logging = SLOT_1_GPA, True, {0: 0, 1: 0}
+        self.stamp = 0
+        self.ops = []
+        self.scenario = {
+            "format": 1, "name": f"sequence_{seed}", "slots": [dict(SLOT_0), slot_1], "stub": STUB,
+            "regs": {"cr0": f"{self.cr0:#x}", "cr3": f"{self.cr3:#x}", "cr4": f"{self.cr4:#x}", "efer": f"{self.efer:#x}"},
+            "mem": [[f"{gpa:#x}", f"{value:#x}"] for gpa, value in sorted(self._memory(backing != "unpopulated").items())],
+            "watch": [f"{gpa:#x}" for gpa in TABLES], "ops": self.ops}
+        if backing != "unpopulated":
+            self.scenario["watch"].append(f"{SLOT_1_GPA + SLOT_1_PT:#x}")
+        if self.random.random() < 0.3:
+            self.scenario["disable_quirk_slot_zap_all"] = True
+        if not paging:
+            self.scenario |= {"mode": "nopg", "regs": {"cr0": "0x50033", "cr3": "0x0", "cr4": "0x20", "efer": "0x0"}}
+            self.cr0, self.efer = CR0 & ~CR0_PG | CR0_WP, 0
+        for cpl in (3, 0, 3):
+            self._add("null", cpl)
+        kinds, weights = zip(*self._kinds().items(), strict=True)
+        while len(self.ops) < operations:
+            self.random.choices(kinds, weights)[0]()
+
+    def _kinds(self):
+        if not self.paging:
+            return {
+                self._load: 20, self._store: 20, self._load_emulated: 5, self._store_emulated: 5, self._write_otherwise: 5,
+                self._mov_cr3: 5, self._mov_cr0: 2, self._invlpg: 2, self._fetch: 2, self._change_slot: 5, self._log: 5,
+                self._read_log: 8, self._drop_page: 5, self._write_pte_silently: 2, self._limit_pages: 1}
+        return {
+            self._load: 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
+            self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
+            self._mov_cr4: 1, self._set_efer: 1, self._set_sregs: 1, self._fetch: 5, self._load_emulated: 3,
+            self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_page: 2,
+            self._limit_pages: 0.2}
+
+    # ---- the guest's memory ------------------------------------------------------------------------------------------
+
+    def _memory(self, slot_1):
+        memory = {}
+
+        def entry(table, index, value):
+            memory[table + 8 * index] = value
+
+        for root, pdpt in zip(ROOTS, (PDPTS[0], PDPTS[0], PDPTS[1]), strict=True):
+            entry(root, 0, pdpt | 7)
+            entry(root, 1, root | self.random.choice((7, 7, 5, 0)))        # the tables, mapped by themselves
+            entry(root, 96, STUB_LINK)
+        for pdpt in PDPTS:
+            entry(pdpt, 1, PDS[0] | 7)
+            entry(pdpt, 2, PDS[1] | 7)
+            entry(pdpt, WINDOW >> 30, WINDOW_PD | 7)
+        entry(WINDOW_PD, 0, WINDOW_PT | 7)
+        for table in TABLES:
+            entry(WINDOW_PT, table >> 12, table | self.random.choice((7, 0x67)))
+        for pd in PDS:
+            for index in range(4):
+                entry(pd, index, self._pde())
+            entry(pd, CODE_PDE, CODE_PT | 7)
+        for pt in PTS:
+            for index in range(16):
+                entry(pt, index, self._pte())
+        for index in range(4):
+            entry(CODE_PT, index, self._code_pte())
+        if slot_1:
+            for index in range(16):
+                entry(SLOT_1_GPA + SLOT_1_PT, index, self._pte())
+        for page in DATA:
+            memory[page] = page << 16 | 0xE2FF
+        return memory
+
+    def _pde(self):
+        kind = self.random.random()
+        if kind < 0.62:
+            return self.random.choice(PTS) | self.random.choice(TABLE_FLAGS) | self._nx(0.05) & ~0x100
+        if kind < 0.72:
+            return SLOT_1_GPA + SLOT_1_PT | 7
+        if kind < 0.86:
+            page = self.random.choice((SLOT_1_GPA, SLOT_1_GPA + 0x200000, SLOT_1_ELSEWHERE))
+            return page | 0x80 | self.random.choice(LEAF_FLAGS) | self._nx(0.1)
+        if kind < 0.9:
+            return 0x80 | self.random.choice(LEAF_FLAGS)            # covers every table
+        if kind < 0.92:
+            return self.random.choice(PTS) | 7 | RESERVED
+        if kind < 0.95:
+            return self.random.choice(PDS) | 7                      # a table on two levels
+        return 0
+
+    def _pte(self):
+        kind = self.random.random()
+        flags = self.random.choice(LEAF_FLAGS) | self._nx(0.1)
+        if kind < 0.62:
+            return self.random.choice(DATA) | flags
+        if kind < 0.76:
+            return SLOT_1_GPA + 0x1000 * self.random.randrange(8) | flags
+        if kind < 0.80:
+            return SLOT_1_ELSEWHERE + 0x1000 * self.random.randrange(8) | flags
+        if kind < 0.87:
+            return self.random.choice((*PDS, *PTS)) | flags
+        if kind < 0.90:
+            return HOLE + 0x1000 * self.random.randrange(2) | flags
+        if kind < 0.92:
+            return self.random.choice(DATA) | flags | RESERVED
+        return 0
+
+    def _code_pte(self):
+        return self.random.choice((*CODE, 0)) | self.random.choice(LEAF_FLAGS) | self._nx(0.2)
+
+    def _nx(self, probability):
+        """Bits of a leaf that are no rights, and NX with a probability."""
+        return self.random.choice(IGNORED) | (NX if self.random.random() < probability else 0)
+
+    def _entry(self):
+        """A table entry to write: its address, and a new value."""
+        kind = self.random.random()
+        if kind < 0.55:
+            pt = self.random.choice((*PTS, *PTS, *PTS, SLOT_1_GPA + SLOT_1_PT))
+            return pt + 8 * self.random.randrange(16), self._pte()
+        if kind < 0.65:
+            return CODE_PT + 8 * self.random.randrange(4), self._code_pte()
+        if kind < 0.9:
+            return self.random.choice(PDS) + 8 * self.random.randrange(4), self._pde()
+        if kind < 0.95:
+            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS * 4, *PTS, 0, 0x80)) | 7
+        return self.random.choice(ROOTS), self.random.choice(PDPTS) | self.random.choice(TABLE_FLAGS)
+
+    # ---- operations --------------------------------------------------------------------------------------------------
+
+    def _add(self, op, cpl=None, **rest):
+        self.ops.append({"op": op} | ({} if cpl is None else {"cpl": cpl}) | rest)
+
+    def _settle(self):
+        self._add("null", 3)
+
+    def _va(self):
+        if not self.paging:
+            page = self.random.choice((*DATA, *TABLES, SLOT_1_GPA, SLOT_1_GPA + 0x1000, SLOT_1_ELSEWHERE, HOLE))
+            return page + self.random.choice((0, 8, 16))
+        if self.random.random() < 0.08:
+            return WINDOW + self.random.choice(TABLES) + 8 * self.random.randrange(16)
+        if self.random.random() < 0.05:                             # tables by way of the root's entry for itself
+            indices = (self.random.choice((0, 1, 1, 2, 64)) << shift for shift in (30, 21, 12))
+            return 1 << 39 | sum(indices) | self.random.choice((0, 8))
+        region = self.random.choice(REGIONS)
+        return region + 0x200000 * self.random.randrange(4) + 0x1000 * self.random.randrange(16) + self.random.choice((0, 8, 16))
+
+    def _data_va(self):
+        """Never where code is."""
+        return self._va() & ~0xFFF | self.random.choice((8, 16, 0x808))
+
+    def _value(self):
+        self.stamp += 1
+        return f"{0xABC000E2FF + (self.stamp << 16):#x}"
+
+    def _window_va(self, gpa):
+        """Where an entry is mapped for writing; a table in slot 1 has no window, but is reached through some PTE."""
+        if not self.paging:
+            return gpa
+        if gpa < 4 << 20:
+            return WINDOW + gpa
+        return self.random.choice(REGIONS) + 0x200000 * self.random.randrange(4) + (gpa & 0xFFFF)
+
+    def _load(self):
+        self._add(self.random.choice(("load",) * 8 + ("load1", "load4")), 3, va=f"{self._va():#x}")
+
+    def _store(self):
+        op = self.random.choice(("store",) * 8 + ("store1", "store2", "store4"))
+        self._add(op, 3, va=f"{self._data_va():#x}", val=self._value())
+
+    def _write_pte_natively(self):
+        gpa, value = self._entry()
+        self._add("store", 3, va=f"{self._window_va(gpa):#x}", val=f"{value:#x}")
+
+    def _write_pte_emulated(self):
+        gpa, value = self._entry()
+        self._add("store", 0, va=f"{self._window_va(gpa):#x}", val=f"{value:#x}")
+
+    def _write_oddly(self):
+        """Other sizes, and addresses that no entry begins at."""
+        gpa, value = self._entry()
+        op = self.random.choice(("store1", "store2", "store4", "store4", "store"))
+        shift = self.random.choice((0, 0, 1, 2, 4, 6))
+        self._add(op, self.random.choice((0, 3)), va=f"{self._window_va(gpa) + shift:#x}", val=f"{value & 0xFFFFFFFF:#x}")
+
+    def _write_otherwise(self):
+        """Instructions that read, too, and instructions that KVM does not take for writes of page tables."""
+        gpa, value = self._entry()
+        op = self.random.choice(WRITERS)
+        if op in ("btr", "rmw", "inc", "not"):
+            value = 5 if op == "btr" else 0
+        if op in ("inc", "not", "add", "sub", "xadd"):
+            gpa = gpa & ~0xFFF | 0x800 + 8 * self.random.randrange(16)              # where no walk goes
+        self._add(op, self.random.choice((3, 3, 0)), va=f"{self._window_va(gpa):#x}", val=f"{value:#x}")
+
+    def _write_pte_silently(self):
+        gpa, value = self._entry()
+        if gpa < 4 << 20 or self.slot_1_there and self.slot_1_at == SLOT_1_GPA:
+            self._add("host_write", gpa=f"{gpa:#x}", val=f"{value:#x}")
+
+    def _invlpg(self):
+        self._add("invlpg", 0, va=f"{self._va() & ~0xFFF:#x}")
+
+    def _mov_cr3(self):
+        self.cr3 = self.random.choice((*ROOTS, self.cr3))
+        self._add("cr3", 0, val=f"{self.cr3:#x}")
+        self._settle()
+
+    def _mov_cr0(self):
+        self.cr0 ^= CR0_WP
+        self._add("cr0", 0, val=f"{self.cr0:#x}")
+        self._settle()
+
+    def _mov_cr4(self):
+        self.cr4 ^= self.random.choice((CR4_PGE, CR4_SMEP, CR4_SMAP))
+        self._add("cr4", 0, val=f"{self.cr4:#x}")
+        self._settle()
+
+    def _set_efer(self):
+        self.efer ^= EFER_NX
+        self._add("efer", 0, val=f"{self.efer:#x}")
+        self._settle()
+
+    def _set_sregs(self):
+        self.cr3 = self.random.choice(ROOTS)
+        self.cr0 = CR0 | self.random.choice((0, CR0_WP, CR0_WP))
+        self.cr4 = CR4_PAE | self.random.choice((0, 0, CR4_SMEP, CR4_SMAP, CR4_SMEP | CR4_SMAP))
+        self._add("set_sregs", cr0=f"{self.cr0:#x}", cr3=f"{self.cr3:#x}", cr4=f"{self.cr4:#x}")
+        self._settle()
+
+    def _fetch(self):
+        va = self.random.choice(REGIONS) + 0x200000 * CODE_PDE + 0x1000 * self.random.randrange(4)
+        if not self.paging:
+            va = self.random.choice(CODE)
+        # A KVM that emulates kernel mode may apply SMAP to fetches when SMEP is off.
+        cpl = 3 if self.cr4 & CR4_SMAP else self.random.choice((3, 3, 3, 0))
+        self._add("fetch", cpl, va=f"{va:#x}")
+
+    def _load_emulated(self):
+        self._add("load", 0, va=f"{self._va():#x}")
+
+    def _store_emulated(self):
+        self._add("store", 0, va=f"{self._data_va():#x}", val=self._value())
+
+    def _change_slot(self):
+        flags = {"flags": 2} if self.readonly else {}
+        if not self.slot_1_there:
+            self._add("slot_set", slot=1, **flags)
+        elif self.random.random() < 0.5:
+            self._add("slot_delete", slot=1)
+        else:
+            self.slot_1_at ^= SLOT_1_GPA ^ SLOT_1_ELSEWHERE
+            self._add("slot_set", slot=1, gpa=f"{self.slot_1_at:#x}", **flags)
+            self.logging[1] = 0
+            self._settle()
+            return
+        self.slot_1_there = not self.slot_1_there
+        self.logging[1] = 0
+        self._settle()
+
+    def _log(self):
+        slot = self.random.choice((0, 1)) if self.slot_1_there else 0
+        self.logging[slot] ^= 1
+        self._add("slot_set", slot=slot, flags=self.logging[slot] | (2 if slot and self.readonly else 0))
+        self._settle()
+
+    def _read_log(self):
+        slots = [slot for slot, on in self.logging.items() if on]
+        if slots:
+            self._add("dirty_get", slot=self.random.choice(slots))
+
+    def _drop_page(self):
+        """Take pages from the guest; of a huge one, too. Code stays."""
+        slot = self.random.choice((0, 0, 0, 1))
+        if slot == 1 and not self.slot_1_there:
+            return
+        offset = self.random.choice(tuple(range(0, 0x3000, 0x1000)) if slot else DATA[:-4])
+        self._add("dontneed", slot=slot, off=f"{offset:#x}", len="0x1000")
+        if self.random.random() < 0.4 and (slot == 0 or self.slot_1_at == SLOT_1_GPA):
+            self._add("host_touch", gpa=f"{offset + (SLOT_1_GPA if slot else 0):#x}")
+
+    def _limit_pages(self):
+        self._add("nr_mmu_pages", n=self.random.choice((64, 80, 1000)))
+
+
+def sequence(seed, operations=200, paging=True):
+    """A random scenario of about that many operations; without paging the guest has no page tables, and KVM emulates it."""
+    return _Sequence(seed, operations, paging).scenario
