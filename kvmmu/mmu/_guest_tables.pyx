@@ -71,6 +71,6 @@ cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint3
     return True
 
 
-cdef bint gpte_changed(const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil:
+cdef bint gpte_changed(kvm_vcpu *vcpu, const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil:
     cdef uint64_t now
-    return not read_guest_pte(w, walk.pte_gpa[level - 1], &now) or now != walk.ptes[level - 1]
+    return not read_guest_pte(vcpu, w, walk.pte_gpa[level - 1], &now) or now != walk.ptes[level - 1]

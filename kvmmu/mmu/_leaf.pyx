@@ -119,7 +119,7 @@ cdef void prefetch_indirect(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t spte
     for i in range(PTE_PREFETCH_NUM):
         if first + i == sptep or is_shadow_present_pte(k.sptes[first + i]):
             continue
-        if not read_guest_pte(w, gpa + i * gpte_size(w), &gpte):
+        if not read_guest_pte(vcpu, w, gpa + i * gpte_size(w), &gpte):
             return
         if not is_usable_gpte(w, gpte, PG_LEVEL_4K):
             drop_spte(k, first + i)
@@ -188,7 +188,7 @@ cdef int sync_spte(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
     cdef kvm_memory_slot *slot
     if old == SHADOW_NONPRESENT_VALUE:
         return 0
-    if not read_guest_pte(w, first_gpte_gpa(sp) + i * gpte_size(w), &gpte):
+    if not read_guest_pte(vcpu, w, first_gpte_gpa(sp) + i * gpte_size(w), &gpte):
         return -1
     if not is_usable_gpte(w, gpte, PG_LEVEL_4K):
         drop_spte(k, sptep)

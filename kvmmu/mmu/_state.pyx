@@ -99,7 +99,9 @@ cdef class Kvm(KvmMemory):
                 self._break_up(address, start, end)     # a notification of its own
                 for gfn in range(start, end):
                     page = &slot.host_page[gfn - slot.base_gfn]
-                    if how == "protect":
+                    if page[0] & HOST_UNMAPPED and how != "unmap":
+                        pass                            # nothing there to be moved or protected
+                    elif how == "protect":
                         page[0] |= HOST_READONLY
                     else:
                         move_host_page(slot, gfn)
