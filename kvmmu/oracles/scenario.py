@@ -309,7 +309,8 @@ class ScenarioMachine:
 
     def _emulated_read(self, va: int, size: int, access: int) -> bytes:
         """What KVM reads for the guest; what is MMIO reads as zeros."""
-        data, at = self.vcpu.read_guest(va, size, access), 0
+        data: bytes = self.vcpu.read_guest(va, size, access)
+        at = 0
         while at < size:
             part = min(size - at, PAGE_SIZE - (va + at) % PAGE_SIZE)
             gpa = self._gpa(va + at, access)
