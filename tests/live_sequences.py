@@ -95,11 +95,11 @@ class _Sequence:
                 self._mov_cr3: 5, self._mov_cr0: 2, self._invlpg: 2, self._fetch: 2, self._change_slot: 5, self._log: 5,
                 self._read_log: 8, self._drop_pages: 5, self._protect: 2, self._write_pte_silently: 2, self._limit_pages: 1}
         return {
-            self._load: 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
+            self._load: 80 if self.crowded else 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
             self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
             self._mov_cr4: 1, self._set_efer: 1, self._set_sregs: 1, self._fetch: 5, self._load_emulated: 3,
             self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_pages: 2,
-            self._protect: 0.5, self._limit_pages: 4 if self.crowded else 0.2, self._load_oddly: 2, self._break_rules: 0.5}
+            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._break_rules: 0.5}
 
     # ---- the guest's memory ------------------------------------------------------------------------------------------
 
@@ -386,14 +386,14 @@ class _Sequence:
         """What the processor or KVM refuses."""
         self.random.choice((
             lambda: self._add("cr3", 0, val=f"{self.cr3 | 1 << 60:#x}"),
-            lambda: self._add("cr4", 0, val=f"{self.cr4 | 1 << 30:#x}"), lambda: self._add("cr4", 0, val=f"{self.cr4 & ~CR4_PAE:#x}"),
-            lambda: self._add("cr0", 0, val=f"{1 << 33:#x}"),
+            lambda: self._add("cr4", 0, val=f"{self.cr4 | 1 << 30:#x}"),
+            lambda: self._add("cr4", 0, val=f"{self.cr4 & ~CR4_PAE:#x}"), lambda: self._add("cr0", 0, val=f"{1 << 33:#x}"),
             lambda: self._add("efer", 0, val=f"{self.efer ^ 0x100:#x}"), lambda: self._add("nr_mmu_pages", n=20),
             lambda: self._add("invlpg", 0, va=f"{NOT_CANONICAL[0]:#x}")))()
         self._settle()
 
     def _limit_pages(self):
-        self._add("nr_mmu_pages", n=self.random.choice((64, 80, 1000)))
+        self._add("nr_mmu_pages", n=self.random.choice((64, 64, 70, 80, 1000)))
 
 
 def sequence(seed, operations=OPERATIONS):
