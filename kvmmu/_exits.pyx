@@ -16,7 +16,7 @@ from kvmmu._machine_state cimport access_result, machine, use_arena
 from kvmmu._tlb cimport tlb_drop
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.mmu._entry cimport inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
-from kvmmu.mmu._fault cimport host_writes
+from kvmmu.mmu._fault cimport host_reads, host_writes
 from kvmmu.mmu._guest_tables cimport trace_walk
 from kvmmu.mmu._kvm cimport kvm, memslots_of
 from kvmmu.mmu._page cimport first_spte
@@ -175,6 +175,8 @@ cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_res
         return
     if access & ACCESS_WRITE_MASK:
         emulated_write(m, slot, r.gpa)
+    else:
+        host_reads(slot, gfn)
     out.hpa = (host_pfn_of(slot, gfn, host_page_of(slot, gfn)) << PAGE_SHIFT) | (r.gpa & PAGE_OFFSET_MASK)
 
 

@@ -16,11 +16,11 @@ from kvmmu._machine_modes cimport MachineModes
 from kvmmu._machine_state cimport access_columns, access_result, use_arena
 from kvmmu._tlb cimport Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address
 from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
-from kvmmu.mmu._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, add_vcpu, kvm_mmu, sp_hpa
+from kvmmu.mmu._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, add_vcpu, kvm_mmu, sp_hpa
 from kvmmu.mmu._page cimport alloc_page, reserve_pages
 from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu._state cimport Kvm
-from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_prev_roots, sync_roots
+from kvmmu.mmu._sync cimport mmu_invalidate_addr
 from kvmmu.mmu._tdp cimport tdp_page_fault
 
 from kvmmu._bits import RetPf
@@ -336,13 +336,9 @@ cdef class Machine(MachineModes):
         self.sync_all()
 
     cdef int sync_all(self) except -1:
-        """Under shadow paging a flush by the guest makes every root of it agree with its tables."""
+        """Under shadow paging a flush by the guest makes every root of it agree with its tables, before the guest runs again."""
         if not self.kvm.k.tdp_enabled:
-            with self.kvm.lock:
-                self.kvm.sync()
-                sync_roots(self.m.vcpu)
-                sync_prev_roots(self.m.vcpu)
-            self.m.vcpu.requests |= REQ_TLB_FLUSH
+            self.m.vcpu.requests |= REQ_TLB_FLUSH_GUEST
         return 0
 
     # ---- what KVM carries out ----------------------------------------------------------------------------------------------

@@ -184,12 +184,11 @@ class Vcpu:
         """
         stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
         before = self._regs
-        self._flush_guest()
         self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
         after = self._regs
-        if self._made is not None and (before.cr0, before.cr3, before.cr4, before.efer) != (
-                after.cr0, after.cr3, after.cr4, after.efer):
+        if self._made is not None and replace(before, pkru=after.pkru, rflags=after.rflags) != after:
             self._machine.reset_context()
+            self._flush_guest()
 
     def mov_cr(self, n: int, value: int) -> None:
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.

@@ -1,13 +1,14 @@
 """Random scenarios in the form of the recorded ones: a guest that maps, unmaps and aliases pages and its own page tables.
 
-Three roots share tables. Every table is mapped as data by a window, so that CPL 3 can write it natively and CPL 0 by emulation.
-All randomness comes from the seed.
+Six roots share tables. Every table is mapped as data by a window, so that CPL 3 can write it natively and CPL 0 by emulation.
+A crowded guest has more tables than shadow pages that it may use. All randomness comes from the seed.
 """
 
 import random
 
 SLOT_0 = {"slot": 0, "gpa": 0, "size": 4 << 20}
 SLOT_1_GPA, SLOT_1_ELSEWHERE = 0x40000000, 0x48000000
+SLOT_2_GPA, SLOT_2_PAGES = 0x50003000, 5
 HOLE = 0x10000000
 STUB_LINK = 0x30005027
 STUB = {
@@ -16,7 +17,7 @@ STUB = {
             ["0x30007008", "0x30001067"], ["0x30007010", "0x30002063"], ["0x30007018", "0x30003063"],
             ["0x30007020", "0x30004063"]]}
 
-ROOTS = (0x10000, 0x11000, 0x12000)
+ROOTS = (0x10000, 0x11000, 0x12000, 0x1d000, 0x1e000, 0x1f000)
 PDPTS = (0x13000, 0x14000)
 PDS = (0x15000, 0x16000)
 PTS = (0x17000, 0x18000, 0x19000)
@@ -24,12 +25,16 @@ CODE_PT = 0x1a000
 WINDOW_PD, WINDOW_PT = 0x1b000, 0x1c000
 SLOT_1_PT = 0x3000                      # in slot 1
 TABLES = (*ROOTS, *PDPTS, *PDS, *PTS, CODE_PT, WINDOW_PD, WINDOW_PT)
+CROWD = tuple(range(0x200000, 0x250000, 0x1000))        # page tables of a crowded guest
+CROWD_PDE = 16
 DATA = tuple(range(0x100000, 0x110000, 0x1000))
 CODE = DATA[-4:]                        # they keep JMP RDX at offset 0
 WINDOW = 0x1000000000
 REGIONS = (0x40000000, 0x80000000)      # of the two page directories
 CODE_PDE = 7
 NX, RESERVED = 1 << 63, 1 << 50
+NO_TABLE_BITS = 0x18                    # of CR3: they make it another root
+NOT_CANONICAL = (1 << 47, 1 << 62, 0xFFFF7FFFFFFFF000)
 IGNORED = (0,) * 8 + (0x100, 0xE00, 0x18, 1 << 55, 1 << 60)    # global, software bits, memory type, key
 
 CR0, CR0_WP, CR0_PG = 0x80040033, 0x10000, 0x80000000
@@ -37,35 +42,43 @@ CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 0x20, 0x80, 0x100000, 0x200000
 EFER, EFER_NX = 0x501, 0x800
 LEAF_FLAGS = (0x67,) * 9 + (0x27, 0x07, 0x25, 0x05, 0x65, 0x63, 0x03, 0x23, 0x61)
 TABLE_FLAGS = (0x07,) * 9 + (0x27, 0x67, 0x05, 0x03)
+OPERATIONS = 200
+UNPAGED = 8
 WRITERS = ("xchg", "cmpxchg", "xadd", "rmw", "add", "sub", "or", "and", "not", "inc", "movnti", "btr")
 
 
 class _Sequence:
     """A scenario under construction."""
 
-    def __init__(self, seed, operations, paging=True):
+    def __init__(self, seed, operations, paging):
         self.random = random.Random(seed)
         self.paging = paging
         pick = self.random.choice
         backing = pick(["4k", "4k", "2m", "2m", "unpopulated"])
         slot_1 = {"slot": 1, "gpa": SLOT_1_GPA, "size": 4 << 20}
         slot_1 |= {"unpopulated": True} if backing == "unpopulated" else {"backing": backing}
-        if self.random.random() < 0.1 and backing != "unpopulated":
+        if self.random.random() < 0.2 and backing != "unpopulated":
             slot_1["flags"] = 2
+        slot_2 = {"slot": 2, "gpa": SLOT_2_GPA, "size": SLOT_2_PAGES << 12} | pick([{}, {}, {"flags": 2}, {"unpopulated": True}])
+        self.crowded = paging and self.random.random() < 0.15
         self.readonly = "flags" in slot_1
+        self.upper_half_is_plain = backing == "4k"
         self.cr3, self.cr0, self.cr4, self.efer = ROOTS[0], CR0 | CR0_WP, CR4_PAE, EFER | EFER_NX
         self.slot_1_at, self.slot_1_there, self.logging = SLOT_1_GPA, True, {0: 0, 1: 0}
         self.stamp = 0
         self.ops = []
         self.scenario = {
-            "format": 1, "name": f"sequence_{seed}", "slots": [dict(SLOT_0), slot_1], "stub": STUB,
+            "format": 1, "name": f"sequence_{seed}", "slots": [dict(SLOT_0), slot_1, slot_2], "stub": STUB,
             "regs": {"cr0": f"{self.cr0:#x}", "cr3": f"{self.cr3:#x}", "cr4": f"{self.cr4:#x}", "efer": f"{self.efer:#x}"},
             "mem": [[f"{gpa:#x}", f"{value:#x}"] for gpa, value in sorted(self._memory(backing != "unpopulated").items())],
-            "watch": [f"{gpa:#x}" for gpa in TABLES], "ops": self.ops}
+            "watch": [f"{gpa:#x}" for gpa in (*TABLES, *DATA)], "ops": self.ops}
         if backing != "unpopulated":
             self.scenario["watch"].append(f"{SLOT_1_GPA + SLOT_1_PT:#x}")
         if self.random.random() < 0.3:
             self.scenario["disable_quirk_slot_zap_all"] = True
+        if self.random.random() < 0.4:
+            self.scenario["cpu"] = {
+                "vendor": pick(["intel", "amd"]), "maxphyaddr": pick([36, 40, 48, 52])}
         if not paging:
             self.scenario |= {"mode": "nopg", "regs": {"cr0": "0x50033", "cr3": "0x0", "cr4": "0x20", "efer": "0x0"}}
             self.cr0, self.efer = CR0 & ~CR0_PG | CR0_WP, 0
@@ -80,13 +93,13 @@ class _Sequence:
             return {
                 self._load: 20, self._store: 20, self._load_emulated: 5, self._store_emulated: 5, self._write_otherwise: 5,
                 self._mov_cr3: 5, self._mov_cr0: 2, self._invlpg: 2, self._fetch: 2, self._change_slot: 5, self._log: 5,
-                self._read_log: 8, self._drop_page: 5, self._write_pte_silently: 2, self._limit_pages: 1}
+                self._read_log: 8, self._drop_pages: 5, self._protect: 2, self._write_pte_silently: 2, self._limit_pages: 1}
         return {
-            self._load: 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
+            self._load: 80 if self.crowded else 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
             self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
             self._mov_cr4: 1, self._set_efer: 1, self._set_sregs: 1, self._fetch: 5, self._load_emulated: 3,
-            self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_page: 2,
-            self._limit_pages: 0.2}
+            self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_pages: 2,
+            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._break_rules: 0.5}
 
     # ---- the guest's memory ------------------------------------------------------------------------------------------
 
@@ -96,8 +109,8 @@ class _Sequence:
         def entry(table, index, value):
             memory[table + 8 * index] = value
 
-        for root, pdpt in zip(ROOTS, (PDPTS[0], PDPTS[0], PDPTS[1]), strict=True):
-            entry(root, 0, pdpt | 7)
+        for i, root in enumerate(ROOTS):
+            entry(root, 0, PDPTS[i % 3 // 2] | 7)
             entry(root, 1, root | self.random.choice((7, 7, 5, 0)))        # the tables, mapped by themselves
             entry(root, 96, STUB_LINK)
         for pdpt in PDPTS:
@@ -111,8 +124,14 @@ class _Sequence:
             for index in range(4):
                 entry(pd, index, self._pde())
             entry(pd, CODE_PDE, CODE_PT | 7)
+            if self.crowded:
+                for index, pt in enumerate(CROWD):
+                    entry(pd, CROWD_PDE + index, pt | 7)
         for pt in PTS:
             for index in range(16):
+                entry(pt, index, self._pte())
+        for pt in CROWD if self.crowded else ():
+            for index in range(4):
                 entry(pt, index, self._pte())
         for index in range(4):
             entry(CODE_PT, index, self._code_pte())
@@ -138,7 +157,15 @@ class _Sequence:
             return self.random.choice(PTS) | 7 | RESERVED
         if kind < 0.95:
             return self.random.choice(PDS) | 7                      # a table on two levels
-        return 0
+        return self.random.choice((0, 0, HOLE | 7))
+
+    def _pdpte(self):
+        kind = self.random.random()
+        if kind < 0.6:
+            return self.random.choice(PDS) | 7
+        if kind < 0.8:
+            return self.random.choice((0, SLOT_1_GPA)) | 0x80 | self.random.choice(LEAF_FLAGS) | self._nx(0.1)
+        return self.random.choice((*PTS, 0, 0, HOLE)) | 7
 
     def _pte(self):
         kind = self.random.random()
@@ -147,8 +174,10 @@ class _Sequence:
             return self.random.choice(DATA) | flags
         if kind < 0.76:
             return SLOT_1_GPA + 0x1000 * self.random.randrange(8) | flags
-        if kind < 0.80:
+        if kind < 0.78:
             return SLOT_1_ELSEWHERE + 0x1000 * self.random.randrange(8) | flags
+        if kind < 0.80:
+            return SLOT_2_GPA + 0x1000 * self.random.randrange(-1, SLOT_2_PAGES + 1) | flags
         if kind < 0.87:
             return self.random.choice((*PDS, *PTS)) | flags
         if kind < 0.90:
@@ -175,7 +204,7 @@ class _Sequence:
         if kind < 0.9:
             return self.random.choice(PDS) + 8 * self.random.randrange(4), self._pde()
         if kind < 0.95:
-            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self.random.choice((*PDS * 4, *PTS, 0, 0x80)) | 7
+            return self.random.choice(PDPTS) + 8 * self.random.choice((1, 2)), self._pdpte()
         return self.random.choice(ROOTS), self.random.choice(PDPTS) | self.random.choice(TABLE_FLAGS)
 
     # ---- operations --------------------------------------------------------------------------------------------------
@@ -188,7 +217,7 @@ class _Sequence:
 
     def _va(self):
         if not self.paging:
-            page = self.random.choice((*DATA, *TABLES, SLOT_1_GPA, SLOT_1_GPA + 0x1000, SLOT_1_ELSEWHERE, HOLE))
+            page = self.random.choice((*DATA, *TABLES, SLOT_1_GPA, SLOT_1_GPA + 0x1000, SLOT_1_ELSEWHERE, SLOT_2_GPA, HOLE))
             return page + self.random.choice((0, 8, 16))
         if self.random.random() < 0.08:
             return WINDOW + self.random.choice(TABLES) + 8 * self.random.randrange(16)
@@ -196,6 +225,9 @@ class _Sequence:
             indices = (self.random.choice((0, 1, 1, 2, 64)) << shift for shift in (30, 21, 12))
             return 1 << 39 | sum(indices) | self.random.choice((0, 8))
         region = self.random.choice(REGIONS)
+        if self.crowded and self.random.random() < 0.6:
+            region += 0x200000 * CROWD_PDE + 0x200000 * self.random.randrange(len(CROWD) - 4)
+            return region + 0x1000 * self.random.randrange(4) + self.random.choice((0, 8, 16))
         return region + 0x200000 * self.random.randrange(4) + 0x1000 * self.random.randrange(16) + self.random.choice((0, 8, 16))
 
     def _data_va(self):
@@ -255,7 +287,7 @@ class _Sequence:
         self._add("invlpg", 0, va=f"{self._va() & ~0xFFF:#x}")
 
     def _mov_cr3(self):
-        self.cr3 = self.random.choice((*ROOTS, self.cr3))
+        self.cr3 = self.random.choice((*ROOTS, *ROOTS, self.cr3, self.cr3 ^ NO_TABLE_BITS))
         self._add("cr3", 0, val=f"{self.cr3:#x}")
         self._settle()
 
@@ -322,20 +354,48 @@ class _Sequence:
         if slots:
             self._add("dirty_get", slot=self.random.choice(slots))
 
-    def _drop_page(self):
-        """Take pages from the guest; of a huge one, too. Code stays."""
+    def _drop_pages(self):
+        """Take pages from the guest, tables too, and of a huge page. Code stays."""
         slot = self.random.choice((0, 0, 0, 1))
         if slot == 1 and not self.slot_1_there:
             return
-        offset = self.random.choice(tuple(range(0, 0x3000, 0x1000)) if slot else DATA[:-4])
-        self._add("dontneed", slot=slot, off=f"{offset:#x}", len="0x1000")
+        offset = self.random.choice((*range(0, 0x3000, 0x1000), 0x200000, 0x3FF000) if slot else (*DATA[:-4], *DATA[:-4], *PTS))
+        size = self.random.choice((0x1000, 0x1000, 0x3000, 0x200000 if offset == 0x200000 else 0x1000))
+        self.upper_half_is_plain &= not (slot and offset >= 0x200000)
+        size = min(size, (4 << 20 if slot else CODE[0]) - offset)
+        self._add("dontneed", slot=slot, off=f"{offset:#x}", len=f"{size:#x}")
         if self.random.random() < 0.4 and (slot == 0 or self.slot_1_at == SLOT_1_GPA):
             self._add("host_touch", gpa=f"{offset + (SLOT_1_GPA if slot else 0):#x}")
 
+    def _protect(self):
+        """Pages that nobody may write for some time; nobody does."""
+        if not self.slot_1_there or not self.upper_half_is_plain:
+            return
+        where = {"slot": 1, "off": "0x200000", "len": "0x200000"}   # to other edges the host would zap 2M around them, too
+        self._add("mprotect", **where, prot=1)
+        for _ in range(self.random.randrange(1, 5)):
+            self._load()
+        self._add("mprotect", **where, prot=3)
+
+    def _load_oddly(self):
+        """From where only the stub's tables lead, and from where nothing does."""
+        va = self.random.choice((*NOT_CANONICAL, *(int(STUB["va"], 16) + 0x1000 * page + 0x800 for page in range(6))))
+        self._add(self.random.choice(("load", "load", "load1", "store")), self.random.choice((0, 3)), va=f"{va:#x}", val="0x90")
+
+    def _break_rules(self):
+        """What the processor or KVM refuses."""
+        self.random.choice((
+            lambda: self._add("cr3", 0, val=f"{self.cr3 | 1 << 60:#x}"),
+            lambda: self._add("cr4", 0, val=f"{self.cr4 | 1 << 30:#x}"),
+            lambda: self._add("cr4", 0, val=f"{self.cr4 & ~CR4_PAE:#x}"), lambda: self._add("cr0", 0, val=f"{1 << 33:#x}"),
+            lambda: self._add("efer", 0, val=f"{self.efer ^ 0x100:#x}"), lambda: self._add("nr_mmu_pages", n=20),
+            lambda: self._add("invlpg", 0, va=f"{NOT_CANONICAL[0]:#x}")))()
+        self._settle()
+
     def _limit_pages(self):
-        self._add("nr_mmu_pages", n=self.random.choice((64, 80, 1000)))
+        self._add("nr_mmu_pages", n=self.random.choice((64, 64, 70, 80, 1000)))
 
 
-def sequence(seed, operations=200, paging=True):
-    """A random scenario of about that many operations; without paging the guest has no page tables, and KVM emulates it."""
-    return _Sequence(seed, operations, paging).scenario
+def sequence(seed, operations=OPERATIONS):
+    """A random scenario of about that many operations. Every eighth guest has paging off, and KVM emulates all that it does."""
+    return _Sequence(seed, operations, paging=seed % UNPAGED != UNPAGED - 1).scenario

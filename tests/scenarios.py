@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-RECORDINGS = Path(__file__).parent / "data" / "live" / "scenarios.jsonl.gz"
+LIVE = Path(__file__).parent / "data" / "live"
 # Counters that a host does not disturb.
 TRUSTED = (
     "mmu_cache_miss", "mmu_shadow_zapped", "mmu_recycled", "mmu_flooded", "mmu_pde_zapped", "mmu_unsync", "mmu_pte_write",
@@ -18,7 +18,13 @@ DEFERRING = ("cr3", "cr0", "cr4", "efer")
 
 def recordings():
     """The recorded scenarios by name."""
-    with gzip.open(RECORDINGS, "rt") as lines:
+    with gzip.open(LIVE / "scenarios.jsonl.gz", "rt") as lines:
+        return {scenario["name"]: scenario for scenario in map(json.loads, lines)}
+
+
+def found_by_sequences():
+    """Scenarios by name in which the machine here once did otherwise, cut from random sequences; without events."""
+    with open(LIVE / "found.jsonl") as lines:
         return {scenario["name"]: scenario for scenario in map(json.loads, lines)}
 
 

@@ -1,24 +1,25 @@
 """Whole machines on a live KVM: the recorded scenarios again, and random sequences against the machine here.
 
-Set ``KVMMU_LIVE_OPERATIONS`` for a longer run; every run starts from the same seed.
+Set ``KVMMU_LIVE_OPERATIONS`` for a longer run, ``KVMMU_LIVE_SEED`` for another first seed.
 """
 
 import os
 
+import live_replay
 import pytest
 import scenarios
+from live_sequences import OPERATIONS as PER_SEQUENCE
 from live_sequences import sequence
 
-from kvmmu.oracles import live_machine, run_scenario
+from kvmmu.oracles import live_machine
 
 UNAVAILABLE = live_machine.unavailable()
 pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"live KVM: {UNAVAILABLE}")
-RECORDINGS = scenarios.recordings()
-OPERATIONS = int(os.environ.get("KVMMU_LIVE_OPERATIONS", "1000"))
-PER_SEQUENCE = 200
+RECORDINGS = scenarios.recordings() | scenarios.found_by_sequences()
+OPERATIONS = int(os.environ.get("KVMMU_LIVE_OPERATIONS", "2000"))
+FIRST = int(os.environ.get("KVMMU_LIVE_SEED", "0"))
 SEQUENCES_PER_TEST = 50
 SEQUENCES = -(-OPERATIONS // PER_SEQUENCE)
-RUNS = 5
 
 
 def run_or_skip(scenario):
@@ -27,18 +28,6 @@ def run_or_skip(scenario):
         return live_machine.run_live(scenario)
     except live_machine.CannotRun as reason:
         pytest.skip(str(reason))
-
-
-def settled(scenario, records):
-    """Those records again with what a few more live runs do not agree on marked as undetermined."""
-    records = [dict(record) for record in records]
-    for _ in range(RUNS - 1):
-        for i, what, *_ in scenarios.differences(scenario["ops"], records, run_or_skip(scenario)):
-            if what == "records":
-                pytest.skip(f"{scenario['name']}: the host does not run it to the same end twice")
-            key = "nondet" if what in scenarios.WHAT_THE_GUEST_SAW else "nondet_counters"
-            records[i].setdefault(key, set()).add(what)
-    return records
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
@@ -52,17 +41,14 @@ def test_a_recorded_scenario_runs_again_as_recorded(name):
     assert not found, scenarios.report(scenario, found)
 
 
-@pytest.mark.parametrize("first", range(0, SEQUENCES, SEQUENCES_PER_TEST))
+@pytest.mark.parametrize("first", range(FIRST, FIRST + SEQUENCES, SEQUENCES_PER_TEST))
 def test_a_random_sequence_does_the_same_live_and_here(first, capsys):
-    """Result, value, entries, dirty log and counters of every operation. A few live runs must agree on what differs."""
+    """Result, value, entries, dirty log and counters of every operation."""
     compared = 0
-    for seed in range(first, min(first + SEQUENCES_PER_TEST, SEQUENCES)):
-        scenario = sequence(seed, PER_SEQUENCE, paging=seed % 8 != 7)
-        here, live = run_scenario(scenario, trace=False), run_or_skip(scenario)
-        found = scenarios.differences(scenario["ops"], live, here)
-        if found:
-            found = scenarios.differences(scenario["ops"], settled(scenario, live), here)
-        assert not found, scenarios.report(scenario, found)
+    for seed in range(first, min(first + SEQUENCES_PER_TEST, FIRST + SEQUENCES)):
+        scenario = sequence(seed)
+        found, live = live_replay.compare(scenario)
+        assert not found, f"{scenarios.report(scenario, found)}\nagain: python tests/live_replay.py {seed} --shrink"
         compared += len(live)
     assert compared > 100
     with capsys.disabled():

@@ -9,6 +9,7 @@ import scenarios
 from kvmmu.oracles.scenario import ScenarioMachine, run_scenario
 
 RECORDINGS = scenarios.recordings()
+FOUND = scenarios.found_by_sequences()
 OPERATIONS = sum(len(scenario["expect"]) for scenario in RECORDINGS.values())
 KINDS = ("get_page", "unsync_page", "sync_page", "zap_page", "set_spte", "set_A", "set_D")
 
@@ -37,6 +38,14 @@ def test_a_scenario_gives_what_kvm_gave(name):
     """Result, loaded value, changed entries, dirty log and every counter that a host does not disturb."""
     scenario = RECORDINGS[name]
     found = scenarios.differences(scenario["ops"], scenario["expect"], replay(name))
+    assert not found, scenarios.report(scenario, found)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_random_sequences_found_stays_right(name):
+    """Each was a bug once."""
+    scenario = FOUND[name]
+    found = scenarios.differences(scenario["ops"], scenario["expect"], run_scenario(scenario, trace=False))
     assert not found, scenarios.report(scenario, found)
 
 

@@ -11,8 +11,11 @@ from kvmmu._bits cimport (
 )
 from kvmmu._walk cimport walk_result
 from kvmmu.mmu._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
-from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, kvm, kvm_mmu, kvm_page_fault, kvm_vcpu
-from kvmmu.mmu._roots cimport ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root
+from kvmmu.mmu._kvm cimport (
+    REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu, kvm_page_fault,
+    kvm_vcpu,
+)
+from kvmmu.mmu._roots cimport ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, sync_prev_roots
 from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
 from kvmmu.mmu._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 from kvmmu.mmu._track cimport unprotect_gfn
@@ -135,6 +138,10 @@ cdef int prepare_mmu(kvm_vcpu *vcpu) noexcept nogil:
     if vcpu.requests & REQ_MMU_SYNC:
         vcpu.requests &= ~<uint32_t>REQ_MMU_SYNC
         sync_roots(vcpu)
+    if vcpu.requests & REQ_TLB_FLUSH_GUEST:             # every root that there still is agrees with the guest's tables again
+        vcpu.requests = (vcpu.requests & ~<uint32_t>REQ_TLB_FLUSH_GUEST) | REQ_TLB_FLUSH
+        sync_roots(vcpu)
+        sync_prev_roots(k, vcpu.mmu)
     vcpu.requests &= ~<uint32_t>REQ_LOAD_MMU_PGD
     if vcpu.mmu.page_fault == tdp_page_fault:
         return load_tdp_root(vcpu)

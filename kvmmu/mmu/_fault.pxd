@@ -44,5 +44,7 @@ cdef void trace_mark_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t ac
 cdef int handle_mmio_page_fault(kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil
 # KVM or the VMM writes to a frame: the host page becomes one of its own
 cdef void host_writes(kvm *k, kvm_memory_slot *slot, uint64_t gfn) noexcept nogil
+# KVM reads a frame: the host has the zero page there if it had none
+cdef void host_reads(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil
 # What the host has done to a frame since it was mapped: it is a new page now
 cdef void move_host_page(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil

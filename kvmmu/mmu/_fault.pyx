@@ -96,6 +96,11 @@ cdef void host_writes(kvm *k, kvm_memory_slot *slot, uint64_t gfn) noexcept nogi
         k.unmap_gfns(k, slot, gfn, gfn + 1)
 
 
+cdef void host_reads(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil:
+    if host_page_of(slot, gfn) & HOST_UNMAPPED:
+        slot.host_page[gfn - slot.base_gfn] = (slot.host_page[gfn - slot.base_gfn] & ~HOST_UNMAPPED) | HOST_READONLY
+
+
 cdef int faultin_noslot(kvm_vcpu *vcpu, kvm_page_fault *fault, uint32_t access) noexcept nogil:
     cdef bint direct = (vcpu.mmu.root_role & ROLE_DIRECT_MASK) != 0
     cdef int width = vcpu.kvm.spte.maxphyaddr if vcpu.kvm.tdp_enabled else GPA_BITS

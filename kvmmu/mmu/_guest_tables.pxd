@@ -6,9 +6,10 @@ from kvmmu._bits cimport (
     ACC_WRITE_MASK, PAGE_SHIFT, PT64_INDEX_BITS, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
 )
 from kvmmu._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_rights, kvmmu_leaf_gpa
-from kvmmu._memory cimport gpa_to_hva, kvmmu_read32, kvmmu_read64
+from kvmmu._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
-from kvmmu.mmu._kvm cimport kvm_mmu_page, kvm_vcpu
+from kvmmu.mmu._kvm cimport kvm_mmu_page, kvm_vcpu, memslots_of
+from kvmmu.mmu._slots cimport HOST_UNMAPPED, gfn_to_memslot, host_page_of, kvm_memory_slot
 
 # A walk of the guest's tables that came to a page, level by level.
 cdef struct guest_walk:
@@ -23,12 +24,13 @@ cdef struct guest_walk:
     uint64_t gfn
 
 
-cdef inline bint read_guest_pte(const kvm_pagewalk *w, uint64_t gpa, uint64_t *gpte) noexcept nogil:
-    """Whether memory is there. OUT gpte."""
-    cdef bint readonly = False
-    cdef const uint8_t *hva = gpa_to_hva(w.mem, gpa, &readonly)
-    if hva is NULL:
+cdef inline bint read_guest_pte(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t gpa, uint64_t *gpte) noexcept nogil:
+    """Whether the entry is to be had without waiting for the host to map the table. OUT gpte."""
+    cdef const kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gpa >> PAGE_SHIFT)
+    cdef const uint8_t *hva
+    if slot is NULL or host_page_of(slot, gpa >> PAGE_SHIFT) & HOST_UNMAPPED:
         return False
+    hva = slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT))
     gpte[0] = kvmmu_read32(hva) if w.format == KVMMU_FORMAT_32 else kvmmu_read64(hva)
     return True
 
@@ -80,7 +82,7 @@ cdef inline uint64_t first_gpte_gpa(const kvm_mmu_page *sp) noexcept nogil:
 # dirty log and the trace. IN access: as of the walk
 cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, guest_walk *walk) noexcept nogil
 # The entry of a level is not what the walk has seen any more
-cdef bint gpte_changed(const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil
+cdef bint gpte_changed(kvm_vcpu *vcpu, const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil
 # What the tracepoints and the dirty log get to know of a walk that KVM makes
 cdef void trace_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
                      const walk_step *steps, int n) noexcept nogil

@@ -5,6 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._bits cimport ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_ALL, PAGE_SHIFT, PG_LEVEL_1G, STATUS_OK
 from kvmmu._gpte cimport KVMMU_FORMAT_64
 from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
+from kvmmu.mmu._fault cimport host_reads
 from kvmmu.mmu._kvm cimport kvm_vcpu, memslots_of
 from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu._trace cimport (
@@ -32,13 +33,15 @@ cdef void trace_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint3
     if r.status != STATUS_OK:
         trace(&vcpu.kvm.trace, TRACE_WALKER_ERROR, r.error_code)
     for i in range(n):
+        slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), steps[i].pte_gpa >> PAGE_SHIFT)
+        if slot is not NULL:
+            host_reads(slot, steps[i].pte_gpa >> PAGE_SHIFT)
         if not steps[i].sets_accessed and not steps[i].sets_dirty:
             continue
         if steps[i].sets_accessed:
             trace(&vcpu.kvm.trace, TRACE_SET_ACCESSED_BIT, steps[i].pte_gpa)
         if steps[i].sets_dirty:
             trace(&vcpu.kvm.trace, TRACE_SET_DIRTY_BIT, steps[i].pte_gpa)
-        slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), steps[i].pte_gpa >> PAGE_SHIFT)
         if slot is not NULL:
             mark_slot_dirty(slot, steps[i].pte_gpa >> PAGE_SHIFT)
 
@@ -68,6 +71,6 @@ cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint3
     return True
 
 
-cdef bint gpte_changed(const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil:
+cdef bint gpte_changed(kvm_vcpu *vcpu, const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil:
     cdef uint64_t now
-    return not read_guest_pte(w, walk.pte_gpa[level - 1], &now) or now != walk.ptes[level - 1]
+    return not read_guest_pte(vcpu, w, walk.pte_gpa[level - 1], &now) or now != walk.ptes[level - 1]

@@ -30,6 +30,7 @@ cdef enum:
     REQ_FREE_OBSOLETE_ROOTS = 2
     REQ_LOAD_MMU_PGD = 4
     REQ_MMU_SYNC = 8
+    REQ_TLB_FLUSH_GUEST = 16
 
 cdef struct kvm_mmu_page:
     uint64_t gfn

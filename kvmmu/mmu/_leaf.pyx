@@ -119,7 +119,7 @@ cdef void prefetch_indirect(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t spte
     for i in range(PTE_PREFETCH_NUM):
         if first + i == sptep or is_shadow_present_pte(k.sptes[first + i]):
             continue
-        if not read_guest_pte(w, gpa + i * gpte_size(w), &gpte):
+        if not read_guest_pte(vcpu, w, gpa + i * gpte_size(w), &gpte):
             return
         if not is_usable_gpte(w, gpte, PG_LEVEL_4K):
             drop_spte(k, first + i)
@@ -129,16 +129,31 @@ cdef void prefetch_indirect(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t spte
             return
 
 
+cdef int prefetch_run(kvm_vcpu *vcpu, uint64_t sptep, int n) noexcept nogil:
+    """Map n frames in a row, up to the first that is not to be had; how many."""
+    cdef const kvm_mmu_page *sp = sp_of(vcpu.kvm, sptep)
+    cdef uint64_t gfn = sp_get_gfn(sp, index_of(sptep))
+    cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gfn)
+    cdef int i
+    if slot is NULL or gfn + n > slot.base_gfn + slot.npages:
+        return 0
+    for i in range(n):
+        if not prefetch_frame(vcpu, sptep + i, gfn + i, role_access(sp)):
+            return i
+    return n
+
+
 cdef void prefetch_direct(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
     cdef kvm *k = vcpu.kvm
     cdef uint64_t first = sptep & ~<uint64_t>(PTE_PREFETCH_NUM - 1)
-    cdef const kvm_mmu_page *sp = sp_of(k, sptep)
-    cdef int i
-    for i in range(PTE_PREFETCH_NUM):
-        if first + i == sptep or is_shadow_present_pte(k.sptes[first + i]):
-            continue
-        if not prefetch_frame(vcpu, first + i, sp_get_gfn(sp, index_of(first + i)), role_access(sp)):
+    cdef int start = 0, end
+    while start < PTE_PREFETCH_NUM:
+        end = start
+        while end < PTE_PREFETCH_NUM and first + end != sptep and not is_shadow_present_pte(k.sptes[first + end]):
+            end += 1
+        if end > start and prefetch_run(vcpu, first + start, end - start) == 0:
             return
+        start = end + 1
 
 
 cdef void pte_prefetch(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
@@ -173,7 +188,7 @@ cdef int sync_spte(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
     cdef kvm_memory_slot *slot
     if old == SHADOW_NONPRESENT_VALUE:
         return 0
-    if not read_guest_pte(w, first_gpte_gpa(sp) + i * gpte_size(w), &gpte):
+    if not read_guest_pte(vcpu, w, first_gpte_gpa(sp) + i * gpte_size(w), &gpte):
         return -1
     if not is_usable_gpte(w, gpte, PG_LEVEL_4K):
         drop_spte(k, sptep)

@@ -21,6 +21,8 @@ cdef int load_shadow_root(kvm_vcpu *vcpu) noexcept nogil
 cdef void free_shadow_roots(kvm *k, kvm_mmu *mmu, uint32_t roots) noexcept nogil
 # Roots that were zapped, and those of special pages
 cdef void free_obsolete_roots(kvm *k, kvm_mmu *mmu) noexcept nogil
+# Roots before the present one that do not agree with the guest's tables: left, which is the shortest way to make them
+cdef void sync_prev_roots(kvm *k, kvm_mmu *mmu) noexcept nogil
 # Another root table, or other registers: take a root from the ones before if there is one. IN sync: the guest flushes as well
 cdef void new_pgd(kvm_vcpu *vcpu, uint64_t pgd, bint sync) noexcept nogil
 # Roots before the present one, by a mask of bits that their pgd must agree in with pgd

@@ -238,6 +238,16 @@ cdef void free_obsolete_roots(kvm *k, kvm_mmu *mmu) noexcept nogil:
         free_shadow_roots(k, mmu, roots)
 
 
+cdef void sync_prev_roots(kvm *k, kvm_mmu *mmu) noexcept nogil:
+    cdef uint32_t roots = 0
+    cdef int i
+    for i in range(PREV_ROOTS):
+        if mmu.prev_roots[i].valid and mmu.prev_roots[i].sp and k.pages[mmu.prev_roots[i].sp].unsync_children:
+            roots |= <uint32_t>1 << (i + 1)
+    if roots:
+        free_shadow_roots(k, mmu, roots)
+
+
 # ---- switching -------------------------------------------------------------------------------------------------------------
 
 cdef bint is_root_usable(const kvm *k, const kvm_mmu *mmu, const kvm_mmu_root *root, uint64_t pgd) noexcept nogil:

@@ -224,7 +224,7 @@ cdef int fetch(kvm_vcpu *vcpu, kvm_page_fault *fault, const guest_walk *walk, ui
     cdef uint64_t table_gfn
     cdef uint32_t sp = 0
     cdef int r
-    if gpte_changed(w, walk, walk.top_level):
+    if gpte_changed(vcpu, w, walk, walk.top_level):
         return RET_PF_RETRY
     if vcpu.mmu.root.sp == 0:                           # the dummy root, and the guest's root has memory behind it now
         vcpu.requests |= REQ_FREE_OBSOLETE_ROOTS
@@ -241,7 +241,7 @@ cdef int fetch(kvm_vcpu *vcpu, kvm_page_fault *fault, const guest_walk *walk, ui
             return r
         if r == 0 and k.pages[sp].unsync_children:
             mmu_sync_children(vcpu, sp)
-        if gpte_changed(w, walk, it.level - 1):
+        if gpte_changed(vcpu, w, walk, it.level - 1):
             return RET_PF_RETRY
         if r == 0:
             link_shadow_page(k, it.sptep, sp)

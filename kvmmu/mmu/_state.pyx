@@ -95,11 +95,13 @@ cdef class Kvm(KvmMemory):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if alloc_host_pages(slot):
                     raise MemoryError
-                self._break_up(address, start, end)
                 unmap_gfns(self.k, slot, start, end)
+                self._break_up(address, start, end)     # a notification of its own
                 for gfn in range(start, end):
                     page = &slot.host_page[gfn - slot.base_gfn]
-                    if how == "protect":
+                    if page[0] & HOST_UNMAPPED and how != "unmap":
+                        pass                            # nothing there to be moved or protected
+                    elif how == "protect":
                         page[0] |= HOST_READONLY
                     else:
                         move_host_page(slot, gfn)
@@ -177,6 +179,8 @@ cdef class Kvm(KvmMemory):
             if created:
                 return
             next_generation(self.k, 1)
+            if slot.readonly:                           # none of it is mapped for writing
+                return
             if not on:
                 flush = bool(shadow_zap_collapsible(self.k, slot))
                 if tdp_recover_huge_pages(self.k, slot) or flush:

@@ -11,9 +11,8 @@ from kvmmu.mmu._kvm cimport kvm_mmu, kvm_mmu_page, kvm_vcpu
 cdef int sync_page(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil
 # Every unsync page below sp
 cdef void mmu_sync_children(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil
-# Below the present root; below the roots before it
+# Below the present root
 cdef void sync_roots(kvm_vcpu *vcpu) noexcept nogil
-cdef void sync_prev_roots(kvm_vcpu *vcpu) noexcept nogil
 # The entries of unsync pages on the way to addr, from a root
 cdef void invalidate_addr_in_root(kvm_vcpu *vcpu, uint64_t addr, uint32_t root) noexcept nogil
 # What KVM does for INVLPG (all roots), and when it delivers a fault (the present one)

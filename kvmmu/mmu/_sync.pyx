@@ -125,16 +125,6 @@ cdef void sync_roots(kvm_vcpu *vcpu) noexcept nogil:
     sync_root(vcpu, mmu.root.sp)
 
 
-cdef void sync_prev_roots(kvm_vcpu *vcpu) noexcept nogil:
-    cdef kvm_mmu *mmu = vcpu.mmu
-    cdef int i
-    if mmu.root_role & ROLE_DIRECT_MASK:
-        return
-    for i in range(PREV_ROOTS):
-        if mmu.prev_roots[i].valid and mmu.prev_roots[i].sp:
-            sync_root(vcpu, mmu.prev_roots[i].sp)
-
-
 cdef void invalidate_addr_in_root(kvm_vcpu *vcpu, uint64_t addr, uint32_t root) noexcept nogil:
     cdef kvm *k = vcpu.kvm
     cdef uint64_t gfn = addr >> PAGE_SHIFT, sptep, spte

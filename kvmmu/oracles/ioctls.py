@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import struct
 from typing import Any
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
 DEVICE = "/dev/kvm"
 API_VERSION = 12
 MAX_CPUID_ENTRIES = 256
+_VENDOR_LEAF, _ADDRESS_SIZES_LEAF = 0, 0x80000008
+_VENDORS = {"intel": b"GenuineIntel", "amd": b"AuthenticAMD"}
 
 
 class Segment(ctypes.Structure):
@@ -230,10 +233,17 @@ def open_device() -> int:
     return device
 
 
-def load_cpuid(device: int, vcpu: int) -> dict[tuple[int, int], tuple[int, int, int, int]]:
-    """Give a vCPU every feature that KVM supports; returns what it now reports: (eax, ebx, ecx, edx) by (function, index)."""
+def load_cpuid(device: int, vcpu: int, *, vendor: str | None = None,
+               maxphyaddr: int | None = None) -> dict[tuple[int, int], tuple[int, int, int, int]]:
+    """Give a vCPU every feature that KVM supports, but for what is named; returns what it now reports: (eax, ebx, ecx, edx) by
+    (function, index)."""
     table = Cpuid(header=CpuidHeader(nent=MAX_CPUID_ENTRIES))
     ioctl(device, "KVM_GET_SUPPORTED_CPUID", table)
+    for entry in table.entries[:table.header.nent]:
+        if entry.function == _VENDOR_LEAF and vendor is not None:
+            entry.ebx, entry.edx, entry.ecx = struct.unpack("<3I", _VENDORS[vendor])
+        elif entry.function == _ADDRESS_SIZES_LEAF and maxphyaddr is not None:
+            entry.eax = entry.eax & ~0xFF | maxphyaddr
     ioctl(vcpu, "KVM_SET_CPUID2", table)
     table.header.nent = MAX_CPUID_ENTRIES
     ioctl(vcpu, "KVM_GET_CPUID2", table)

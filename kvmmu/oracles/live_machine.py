@@ -54,6 +54,7 @@ DIRTY_LOG_FLAG = 1 << 0
 RFLAGS_IOPL_3, RFLAGS_FIXED = 3 << 12, 1 << 1
 EFER_MSR = 0xC0000080
 PAGE_FAULT = 14
+PAGEMAP_PRESENT_BIT = 63
 
 
 class CannotRun(Exception):
@@ -84,10 +85,10 @@ class _Stats:
 
 
 class _Backing:
-    """The host memory behind a slot."""
+    """The host memory behind a slot. IN pagemap: an open file descriptor."""
 
-    def __init__(self, slot: dict[str, Any]) -> None:
-        size = slot["size"]
+    def __init__(self, slot: dict[str, Any], pagemap: int) -> None:
+        size, self.pagemap = slot["size"], pagemap
         self.size, self.kind = size, slot.get("backing", "4k")
         self.protected: list[tuple[int, int]] = []
         self.map = mmap.mmap(-1, size + HUGE_PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -115,6 +116,12 @@ class _Backing:
                 elif inside and first == "AnonHugePages:":
                     found += int(line.split()[1]) << 10
         return found
+
+    def peek(self, offset: int) -> bytes:
+        """A page. To read one that the host has not mapped would map it: a guest that writes there later would fault twice."""
+        entry = os.pread(self.pagemap, 8, (self.address + offset) // PAGE_SIZE * 8)
+        present = int.from_bytes(entry, "little") >> PAGEMAP_PRESENT_BIT & 1
+        return self.read(offset, PAGE_SIZE) if present else bytes(PAGE_SIZE)
 
     def read(self, offset: int, size: int) -> bytes:
         return self.map[self.at + offset:self.at + offset + size]
@@ -145,7 +152,8 @@ class LiveMachine:
     Parameters
     ----------
     scenario : dict
-        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all`; numbers in strings are hexadecimal.
+        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all` and `cpu` (vendor, maxphyaddr, or
+        both); numbers in strings are hexadecimal.
 
     Raises
     ------
@@ -161,14 +169,14 @@ class LiveMachine:
         self._stub = Stub(scenario["stub"], scenario.get("mode"))
         self._cpl: int | None = None
         try:
-            self._create(bool(scenario.get("disable_quirk_slot_zap_all")))
+            self._create(bool(scenario.get("disable_quirk_slot_zap_all")), scenario.get("cpu", {}))
             self._fill(scenario)
             self._load(scenario["regs"])
         except BaseException:
             self.close()
             raise
         self._watched = [_number(gpa) for gpa in scenario["watch"]]
-        self._tables = {gpa: self._read(gpa, PAGE_SIZE) for gpa in self._watched}
+        self._tables = {gpa: self._peek(gpa) for gpa in self._watched}
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +195,7 @@ class LiveMachine:
         self._fds.append(fd)
         return fd
 
-    def _create(self, disable_quirk: bool) -> None:
+    def _create(self, disable_quirk: bool, cpu: dict[str, Any]) -> None:
         device = self._keep(open_device())
         self._vm = self._keep(ioctl(device, "KVM_CREATE_VM"))
         if disable_quirk:
@@ -195,7 +203,7 @@ class LiveMachine:
             cap.args[0] = QUIRK_SLOT_ZAP_ALL
             ioctl(self._vm, "KVM_ENABLE_CAP", cap)
         self._vcpu = self._keep(ioctl(self._vm, "KVM_CREATE_VCPU"))
-        load_cpuid(device, self._vcpu)
+        load_cpuid(device, self._vcpu, **cpu)
         self._run_map = mmap.mmap(self._vcpu, ioctl(device, "KVM_GET_VCPU_MMAP_SIZE"))
         self._run = RunHeader.from_buffer(self._run_map)
         self._stats = [_Stats(self._keep(ioctl(fd, "KVM_GET_STATS_FD"))) for fd in (self._vm, self._vcpu)]
@@ -203,7 +211,8 @@ class LiveMachine:
     def _fill(self, scenario: dict[str, Any]) -> None:
         """Make the slots and write the initial memory."""
         stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
-        self._backings = {slot["slot"]: _Backing(slot) for slot in (*self._slots.values(), stub)}
+        pagemap = self._keep(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        self._backings = {slot["slot"]: _Backing(slot, pagemap) for slot in (*self._slots.values(), stub)}
         self._slots[self._stub.slot] = stub
         self._present: dict[int, tuple[int, int]] = {}
         for number, slot in self._slots.items():
@@ -232,6 +241,10 @@ class LiveMachine:
     def _read(self, gpa: int, size: int) -> bytes:
         backing, offset = self._find(gpa)
         return backing.read(offset, size)
+
+    def _peek(self, gpa: int) -> bytes:
+        backing, offset = self._find(gpa)
+        return backing.peek(offset)
 
     def _write(self, gpa: int, data: bytes) -> None:
         backing, offset = self._find(gpa)
@@ -296,7 +309,7 @@ class LiveMachine:
         changed = []
         for gpa in self._watched:
             try:
-                old, new = self._tables[gpa], self._read(gpa, PAGE_SIZE)
+                old, new = self._tables[gpa], self._peek(gpa)
             except ValueError:
                 continue                                    # its slot has moved
             if old != new:

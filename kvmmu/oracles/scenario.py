@@ -7,6 +7,7 @@ mode only; all else that the stub does is emulated and leaves no trace.
 
 import mmap
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 EINVAL = 22
 MIN_MMU_PAGES = 64
+CANONICAL_BITS = 48
 JMP_RDX, ADD_AL_TO_RAX = b"\xff\xe2", b"\0\0"
 GP_VECTOR = 13
 CPU = CpuModel(vendor="amd", maxphyaddr=48, gbpages=False, la57=False, pcid=False, conformance="kvm")
@@ -78,7 +80,8 @@ class ScenarioMachine:
     Parameters
     ----------
     scenario : dict
-        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all`; numbers in strings are hexadecimal.
+        `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all` and `cpu` (vendor, maxphyaddr, or
+        both); numbers in strings are hexadecimal.
     trace : bool
         Whether records have the events of the page tables.
 
@@ -96,7 +99,8 @@ class ScenarioMachine:
             raise ValueError("slots: want one at gpa 0")
         self.mem = GuestMemory(first.data)
         host = Host(tdp=None, kernel="6.18", maxphyaddr=52, max_page="2m")
-        self.vm = Vm(self.mem, CPU, host, backing="2m", slot_zap_all=not scenario.get("disable_quirk_slot_zap_all", False))
+        cpu = replace(CPU, **scenario.get("cpu", {}))
+        self.vm = Vm(self.mem, cpu, host, backing="2m", slot_zap_all=not scenario.get("disable_quirk_slot_zap_all", False))
         for slot in self._slots.values():
             self._create_slot(slot, slot is first)
         for address, value in scenario["mem"]:
@@ -276,7 +280,8 @@ class ScenarioMachine:
         if name == "null":
             return ["ok"]
         if name == "invlpg":
-            self.vcpu.invlpg(va)
+            if va >> CANONICAL_BITS - 1 in (0, (1 << 65 - CANONICAL_BITS) - 1):     # else the emulator does not even begin
+                self.vcpu.invlpg(va)
         elif name in CONTROL_REGISTERS:
             self.vcpu.mov_cr(CONTROL_REGISTERS[name], value)
         elif name == "efer":
