@@ -4,7 +4,7 @@
 import numpy as np
 from builders import PageTables, sign_extend
 
-from kvmmu import Access, CpuModel, CpuRole, Ept, GuestMemory, Host, Npt, Tracepoints, Vm
+from kvmmu import CpuModel, CpuRole, Ept, GuestMemory, Host, Npt, Tracepoints, Vm
 
 PAGE, MB2, MB4, GB1 = 0x1000, 0x200000, 0x400000, 0x40000000
 SIZE = 16 * MB2
@@ -13,12 +13,25 @@ STAGE = 12 * MB2                    # and those of L1's second stage
 ALIAS = 0x7000_0000                 # linear addresses at which a guest reaches its own tables
 ALIASED = 32                        # pages of them
 INVALID = 2**64 - 1
+GVA, DATA, OTHER = GB1 + PAGE, 0x3000, 0x5000       # an address, a page for it, and another one
 SHADOW = Host(tdp=None, maxphyaddr=48)
 P, W, U, A, D, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 63
 RSVD, F = 8, 16
 LEAF = "p w u a d"                  # of an entry that KVM maps at once for whatever it allows
+MAP = (GVA, DATA, LEAF)
 MMU_PRESENT, HOST_WRITABLE, MMU_WRITABLE = 1 << 11, 1 << 9, 1 << 10     # of legacy SPTEs
 EPT_R, EPT_W, EPT_X, EPT_XU, EPT_WB, EPT_A, EPT_D = 1, 2, 4, 1 << 10, 6 << 3, 1 << 8, 1 << 9
+
+
+def rights(spte):
+    """r, w, u and x of a legacy SPTE."""
+    return "".join(letter if flag else "-" for letter, flag in (
+        ("r", spte & P), ("w", spte & W), ("u", spte & U), ("x", not spte & NX)))
+
+
+def group(n=8, flags=LEAF, first=GVA - PAGE):
+    """Mappings of a group of neighbours, which lie apart in guest memory."""
+    return [(first + i * PAGE, DATA + 2 * i * PAGE, flags) for i in range(n)]
 
 
 def touch(vcpu, *gvas, access=0):
@@ -219,11 +232,3 @@ class NestedGuest(Machine):
         result = self.vcpu.store(gpa, value.to_bytes(size, "little"))
         self.vcpu.enter_nested(stage, cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer)
         return result
-
-
-def status_of(r, i=0):
-    """(status, error_code) of a row."""
-    return int(r.status[i]), int(r.error_code[i])
-
-
-READ_USER, WRITE_USER, FETCH_USER = Access.USER, Access.USER | Access.WRITE, Access.USER | Access.FETCH

@@ -2,13 +2,30 @@
 """The split into tdp_mmu and shadow_mmu that the discussion of the series asked for: a test for each way in which they differ."""
 
 import pytest
-from shadow_guests import LEAF, MB2, PAGE, SHADOW, TABLES, A, D, NestedGuest, P, ShadowGuest, U, W, outcome, touch
+from shadow_guests import (
+    DATA,
+    GVA,
+    LEAF,
+    MAP,
+    MB2,
+    OTHER,
+    PAGE,
+    SHADOW,
+    TABLES,
+    A,
+    D,
+    NestedGuest,
+    P,
+    ShadowGuest,
+    U,
+    W,
+    outcome,
+    touch,
+)
 
 from kvmmu import Access, CpuRole, Ept, Host, Status
 from kvmmu._machine import ShadowMmu, TdpMmu
 
-GVA, DATA, OTHER = 0x4000_1000, 0x3000, 0x5000
-MAP = (GVA, DATA, LEAF)
 OFF = {"cr0": 1, "cr3": 0, "cr4": 0, "efer": 0}
 HOSTS = {"ept": Host(tdp="ept", maxphyaddr=48), "npt": Host(tdp="npt", maxphyaddr=48), "shadow": SHADOW}
 each_tdp = pytest.mark.parametrize("kind", ["ept", "npt"])

@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import shadow_guests as sg
 from builders import PageTables
-from shadow_guests import LEAF, MB2, PAGE, A, D, NestedGuest, P, ShadowGuest, U, W, outcome, touch
+from shadow_guests import DATA, GVA, LEAF, MAP, MB2, OTHER, PAGE, A, D, NestedGuest, P, ShadowGuest, U, W, outcome, touch
 
 import kvmmu
 from kvmmu import Access, CpuModel, CpuRole, Ept, GuestMemory, Host, Npt, PageFormat, PageWalk, Status, Vcpu, Vm
 from kvmmu.mmu._spte import SpteFormat
 
-GVA, DATA, OTHER = 0x4000_1000, 0x3000, 0x5000
 CR0_WP, CR0_PG, CR4_PAE, CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 16, 1 << 31, 1 << 5, 1 << 20, 1 << 21, 1 << 22
 PF, FINAL = 1, 1 << 32
 FETCH, WRITE, USER = Access.FETCH, Access.WRITE, Access.USER
 each_kind = pytest.mark.parametrize("kind", ["ept", "npt"])
-MAP = (GVA, DATA, LEAF)
 
 
 def pae_guest(vcpu, root, directory, page):
