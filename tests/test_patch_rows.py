@@ -15,7 +15,7 @@ import kvmmu
 from kvmmu import Access, CpuModel, CpuRole, Ept, GuestMemory, Host, Npt, PageFormat, PageWalk, Status, Vcpu, Vm
 from kvmmu.mmu._spte import SpteFormat
 
-CR0_WP, CR0_PG, CR4_PAE, CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 16, 1 << 31, 1 << 5, 1 << 20, 1 << 21, 1 << 22
+CR0_WP, CR4_PAE, CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 16, 1 << 5, 1 << 20, 1 << 21, 1 << 22
 PF, FINAL = 1, 1 << 32
 FETCH, WRITE, USER = Access.FETCH, Access.WRITE, Access.USER
 each_kind = pytest.mark.parametrize("kind", ["ept", "npt"])

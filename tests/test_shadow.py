@@ -3,8 +3,8 @@
 
 What a guest with 4-level paging does to a live KVM is recorded, and replayed by test_scenarios.py; here is what the recording
 machine could not show: other modes, native accesses of the supervisor, other hosts. Prefetch and memory that is not plain are in
-test_shadow_leaves.py, unsync pages and writes to tables in test_shadow_unsync.py, roots, zapping and memslots in
-test_shadow_roots.py, L1's tables for L2 in test_nested_shadow.py.
+test_shadow_leaves.py, unsync pages and writes to tables in test_shadow_unsync.py, roots in test_shadow_roots.py, zapping and
+memslots in test_shadow_zap.py, L1's tables for L2 in test_nested_shadow.py.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ from kvmmu import Access, CpuModel, CpuRole, Host, RetPf, Status, Tracepoints
 
 OK, PF = int(Status.OK), int(Status.PAGE_FAULT)
 READ, WRITE, FETCH, USER = Access.READ, Access.WRITE, Access.FETCH, Access.USER
-CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
+CR4_SMEP, CR4_SMAP = 1 << 20, 1 << 21
 LEVELS = {"32": 2, "pae": 3, "4l": 4, "5l": 5}
 each_mode = pytest.mark.parametrize("mode", LEVELS)
 

@@ -27,9 +27,8 @@ from shadow_guests import (
 
 from kvmmu import Access, Host, RetPf, Status
 
-OK, PF = int(Status.OK), int(Status.PAGE_FAULT)
+OK = int(Status.OK)
 READ, WRITE, FETCH, USER = Access.READ, Access.WRITE, Access.FETCH, Access.USER
-CR0_WP, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 20, 1 << 21
 LEVELS = {"32": 2, "pae": 3, "4l": 4, "5l": 5}
 each_mode = pytest.mark.parametrize("mode", LEVELS)
 

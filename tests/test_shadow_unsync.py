@@ -26,7 +26,7 @@ import kvmmu
 from kvmmu import Access, RetPf, Status
 
 OK, PF = int(Status.OK), int(Status.PAGE_FAULT)
-READ, WRITE, FETCH, USER = Access.READ, Access.WRITE, Access.FETCH, Access.USER
+WRITE, USER = Access.WRITE, Access.USER
 ENTRY = P | W | U | A | D
 MODES = ("32", "pae", "4l", "5l")
 each_mode = pytest.mark.parametrize("mode", MODES)
