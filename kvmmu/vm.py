@@ -108,7 +108,15 @@ class Vm:
         return audit(self.kvm, guest_tables)
 
     def sptes(self) -> dict[str, NDArray[np.uint64]]:
-        """Every page of SPTEs: arrays sp, gfn, role, root_count, nx, one row per page, and sptes of shape (n, 512)."""
+        """Every page of SPTEs.
+
+        Returns
+        -------
+        dict of str to ndarray of uint64
+            One row per page: sp (its number), gfn, role (a word: `CpuRole`), root_count, nx (split by the NX mitigation),
+            unsync, special (top of a root without a guest's table behind it). Of shape (n, 512): sptes, and translations,
+            gfn << 12 | `Acc` of what leaf entries map in pages that shadow a guest's table.
+        """
         return pages(self.kvm)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
