@@ -1,6 +1,7 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
 import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -25,6 +26,7 @@ from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
 
+_MAKING = threading.Lock()
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
@@ -304,8 +306,11 @@ class Vcpu:
     def _machine(self) -> Machine:
         """This vCPU on its host, in the mode of the registers."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
-            self._made.set_cpu(self._cpu)
+            with _MAKING:                           # threads may come to it at the same time
+                if self._made is None:
+                    made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+                    made.set_cpu(self._cpu)
+                    self._made = made
         self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
         return self._made
 
