@@ -99,7 +99,8 @@ class _Sequence:
             self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
             self._mov_cr4: 1, self._set_efer: 1, self._set_sregs: 1, self._fetch: 5, self._load_emulated: 3,
             self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_pages: 2,
-            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._break_rules: 0.5}
+            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._cross_pages: 3,
+            self._break_rules: 0.5}
 
     # ---- the guest's memory ------------------------------------------------------------------------------------------
 
@@ -376,6 +377,14 @@ class _Sequence:
         for _ in range(self.random.randrange(1, 5)):
             self._load()
         self._add("mprotect", **where, prot=3)
+
+    def _cross_pages(self):
+        va = self._va() & ~0xFFF | 0x1000 - self.random.choice((1, 2, 3, 4, 7))
+        cpl = self.random.choice((3, 3, 0))
+        ops = ("load", "load", "store", "store", "load4", "store2", "xchg", "or", "cmpxchg")
+        if cpl == 0:                    # what KVM has repeated rather than emulated may begin anew in the middle
+            ops += ("add", "not")
+        self._add(self.random.choice(ops), cpl, va=f"{va:#x}", val=self._value())
 
     def _load_oddly(self):
         """From where only the stub's tables lead, and from where nothing does."""

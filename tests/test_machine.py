@@ -466,6 +466,17 @@ def test_emulated_writes_are_in_the_dirty_log():
         vm.write_guest_physical(GB1, b"x")
 
 
+def test_emulated_writes_go_page_by_page():
+    """What lies before the page that faults has reached memory, as KVM's emulator leaves it; a native store writes nothing."""
+    vm, vcpu = machine(Host(tdp=None), maps=((0x1000, 0x3000),))
+    with pytest.raises(kvmmu.PageFault):
+        vcpu.store(0x1FFE, b"no..")
+    assert bytes(2) == vm.mem.read(0x3FFE, 2)
+    with pytest.raises(kvmmu.PageFault):
+        vcpu.write_guest(0x1FFE, b"ab..")
+    assert b"ab" == vm.mem.read(0x3FFE, 2)
+
+
 # ---- NX mitigation -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tdp", ["ept", "npt"])
