@@ -537,6 +537,20 @@ def test_slots_come_go_and_move():
     assert vm.audit() == []
 
 
+def test_a_dirty_log_moves_with_its_slot():
+    vm, vcpu = machine()
+    vm.add_slot(GB1, 4 * PAGE, dirty_log=True)
+    touch(vcpu, GB1 + 2 * PAGE, access=Access.WRITE)
+    vm.move_slot(GB1, 2 * GB1)
+    assert [(2 * GB1 >> 12) + 2] == vm.get_dirty_log(2 * GB1).tolist()
+    touch(vcpu, 2 * GB1 + PAGE, access=Access.WRITE)
+    assert [(2 * GB1 >> 12) + 1] == vm.get_dirty_log(2 * GB1).tolist()
+    vm.add_slot(GB1, PAGE)
+    with pytest.raises(ValueError, match="overlap"):
+        vm.move_slot(2 * GB1, GB1)
+    assert [] == vm.get_dirty_log(2 * GB1).tolist()
+
+
 def test_memory_too_large_for_the_host():
     with pytest.raises(ValueError, match="36 bits of host-physical address are too few"):
         Vm(GuestMemory(16 * GB1), host=Host(maxphyaddr=36))
