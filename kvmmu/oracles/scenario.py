@@ -289,7 +289,8 @@ class ScenarioMachine:
         if name.startswith("load"):
             record["val"] = f"{int.from_bytes(data, 'little'):x}"
         else:
-            self.vcpu.store(va, _update(name, data, value) if name in UPDATES else _operand(name, size, value), Access.USER, **kind)
+            data = _update(name, data, value) if name in UPDATES else _operand(name, size, value)
+            self.vcpu.store(va, data, Access.USER, **kind)
         return ["ok"]
 
     def _mmio_exit(self, way: str, gpa: int, size: int, data: bytes | None = None) -> list[Any]:
@@ -332,7 +333,7 @@ class ScenarioMachine:
         return ["ok"]
 
     def _emulated_write(self, va: int, data: bytes, user: int) -> None:
-        """What KVM writes for the guest, page by page. Memory is written even if the second page faults; exits are left out then."""
+        """What KVM writes for the guest, page by page: memory is written even if the second page faults, exits are not made."""
         exits = len(self._exits)
         while data:
             part = data[:PAGE_SIZE - va % PAGE_SIZE]
@@ -414,8 +415,10 @@ class ScenarioMachine:
         if gpa != slot.gpa:
             slot.states = self._states(slot)
             self.vm.move_slot(slot.gpa, gpa)
-            slot.gpa, slot.flags = gpa, flags
+            slot.gpa = gpa
             self._use_host_pages(slot)
+            if (flags ^ slot.flags) & DIRTY_LOG_FLAG:
+                self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
         elif (flags ^ slot.flags) & DIRTY_LOG_FLAG:
             self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
         slot.flags = flags
