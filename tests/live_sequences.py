@@ -31,6 +31,7 @@ CROWD_PDE = 16
 DATA = tuple(range(0x100000, 0x110000, 0x1000))
 CODE = DATA[-4:]                        # they keep JMP RDX at offset 0
 WINDOW = 0x1000000000
+UPPER_HALF = 0xFFFF960000000000
 REGIONS = (0x40000000, 0x80000000)      # of the two page directories
 CODE_PDE = 7
 NX, RESERVED = 1 << 63, 1 << 50
@@ -119,6 +120,7 @@ class _Sequence:
             entry(root, 0, PDPTS[i % 3 // 2] | 7)
             entry(root, 1, root | self.random.choice((7, 7, 5, 0)))        # the tables, mapped by themselves
             entry(root, 96, STUB_LINK)
+            entry(root, UPPER_HALF >> 39 & 511, PDPTS[0] | 7)
         for pdpt in PDPTS:
             entry(pdpt, 1, PDS[0] | 7)
             entry(pdpt, 2, PDS[1] | 7)
@@ -232,6 +234,8 @@ class _Sequence:
             indices = (self.random.choice((0, 1, 1, 2, 64)) << shift for shift in (30, 21, 12))
             return 1 << 39 | sum(indices) | self.random.choice((0, 8))
         region = self.random.choice(REGIONS)
+        if self.random.random() < 0.03:
+            region |= UPPER_HALF
         if self.crowded and self.random.random() < 0.6:
             region += 0x200000 * CROWD_PDE + 0x200000 * self.random.randrange(len(CROWD) - 4)
             return region + 0x1000 * self.random.randrange(4) + self.random.choice((0, 8, 16))

@@ -220,8 +220,10 @@ class ScenarioMachine:
                 result = self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
             return self._exits + result
         except PageFault as fault:
+            self.vcpu.vm_enter()                        # to deliver it
             return [*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
         except GeneralProtection:
+            self.vcpu.vm_enter()
             return [*self._exits, "exc", GP_VECTOR, 0]
         finally:
             if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
