@@ -9,7 +9,7 @@ LOG := build/build.log
 SOURCES := setup.py pyproject.toml $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help replay test bench lint build matrix asan long clean
+.PHONY: help replay test bench lint build matrix asan live long clean
 
 help:
 	@echo 'make replay   walk the bundled recording of a real guest (ARGS="DIRECTORY --phase dyn" for another one)'
@@ -19,7 +19,8 @@ help:
 	@echo 'make build    sdist and wheel into dist/'
 	@echo 'make matrix   20 million cases of the access matrix (minutes)'
 	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
-	@echo 'make long     matrix, asan, and long differential, equality, live-KVM and machine runs'
+	@echo 'make live     100000 random operations of a guest on a live KVM and here (minutes; needs /dev/kvm)'
+	@echo 'make long     matrix, asan, live, and long differential, equality, live-KVM and machine runs'
 	@echo 'make clean    remove everything that make made'
 
 replay: $(VENV)/.kvmmu
@@ -50,11 +51,14 @@ matrix: $(VENV)/.kvmmu $(VENV)/.test
 asan: $(VENV)/.kvmmu $(VENV)/.test
 	$(BIN)/python tests/sanitize.py --walks 10000000
 
-long: matrix asan
+# Each run has other sequences; the first seed is in the output of a failure, and KVMMU_LIVE_SEED chooses it.
+live: $(VENV)/.kvmmu $(VENV)/.test
+	KVMMU_LIVE_OPERATIONS=100000 KVMMU_LIVE_SEED=$${KVMMU_LIVE_SEED:-$$(date +%s)} $(BIN)/pytest tests/test_live_machine.py -rs
+
+long: matrix asan live
 	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
-	KVMMU_LIVE_OPERATIONS=100000 $(BIN)/pytest tests/test_live_machine.py -rs
 	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
 
 clean:

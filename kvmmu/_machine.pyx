@@ -353,7 +353,8 @@ cdef class Machine(MachineModes):
         cdef uint32_t a = explicit_access(check_scalar_access(access))
         cdef access_result out
         with self.kvm.lock:
-            self.prepare()
+            self.kvm.sync()                             # no more than that: the guest is not entered for it
+            use_arena(&self.m)
             self.set_data(data)
             machine_emulate(&self.m, addr, a, &out)
             self.m.data = NULL

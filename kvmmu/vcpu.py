@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, Status
+from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, RetPf, Status
 from kvmmu._contexts import SecondStage, VcpuArch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
@@ -405,7 +405,8 @@ class Vcpu:
         gva : int
             Linear address (bytes) of the first byte.
         data : bytes
-            A page boundary in it is crossed as by one instruction: all or nothing. Empty: only to see where a byte would go.
+            A page boundary in it is crossed as by one instruction: all or nothing, but where KVM has to carry it out, as
+            `write_guest()`. Empty: only to see where a byte would go.
         access : Access
             USER, AC or IMPLICIT; WRITE is added.
         page_table_writing : bool
@@ -426,7 +427,10 @@ class Vcpu:
         parts = _pages_of(gva, bytes(data))
         if len(parts) > 1:
             for address, _ in parts:
-                self._access(address, access, b"", page_table_writing)
+                probe = self._access(address, access, b"", page_table_writing)
+                if probe.ret == RetPf.EMULATE:          # KVM carries out all of it
+                    self.write_guest(gva, data, access)
+                    return probe
         results = [self._access(address, access, part, page_table_writing) for address, part in parts]
         return results[0]
 
@@ -474,18 +478,14 @@ class Vcpu:
         Raises
         ------
         PageFault, GeneralProtection
-            Nothing was written.
+            The bytes before the page that faults were written.
         """
         access = self._with_ac(int(access) | Access.WRITE)
-        parts = _pages_of(gva, bytes(data))
-        reached = []
-        if len(parts) > 1:
-            for address, _ in parts:
-                self._emulate(address, access, b"")
-        for address, part in parts:
+        reached = 0
+        for address, part in _pages_of(gva, bytes(data)):
             _, hpa = self._emulate(address, access, part)
-            reached.append(len(part) if hpa != INVALID_GPA else 0)
-        return sum(reached)
+            reached += len(part) if hpa != INVALID_GPA else 0
+        return reached
 
     def read_guest(self, gva: int, n: int, access: int = 0) -> bytes:
         """Read memory as an instruction that KVM emulates, as `write_guest()` writes it.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu._bits import PAGE_SIZE
 from kvmmu._memory import GuestMemory
 from kvmmu.host import Host
 from kvmmu.mmu._audit import audit
@@ -140,20 +141,25 @@ class Vm:
         return data
 
     def move_slot(self, gpa: int, to: int) -> None:
-        """Move the memslot that begins at gpa: its bytes, and whether it is read-only, go with it."""
+        """Move the memslot that begins at gpa: its bytes, its dirty log, and whether it is read-only go with it."""
         slot = next((slot for slot in self.slots if slot["gpa"] == gpa and slot["as_id"] == 0), None)
         spare = slot is not None and len(self.mem.slots) == 1
         if slot is None or spare:
             raise ValueError(f"gpa {gpa:#x}: " + ("the only slot cannot move" if spare else "no slot begins there"))
+        dirty = self.kvm.dirty_log(gpa, False) - np.uint64(gpa // PAGE_SIZE) if slot["dirty_log"] else None
         data = self.mem.remove_slot(gpa)
         self.kvm.slots()
+        at = gpa
         try:
             self.mem.add_slot(to, data, slot["readonly"])
+            at = to
         except ValueError:
             self.mem.add_slot(gpa, data, slot["readonly"])
             raise
         finally:
             self.kvm.slots()
+            if dirty is not None:
+                self.kvm.set_dirty_log(at, True, created=True, dirty=dirty)
 
     def write_guest_physical(self, gpa: int, data: "Buffer") -> None:
         """Write guest memory as KVM does on behalf of the guest: the frames are dirty then.

@@ -9,6 +9,7 @@ import random
 SLOT_0 = {"slot": 0, "gpa": 0, "size": 4 << 20}
 SLOT_1_GPA, SLOT_1_ELSEWHERE = 0x40000000, 0x48000000
 SLOT_2_GPA, SLOT_2_PAGES = 0x50003000, 5
+SLOT_2_ELSEWHERE = SLOT_1_GPA + (4 << 20)               # where slot 1 ends
 HOLE = 0x10000000
 STUB_LINK = 0x30005027
 STUB = {
@@ -30,6 +31,7 @@ CROWD_PDE = 16
 DATA = tuple(range(0x100000, 0x110000, 0x1000))
 CODE = DATA[-4:]                        # they keep JMP RDX at offset 0
 WINDOW = 0x1000000000
+UPPER_HALF = 0xFFFF960000000000
 REGIONS = (0x40000000, 0x80000000)      # of the two page directories
 CODE_PDE = 7
 NX, RESERVED = 1 << 63, 1 << 50
@@ -38,7 +40,7 @@ NOT_CANONICAL = (1 << 47, 1 << 62, 0xFFFF7FFFFFFFF000)
 IGNORED = (0,) * 8 + (0x100, 0xE00, 0x18, 1 << 55, 1 << 60)    # global, software bits, memory type, key
 
 CR0, CR0_WP, CR0_PG = 0x80040033, 0x10000, 0x80000000
-CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 0x20, 0x80, 0x100000, 0x200000
+CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP, CR4_PKE = 0x20, 0x80, 0x100000, 0x200000, 0x400000
 EFER, EFER_NX = 0x501, 0x800
 LEAF_FLAGS = (0x67,) * 9 + (0x27, 0x07, 0x25, 0x05, 0x65, 0x63, 0x03, 0x23, 0x61)
 TABLE_FLAGS = (0x07,) * 9 + (0x27, 0x67, 0x05, 0x03)
@@ -61,14 +63,16 @@ class _Sequence:
             slot_1["flags"] = 2
         slot_2 = {"slot": 2, "gpa": SLOT_2_GPA, "size": SLOT_2_PAGES << 12} | pick([{}, {}, {"flags": 2}, {"unpopulated": True}])
         self.crowded = paging and self.random.random() < 0.15
+        slot_0 = dict(SLOT_0) | pick([{}, {}, {"backing": "2m"}])
         self.readonly = "flags" in slot_1
         self.upper_half_is_plain = backing == "4k"
         self.cr3, self.cr0, self.cr4, self.efer = ROOTS[0], CR0 | CR0_WP, CR4_PAE, EFER | EFER_NX
         self.slot_1_at, self.slot_1_there, self.logging = SLOT_1_GPA, True, {0: 0, 1: 0}
+        self.slot_2_at, self.slot_2_flags = SLOT_2_GPA, slot_2.get("flags", 0)
         self.stamp = 0
         self.ops = []
         self.scenario = {
-            "format": 1, "name": f"sequence_{seed}", "slots": [dict(SLOT_0), slot_1, slot_2], "stub": STUB,
+            "format": 1, "name": f"sequence_{seed}", "slots": [slot_0, slot_1, slot_2], "stub": STUB,
             "regs": {"cr0": f"{self.cr0:#x}", "cr3": f"{self.cr3:#x}", "cr4": f"{self.cr4:#x}", "efer": f"{self.efer:#x}"},
             "mem": [[f"{gpa:#x}", f"{value:#x}"] for gpa, value in sorted(self._memory(backing != "unpopulated").items())],
             "watch": [f"{gpa:#x}" for gpa in (*TABLES, *DATA)], "ops": self.ops}
@@ -95,11 +99,14 @@ class _Sequence:
                 self._mov_cr3: 5, self._mov_cr0: 2, self._invlpg: 2, self._fetch: 2, self._change_slot: 5, self._log: 5,
                 self._read_log: 8, self._drop_pages: 5, self._protect: 2, self._write_pte_silently: 2, self._limit_pages: 1}
         return {
-            self._load: 80 if self.crowded else 24, self._store: 18, self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
+            self._load: 80 if self.crowded else 24, self._store: 18,
+            self._write_pte_natively: 12, self._write_pte_emulated: 9, self._write_oddly: 4,
             self._write_otherwise: 3, self._write_pte_silently: 4, self._invlpg: 7, self._mov_cr3: 5, self._mov_cr0: 2,
             self._mov_cr4: 1, self._set_efer: 1, self._set_sregs: 1, self._fetch: 5, self._load_emulated: 3,
-            self._store_emulated: 2, self._change_slot: 1, self._log: 2, self._read_log: 2, self._drop_pages: 2,
-            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._break_rules: 0.5}
+            self._store_emulated: 2, self._change_slot: 1, self._change_small_slot: 1, self._log: 2,
+            self._read_log: 2, self._drop_pages: 2,
+            self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._cross_pages: 3,
+            self._break_rules: 0.5}
 
     # ---- the guest's memory ------------------------------------------------------------------------------------------
 
@@ -113,6 +120,7 @@ class _Sequence:
             entry(root, 0, PDPTS[i % 3 // 2] | 7)
             entry(root, 1, root | self.random.choice((7, 7, 5, 0)))        # the tables, mapped by themselves
             entry(root, 96, STUB_LINK)
+            entry(root, UPPER_HALF >> 39 & 511, PDPTS[0] | 7)
         for pdpt in PDPTS:
             entry(pdpt, 1, PDS[0] | 7)
             entry(pdpt, 2, PDS[1] | 7)
@@ -177,7 +185,8 @@ class _Sequence:
         if kind < 0.78:
             return SLOT_1_ELSEWHERE + 0x1000 * self.random.randrange(8) | flags
         if kind < 0.80:
-            return SLOT_2_GPA + 0x1000 * self.random.randrange(-1, SLOT_2_PAGES + 1) | flags
+            return self.random.choice((SLOT_2_GPA, SLOT_2_GPA, SLOT_2_ELSEWHERE)) + 0x1000 * self.random.randrange(
+                -1, SLOT_2_PAGES + 1) | flags
         if kind < 0.87:
             return self.random.choice((*PDS, *PTS)) | flags
         if kind < 0.90:
@@ -225,6 +234,8 @@ class _Sequence:
             indices = (self.random.choice((0, 1, 1, 2, 64)) << shift for shift in (30, 21, 12))
             return 1 << 39 | sum(indices) | self.random.choice((0, 8))
         region = self.random.choice(REGIONS)
+        if self.random.random() < 0.03:
+            region |= UPPER_HALF
         if self.crowded and self.random.random() < 0.6:
             region += 0x200000 * CROWD_PDE + 0x200000 * self.random.randrange(len(CROWD) - 4)
             return region + 0x1000 * self.random.randrange(4) + self.random.choice((0, 8, 16))
@@ -310,6 +321,7 @@ class _Sequence:
         self.cr3 = self.random.choice(ROOTS)
         self.cr0 = CR0 | self.random.choice((0, CR0_WP, CR0_WP))
         self.cr4 = CR4_PAE | self.random.choice((0, 0, CR4_SMEP, CR4_SMAP, CR4_SMEP | CR4_SMAP))
+        self.cr4 |= self.random.choice((0, 0, 0, CR4_PKE))
         self._add("set_sregs", cr0=f"{self.cr0:#x}", cr3=f"{self.cr3:#x}", cr4=f"{self.cr4:#x}")
         self._settle()
 
@@ -343,6 +355,22 @@ class _Sequence:
         self.logging[1] = 0
         self._settle()
 
+    def _change_small_slot(self):
+        """Away and back again, or to where slot 1 ends; its log goes on and off."""
+        kind = self.random.random()
+        if kind < 0.4:
+            self._add("slot_delete", slot=2)
+            self._settle()
+        elif kind < 0.7:
+            self.slot_2_at ^= SLOT_2_GPA ^ SLOT_2_ELSEWHERE
+        else:
+            self.slot_2_flags ^= 1
+        self._add("slot_set", slot=2, gpa=f"{self.slot_2_at:#x}", flags=self.slot_2_flags)
+        self._settle()
+        if self.slot_2_flags & 1:
+            self._load()
+            self._add("dirty_get", slot=2)
+
     def _log(self):
         slot = self.random.choice((0, 1)) if self.slot_1_there else 0
         self.logging[slot] ^= 1
@@ -355,7 +383,7 @@ class _Sequence:
             self._add("dirty_get", slot=self.random.choice(slots))
 
     def _drop_pages(self):
-        """Take pages from the guest, tables too, and of a huge page. Code stays."""
+        """Take pages from the guest: tables too, and huge ones and parts of them, which come back small. Code stays."""
         slot = self.random.choice((0, 0, 0, 1))
         if slot == 1 and not self.slot_1_there:
             return
@@ -376,6 +404,14 @@ class _Sequence:
         for _ in range(self.random.randrange(1, 5)):
             self._load()
         self._add("mprotect", **where, prot=3)
+
+    def _cross_pages(self):
+        va = self._va() & ~0xFFF | 0x1000 - self.random.choice((1, 2, 3, 4, 7))
+        cpl = self.random.choice((3, 3, 0))
+        ops = ("load", "load", "store", "store", "load4", "store2", "xchg", "or", "cmpxchg")
+        if cpl == 0:                    # what KVM has repeated rather than emulated may begin anew in the middle
+            ops += ("add", "not")
+        self._add(self.random.choice(ops), cpl, va=f"{va:#x}", val=self._value())
 
     def _load_oddly(self):
         """From where only the stub's tables lead, and from where nothing does."""

@@ -466,6 +466,17 @@ def test_emulated_writes_are_in_the_dirty_log():
         vm.write_guest_physical(GB1, b"x")
 
 
+def test_emulated_writes_go_page_by_page():
+    """What lies before the page that faults has reached memory, as KVM's emulator leaves it; a native store writes nothing."""
+    vm, vcpu = machine(Host(tdp=None), maps=((0x1000, 0x3000),))
+    with pytest.raises(kvmmu.PageFault):
+        vcpu.store(0x1FFE, b"no..")
+    assert bytes(2) == vm.mem.read(0x3FFE, 2)
+    with pytest.raises(kvmmu.PageFault):
+        vcpu.write_guest(0x1FFE, b"ab..")
+    assert b"ab" == vm.mem.read(0x3FFE, 2)
+
+
 # ---- NX mitigation -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tdp", ["ept", "npt"])
@@ -524,6 +535,20 @@ def test_slots_come_go_and_move():
     with pytest.raises(ValueError, match="the only slot"):
         vm.move_slot(0, GB1)
     assert vm.audit() == []
+
+
+def test_a_dirty_log_moves_with_its_slot():
+    vm, vcpu = machine()
+    vm.add_slot(GB1, 4 * PAGE, dirty_log=True)
+    touch(vcpu, GB1 + 2 * PAGE, access=Access.WRITE)
+    vm.move_slot(GB1, 2 * GB1)
+    assert [(2 * GB1 >> 12) + 2] == vm.get_dirty_log(2 * GB1).tolist()
+    touch(vcpu, 2 * GB1 + PAGE, access=Access.WRITE)
+    assert [(2 * GB1 >> 12) + 1] == vm.get_dirty_log(2 * GB1).tolist()
+    vm.add_slot(GB1, PAGE)
+    with pytest.raises(ValueError, match="overlap"):
+        vm.move_slot(2 * GB1, GB1)
+    assert [] == vm.get_dirty_log(2 * GB1).tolist()
 
 
 def test_memory_too_large_for_the_host():

@@ -167,9 +167,11 @@ cdef class Kvm(KvmMemory):
 
     # ---- dirty log ---------------------------------------------------------------------------------------------------
 
-    def set_dirty_log(self, gpa, on, as_id=0, created=False):
-        """Start or stop the dirty log of the slot at gpa; created: it was made a moment ago, and nothing maps it."""
+    def set_dirty_log(self, gpa, on, as_id=0, created=False, dirty=()):
+        """Start or stop the dirty log of the slot at gpa; created: it was made a moment ago, and nothing maps it; dirty: pages of
+        it, by number, that the log begins with."""
         cdef kvm_memory_slot *slot
+        cdef uint64_t i
         with self.lock:
             slot = self.slot_at(gpa, as_id)
             if slot.dirty_log == bool(on):
@@ -177,6 +179,8 @@ cdef class Kvm(KvmMemory):
             if set_dirty_log(slot, bool(on)):
                 raise MemoryError
             if created:
+                for i in dirty:
+                    mark_slot_dirty(slot, slot.base_gfn + i)
                 return
             next_generation(self.k, 1)
             if slot.readonly:                           # none of it is mapped for writing

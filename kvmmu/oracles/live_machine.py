@@ -103,6 +103,7 @@ class _Backing:
                 self.map[at] = 0
         if self.kind == "2m" and self._huge_bytes() < size:
             raise CannotRun(f"slot {slot['slot']}: the host gave no 2M pages")
+        self.map.madvise(mmap.MADV_NOHUGEPAGE, self.at, size)       # what goes or splits does not become huge again
 
     def _huge_bytes(self) -> int:
         """How much of it the host has in huge pages."""

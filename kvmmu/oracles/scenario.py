@@ -185,8 +185,10 @@ class ScenarioMachine:
         before = self.vm.stats
         if self._trace:
             self.vm.trace = Tracepoints(capacity=1 << 14)
+        self._exits.clear()
         record["result"] = self._guest(op, record) if "cpl" in op else self._host(op, record)
         after = self.vm.stats
+        after["mmio_exits"] = before["mmio_exits"] + len({exit for exit in self._exits if exit in ("r", "w")})  # per instruction
         record["delta"] = {name: after[name] - before[name] for name in after if after[name] != before[name]}
         ptes = self._changes()
         if ptes:
@@ -203,7 +205,6 @@ class ScenarioMachine:
         name, cpl = op["op"], op["cpl"]
         va, value = _number(op.get("va", 0)), _number(op.get("val", 0))
         size = self._stub.instruction(name)[1]
-        self._exits.clear()
         if name == "btr":                                           # the bit may be in another word
             va = va + size * ((value ^ 1 << 63) - (1 << 63) >> 3 + size.bit_length() - 1) & 2**64 - 1
             value %= 8 * size
@@ -219,8 +220,10 @@ class ScenarioMachine:
                 result = self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
             return self._exits + result
         except PageFault as fault:
+            self.vcpu.vm_enter()                        # to deliver it
             return [*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
         except GeneralProtection:
+            self.vcpu.vm_enter()
             return [*self._exits, "exc", GP_VECTOR, 0]
         finally:
             if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
@@ -228,7 +231,7 @@ class ScenarioMachine:
 
     def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
         if va % PAGE_SIZE + size > PAGE_SIZE:
-            raise ValueError(f"va {va:#x}: a native access of {size} bytes crosses a page")
+            return self._native_crossing(name, size, va, value, record)
         if name == "null":
             return ["ok"]
         if name == "fetch":
@@ -263,6 +266,32 @@ class ScenarioMachine:
         if found.ret == RetPf.EMULATE:
             self.vm.write_guest_physical(found.gpa, data)
         else:
+            self.vcpu.store(va, data, Access.USER, **kind)
+        return ["ok"]
+
+    def _native_crossing(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
+        """Two pages: KVM carries out the whole instruction if it must for either."""
+        kind = {"page_table_writing": name not in NOT_PAGE_TABLE_WRITING}
+        if not name.startswith(("load", "store", "mov")) and name not in UPDATES:
+            raise ValueError(f"op: {name!r} does not cross pages")
+        middle, data, again = va + PAGE_SIZE & -PAGE_SIZE, b"", True
+        while again:                                    # what one page has cost may be the mapping of the other, or the stub's
+            data, again = b"", False
+            for page, length in ((va, middle - va), (middle, va + size - middle)):
+                if name.startswith("load"):
+                    found = self.vcpu.access(page, Access.USER)
+                else:
+                    found = self.vcpu.store(page, b"", Access.USER, **kind)
+                self.vcpu.vm_enter()
+                self.vcpu.access(self._stub.code_va(name, 3), Access.USER | Access.FETCH)
+                if found.ret == RetPf.EMULATE:
+                    return self._emulated(name, size, va, value, Access.USER, record)
+                data += self.mem.read(found.gpa, length)
+                again |= found.exits > 0
+        if name.startswith("load"):
+            record["val"] = f"{int.from_bytes(data, 'little'):x}"
+        else:
+            data = _update(name, data, value) if name in UPDATES else _operand(name, size, value)
             self.vcpu.store(va, data, Access.USER, **kind)
         return ["ok"]
 
@@ -302,10 +331,21 @@ class ScenarioMachine:
             data = _operand(name, size, value)
             if name in UPDATES:
                 data = _update(name, self._emulated_update(va, size, user), value)
-            done = self.vcpu.write_guest(va, data, user)
-            if done < size:
-                self._mmio_exit("w", self._gpa(va + done, user | Access.WRITE), size - done, data[done:])
+            self._emulated_write(va, data, user)
         return ["ok"]
+
+    def _emulated_write(self, va: int, data: bytes, user: int) -> None:
+        """What KVM writes for the guest, page by page: memory is written even if the second page faults, exits are not made."""
+        exits = len(self._exits)
+        while data:
+            part = data[:PAGE_SIZE - va % PAGE_SIZE]
+            try:
+                if self.vcpu.write_guest(va, part, user) == 0:
+                    self._mmio_exit("w", self._gpa(va, user | Access.WRITE), len(part), part)
+            except PageFault:
+                del self._exits[exits:]
+                raise
+            va, data = va + len(part), data[len(part):]
 
     def _emulated_read(self, va: int, size: int, access: int) -> bytes:
         """What KVM reads for the guest; what is MMIO reads as zeros."""
@@ -377,8 +417,10 @@ class ScenarioMachine:
         if gpa != slot.gpa:
             slot.states = self._states(slot)
             self.vm.move_slot(slot.gpa, gpa)
-            slot.gpa, slot.flags = gpa, flags
+            slot.gpa = gpa
             self._use_host_pages(slot)
+            if (flags ^ slot.flags) & DIRTY_LOG_FLAG:
+                self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
         elif (flags ^ slot.flags) & DIRTY_LOG_FLAG:
             self.vm.set_dirty_log(gpa, bool(flags & DIRTY_LOG_FLAG))
         slot.flags = flags
