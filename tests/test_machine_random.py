@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random operations of guest, VMM and host against what the architecture allows, and the audit after each.
 
-KVMMU_MACHINE_OPERATIONS is the number of operations over all configurations; KVMMU_MACHINE_SEED the first seed.
+KVMMU_MACHINE_OPERATIONS is the number of operations of guests under two-dimensional paging, and again of those under shadow
+paging and nested ones together; KVMMU_MACHINE_SEED the first seed.
 """
 
 import os
 
 import pytest
+from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
+from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
 from machine_driver import CONFIGURATIONS, Driver
 
 OPERATIONS = int(os.environ.get("KVMMU_MACHINE_OPERATIONS", "6000"))
@@ -14,14 +17,15 @@ SEED = int(os.environ.get("KVMMU_MACHINE_SEED", "1"))
 MODES = ("4l", "5l", "pae", "32")
 RUN = 1000                                                              # operations of one machine
 CASES = [(name, mode) for name in CONFIGURATIONS for mode in (MODES if name in ("ept", "npt") else ("4l",))]
+SHADOW_CASES = [(name, mode) for name in SHADOW_CONFIGURATIONS for mode in MODES]
+NESTED_CASES = [(name, mode) for name in NESTED_CONFIGURATIONS for mode in (MODES if "npt" in name else ("4l", "5l"))]
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
-def test_random_operations(name, mode):
-    """Every access comes to what the guest's tables say, within the staleness of its TLB, and to the host page behind it."""
-    left, seed = OPERATIONS // len(CASES) + 1, SEED
+def run(driver_type, configuration, name, mode, left):
+    """`left` random operations, on as many machines as it takes."""
+    seed = SEED
     while left > 0:
-        driver = Driver(CONFIGURATIONS[name], mode, seed)
+        driver = driver_type(configuration, mode, seed)
         try:
             for _ in range(min(left, RUN)):
                 driver.step()
@@ -31,3 +35,21 @@ def test_random_operations(name, mode):
             raise
         left -= driver.steps
         seed += 1
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_random_operations(name, mode):
+    """Every access comes to what the guest's tables say, within the staleness of its TLB, and to the host page behind it."""
+    run(Driver, CONFIGURATIONS[name], name, mode, OPERATIONS // len(CASES) + 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), SHADOW_CASES)
+def test_random_operations_under_shadow_paging(name, mode):
+    """The same where tables of the host stand for the guest's: what the guest has not flushed may be old, and no older."""
+    run(ShadowDriver, SHADOW_CONFIGURATIONS[name], name, mode, OPERATIONS // 2 // len(SHADOW_CASES) + 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), NESTED_CASES)
+def test_random_operations_of_nested_guests(name, mode):
+    """The same of L2 under L1's EPT or NPT, and of L1 beside it."""
+    run(NestedDriver, NESTED_CONFIGURATIONS[name], name, mode, OPERATIONS // 2 // len(NESTED_CASES) + 1)
