@@ -8,8 +8,9 @@ L1 runs without paging, too, and writes its tables through the tables of the hos
 
 import numpy as np
 from builders import LEVELS, PageTables, flag_bits, mode_regs
-from driver_shadow import SPREAD, SPREAD_PAGES, SPREAD_STEP, ShadowDriver
+from driver_shadow import ShadowDriver
 from machine_driver import ACCESSES, HIGH, PAGE, RAM, ROM
+from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP
 
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, NestedFault, Npt, RetPf, Status, Vcpu, Vm
 
@@ -84,7 +85,7 @@ class NestedDriver(ShadowDriver):
         self.kinds = np.tile(np.array(ACCESSES, np.uint8), len(self.gva))
         self.log, self.steps = [], 0
         self.nested, self.root = False, 0
-        self.used, self.seen, self.touched = {}, {}, {}
+        self.used, self.seen, self.touched, self.now = {}, {}, {}, {}
         self.NAMES = self.choose_operations()
         self.enter()
         self.forget()
@@ -129,15 +130,19 @@ class NestedDriver(ShadowDriver):
         return self.root if self.nested else "L1"
 
     def outcomes(self, root=None):
-        if not self.nested and root is None or root == "L1":
+        return super().outcomes(self.pcid if root is None else root)
+
+    def translate_all(self, root):
+        if root == "L1":
             return {gva: ((int(Status.OK), gva, 0),) * len(ACCESSES) for gva in self.gva}
-        t = self.walkers[self.root if root is None else root].gva_walk.translate(self.rows, self.kinds, set_ad=False)
+        t = self.walkers[root].gva_walk.translate(self.rows, self.kinds, set_ad=False)
         columns = [(status, gpa, 0) for status, gpa in zip(t.status.tolist(), t.gpa.tolist(), strict=True)]
         n = len(ACCESSES)
         return {gva: tuple(columns[i * n:(i + 1) * n]) for i, gva in enumerate(self.gva)}
 
     def forget(self):
         self.used, self.touched, self.seen = {self.pcid: {self.pcid}}, {}, {}
+        self.change()
         self.remember()
 
     def check_access(self, gva, i, got, ret, now=None):
@@ -173,6 +178,7 @@ class NestedDriver(ShadowDriver):
         self.vcpu.enter_nested(self.stages[self.root], **self.registers)
         self.nested = True
         self.used.setdefault(self.root, {self.root})
+        self.changed = True
         self.remember()
 
     def leave(self):
@@ -180,6 +186,7 @@ class NestedDriver(ShadowDriver):
         self.vcpu.leave_nested()
         self.nested = False
         self.used.setdefault("L1", {"L1"})
+        self.changed = True
         self.remember()
 
     def l1_store(self):

@@ -8,17 +8,14 @@ walk of now must come to what they say now. A and D bits are looked up where the
 """
 
 import numpy as np
-from builders import PageTables, flag_bits
-from machine_driver import ACCESSES, HIGH, HOLE, MB2, PAGE, PTE_BITS, RAM, ROM, Driver
+from builders import flag_bits
+from machine_driver import ACCESSES, HIGH, MB2, PAGE, PTE_BITS, RAM, ROM, Driver
+from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP, TABLES, SharedTables
 
 from kvmmu import Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, RetPf, Status, Vcpu, Vm
 
 NOFLUSH, PCIDE, PGE, PG, WP, SMEP, SMAP, NXE, LMA = 1 << 63, 1 << 17, 1 << 7, 1 << 31, 1 << 16, 1 << 20, 1 << 21, 1 << 11, 1 << 10
 A, D = flag_bits("a"), flag_bits("d")
-DATA, LARGE, LARGE_RO, NONE, WINDOW, IN_ROM = 0x400000, 0x800000, 0xC00000, 0x1000000, 0x1400000, 0x1800000
-TABLES = 8 * MB2                                        # where the address spaces have theirs
-EACH = 0x80000                                          # room for the tables of one
-SPREAD, SPREAD_STEP, SPREAD_PAGES = 0x40000000, 0x400000, 64        # pages with a table each
 INVALID = 2**64 - 1
 
 SHADOW_CONFIGURATIONS = {
@@ -30,7 +27,7 @@ SHADOW_CONFIGURATIONS = {
 }
 
 
-class ShadowDriver(Driver):
+class ShadowDriver(SharedTables, Driver):
     """One machine without two-dimensional paging, its guest, and what the guest may see."""
 
     def __init__(self, host, mode="4l", seed=0):
@@ -58,65 +55,9 @@ class ShadowDriver(Driver):
         self.log = []
         self.steps = 0
         self.root = 0                                       # of the address space in force
-        self.used, self.seen, self.touched = {}, {}, {}
+        self.used, self.seen, self.touched, self.now = {}, {}, {}, {}
         self.NAMES = self.choose_operations()
         self.forget()
-
-    def make_tables(self, base):
-        return PageTables(self.mode, base=base)
-
-    def build_tables(self):
-        """Address spaces over the same addresses: 0 has all, the others some tables of their own and some of its."""
-        self.targets = [0x10000, 0x11000, 0x12000, 0x13000, MB2, MB2 + PAGE, 3 * MB2, ROM, ROM + PAGE, HOLE, HIGH,
-                        HIGH + 5 * PAGE]
-        count = 5 if self.mode in ("4l", "5l") else 3
-        self.tables = [self.make_tables(TABLES + i * EACH) for i in range(count - 1)]
-        self.tables.append(self.make_tables(HIGH))                # comes and goes with its slot
-        self.roots = [tables.cr3 for tables in self.tables]
-        for number, tables in enumerate(self.tables):
-            for i in range(len(self.targets)) if number < count - 1 else range(3):
-                tables.map(DATA + i * PAGE, self.targets[(i + number) % len(self.targets)])
-            if number % 2 == 0 and number < count - 1:
-                tables.map(LARGE, 4 * MB2, level=2)
-                tables.map(LARGE_RO, 6 * MB2, flags="p u", level=2)
-        first = self.tables[0]
-        first.map(IN_ROM, 0x10000)
-        in_rom = first.entry_gpa(IN_ROM, 1) & -PAGE
-        frames = sorted({gpa for tables in self.tables for gpa in tables.tables()} - {in_rom})[:24]
-        spread = set()
-        for i in range(SPREAD_PAGES):
-            spread.add(first.map(SPREAD + i * SPREAD_STEP, 0x100000 + i * PAGE) & -PAGE)
-        for i, gpa in enumerate(frames):
-            first.map(WINDOW + i * PAGE, gpa)
-        self.gva = [DATA + i * PAGE for i in range(len(self.targets))]
-        self.gva += [LARGE, LARGE + 37 * PAGE, LARGE + MB2 - PAGE, LARGE_RO, NONE, IN_ROM]
-        self.gva += [WINDOW + i * PAGE for i in range(len(frames))]
-        self.mapped_by = {}                                 # leaf entry: pages that it maps in the beginning
-        for tables in self.tables:
-            for gva in self.gva[:12]:
-                if tables.cr3 != HIGH or gva < DATA + 3 * PAGE:
-                    self.mapped_by.setdefault(tables.entry_gpa(gva, 1), []).append(gva)
-        leaf_tables = {first.entry_gpa(gva, 1) & -PAGE for gva in (DATA, WINDOW)} | {
-            tables.entry_gpa(DATA, 1) & -PAGE for tables in self.tables}
-        self.windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in leaf_tables]
-        self.top_windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in self.roots]
-        words = {}
-        for tables in self.tables:
-            words |= tables.words()
-        pde = first.entry_gpa(IN_ROM, 2)                    # one leaf table lies in the read-only slot
-        first.write(pde, first.read(pde) - in_rom + ROM + 3 * PAGE)
-        words |= first.words()
-        words |= {ROM + 3 * PAGE + (gpa - in_rom): value for gpa, value in words.items() if gpa & -PAGE == in_rom}
-        for number in range(1, count - 1):                  # shared: the table of the windows; in odd ones that of the data, too
-            for gva in (WINDOW, DATA) if number % 2 else (WINDOW,):
-                entry = self.tables[number].entry_gpa(gva, 2)
-                self.tables[number].write(entry, first.entry(gva, 2))
-            words |= self.tables[number].words()
-        self.original = words
-        self.entry_size = first.entry_size
-        self.frames = frames
-        fixed = spread | {in_rom}
-        self.entries = sorted(gpa + part for gpa in words for part in range(0, 8, self.entry_size) if gpa & -PAGE not in fixed)
 
     # ---- what the guest may see ----------------------------------------------------------------------------------------
 
@@ -142,7 +83,18 @@ class ShadowDriver(Driver):
 
     def outcomes(self, root=None):
         """For each page (status, gpa, error code) per access, as the tables of an address space are now."""
-        t = self.walker(self.root if root is None else root).translate(self.rows, self.kinds, set_ad=False)
+        root = self.root if root is None else root
+        if root not in self.now:                            # A and D, which accesses set, change nothing of it
+            self.now[root] = self.translate_all(root)
+        return self.now[root]
+
+    def change(self):
+        """What the tables say may be something else now."""
+        self.now.clear()
+        self.changed = True
+
+    def translate_all(self, root):
+        t = self.walker(root).translate(self.rows, self.kinds, set_ad=False)
         columns = list(zip(t.status.tolist(), t.gpa.tolist(), t.error_code.tolist(), strict=True))
         n = len(ACCESSES)
         return {gva: tuple(columns[i * n:(i + 1) * n]) for i, gva in enumerate(self.gva)}
@@ -151,6 +103,7 @@ class ShadowDriver(Driver):
         """Nothing is remembered of any address space: all was flushed, for every PCID."""
         self.used, self.touched = {self.pcid: {self.root}}, {}
         self.seen = {}
+        self.change()
         self.remember()
 
     def flush(self, *pages):
@@ -172,6 +125,9 @@ class ShadowDriver(Driver):
 
     def remember(self):
         """What the tables say now may be seen from now on, under every root that its PCID was used with."""
+        if not self.changed:
+            return
+        self.changed = False
         now = {root: self.outcomes(root) for root in set().union(*self.used.values())}
         for pcid, roots in self.used.items():
             seen = self.seen.setdefault(pcid, {})
@@ -258,6 +214,7 @@ class ShadowDriver(Driver):
     def note(self, gpa, size):
         """Bytes were written: A and D bits of entries there are the guest's doing until it flushes."""
         self.wrote(gpa, size)
+        self.change()
         entries = range(gpa & -self.entry_size, gpa + size, self.entry_size)
         for pcid in self.used:
             self.touched.setdefault(pcid, set()).update(entries)
@@ -387,9 +344,11 @@ class ShadowDriver(Driver):
             assert self.mode == "pae"
             return
         self.root = root
+        if self.mode == "pae":
+            self.change()
         if noflush:
             self.used.setdefault(self.pcid, set()).add(root)
-            self.seen.setdefault(self.pcid, {})
+            self.changed = True
             self.remember()
         else:
             self.flush()
@@ -498,6 +457,7 @@ class ShadowDriver(Driver):
 
     def slot_change(self):
         super().slot_change()
+        self.change()
         self.remember()
 
     def invalidate(self, how):
