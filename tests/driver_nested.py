@@ -189,9 +189,21 @@ class NestedDriver(ShadowDriver):
         self.changed = True
         self.remember()
 
-    def l1_store(self):
+    def leaf_entry(self, gva):
+        if not self.nested:
+            return None
+        record = self.walkers[self.root].gva_walk.walk_record(gva, 0)
+        return record.final.steps[-1].gpa if record.final is not None and record.final.steps else None
+
+    def write_entry(self, gpa):
+        if self.nested and self.rng.random() < 0.5:
+            super().write_entry(gpa)
+        else:
+            self.l1_store(gpa)
+
+    def l1_store(self, gpa=None):
         """L1 writes an entry of its tables by itself."""
-        gpa = self.pick(self.entries)
+        gpa = self.pick(self.entries) if gpa is None else gpa
         if not self.is_there(gpa):
             return
         was = self.nested
@@ -232,9 +244,9 @@ class NestedDriver(ShadowDriver):
             self.wrote(gpa, 1)
 
     OPERATIONS = (
-        ("access", 40), ("many", 6), ("write_pte", 6), ("store", 12), ("l1_store", 8), ("write_guest", 3), ("flood", 1),
-        ("repair", 4), ("enter", 8), ("leave", 2), ("invlpg", 6), ("limit", 1), ("sweep", 1), ("unmap", 2), ("move", 2),
-        ("protect", 2), ("set_backing", 1), ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2), ("dirty_log_off", 1),
-        ("dirty_log_get", 4), ("write_protect", 1), ("zap_all", 1), ("recover_nx", 1), ("recover", 1), ("split", 1),
-        ("slot_change", 1), ("generations", 1))
-    ALWAYS = ("access", "many", "store", "invlpg", "repair", "enter")
+        ("access", 40), ("many", 6), ("write_pte", 6), ("store", 8), ("grow_old", 12), ("l1_store", 4), ("write_guest", 3),
+        ("flood", 1), ("repair", 8), ("enter", 8), ("leave", 2), ("invlpg", 6), ("limit", 1), ("sweep", 1), ("unmap", 2),
+        ("move", 2), ("protect", 2), ("set_backing", 1), ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2),
+        ("dirty_log_off", 1), ("dirty_log_get", 4), ("write_protect", 1), ("zap_all", 1), ("recover_nx", 1), ("recover", 1),
+        ("split", 1), ("slot_change", 1), ("generations", 1))
+    ALWAYS = ("access", "grow_old", "invlpg", "repair", "enter")

@@ -10,7 +10,7 @@ walk of now must come to what they say now. A and D bits are looked up where the
 import numpy as np
 from builders import flag_bits
 from machine_driver import ACCESSES, HIGH, MB2, PAGE, PTE_BITS, RAM, ROM, Driver
-from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP, TABLES, SharedTables
+from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP, TABLES, WINDOW, SharedTables
 
 from kvmmu import Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, RetPf, Status, Vcpu, Vm
 
@@ -219,23 +219,6 @@ class ShadowDriver(SharedTables, Driver):
         for pcid in self.used:
             self.touched.setdefault(pcid, set()).update(entries)
 
-    def new_value(self, gpa):
-        """Another value for an entry: a bit turned over, another frame, what it was at first, or that of another entry."""
-        old = self.read_entry(gpa)
-        chance = self.rng.random()
-        if chance < 0.4:
-            return self.original_entry(gpa)
-        if chance < 0.6:
-            return (old & 0xFFF) | self.pick(self.targets + self.frames)
-        if chance < 0.65:
-            return self.read_entry(self.pick(self.entries))
-        if chance < 0.67:
-            return old ^ flag_bits("ps")
-        return old ^ self.pick(self.bits)
-
-    def original_entry(self, gpa):
-        return self.original.get(gpa & -8, 0) >> 8 * (gpa & 7) & ((1 << 8 * self.entry_size) - 1)
-
     def is_there(self, gpa):
         slot = self.slot_of(gpa)
         return slot is not None and not slot["readonly"]
@@ -255,32 +238,52 @@ class ShadowDriver(SharedTables, Driver):
         self.note(gpa, self.entry_size)
 
     def store(self):
-        """The guest writes through one of its windows: an entry, a part of one, or bytes of all sizes; and looks there."""
-        gpa = self.write_by(lambda gva, data, user: self.vcpu.store(
-            gva, data, user, page_table_writing=bool(self.rng.random() < 0.8)))
-        pages = self.mapped_by.get(gpa & -self.entry_size) if gpa is not None else None
-        if pages and self.rng.random() < 0.7:
+        """The guest writes through one of its windows: an entry, a part of one, or bytes of all sizes."""
+        self.write_by(self.store_bytes)
+
+    def store_bytes(self, gva, data, user):
+        return self.vcpu.store(gva, data, user, page_table_writing=bool(self.rng.random() < 0.8))
+
+    def grow_old(self):
+        """A page is used, the guest writes its entry without a flush, and it is used again: as it was, or as it is."""
+        gva = self.pick(self.gva)
+        self.access(gva)
+        entry = self.leaf_entry(gva)
+        if entry is not None and entry & -PAGE in self.frames:
+            self.write_entry(entry)
             self.remember()
-            self.access(self.pick(pages))
+            for _ in range(3):
+                self.access(gva)
+
+    def leaf_entry(self, gva):
+        """Where the entry is that maps a page, if one does."""
+        steps = self.walker(self.root).walk_record(gva, 0).steps if self.paging else ()
+        return steps[-1].gpa if steps else None
+
+    def write_entry(self, gpa):
+        self.write_by(self.store_bytes, WINDOW + self.frames.index(gpa & -PAGE) * PAGE, gpa % PAGE)
 
     def write_guest(self):
-        """The same by an instruction that KVM emulates."""
+        """As `store()`, by an instruction that KVM emulates."""
         self.write_by(self.vcpu.write_guest)
 
-    def write_by(self, write):
-        gva = self.pick(self.windows if self.rng.random() < 0.8 else self.gva)
+    def write_by(self, write, gva=None, offset=None):
+        """A write by the guest, checked. IN gva, offset: the entry to write; by default anything."""
+        anything = gva is None
+        if anything:
+            gva = self.pick(self.windows if self.rng.random() < 0.8 else self.gva)
+            offset = int(self.rng.integers(PAGE // self.entry_size)) * self.entry_size
         user = self.pick([0, 0, Access.USER])
         i = ACCESSES.index(Access.WRITE | user)
         now = self.outcomes()[gva][i]
-        offset = int(self.rng.integers(PAGE // self.entry_size)) * self.entry_size
-        if self.rng.random() < 0.8 and now[0] == Status.OK:
+        if anything and self.rng.random() < 0.8 and now[0] == Status.OK:
             offset = self.pick([gpa % PAGE for gpa in self.entries if gpa & -PAGE == now[1]] or [offset])
         size = self.entry_size
         if now[0] == Status.OK and self.is_there(now[1]):
             data = self.new_value(now[1] + offset).to_bytes(size, "little")
         else:
             data = self.rng.bytes(size)
-        if self.rng.random() < 0.3:                                         # less, or more
+        if anything and self.rng.random() < 0.3:                            # less, or more
             offset += int(self.rng.integers(self.entry_size))
             size = min(int(self.pick([1, 2, 3, 4, 8, 16])), PAGE - offset)
             if self.entry_size == 8 and size == 4 and offset % 8 > 4:       # KVM would not see the second entry change
@@ -291,7 +294,7 @@ class ShadowDriver(SharedTables, Driver):
             reached = write(gva + offset, data, user)
         except GuestFault as error:
             self.check_fault(gva, now, error)
-            return None
+            return
         if isinstance(reached, int):                                        # KVM's own walk
             assert now[0] == Status.OK
             assert reached == (size if self.is_there(now[1]) else 0)
@@ -303,7 +306,6 @@ class ShadowDriver(SharedTables, Driver):
         if self.is_there(gpa):
             assert self.mem.read(gpa, size) == data
             self.note(gpa, size)
-        return gpa
 
     def check_fault(self, gva, now, error):
         assert isinstance(error, PageFault), error
@@ -471,13 +473,13 @@ class ShadowDriver(SharedTables, Driver):
     # ---- the loop ------------------------------------------------------------------------------------------------------
 
     OPERATIONS = (
-        ("access", 40), ("many", 6), ("write_pte", 8), ("store", 16), ("write_guest", 3), ("flood", 1), ("repair", 4),
-        ("load_cr3", 8), ("invlpg", 5), ("invpcid", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1), ("toggle_pge", 1),
-        ("toggle_nxe", 1), ("toggle_pcide", 2), ("toggle_paging", 1), ("reload_all", 1), ("toggle_smm", 1),
+        ("access", 40), ("many", 6), ("write_pte", 8), ("store", 12), ("grow_old", 8), ("write_guest", 3), ("flood", 1),
+        ("repair", 4), ("load_cr3", 8), ("invlpg", 5), ("invpcid", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
+        ("toggle_pge", 1), ("toggle_nxe", 1), ("toggle_pcide", 2), ("toggle_paging", 1), ("reload_all", 1), ("toggle_smm", 1),
         ("toggle_guest_mode", 1), ("limit", 1), ("sweep", 1), ("unmap", 2), ("move", 2), ("protect", 2), ("set_backing", 1),
         ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4),
         ("write_protect", 1), ("zap_all", 1), ("recover_nx", 1), ("recover", 1), ("slot_change", 1), ("generations", 1))
-    ALWAYS = ("access", "many", "store", "invlpg", "repair")
+    ALWAYS = ("access", "store", "grow_old", "invlpg", "repair")
 
     def choose_operations(self):
         """Every machine has operations that it does often, seldom or never: else what one builds the other always takes down."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Address spaces that share tables, and windows onto all of them: what the random drivers of shadow MMUs begin with."""
 
-from builders import PageTables
+from builders import PageTables, flag_bits
 from machine_driver import HIGH, HOLE, MB2, PAGE, ROM
 
 DATA, LARGE, LARGE_RO, NONE, WINDOW, IN_ROM = 0x400000, 0x800000, 0xC00000, 0x1000000, 0x1400000, 0x1800000
@@ -21,7 +21,6 @@ class SharedTables:
     original : every 8 bytes of the tables in the beginning, by address
     frames : of tables that have a window
     windows, top_windows : addresses through which leaf tables, and top tables, can be written
-    mapped_by : leaf entry to the addresses that it maps in the beginning
     """
 
     def make_tables(self, base):
@@ -53,11 +52,6 @@ class SharedTables:
         self.gva = [DATA + i * PAGE for i in range(len(self.targets))]
         self.gva += [LARGE, LARGE + 37 * PAGE, LARGE + MB2 - PAGE, LARGE_RO, NONE, IN_ROM]
         self.gva += [WINDOW + i * PAGE for i in range(len(frames))]
-        self.mapped_by = {}                                 # leaf entry: pages that it maps in the beginning
-        for tables in self.tables:
-            for gva in self.gva[:12]:
-                if tables.cr3 != HIGH or gva < DATA + 3 * PAGE:
-                    self.mapped_by.setdefault(tables.entry_gpa(gva, 1), []).append(gva)
         leaf_tables = {first.entry_gpa(gva, 1) & -PAGE for gva in (DATA, WINDOW)} | {
             tables.entry_gpa(DATA, 1) & -PAGE for tables in self.tables}
         self.windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in leaf_tables]
@@ -79,3 +73,20 @@ class SharedTables:
         self.frames = frames
         fixed = spread | {in_rom}
         self.entries = sorted(gpa + part for gpa in words for part in range(0, 8, self.entry_size) if gpa & -PAGE not in fixed)
+
+    def new_value(self, gpa):
+        """Another value for an entry: a bit turned over, another frame, what it was at first, or that of another entry."""
+        old = self.read_entry(gpa)
+        chance = self.rng.random()
+        if chance < 0.4:
+            return self.original_entry(gpa)
+        if chance < 0.6:
+            return (old & 0xFFF) | self.pick(self.targets + self.frames)
+        if chance < 0.65:
+            return self.read_entry(self.pick(self.entries))
+        if chance < 0.67:
+            return old ^ flag_bits("ps")
+        return old ^ self.pick(self.bits)
+
+    def original_entry(self, gpa):
+        return self.original.get(gpa & -8, 0) >> 8 * (gpa & 7) & ((1 << 8 * self.entry_size) - 1)
