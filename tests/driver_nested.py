@@ -9,14 +9,15 @@ L1 runs without paging, too, and writes its tables through the tables of the hos
 import numpy as np
 from builders import LEVELS, PageTables, flag_bits, mode_regs
 from driver_shadow import ShadowDriver
-from machine_driver import ACCESSES, HIGH, PAGE, RAM, ROM
+from machine_driver import ACCESSES, HIGH, PAGE
 from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP
 
-from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, NestedFault, Npt, RetPf, Status, Vcpu, Vm
+from kvmmu import Access, CpuModel, Ept, EptViolation, Host, NestedFault, Npt, RetPf, Status, Vcpu, Vm
 
 R, W, X, XU, PS = 1 << 0, 1 << 1, 1 << 2, 1 << 10, 1 << 7
 WRITE_BACK = 6 << 3
 L1_REGISTERS = {"cr0": 0x21, "cr3": 0, "cr4": 0, "efer": 0}
+ADVANCED = 7 << 9                                       # of an exit qualification: from the hardware's alone
 L2_TABLES = 0x1C00000                                   # in L2's memory, and in L1's
 
 NESTED_CONFIGURATIONS = {
@@ -61,13 +62,8 @@ class NestedDriver(ShadowDriver):
         else:
             self.accessed, self.dirtied = flag_bits("a"), flag_bits("d")
             self.bits = [flag_bits(name) for name in ("p", "w", "u", "nx", "a", "d") if mode != "32" or name != "nx"]
-        self.mem = GuestMemory(RAM)
         self.build_tables()
-        self.mem.add_slot(ROM, 4 * PAGE, readonly=True)
-        self.high = np.zeros(8 * PAGE, np.uint8)
-        self.mem.add_slot(HIGH, self.high)
-        for gpa, value in self.original.items():
-            self.mem.write(gpa, value.to_bytes(8, "little"))
+        self.mem, self.high = self.make_memory()
         self.registers = dict(L1_REGISTERS)
         if "l2" in options:
             self.add_l2_tables(options["l2"])
@@ -103,7 +99,7 @@ class NestedDriver(ShadowDriver):
 
     def build_tables(self):
         super().build_tables()
-        if self.mode == "pae":                              # who changes a PDPTE loads the root anew; see the tests of roots
+        if self.mode == "pae":                              # KVM reads PDPTEs when it makes a root, and does not track them
             tops = {root & -PAGE for root in self.roots}
             self.entries = [gpa for gpa in self.entries if gpa & -PAGE not in tops]
             self.frames = [gpa for gpa in self.frames if gpa not in tops]
@@ -165,8 +161,18 @@ class NestedDriver(ShadowDriver):
                 assert entry & self.dirtied, f"{gva:#x}: D is clear in {entry:#x} at {step.gpa:#x}"
 
     def check_fault(self, gva, now, error):
+        """The exit to L1 is the one that KVM's walk of both stages finds."""
         assert isinstance(error, NestedFault), error
         assert now[0] not in (Status.OK, Status.PAGE_FAULT), f"{gva:#x}: {error!r}, and the tables say {now}"
+        try:
+            self.walkers[self.root].gva_walk.gva_to_gpa(error.address, error.access)
+        except NestedFault as want:
+            got = [(type(fault), fault.fault_gpa & -PAGE, fault.exit_qualification & ~ADVANCED) for fault in (error, want)]
+            assert got[0] == got[1], f"{gva:#x}: {got}"
+        else:
+            raise AssertionError(f"{gva:#x}: {error!r}, and there is no fault")
+        if isinstance(error, EptViolation) and error.exit_qualification >> 3 & 7:       # what denied it is remembered no more
+            self.flush_pages(self.root, [error.fault_gpa & -PAGE] if error.fault_gpa & -PAGE in self.gva else [])
 
     # ---- operations ------------------------------------------------------------------------------------------------------
 

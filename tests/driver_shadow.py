@@ -9,10 +9,10 @@ walk of now must come to what they say now. A and D bits are looked up where the
 
 import numpy as np
 from builders import flag_bits
-from machine_driver import ACCESSES, HIGH, MB2, PAGE, PTE_BITS, RAM, ROM, Driver
+from machine_driver import ACCESSES, HIGH, MB2, PAGE, PTE_BITS, ROM, Driver
 from shared_tables import SPREAD, SPREAD_PAGES, SPREAD_STEP, TABLES, WINDOW, SharedTables
 
-from kvmmu import Access, CpuModel, GeneralProtection, GuestFault, GuestMemory, Host, PageFault, RetPf, Status, Vcpu, Vm
+from kvmmu import Access, CpuModel, GeneralProtection, GuestFault, Host, PageFault, RetPf, Status, Vcpu, Vm
 
 NOFLUSH, PCIDE, PGE, PG, WP, SMEP, SMAP, NXE, LMA = 1 << 63, 1 << 17, 1 << 7, 1 << 31, 1 << 16, 1 << 20, 1 << 21, 1 << 11, 1 << 10
 A, D = flag_bits("a"), flag_bits("d")
@@ -34,18 +34,14 @@ class ShadowDriver(SharedTables, Driver):
         self.rng = np.random.default_rng(seed)
         self.host, self.mode = host, mode
         self.bits = [bit for bit in PTE_BITS if mode != "32" or bit < 1 << 32]
-        self.mem = GuestMemory(RAM)
         self.build_tables()
-        self.mem.add_slot(ROM, 4 * PAGE, readonly=True)
-        self.high = np.zeros(8 * PAGE, np.uint8)
-        self.mem.add_slot(HIGH, self.high)
-        for gpa, value in self.original.items():
-            self.mem.write(gpa, value.to_bytes(8, "little"))
-        cpu = CpuModel(maxphyaddr=40)
-        self.vm = Vm(self.mem, cpu=cpu, host=host, slot_zap_all=bool(self.rng.random() < 0.7))
+        self.mem, self.high = self.make_memory()
+        smm_mem = self.make_smm_memory()
+        self.vm = Vm(self.mem, CpuModel(maxphyaddr=40), host, smm_mem=smm_mem, slot_zap_all=bool(self.rng.random() < 0.7))
         self.vcpu = self.vm.create_vcpu()
         # translations are those of KVM's walk, which knows 36 bits of address in a page of 4M
-        self.walkers = [Vcpu(self.mem, CpuModel(maxphyaddr=40, conformance="kvm")) for _ in self.roots]
+        walker_cpu = CpuModel(maxphyaddr=40, conformance="kvm")
+        self.walkers = [Vcpu(self.mem, walker_cpu, smm_mem=smm_mem) for _ in self.roots]
         self.registers = self.tables[0].regs()
         self.vcpu.set_regs(**self.registers)
         self.dirty, self.high_at = {}, HIGH
@@ -58,6 +54,10 @@ class ShadowDriver(SharedTables, Driver):
         self.used, self.seen, self.touched, self.now = {}, {}, {}, {}
         self.NAMES = self.choose_operations()
         self.forget()
+
+    def make_smm_memory(self):
+        """System-management mode has the same memory."""
+        return None
 
     # ---- what the guest may see ----------------------------------------------------------------------------------------
 

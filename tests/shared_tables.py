@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Address spaces that share tables, and windows onto all of them: what the random drivers of shadow MMUs begin with."""
 
+import numpy as np
 from builders import PageTables, flag_bits
-from machine_driver import HIGH, HOLE, MB2, PAGE, ROM
+from machine_driver import HIGH, HOLE, MB2, PAGE, RAM, ROM
+
+from kvmmu import GuestMemory
 
 DATA, LARGE, LARGE_RO, NONE, WINDOW, IN_ROM = 0x400000, 0x800000, 0xC00000, 0x1000000, 0x1400000, 0x1800000
 TABLES = 8 * MB2                                        # where the address spaces have theirs
@@ -22,6 +25,16 @@ class SharedTables:
     frames : of tables that have a window
     windows, top_windows : addresses through which leaf tables, and top tables, can be written
     """
+
+    def make_memory(self):
+        """(memory with the tables in it, the bytes of its highest slot)."""
+        mem = GuestMemory(RAM)
+        mem.add_slot(ROM, 4 * PAGE, readonly=True)
+        high = np.zeros(8 * PAGE, np.uint8)
+        mem.add_slot(HIGH, high)
+        for gpa, value in self.original.items():
+            mem.write(gpa, value.to_bytes(8, "little"))
+        return mem, high
 
     def make_tables(self, base):
         return PageTables(self.mode, base=base)

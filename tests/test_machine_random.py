@@ -10,6 +10,7 @@ import os
 import pytest
 from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
 from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
+from driver_smm import SMM_CONFIGURATIONS, SmmDriver
 from machine_driver import CONFIGURATIONS, Driver
 
 OPERATIONS = int(os.environ.get("KVMMU_MACHINE_OPERATIONS", "6000"))
@@ -17,7 +18,8 @@ SEED = int(os.environ.get("KVMMU_MACHINE_SEED", "1"))
 MODES = ("4l", "5l", "pae", "32")
 RUN = 1000                                                              # operations of one machine
 CASES = [(name, mode) for name in CONFIGURATIONS for mode in (MODES if name in ("ept", "npt") else ("4l",))]
-SHADOW_CASES = [(name, mode) for name in SHADOW_CONFIGURATIONS for mode in MODES]
+SHADOW_DRIVERS = dict.fromkeys(SHADOW_CONFIGURATIONS, ShadowDriver) | dict.fromkeys(SMM_CONFIGURATIONS, SmmDriver)
+SHADOW_CASES = [(name, mode) for name in SHADOW_DRIVERS for mode in MODES]
 NESTED_CASES = [(name, mode) for name in NESTED_CONFIGURATIONS for mode in (MODES if "npt" in name else ("4l", "5l"))]
 
 
@@ -46,7 +48,8 @@ def test_random_operations(name, mode):
 @pytest.mark.parametrize(("name", "mode"), SHADOW_CASES)
 def test_random_operations_under_shadow_paging(name, mode):
     """The same where tables of the host stand for the guest's: what the guest has not flushed may be old, and no older."""
-    run(ShadowDriver, SHADOW_CONFIGURATIONS[name], name, mode, OPERATIONS // 2 // len(SHADOW_CASES) + 1)
+    host = (SHADOW_CONFIGURATIONS | SMM_CONFIGURATIONS)[name]
+    run(SHADOW_DRIVERS[name], host, name, mode, OPERATIONS // 2 // len(SHADOW_CASES) + 1)
 
 
 @pytest.mark.parametrize(("name", "mode"), NESTED_CASES)
