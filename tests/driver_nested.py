@@ -128,6 +128,9 @@ class NestedDriver(ShadowDriver):
     def outcomes(self, root=None):
         return super().outcomes(self.pcid if root is None else root)
 
+    def visible(self, root):
+        return (self.outcomes(root),)
+
     def translate_all(self, root):
         if root == "L1":
             return {gva: ((int(Status.OK), gva, 0),) * len(ACCESSES) for gva in self.gva}

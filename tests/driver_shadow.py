@@ -7,6 +7,8 @@ since it was flushed, and for each page what the tables under these roots said s
 walk of now must come to what they say now. A and D bits are looked up where they must be set.
 """
 
+import itertools
+
 import numpy as np
 from builders import flag_bits
 from machine_driver import ACCESSES, HIGH, MB2, PAGE, PTE_BITS, ROM, Driver
@@ -70,11 +72,11 @@ class ShadowDriver(SharedTables, Driver):
         regs = self.vcpu.regs
         return regs.cr3 & 0xFFF if regs.cr4 & PCIDE else 0
 
-    def walker(self, root):
-        """A vCPU for its walk alone, with the registers of now and a root."""
+    def walker(self, root, efer=0):
+        """A vCPU for its walk alone, with the registers of now and a root. IN efer: bits to set besides."""
         regs = self.vcpu.regs
         walker = self.walkers[root]
-        want = {"cr0": regs.cr0, "cr3": self.roots[root] if self.paging else regs.cr3, "cr4": regs.cr4, "efer": regs.efer}
+        want = {"cr0": regs.cr0, "cr3": self.roots[root] if self.paging else regs.cr3, "cr4": regs.cr4, "efer": regs.efer | efer}
         if regs.pdptrs is not None:
             want["pdptrs"] = regs.pdptrs
         if any(getattr(walker.regs, name) != value for name, value in want.items()):
@@ -88,13 +90,21 @@ class ShadowDriver(SharedTables, Driver):
             self.now[root] = self.translate_all(root)
         return self.now[root]
 
+    def visible(self, root):
+        """What tables may be seen to say now: KVM shadows alike with EFER.NX and without, and keeps entries that have XD set."""
+        if self.mode == "32" or not self.paging or self.vcpu.regs.efer & NXE:
+            return (self.outcomes(root),)
+        if (root, NXE) not in self.now:
+            self.now[root, NXE] = self.translate_all(root, NXE)
+        return self.outcomes(root), self.now[root, NXE]
+
     def change(self):
         """What the tables say may be something else now."""
         self.now.clear()
         self.changed = True
 
-    def translate_all(self, root):
-        t = self.walker(root).translate(self.rows, self.kinds, set_ad=False)
+    def translate_all(self, root, efer=0):
+        t = self.walker(root, efer).translate(self.rows, self.kinds, set_ad=False)
         columns = list(zip(t.status.tolist(), t.gpa.tolist(), t.error_code.tolist(), strict=True))
         n = len(ACCESSES)
         return {gva: tuple(columns[i * n:(i + 1) * n]) for i, gva in enumerate(self.gva)}
@@ -119,20 +129,20 @@ class ShadowDriver(SharedTables, Driver):
         for gva in pages:
             seen[gva] = set()
         for root in self.used.get(pcid, ()):
-            now = self.outcomes(root)
-            for gva in pages:
-                seen[gva].add(now[gva])
+            for now in self.visible(root):
+                for gva in pages:
+                    seen[gva].add(now[gva])
 
     def remember(self):
         """What the tables say now may be seen from now on, under every root that its PCID was used with."""
         if not self.changed:
             return
         self.changed = False
-        now = {root: self.outcomes(root) for root in set().union(*self.used.values())}
+        now = {root: self.visible(root) for root in set().union(*self.used.values())}
         for pcid, roots in self.used.items():
             seen = self.seen.setdefault(pcid, {})
-            for root in roots:
-                for gva, outcome in now[root].items():
+            for outcomes in itertools.chain.from_iterable(now[root] for root in roots):
+                for gva, outcome in outcomes.items():
                     seen.setdefault(gva, set()).add(outcome)
 
     # ---- accesses ------------------------------------------------------------------------------------------------------
@@ -313,20 +323,6 @@ class ShadowDriver(SharedTables, Driver):
         assert error.error_code == now[2]
         if error.error_code & 9 == 1:
             self.flush_pages(self.pcid, [gva])
-
-    def flood(self):
-        """One entry of an upper table again and again."""
-        gpa = self.pick(self.entries)
-        if self.is_there(gpa):
-            for _ in range(4):
-                self.store_entry(gpa, self.read_entry(gpa))
-
-    def repair(self):
-        """Some entries, or all, as they were in the beginning."""
-        some = self.entries if self.rng.random() < 0.3 else [self.pick(self.entries) for _ in range(20)]
-        for gpa in some:
-            if self.is_there(gpa) and self.read_entry(gpa) != self.original_entry(gpa):
-                self.store_entry(gpa, self.original_entry(gpa))
 
     # ---- registers and flushes -----------------------------------------------------------------------------------------
 

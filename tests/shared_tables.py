@@ -103,3 +103,17 @@ class SharedTables:
 
     def original_entry(self, gpa):
         return self.original.get(gpa & -8, 0) >> 8 * (gpa & 7) & ((1 << 8 * self.entry_size) - 1)
+
+    def flood(self):
+        """One entry of an upper table again and again."""
+        gpa = self.pick(self.entries)
+        if self.is_there(gpa):
+            for _ in range(4):
+                self.store_entry(gpa, self.read_entry(gpa))
+
+    def repair(self):
+        """Some entries, or all, as they were in the beginning."""
+        some = self.entries if self.rng.random() < 0.3 else [self.pick(self.entries) for _ in range(20)]
+        for gpa in some:
+            if self.is_there(gpa) and self.read_entry(gpa) != self.original_entry(gpa):
+                self.store_entry(gpa, self.original_entry(gpa))

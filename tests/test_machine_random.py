@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random operations of guest, VMM and host against what the architecture allows, and the audit after each.
 
-KVMMU_MACHINE_OPERATIONS is the number of operations of guests under two-dimensional paging, and again of those under shadow
-paging and nested ones together; KVMMU_MACHINE_SEED the first seed.
+KVMMU_MACHINE_OPERATIONS is the number of operations of guests under two-dimensional paging, and again of those with a shadow
+MMU, under shadow paging or nested; KVMMU_MACHINE_SEED the first seed.
 """
 
 import os
@@ -11,6 +11,7 @@ import pytest
 from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
 from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
 from driver_smm import SMM_CONFIGURATIONS, SmmDriver
+from driver_smp import SMP_CONFIGURATIONS, NestedTwoProcessors, ShadowTwoProcessors
 from machine_driver import CONFIGURATIONS, Driver
 
 OPERATIONS = int(os.environ.get("KVMMU_MACHINE_OPERATIONS", "6000"))
@@ -18,9 +19,11 @@ SEED = int(os.environ.get("KVMMU_MACHINE_SEED", "1"))
 MODES = ("4l", "5l", "pae", "32")
 RUN = 1000                                                              # operations of one machine
 CASES = [(name, mode) for name in CONFIGURATIONS for mode in (MODES if name in ("ept", "npt") else ("4l",))]
-SHADOW_DRIVERS = dict.fromkeys(SHADOW_CONFIGURATIONS, ShadowDriver) | dict.fromkeys(SMM_CONFIGURATIONS, SmmDriver)
-SHADOW_CASES = [(name, mode) for name in SHADOW_DRIVERS for mode in MODES]
-NESTED_CASES = [(name, mode) for name in NESTED_CONFIGURATIONS for mode in (MODES if "npt" in name else ("4l", "5l"))]
+ALL = SHADOW_CONFIGURATIONS | SMM_CONFIGURATIONS | NESTED_CONFIGURATIONS | SMP_CONFIGURATIONS
+DRIVERS = dict.fromkeys(SHADOW_CONFIGURATIONS, ShadowDriver) | dict.fromkeys(SMM_CONFIGURATIONS, SmmDriver) | dict.fromkeys(
+    NESTED_CONFIGURATIONS, NestedDriver) | {name: NestedTwoProcessors if "nested" in name else ShadowTwoProcessors
+                                            for name in SMP_CONFIGURATIONS}
+SHADOW_CASES = [(name, mode) for name in ALL for mode in (("4l", "5l") if "nested ept" in name else MODES)]
 
 
 def run(driver_type, configuration, name, mode, left):
@@ -46,13 +49,6 @@ def test_random_operations(name, mode):
 
 
 @pytest.mark.parametrize(("name", "mode"), SHADOW_CASES)
-def test_random_operations_under_shadow_paging(name, mode):
-    """The same where tables of the host stand for the guest's: what the guest has not flushed may be old, and no older."""
-    host = (SHADOW_CONFIGURATIONS | SMM_CONFIGURATIONS)[name]
-    run(SHADOW_DRIVERS[name], host, name, mode, OPERATIONS // 2 // len(SHADOW_CASES) + 1)
-
-
-@pytest.mark.parametrize(("name", "mode"), NESTED_CASES)
-def test_random_operations_of_nested_guests(name, mode):
-    """The same of L2 under L1's EPT or NPT, and of L1 beside it."""
-    run(NestedDriver, NESTED_CONFIGURATIONS[name], name, mode, OPERATIONS // 2 // len(NESTED_CASES) + 1)
+def test_random_operations_of_shadow_mmus(name, mode):
+    """The same where tables of the host stand for the guest's, or for L1's: what was not flushed may be old, and no older."""
+    run(DRIVERS[name], ALL[name], name, mode, OPERATIONS // len(SHADOW_CASES) + 1)
