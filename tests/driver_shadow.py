@@ -262,6 +262,9 @@ class ShadowDriver(SharedTables, Driver):
         if entry is not None and entry & -PAGE in self.frames:
             self.write_entry(entry)
             self.remember()
+            if self.rng.random() < 0.4:                     # where the same tables hang on others, and all was flushed
+                self.load_cr3()
+                self.access(self.pick(self.gva[:12]))
             for _ in range(3):
                 self.access(gva)
 
