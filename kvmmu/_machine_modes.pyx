@@ -133,8 +133,8 @@ cdef class MachineModes:
         self.use_mmu(mmu)
         mmu.w = &self.second.n
         mmu.page_fault = shadow_page_fault
-        if not isinstance(second.stage, Ept):           # the host has as many levels as its own guests need
-            level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4
+        if not isinstance(second.stage, Ept):           # as the host's own CR3; L1 has five levels only on a host that has them
+            level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL or self.second.n.level == 5 else 4
         root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
         if changes or root_role != mmu.root_role:
             with self.kvm.lock:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu._audit_tlb import audit_tlb
 from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, RetPf, Status
 from kvmmu._contexts import SecondStage, VcpuArch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
@@ -518,6 +519,10 @@ class Vcpu:
         """Take what the processor logged so far into the dirty log, as each exit does."""
         if self._made is not None:
             self._made.drain_pml()
+
+    def audit_tlb(self) -> list[str]:
+        """What is wrong with the TLB: one line for each entry whose host page, or whose right to write it, is gone unflushed."""
+        return [] if self._made is None else audit_tlb(self._made)
 
     # ---- nested guests ------------------------------------------------------------------------------------------------
 
