@@ -296,6 +296,51 @@ def test_l2s_own_faults_take_no_exit():
     assert "L2" == guest.vcpu.inject(caught.value).into
 
 
+def test_a_fault_that_kvm_finds_itself_drops_the_stale_entry():
+    """In the root in use and in those of the same tables that other EPTP bits or controls led to: L1 expects that of a violation.
+
+    L1 takes W away and does not flush. The stale SPTE lets native writes through; an emulated one finds the violation.
+    """
+    guest = NestedGuest(MAP, kind="ept", enter=False)
+    stages = [Ept(guest.eptp, mbec=mbec) for mbec in (False, True)]
+    for stage in stages:
+        guest.enter(stage)
+        assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | RWX & ~EPT_W)
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    with pytest.raises(EptViolation):
+        guest.vcpu.write_guest(GVA, b"x")
+    assert VIOLATION == guest.outcome(GVA, WRITE)[0]
+    guest.enter(stages[0])
+    assert VIOLATION == guest.outcome(GVA, WRITE)[0]
+
+
+def test_a_nested_page_fault_that_kvm_finds_itself_drops_the_stale_entry():
+    guest = NestedGuest(MAP, kind="npt")
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | P | U | A | D)
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    with pytest.raises(kvmmu.NestedPageFault):
+        guest.vcpu.write_guest(GVA, b"x")
+    assert NPF == guest.outcome(GVA, WRITE)[0]
+
+
+def test_a_fault_that_kvm_finds_itself_leaves_other_tables_alone():
+    """Another EPTP: its shadow is L1's to flush."""
+    guest = NestedGuest(MAP, kind="ept", enter=False)
+    other = 0x300000
+    guest.vm.mem.write(other, guest.vm.mem.read(STAGE, PAGE))
+    stages = [Ept(guest.eptp - STAGE + root, mbec=mbec) for root, mbec in ((other, False), (STAGE, True))]
+    for stage in stages:
+        guest.enter(stage)
+        assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | RWX & ~EPT_W)
+    with pytest.raises(EptViolation):
+        guest.vcpu.write_guest(GVA, b"x")
+    guest.enter(stages[0])
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+
+
 # ---- writes to L1's tables ---------------------------------------------------------------------------------------------
 
 @each_kind

@@ -124,9 +124,10 @@ def test_another_processor_model_builds_everything_anew():
 @pytest.mark.parametrize(("change", "reset"), [
     (lambda v: v.mov_cr(0, v.regs.cr0 ^ CR0_WP), True), (lambda v: v.mov_cr(4, v.regs.cr4 ^ CR4_SMAP), True),
     (lambda v: v.mov_cr(4, v.regs.cr4 ^ CR4_PGE), False), (lambda v: v.mov_cr(0, v.regs.cr0 ^ 1 << 1), False),
-    (lambda v: v.wrmsr_efer(v.regs.efer ^ EFER_NX), True), (lambda v: v.wrmsr_efer(v.regs.efer ^ 1), False)])
+    (lambda v: v.wrmsr_efer(v.regs.efer ^ EFER_NX), True), (lambda v: v.wrmsr_efer(v.regs.efer ^ 1), False),
+    (lambda v: v.mov_cr(4, v.regs.cr4 | CR4_PCIDE), True)])
 def test_which_registers_make_the_vcpu_leave_its_roots(change, reset):
-    """Whatever roles are made of, even where the role of the root stays the same."""
+    """Whatever roles are made of, even where the role of the root stays the same; CR4.PCIDE, for CR3 means more from now on."""
     guest = ShadowGuest(MAP)
     guest.touch(GVA)
     change(guest.vcpu)
