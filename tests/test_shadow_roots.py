@@ -217,6 +217,25 @@ def test_roots_of_four_pages_are_not_kept(mode):
         assert [] == guest.vcpu.mmu.prev_roots
 
 
+@pytest.mark.parametrize("others", [1, 5], ids=["kept", "found again"])
+def test_coming_back_to_a_root_starts_its_count_of_writes_anew(others):
+    """A guest that loads it uses it: writes before and after are no flood."""
+    guest, roots = guest_of_roots(others + 1)
+    guest.touch(GVA)
+    spare = roots[0] + 8 * 300
+    for _ in range(3):
+        for _ in range(2):
+            guest.vm.write_guest_physical(spare, bytes(8))
+        for root in (*roots[1:], roots[0]):
+            guest.vcpu.mov_cr(3, root)
+            guest.vcpu.vm_enter()
+    assert 0 == guest.vm.stats["mmu_flooded"]
+    guest.vm.write_guest_physical(spare, bytes(8))
+    guest.vm.write_guest_physical(spare, bytes(8))
+    guest.vm.write_guest_physical(spare, bytes(8))
+    assert 1 == guest.vm.stats["mmu_flooded"]
+
+
 def test_pcids_tell_roots_of_one_table_apart():
     guest = ShadowGuest(MAP, regs={"cr4": 1 << 5 | CR4_PCIDE})
     root = guest.tables.cr3
