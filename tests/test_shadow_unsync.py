@@ -183,6 +183,18 @@ def test_a_load_of_cr3_synchronizes_at_the_next_entry_and_protects_the_table_aga
     assert not guest.spte(guest.gva_of(guest.pte(GVA)))[1] & W
 
 
+def test_a_new_root_that_leads_to_an_unsync_table_brings_it_up_to_date():
+    """When it is linked: the load of CR3 could not know of it."""
+    guest = unsync_guest()
+    root = 0x200000
+    guest.vm.mem.write(root, guest.vm.mem.read(guest.tables.cr3, PAGE))
+    guest.vcpu.mov_cr(3, root)
+    guest.vcpu.vm_enter()
+    assert 1 == guest.vm.stats["mmu_unsync"]
+    assert (OK, OTHER, 0) == guest.outcome(GVA)
+    assert 0 == guest.vm.stats["mmu_unsync"]
+
+
 def test_a_silent_write_to_a_table_in_sync_stays_unseen():
     """No INVLPG and no CR3 load looks at it: KVM was not told, and the page is not unsync. A new page is."""
     guest = ShadowGuest(MAP)
