@@ -101,6 +101,15 @@ def test_l1s_huge_pages_over_small_host_pages_are_direct_pages(kind):
     assert 1 == guest.spte(8 * MB2)[0]
 
 
+@pytest.mark.parametrize(("ad", "mapped"), [(True, 8), (False, 1)])
+def test_prefetch_into_direct_pages_needs_a_bits(ad, mapped):
+    """Without them nobody could tell which of the pages L2 uses."""
+    guest = NestedGuest((GVA, 8 * MB2, LEAF), kind="ept", ad=ad, stage_maps=[(8 * MB2, 4 * MB2, None, 2)])
+    guest.touch(GVA)
+    direct, = guest.sps(4 * MB2 >> 12, direct=True, level=1, guest_mode=True)
+    assert mapped == sum(1 for spte in direct.sptes if spte & MMU_PRESENT)
+
+
 @each_kind
 def test_l2s_mmio_is_l0s_where_l1_maps_what_has_no_slot(kind):
     """Without a fault to L1; KVM walks both stages itself."""

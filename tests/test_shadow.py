@@ -34,7 +34,7 @@ from shadow_guests import (
 )
 
 import kvmmu
-from kvmmu import Access, CpuModel, CpuRole, Host, RetPf, Status, Tracepoints
+from kvmmu import Access, CpuModel, CpuRole, GuestMemory, Host, RetPf, Status, Tracepoints, Vm
 
 OK, PF = int(Status.OK), int(Status.PAGE_FAULT)
 READ, WRITE, FETCH, USER = Access.READ, Access.WRITE, Access.FETCH, Access.USER
@@ -105,6 +105,15 @@ def test_paging_off_is_shadowed_by_direct_pages():
     assert 1 == guest.vm.stats["mmio_exits"]
     assert all(sp.role.direct for sp in guest.sps())
     assert [0, 1 << 18, 2 << 18, 3 << 18] == sorted(sp.gfn for sp in guest.sps() if sp.role.level == 2)
+
+
+def test_paging_off_has_no_pages_of_1g():
+    """Under a root of four directories there is no room for one, whatever the host has."""
+    vm = Vm(GuestMemory(2 * GB1), host=Host(tdp=None, maxphyaddr=48), backing="1g")
+    vcpu = vm.create_vcpu()
+    vcpu.set_regs(cr0=1, cr3=0, cr4=0, efer=0)
+    assert GB1 + 0x123456 == vcpu.access(GB1 + 0x123456, WRITE).gpa
+    assert (1, 0) == (vm.stats["pages_2m"], vm.stats["pages_1g"])
 
 
 def test_registers_that_shadow_paging_cannot_serve():
