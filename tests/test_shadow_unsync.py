@@ -391,6 +391,18 @@ def test_the_same_instruction_at_the_same_address_is_not_repeated_twice():
     assert ["repeated", "repeated", "repeated"] == [write(rip) for rip in (0x2000, 0x1000, 0x3000)]
 
 
+def test_an_instruction_that_writes_the_table_it_goes_through_is_repeated_once():
+    """The repetition walks through the same table, and so shadows it again: then the write is carried out."""
+    guest = ShadowGuest(MAP)
+    me = GVA + 16 * PAGE
+    guest.tables.map(me, guest.pte(GVA, 2) & ~0xFFF, LEAF)
+    guest.load(guest.tables)
+    guest.touch(me)
+    changed = guest.changes(lambda: guest.vcpu.store(me + 8 * 100, guest.entry(0x123), page_table_writing=False))
+    assert (2, 2, 1, 1) == tuple(changed[name] for name in ("pf_taken", "pf_emulate", "mmu_shadow_zapped", "mmu_pte_write"))
+    assert 0x123 == guest.vm.mem.read_u64((guest.pte(GVA, 2) & ~0xFFF) + 8 * 100)
+
+
 def test_an_instruction_of_l2_is_not_repeated():
     """What KVM would have to know to do so is L1's."""
     guest, gva, at = protected_guest()
