@@ -58,9 +58,9 @@ def test_a_written_leaf_table_goes_unsync(mode):
 
 @each_mode
 @pytest.mark.parametrize(("entry", "expected"), [
-    (0, (PF, INVALID, U | W)), (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
+    (0, (PF, INVALID, U | W)), (DATA | W | U | A | D, (PF, INVALID, U | W)), (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
     (DATA | P | W | U, (OK, DATA, 0)), (OTHER | P | W | U | A, (OK, OTHER, 0))],
-    ids=["gone", "read-only", "supervisor", "A and D cleared", "moved and clean"])
+    ids=["gone", "not present", "read-only", "supervisor", "A and D cleared", "moved and clean"])
 def test_what_synchronization_makes_of_an_entry(mode, entry, expected):
     """As the guest's entry is now; without A there is no SPTE, without D none that may be written."""
     guest = unsync_guest(mode, to=entry)
@@ -68,6 +68,17 @@ def test_what_synchronization_makes_of_an_entry(mode, entry, expected):
     assert expected == guest.outcome(GVA, USER | WRITE)
     if expected[0] == OK:
         assert A | D == guest.read_pte(GVA) & (A | D)
+
+
+@each_mode
+def test_an_entry_whose_a_bit_the_guest_clears_is_used_again_by_a_fault(mode):
+    """Which sets it: the guest wants to know."""
+    guest = unsync_guest(mode, to=DATA | P | W | U | D)
+    assert 0 == int(guest.touch(GVA).exits[0])
+    guest.vcpu.invlpg(GVA)
+    assert not guest.spte(GVA)[1] & MMU_PRESENT
+    assert 1 == int(guest.touch(GVA).exits[0])
+    assert guest.read_pte(GVA) & A
 
 
 def test_an_upper_table_never_goes_unsync():
