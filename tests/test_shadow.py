@@ -20,6 +20,7 @@ from shadow_guests import (
     MB2,
     MB4,
     MMU_PRESENT,
+    OTHER,
     PAGE,
     TABLES,
     A,
@@ -153,6 +154,17 @@ def test_a_4m_page_is_two_2m_sptes_and_a_write_to_its_pde_takes_both():
     guest.emulated_write_pte(GB1 - MB4, 0, 2)
     assert [False, False, True, True] == [bool(guest.spte(gva)[1] & MMU_PRESENT) for gva in addresses]
     assert (PF, INVALID, 0) == guest.outcome(GB1 - MB2)
+
+
+def test_a_write_to_an_entry_leaves_its_like_in_the_other_quadrants_alone():
+    """The same index in the other half of the table, in another quarter of the directory."""
+    others = [GVA + MB2, GVA + 2 * GB1]
+    guest = ShadowGuest(MAP, *((gva, DATA + PAGE * i, LEAF) for i, gva in enumerate(others)), mode="32")
+    guest.touch(GVA, *others)
+    guest.emulated_write_pte(GVA, OTHER | P | W | U | A | D)
+    assert [1, 0, 0] == guest.touch(GVA, *others).exits.tolist()
+    guest.emulated_write_pte(GVA, guest.read_pte(GVA, 2), 2)
+    assert [1, 1, 0] == guest.touch(GVA, *others).exits.tolist()
 
 
 def test_pse36_and_the_upper_half_of_a_4m_page():

@@ -58,7 +58,8 @@ def test_a_written_leaf_table_goes_unsync(mode):
 
 @each_mode
 @pytest.mark.parametrize(("entry", "expected"), [
-    (0, (PF, INVALID, U | W)), (DATA | W | U | A | D, (PF, INVALID, U | W)), (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
+    (0, (PF, INVALID, U | W)), (DATA | W | U | A | D, (PF, INVALID, U | W)),
+    (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
     (DATA | P | W | U, (OK, DATA, 0)), (OTHER | P | W | U | A, (OK, OTHER, 0))],
     ids=["gone", "not present", "read-only", "supervisor", "A and D cleared", "moved and clean"])
 def test_what_synchronization_makes_of_an_entry(mode, entry, expected):
