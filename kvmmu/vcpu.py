@@ -215,7 +215,7 @@ class Vcpu:
             if n == 3:
                 noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
                 self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
-            elif _changes_roles(before, after):
+            elif _changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
                 self._machine.reset_context()
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
