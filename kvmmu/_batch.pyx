@@ -18,7 +18,7 @@ from kvmmu._blocks cimport drain_blocks, put_rows, put_run
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of
 from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked, sure_passes
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, batch, batch_columns, block, quick_row, recall_row, walk_of, walk_row, walk_spaces,
+    ALL_SPACES, BLOCK_SPACES, BLOCKS, batch, batch_columns, block, quick_row, recall_row, walk_of, walk_row, walk_spaces,
 )
 
 # Fewer rows than this are walked one by one.
@@ -148,7 +148,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     cdef size_t i
     b.more = wants_more(b.out)
     b.ops = OPS
-    b.prefixes, b.tlb = work.cache.prefixes, work.cache.tlb
+    b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
     b.blocks, b.spaces, b.sure = work.blocks, work.spaces, work.sure
     b.touched = NULL
     if watch:
@@ -159,9 +159,6 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.last_space = 0
     for i in range(<size_t>ALL_SPACES):
         b.spaces[i].w = NULL
-    for i in range(2):
-        b.sure[i].of = NULL
-        b.sure[i].rest = b.sure[i].patience = 0
     b.tried = b.missed = b.skip = b.turn = 0
     b.patience = FIRST_REST
     if rows >= FEW_ROWS:
@@ -217,7 +214,7 @@ cdef class Workspace:
         self.cache = WalkCache()
         self.blocks = <block *>calloc(BLOCKS, sizeof(block))
         self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
-        self.sure = <sure_passes *>calloc(2, sizeof(sure_passes))
+        self.sure = <sure_passes *>calloc(2 * BLOCK_SPACES, sizeof(sure_passes))
         self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
         if self.blocks is NULL or self.spaces is NULL or self.sure is NULL or self.touched is NULL:
             raise MemoryError

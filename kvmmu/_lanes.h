@@ -1,8 +1,9 @@
 /* Walks side by side: 64 addresses of one set of tables at a time.
  *
  * A lane starts from what is remembered of the upper levels of its walk (its prefix: where the last entry lies, and the rights
- * so far) and reads that last entry live. The loops have a constant count and no branches, so that the compiler makes vector
- * code of them; each is compiled once for every instruction set below and chosen by a run-time check of the CPU.
+ * so far) and reads that last entry live. Most lanes of a batch have prefixes of one kind; where the tables of their last
+ * entries lie is in a directory, a word for each. The loops have a constant count and no branches, so that the compiler makes
+ * vector code of them; each is compiled once for every instruction set below and chosen by a run-time check of the CPU.
  * What an entry means is in _gpte.h, shared with the scalar walk.
  */
 #ifndef KVMMU_LANES_H
@@ -31,6 +32,14 @@
 #define PREFIX_ASID_BITS 28
 #define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
 
+/* A directory: the tables of last entries of one level, by region, the part of an address above the indices of that level and
+ * the one below it. A word is the address of the table in the host less a phase that all of them share, shifted up, and below it
+ * a tag: region bits that its place does not tell, and the name of the directory, which is never 0. */
+#define DIRECTORY_WORD_SHIFT 16
+#define DIRECTORY_TAG_BITS (PAGE_SHIFT + DIRECTORY_WORD_SHIFT)
+#define DIRECTORY_NAME_SHIFT 21 /* 57 - 21 - PREFIX_BITS */
+#define DIRECTORY_NAMES (1 << (DIRECTORY_TAG_BITS - DIRECTORY_NAME_SHIFT))
+
 /* Translations by page and access: the tag is page << TLB_ASID_BITS | asid; the value level, page frame, accesses known to pass. */
 #define TLB_BITS 12
 #define TLB_ASID_BITS 12
@@ -45,6 +54,17 @@ struct kvmmu_prefix {
 struct kvmmu_tlb_entry {
     uint64_t tag; /* 0: none */
     uint64_t page;
+};
+
+struct kvmmu_directory {
+    uint64_t *words;  /* 1 << PREFIX_BITS */
+    uint64_t name;    /* in its place */
+    uint64_t phase;   /* of the addresses of tables within pages of the host */
+    uint64_t nothing; /* address of a page of zeros with this phase */
+    uint64_t like;    /* the prefixes of its tables; 0: there are none */
+    int region_shift;
+    int entry_shift;  /* address to offset in its table */
+    int has_voids;    /* some words lead to nothing: prefixes of other levels */
 };
 
 /* What the lanes need of a walk. */
@@ -67,9 +87,12 @@ struct kvmmu_lanes {
     uint64_t pte_access[KVMMU_LANES];
     uint64_t gpa[KVMMU_LANES];
     uint64_t error[KVMMU_LANES]; /* error code of a fault, but for the bits that come from the access */
+    uint64_t like;               /* of the directory */
+    uint64_t voids;              /* entries from here on, of one page, are nothing; 0: there are none */
     /* bit n: of lane n */
     uint64_t noncanonical;
     uint64_t miss;  /* nothing is remembered */
+    uint64_t apart; /* the prefix is not of the directory */
     uint64_t fault; /* the last entry is not present, malformed, or denies the access */
     uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
 };
@@ -80,9 +103,15 @@ struct kvmmu_pass {
     uint64_t want;
 };
 
+/* What surely passes each access. */
+struct kvmmu_passes {
+    struct kvmmu_pass of[KVMMU_ACCESS_BYTES];
+};
+
 typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,
-                               const struct kvmmu_prefix *, uint32_t asid, const void *nothing);
-typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_pass *, const uint8_t *access, uint64_t like, uint64_t *gpa);
+                               const struct kvmmu_directory *);
+typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_passes *, const uint8_t *access, int alike, uint64_t like,
+                                  uint64_t *gpa);
 typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
 typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                     const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level);
@@ -102,7 +131,6 @@ struct kvmmu_lane_ops { /* [format] */
 
 #define VEC_LANES 4
 typedef uint64_t word64 __attribute__((aligned(1), may_alias));
-typedef int64_t ivec __attribute__((vector_size(8 * 4)));
 typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
 
 typedef uint32_t half_vec __attribute__((vector_size(4 * 4), aligned(4), may_alias));
@@ -134,6 +162,10 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 #define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
 #define KVMMU_TLB_GPA(value) ((value) >> (TLB_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
 #define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
+
+#define KVMMU_DIRECTORY_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
+#define KVMMU_DIRECTORY_TAG(region) ((region) >> PREFIX_BITS & ((UINT64_C(1) << DIRECTORY_NAME_SHIFT) - 1))
+#define DIRECTORY_TAG_MASK ((UINT64_C(1) << DIRECTORY_TAG_BITS) - 1)
 
 /* Address of the entry of addr, from a prefix. */
 #define KVMMU_TABLE_OFFSET(format, addr)                                                     \
@@ -177,9 +209,12 @@ KVMMU_INLINE size_t kvmmu_first_bit(uint64_t bits)
     return (size_t)__builtin_ctzll(bits);
 }
 
+/* Without the instruction, which not every CPU has, the compiler would call a function. */
 KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
 {
-    return __builtin_popcountll(bits);
+    bits -= bits >> 1 & UINT64_C(0x5555555555555555);
+    bits = (bits & UINT64_C(0x3333333333333333)) + (bits >> 2 & UINT64_C(0x3333333333333333));
+    return (int)(((bits + (bits >> 4)) & UINT64_C(0x0f0f0f0f0f0f0f0f)) * UINT64_C(0x0101010101010101) >> 56);
 }
 
 KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
@@ -199,53 +234,72 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
     return whole;
 }
 
-/* Lanes whose prefix is not remembered, or whose address is not canonical: the seldom half of start_body(). Their entry is one
+KVMMU_INLINE uint64_t kvmmu_directory_slot(uint64_t region)
+{
+    return KVMMU_DIRECTORY_SLOT(region);
+}
+
+/* IN table: its address in the host, of the directory's phase */
+KVMMU_INLINE uint64_t kvmmu_directory_word(const struct kvmmu_directory *d, uint64_t region, uint64_t table)
+{
+    return (table - d->phase) << DIRECTORY_WORD_SHIFT | KVMMU_DIRECTORY_TAG(region) | d->name;
+}
+
+/* Lanes that the directory does not know, or whose address is not canonical: the seldom half of start_body(). Their entry is one
  * that reads as zero, until a prefix is found. */
-static void kvmmu_sort_out(int format, struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_prefix *prefixes, uint32_t asid,
-                           const void *nothing)
+static void kvmmu_sort_out(struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_directory *d)
 {
     for (size_t i = 0; i < KVMMU_LANES; i++) {
-        uint64_t addr = l->addr[i], region = addr >> KVMMU_REGION_SHIFT(format);
+        uint64_t addr = l->addr[i], region = addr >> d->region_shift, word = d->words[KVMMU_DIRECTORY_SLOT(region)];
         if (canonical_shift && (uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr)
             l->noncanonical |= UINT64_C(1) << i;
-        else if (prefixes[kvmmu_prefix_slot(region, asid)].tag == (region ^ (uint64_t)asid << PREFIX_ASID_SHIFT))
+        else if (((word ^ (KVMMU_DIRECTORY_TAG(region) | d->name)) & DIRECTORY_TAG_MASK) == 0)
             continue;
         l->miss |= UINT64_C(1) << i;
-        l->ref[i] = l->entry[i] = (uint64_t)(uintptr_t)nothing;
+        l->entry[i] = d->nothing;
     }
     l->miss &= ~l->noncanonical;
 }
 
-/* Addresses into the lanes, what is remembered of their walks, and where their last entries lie.
+/* Addresses into the lanes, and where their last entries lie, as far as the directory knows.
  * IN far: they are probably not in the cache; then they are on their way there afterwards. */
 KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift,
-                             const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)
+                             const struct kvmmu_directory *d)
 {
-    const uint64_t *words = (const uint64_t *)prefixes;
-    const uint64_t space = (uint64_t)asid << PREFIX_ASID_SHIFT, mask = canonical_shift ? gva_mask : gva_mask & PREFIX_ADDR_MASK;
-    const uint64_t place = kvmmu_prefix_place(asid);
+    const uint64_t *words = d->words;
+    const uint64_t name = d->name, phase = d->phase, like = d->like, mask = canonical_shift ? gva_mask : gva_mask & PREFIX_ADDR_MASK;
     const uint64_t half = canonical_shift ? UINT64_C(1) << (63 - canonical_shift) : 0;
+    const uint64_t offset_mask = format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3;
     const int width = canonical_shift ? 64 - canonical_shift : GVA_BITS_5_LEVEL;
-    vec wrong = FIRST_BITS & 0, hits = ~wrong;
+    const int region_shift = d->region_shift, entry_shift = d->entry_shift;
+    vec wide = FIRST_BITS & 0, wrong = wide, likes = wide + like;
     for (size_t i = 0; i < KVMMU_LANES; i += 8)
         __builtin_prefetch(gva + 2 * KVMMU_LANES + i, 0, 3);
     EACH_VECTOR(i)
     {
-        vec addr = CVEC(gva) & mask, region = addr >> KVMMU_REGION_SHIFT(format), slot = KVMMU_PREFIX_SLOT(region, place) * 2;
-        vec tag = GATHER(words, slot), ref = GATHER(words + 1, slot), entry;
-        wrong |= (addr + half) >> width;
-        hits &= WHERE(tag == (region ^ space));
-        entry = (ref & PREFIX_HVA_MASK) + (KVMMU_TABLE_OFFSET(format, addr) & WHERE((ivec)ref < 0));
+        vec addr = CVEC(gva) & mask, region = addr >> region_shift, slot = KVMMU_DIRECTORY_SLOT(region);
+        vec word = GATHER(words, slot) ^ (KVMMU_DIRECTORY_TAG(region) | name), entry;
+        wide |= (addr + half) >> width;
+        wrong |= word;
+        entry = (word >> DIRECTORY_WORD_SHIFT) + phase + (addr >> entry_shift & offset_mask);
         VEC(l->addr) = addr;
-        VEC(l->ref) = ref;
+        VEC(l->ref) = likes;
         VEC(l->entry) = entry;
         if (far)
             for (int n = 0; n < VEC_LANES; n++)
                 __builtin_prefetch((const void *)(uintptr_t)entry[n], 0, 3);
     }
-    l->miss = l->noncanonical = 0;
-    if (ONE_WORD(wrong) || ~(hits[0] & hits[1] & hits[2] & hits[3]))
-        kvmmu_sort_out(format, l, canonical_shift, prefixes, asid, nothing);
+    l->like = like;
+    l->voids = d->has_voids ? d->nothing : 0;
+    l->miss = l->apart = l->noncanonical = 0;
+    if (ONE_WORD(wide) | (ONE_WORD(wrong) & DIRECTORY_TAG_MASK))
+        kvmmu_sort_out(l, canonical_shift, d);
+}
+
+/* The place of a prefix will be looked at soon. */
+KVMMU_INLINE void kvmmu_want_prefix(int format, const struct kvmmu_prefix *prefixes, uint32_t asid, uint64_t addr)
+{
+    __builtin_prefetch(&prefixes[kvmmu_prefix_slot(kvmmu_region(format, addr), asid)], 1, 3);
 }
 
 /* A prefix for one lane after all. */
@@ -256,39 +310,57 @@ KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lan
     __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
-/* Prefixes are alike in rights, level and cold bits. */
-#define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK & ~(UINT64_C(1) << PREFIX_READONLY_SHIFT))
+/* Prefixes are alike in all but the address. */
+#define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK)
 
-/* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes. IN passes: one for all lanes,
- * or where access is not NULL one for each access byte; like: a prefix of the kind that they hold for. */
-KVMMU_INLINE uint64_t sure_body(int format, struct kvmmu_lanes *l, const struct kvmmu_pass *passes, const uint8_t *access, uint64_t like,
-                                uint64_t *gpa)
+/* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes.
+ * IN like: of the directory that the entries come from; alike: all accesses are the same. */
+KVMMU_INLINE uint64_t sure_body(int format, int alike, struct kvmmu_lanes *l, const struct kvmmu_passes *p,
+                                const uint8_t *access, uint64_t like, uint64_t *gpa)
 {
-    const uint64_t *words = (const uint64_t *)passes;
+    const uint64_t *words = (const uint64_t *)p->of;
     const uint64_t offset = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, KVMMU_PREFIX_LEVEL(like))) - 1;
     const uint64_t base_mask = (format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK) & ~offset;
-    vec bits = FIRST_BITS, odd = bits & 0, care = odd + passes->care, want = odd + passes->want;
+    vec bits = FIRST_BITS, odd = bits & 0, care = odd + p->of[access[0]].care, want = odd + p->of[access[0]].want;
     EACH_VECTOR(i)
     {
-        vec entry = CVEC(l->entry), pte, other;
+        vec entry = CVEC(l->entry), pte;
         if (format == KVMMU_FORMAT_32)
             pte = (vec){kvmmu_read_entry(format, entry[0]), kvmmu_read_entry(format, entry[1]), kvmmu_read_entry(format, entry[2]),
                         kvmmu_read_entry(format, entry[3])};
         else
             pte = (vec){*(const word64 *)(uintptr_t)entry[0], *(const word64 *)(uintptr_t)entry[1], *(const word64 *)(uintptr_t)entry[2],
                         *(const word64 *)(uintptr_t)entry[3]};
-        if (access) {
+        if (!alike) {
             vec index = WIDE(byte_vec, access) * 2;
             care = GATHER(words, index);
             want = GATHER(words + 1, index);
         }
-        other = ((pte & care) ^ want) | ((CVEC(l->ref) ^ like) & PREFIX_LIKE_MASK);
-        odd |= ~WHERE(other == 0) & bits;
+        odd |= ~WHERE((pte & care) == want) & bits;
         bits <<= VEC_LANES;
-        VEC(l->pte) = pte;
         VEC(gpa) = (pte & base_mask) | (CVEC(l->addr) & offset);
     }
     return ONE_WORD(odd);
+}
+
+/* One lane that the directory does not know, after a remembered prefix that is like another: whether it surely passes.
+ * IN pass: for its access. OUT ref, entry, gpa */
+KVMMU_INLINE int kvmmu_pass_beside(int format, struct kvmmu_lanes *l, size_t lane, const struct kvmmu_prefix *prefixes, uint32_t asid,
+                                   uint64_t like, const struct kvmmu_pass *pass, uint64_t *gpa)
+{
+    const uint64_t addr = l->addr[lane], region = kvmmu_region(format, addr), level = KVMMU_PREFIX_LEVEL(like);
+    const struct kvmmu_prefix *p = &prefixes[kvmmu_prefix_slot(region, asid)];
+    uint64_t entry, pte;
+    if (p->tag != (region ^ (uint64_t)asid << PREFIX_ASID_SHIFT) || (p->ref ^ like) & PREFIX_LIKE_MASK)
+        return 0;
+    entry = kvmmu_entry_hva(format, p->ref, addr);
+    pte = kvmmu_read_entry(format, entry);
+    if ((pte & pass->care) != pass->want)
+        return 0;
+    l->ref[lane] = p->ref;
+    l->entry[lane] = entry;
+    gpa[lane] = kvmmu_leaf_gpa(format, pte, (uint32_t)level, addr, 0);
+    return 1;
 }
 
 /* 64 rows of the three common columns: lanes that pass, and lanes that fault. IN access_mask: what of an access its error code tells. */
@@ -463,17 +535,17 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 
 #define KVMMU_FORMAT_FUNCTIONS(format, name, target)                                                                                 \
     target static void start_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,     \
-                                    const struct kvmmu_prefix *prefixes, uint32_t asid, const void *nothing)                         \
+                                    const struct kvmmu_directory *d)                                                                 \
     {                                                                                                                                \
         if (far)                                                                                                                     \
-            start_body(format, 1, l, gva, gva_mask, canonical_shift, prefixes, asid, nothing);                                       \
+            start_body(format, 1, l, gva, gva_mask, canonical_shift, d);                                                             \
         else                                                                                                                         \
-            start_body(format, 0, l, gva, gva_mask, canonical_shift, prefixes, asid, nothing);                                       \
+            start_body(format, 0, l, gva, gva_mask, canonical_shift, d);                                                             \
     }                                                                                                                                \
-    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_pass *passes, const uint8_t *access, uint64_t like, \
-                                       uint64_t *gpa)                                                                                \
+    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, int alike,        \
+                                       uint64_t like, uint64_t *gpa)                                                                 \
     {                                                                                                                                \
-        return access ? sure_body(format, l, passes, access, like, gpa) : sure_body(format, l, passes, 0, like, gpa);                \
+        return alike ? sure_body(format, 1, l, p, access, like, gpa) : sure_body(format, 0, l, p, access, like, gpa);                \
     }                                                                                                                                \
     target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                          \
     {                                                                                                                                \
@@ -499,14 +571,16 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
         emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                \
     }                                                                                                                   \
     static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},         \
-                                                          {sure_32_##name, sure_64_##name, sure_ept_##name},            \
+                                                          {sure_32_##name, sure_64_##name, sure_ept_##name},                   \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},         \
                                                           recall_##name, emit_##name};
 
 KVMMU_LANE_FUNCTIONS(portable, )
 #if defined(__x86_64__) && defined(__GNUC__)
-KVMMU_LANE_FUNCTIONS(avx2, __attribute__((target("avx2,bmi,bmi2"))))
-KVMMU_LANE_FUNCTIONS(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prefer-vector-width=512"))))
+#define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prefer-vector-width=512")))
+#define KVMMU_AVX2 __attribute__((target("avx2,bmi,bmi2")))
+KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2)
+KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512)
 #endif
 
 /* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */

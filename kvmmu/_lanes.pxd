@@ -9,6 +9,8 @@ cdef extern from "_lanes.h" nogil:
     const size_t KVMMU_LANES
     enum:
         PREFIX_BITS
+        DIRECTORY_NAME_SHIFT
+        DIRECTORY_NAMES
         PREFIX_ASID_SHIFT
         PREFIX_ASID_BITS
         PREFIX_TABLE_SHIFT
@@ -33,6 +35,16 @@ cdef extern from "_lanes.h" nogil:
         uint64_t tag
         uint64_t page
 
+    cdef struct kvmmu_directory:
+        uint64_t *words
+        uint64_t name
+        uint64_t phase
+        uint64_t nothing
+        uint64_t like
+        int region_shift
+        int entry_shift
+        bint has_voids
+
     cdef struct kvmmu_lane_walk:
         const kvm_page_format *fmt
         uint64_t present_mask
@@ -51,8 +63,11 @@ cdef extern from "_lanes.h" nogil:
         uint64_t pte_access[64]
         uint64_t gpa[64]
         uint64_t error[64]
+        uint64_t like
+        uint64_t voids
         uint64_t noncanonical
         uint64_t miss
+        uint64_t apart
         uint64_t fault
         uint64_t slow
 
@@ -60,9 +75,12 @@ cdef extern from "_lanes.h" nogil:
         uint64_t care
         uint64_t want
 
+    cdef struct kvmmu_passes:
+        kvmmu_pass of[64]
+
     ctypedef void (*kvmmu_start_fn)(kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, bint far,
-                                    const kvmmu_prefix *, uint32_t asid, const void *nothing) noexcept
-    ctypedef uint64_t (*kvmmu_sure_fn)(kvmmu_lanes *, const kvmmu_pass *, const uint8_t *access, uint64_t like,
+                                    const kvmmu_directory *) noexcept
+    ctypedef uint64_t (*kvmmu_sure_fn)(kvmmu_lanes *, const kvmmu_passes *, const uint8_t *access, bint alike, uint64_t like,
                                        uint64_t *gpa) noexcept
     ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access,
@@ -80,8 +98,13 @@ cdef extern from "_lanes.h" nogil:
         kvmmu_emit_fn emit
 
     void kvmmu_set_prefix(int format, kvmmu_lanes *l, size_t lane, uint64_t ref)
+    bint kvmmu_pass_beside(int format, kvmmu_lanes *l, size_t lane, const kvmmu_prefix *prefixes, uint32_t asid,
+                           uint64_t like, const kvmmu_pass *p, uint64_t *gpa)
     bint kvmmu_sure_pass(int format, const kvmmu_lane_walk *w, uint64_t like, uint64_t look, uint64_t sample,
                          kvmmu_pass *p)
+    uint64_t kvmmu_directory_slot(uint64_t region)
+    uint64_t kvmmu_directory_word(const kvmmu_directory *d, uint64_t region, uint64_t table)
+    void kvmmu_want_prefix(int format, const kvmmu_prefix *prefixes, uint32_t asid, uint64_t addr)
     uint64_t kvmmu_region(int format, uint64_t addr)
     uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
