@@ -9,104 +9,7 @@
 #ifndef KVMMU_LANES_H
 #define KVMMU_LANES_H
 
-#include <string.h>
-
-#include "_gpte.h"
-
-#define KVMMU_LANES ((size_t)64)
-
-/* A prefix in one word: address in the host of the table of the last entry (level 1) or of the last entry itself (other levels),
- * rights so far, level of the last entry, and two notes. */
-#define PREFIX_HVA_BITS 48
-#define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
-#define PREFIX_COLD_SHIFT 48     /* an accessed bit above the last entry is still to be set */
-#define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
-#define PREFIX_LEVEL_SHIFT 56
-#define PREFIX_LEVEL_MASK UINT64_C(7)
-#define PREFIX_ACCESS_SHIFT 59
-#define PREFIX_TABLE_SHIFT 63    /* level 1: the sign, for a cheap test */
-
-/* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
-#define PREFIX_BITS 15
-#define PREFIX_ASID_SHIFT 36 /* region bits of a 57-bit address */
-#define PREFIX_ASID_BITS 28
-#define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
-
-/* A directory: the tables of last entries of one level, by region, the part of an address above the indices of that level and
- * the one below it. A word is the address of the table in the host less a phase that all of them share, shifted up, and below it
- * a tag: region bits that its place does not tell, and the name of the directory, which is never 0. */
-#define DIRECTORY_WORD_SHIFT 16
-#define DIRECTORY_TAG_BITS (PAGE_SHIFT + DIRECTORY_WORD_SHIFT)
-#define DIRECTORY_NAME_SHIFT 21 /* 57 - 21 - PREFIX_BITS */
-#define DIRECTORY_NAMES (1 << (DIRECTORY_TAG_BITS - DIRECTORY_NAME_SHIFT))
-
-/* Translations by page and access: the tag is page << TLB_ASID_BITS | asid; the value level, page frame, accesses known to pass. */
-#define TLB_BITS 12
-#define TLB_ASID_BITS 12
-#define TLB_FRAME_SHIFT 16
-#define TLB_LEVEL_SHIFT 56
-
-struct kvmmu_prefix {
-    uint64_t tag; /* region ^ asid << PREFIX_ASID_SHIFT; 0: none */
-    uint64_t ref; /* PREFIX_* */
-};
-
-struct kvmmu_tlb_entry {
-    uint64_t tag; /* 0: none */
-    uint64_t page;
-};
-
-struct kvmmu_directory {
-    uint64_t *words;  /* 1 << PREFIX_BITS */
-    uint64_t name;    /* in its place */
-    uint64_t phase;   /* of the addresses of tables within pages of the host */
-    uint64_t nothing; /* address of a page of zeros with this phase */
-    uint64_t like;    /* the prefixes of its tables; 0: there are none */
-    int region_shift;
-    int entry_shift;  /* address to offset in its table */
-    int has_voids;    /* some words lead to nothing: prefixes of other levels */
-};
-
-/* What the lanes need of a walk. */
-struct kvmmu_lane_walk {
-    const struct kvm_page_format *fmt;
-    uint64_t present_mask;
-    uint64_t page_size_mask;
-    uint64_t pse36_mask;
-    uint64_t accessed_mask; /* 0: accessed and dirty bits do not count */
-    uint32_t pkru;
-    uint32_t asid;
-};
-
-struct kvmmu_lanes {
-    uint64_t addr[KVMMU_LANES];
-    uint64_t look[KVMMU_LANES];  /* kvm_page_format.looks of the access */
-    uint64_t ref[KVMMU_LANES];
-    uint64_t entry[KVMMU_LANES]; /* host address of the last entry */
-    uint64_t pte[KVMMU_LANES];
-    uint64_t pte_access[KVMMU_LANES];
-    uint64_t gpa[KVMMU_LANES];
-    uint64_t error[KVMMU_LANES]; /* error code of a fault, but for the bits that come from the access */
-    uint64_t like;               /* of the directory */
-    uint64_t voids;              /* entries from here on, of one page, are nothing; 0: there are none */
-    /* bit n: of lane n */
-    uint64_t noncanonical;
-    uint64_t miss;  /* nothing is remembered */
-    uint64_t apart; /* the prefix is not of the directory */
-    uint64_t fault; /* the last entry is not present, malformed, or denies the access */
-    uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
-};
-
-/* Which last entries surely pass, whatever else they hold: (pte & care) == want. */
-struct kvmmu_pass {
-    uint64_t care;
-    uint64_t want;
-};
-
-/* What surely passes each access. */
-struct kvmmu_passes {
-    struct kvmmu_pass of[KVMMU_ACCESS_BYTES];
-};
+#include "_passes.h"
 
 typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,
                                const struct kvmmu_directory *);
@@ -131,6 +34,7 @@ struct kvmmu_lane_ops { /* [format] */
 
 #define VEC_LANES 4
 typedef uint64_t word64 __attribute__((aligned(1), may_alias));
+typedef uint32_t word32 __attribute__((aligned(1), may_alias));
 typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
 
 typedef uint32_t half_vec __attribute__((vector_size(4 * 4), aligned(4), may_alias));
@@ -156,94 +60,6 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 #define FIRST_BITS ((vec){1, 2, 4, 8})
 
 /* ---- bodies ----------------------------------------------------------------------------------------------------- */
-
-#define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
-/* IN place: kvmmu_prefix_place() of the walk, which keeps walks with the same regions apart. */
-#define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
-#define KVMMU_TLB_GPA(value) ((value) >> (TLB_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
-#define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
-
-#define KVMMU_DIRECTORY_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
-#define KVMMU_DIRECTORY_TAG(region) ((region) >> PREFIX_BITS & ((UINT64_C(1) << DIRECTORY_NAME_SHIFT) - 1))
-#define DIRECTORY_TAG_MASK ((UINT64_C(1) << DIRECTORY_TAG_BITS) - 1)
-
-/* Address of the entry of addr, from a prefix. */
-#define KVMMU_TABLE_OFFSET(format, addr)                                                     \
-    ((format) == KVMMU_FORMAT_32 ? ((addr) >> (PAGE_SHIFT - 2)) & PT32_INDEX_MASK << 2       \
-                                 : ((addr) >> (PAGE_SHIFT - 3)) & PT64_INDEX_MASK << 3)
-#define KVMMU_PREFIX_LEVEL(ref) ((ref) >> PREFIX_LEVEL_SHIFT & PREFIX_LEVEL_MASK)
-
-KVMMU_INLINE uint64_t kvmmu_region(int format, uint64_t addr)
-{
-    return addr >> KVMMU_REGION_SHIFT(format);
-}
-
-KVMMU_INLINE uint64_t kvmmu_prefix_place(uint32_t asid)
-{
-    return asid * UINT64_C(0x9E3779B97F4A7C15) >> 40;
-}
-
-KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
-{
-    return KVMMU_PREFIX_SLOT(region, kvmmu_prefix_place(asid));
-}
-
-KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
-{
-    return KVMMU_TLB_SLOT(page, asid);
-}
-
-KVMMU_INLINE uint64_t kvmmu_tlb_gpa(uint64_t value)
-{
-    return KVMMU_TLB_GPA(value);
-}
-
-KVMMU_INLINE uint64_t kvmmu_prefix_level(uint64_t ref)
-{
-    return KVMMU_PREFIX_LEVEL(ref);
-}
-
-/* The lowest bit that is set; bits is not 0. */
-KVMMU_INLINE size_t kvmmu_first_bit(uint64_t bits)
-{
-    return (size_t)__builtin_ctzll(bits);
-}
-
-/* Without the instruction, which not every CPU has, the compiler would call a function. */
-KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
-{
-    bits -= bits >> 1 & UINT64_C(0x5555555555555555);
-    bits = (bits & UINT64_C(0x3333333333333333)) + (bits >> 2 & UINT64_C(0x3333333333333333));
-    return (int)(((bits + (bits >> 4)) & UINT64_C(0x0f0f0f0f0f0f0f0f)) * UINT64_C(0x0101010101010101) >> 56);
-}
-
-KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
-{
-    return (ref & PREFIX_HVA_MASK) + (ref >> PREFIX_TABLE_SHIFT ? KVMMU_TABLE_OFFSET(format, addr) : 0);
-}
-
-KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
-{
-    uint32_t half;
-    uint64_t whole;
-    if (format == KVMMU_FORMAT_32) {
-        memcpy(&half, (const void *)(uintptr_t)hva, sizeof half);
-        return half;
-    }
-    memcpy(&whole, (const void *)(uintptr_t)hva, sizeof whole);
-    return whole;
-}
-
-KVMMU_INLINE uint64_t kvmmu_directory_slot(uint64_t region)
-{
-    return KVMMU_DIRECTORY_SLOT(region);
-}
-
-/* IN table: its address in the host, of the directory's phase */
-KVMMU_INLINE uint64_t kvmmu_directory_word(const struct kvmmu_directory *d, uint64_t region, uint64_t table)
-{
-    return (table - d->phase) << DIRECTORY_WORD_SHIFT | KVMMU_DIRECTORY_TAG(region) | d->name;
-}
 
 /* Lanes that the directory does not know, or whose address is not canonical: the seldom half of start_body(). Their entry is one
  * that reads as zero, until a prefix is found. */
@@ -310,9 +126,6 @@ KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lan
     __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
-/* Prefixes are alike in all but the address. */
-#define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK)
-
 /* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes.
  * IN like: of the directory that the entries come from; alike: all accesses are the same. */
 KVMMU_INLINE uint64_t sure_body(int format, int alike, struct kvmmu_lanes *l, const struct kvmmu_passes *p,
@@ -378,57 +191,6 @@ KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_
             uint64_t code = l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask);
             error_code[i] = (uint32_t)(code & -(fault >> i & 1));
         }
-}
-
-/* What entries surely pass an access after such a prefix. False: that is no matter of single bits. IN sample: one of the entries. */
-KVMMU_INLINE int kvmmu_sure_pass(int format, const struct kvmmu_lane_walk *w, uint64_t like, uint64_t look, uint64_t sample,
-                                 struct kvmmu_pass *pass)
-{
-    const struct kvm_page_format *fmt = w->fmt;
-    const uint64_t level = KVMMU_PREFIX_LEVEL(like), prefix_access = like >> PREFIX_ACCESS_SHIFT & ACC_ALL;
-    const uint64_t large = level > PG_LEVEL_4K ? w->page_size_mask : 0;
-    const uint64_t rsvd = fmt->rsvd_bits_mask[large != 0][level - 1], write = look >> KVMMU_LOOK_ACCESS_SHIFT & ACCESS_WRITE_MASK;
-    uint64_t all = ACC_ALL, any = 0, count = 0, fixed;
-    if (level == PG_LEVEL_4K ? rsvd != fmt->rsvd_bits_mask[1][0] : !large || format == KVMMU_FORMAT_32)
-        return 0;
-    pass->care = w->accessed_mask | (write ? w->accessed_mask << 1 : 0);
-    pass->care |= large;
-    pass->want = pass->care;
-    pass->care |= rsvd;
-    if (format == KVMMU_FORMAT_EPT) { /* entries whose rights and memory type are those of the sample */
-        const uint64_t control = EPT_MT_XWR_MASK | EPT_USER_EXECUTABLE_MASK;
-        const uint64_t acc = prefix_access & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, sample));
-        if (!(sample & w->present_mask) || KVMMU_BAD_MT_XWR(fmt->bad_mt_xwr, sample) || (look >> acc & 1))
-            return 0;
-        pass->care |= control;
-        pass->want |= sample & control;
-        return !(pass->want & rsvd);
-    }
-    for (uint64_t acc = 0; acc <= ACC_ALL; acc++) {
-        if (!(acc & ACC_READ_MASK) || (look >> (acc & prefix_access) & 1))
-            continue;
-        all &= acc;
-        any |= acc;
-        count++;
-    }
-    fixed = all | (~any & ACC_ALL); /* rights that all of them have, or none */
-    if (!count || count << kvmmu_count_bits(fixed) != ACC_ALL + 1)
-        return 0;
-    pass->care |= fixed & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
-    pass->want |= all & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
-    if (format == KVMMU_FORMAT_32)
-        return (all & ACC_EXEC_MASK) || !(fixed & ACC_EXEC_MASK);
-    if (fixed & ACC_EXEC_MASK) {
-        pass->care |= PT64_NX_MASK;
-        pass->want |= all & ACC_EXEC_MASK ? 0 : PT64_NX_MASK;
-    }
-    if (fmt->pkru_mask && w->pkru) { /* key 0, if it denies nothing; the others are for the whole rule */
-        if (w->pkru & 3)
-            return 0;
-        pass->care |= PT64_PKEY_MASK << PT64_PKEY_SHIFT;
-    }
-    /* a bit that must be clear because it is reserved and set because it is wanted: none passes */
-    return !(pass->want & rsvd);
 }
 
 /* The rules of the last entry, for all lanes. */
@@ -533,54 +295,54 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 
 /* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
 
-#define KVMMU_FORMAT_FUNCTIONS(format, name, target)                                                                                 \
-    target static void start_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,     \
-                                    const struct kvmmu_directory *d)                                                                 \
-    {                                                                                                                                \
-        if (far)                                                                                                                     \
-            start_body(format, 1, l, gva, gva_mask, canonical_shift, d);                                                             \
-        else                                                                                                                         \
-            start_body(format, 0, l, gva, gva_mask, canonical_shift, d);                                                             \
-    }                                                                                                                                \
-    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, int alike,        \
-                                       uint64_t like, uint64_t *gpa)                                                                 \
-    {                                                                                                                                \
-        return alike ? sure_body(format, 1, l, p, access, like, gpa) : sure_body(format, 0, l, p, access, like, gpa);                \
-    }                                                                                                                                \
-    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                          \
-    {                                                                                                                                \
-        judge_any(format, l, w);                                                                                                     \
+#define KVMMU_FORMAT_FUNCTIONS(format, name, target)                                                                             \
+    target static void start_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far, \
+                                    const struct kvmmu_directory *d)                                                             \
+    {                                                                                                                            \
+        if (far)                                                                                                                 \
+            start_body(format, 1, l, gva, gva_mask, canonical_shift, d);                                                         \
+        else                                                                                                                     \
+            start_body(format, 0, l, gva, gva_mask, canonical_shift, d);                                                         \
+    }                                                                                                                            \
+    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, int alike,    \
+                                       uint64_t like, uint64_t *gpa)                                                             \
+    {                                                                                                                            \
+        return alike ? sure_body(format, 1, l, p, access, like, gpa) : sure_body(format, 0, l, p, access, like, gpa);            \
+    }                                                                                                                            \
+    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
+    {                                                                                                                            \
+        judge_any(format, l, w);                                                                                                 \
     }
 
-#define KVMMU_LANE_FUNCTIONS(name, target)                                                                              \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target)                                                          \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target)                                                          \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target)                                                        \
-    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, \
-                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level)\
-    {                                                                                                                   \
-        if (!ctx && !access_stride)                                                                                     \
-            return recall_body(tlb, gva, access, 0, 0, asid, gpa, level);                                               \
-        if (!ctx)                                                                                                       \
-            return recall_body(tlb, gva, access, 1, 0, asid, gpa, level);                                               \
-        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa, level);                                     \
-    }                                                                                                                   \
-    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,\
-                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                \
-    {                                                                                                                   \
-        emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                \
-    }                                                                                                                   \
-    static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},         \
-                                                          {sure_32_##name, sure_64_##name, sure_ept_##name},                   \
-                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},         \
-                                                          recall_##name, emit_##name};
+#define KVMMU_LANE_FUNCTIONS(name, target, sure_64, recall)                                                                      \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target)                                                                   \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target)                                                                   \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target)                                                                 \
+    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,          \
+                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level) \
+    {                                                                                                                            \
+        if (!ctx && !access_stride)                                                                                              \
+            return recall_body(tlb, gva, access, 0, 0, asid, gpa, level);                                                        \
+        if (!ctx)                                                                                                                \
+            return recall_body(tlb, gva, access, 1, 0, asid, gpa, level);                                                        \
+        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa, level);                                              \
+    }                                                                                                                            \
+    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,      \
+                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                         \
+    {                                                                                                                            \
+        emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                         \
+    }                                                                                                                            \
+    static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},                  \
+                                                          {sure_32_##name, sure_64, sure_ept_##name},                            \
+                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},                  \
+                                                          recall, emit_##name};
 
-KVMMU_LANE_FUNCTIONS(portable, )
+KVMMU_LANE_FUNCTIONS(portable, , sure_64_portable, recall_portable)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prefer-vector-width=512")))
-#define KVMMU_AVX2 __attribute__((target("avx2,bmi,bmi2")))
-KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2)
-KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512)
+#include "_lanes_avx2.h"
+KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, kvmmu_sure_64, kvmmu_recall)
+KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, kvmmu_sure_64, kvmmu_recall)
 #endif
 
 /* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */

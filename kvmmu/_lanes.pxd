@@ -105,6 +105,7 @@ cdef extern from "_lanes.h" nogil:
     uint64_t kvmmu_directory_slot(uint64_t region)
     uint64_t kvmmu_directory_word(const kvmmu_directory *d, uint64_t region, uint64_t table)
     void kvmmu_want_prefix(int format, const kvmmu_prefix *prefixes, uint32_t asid, uint64_t addr)
+    void kvmmu_split_passes(kvmmu_passes *p)
     uint64_t kvmmu_region(int format, uint64_t addr)
     uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)

@@ -7,10 +7,10 @@ from libc.string cimport memcpy
 from kvmmu._bits cimport ACCESS_WRITE_MASK, PG_LEVEL_4K
 from kvmmu._directories cimport find_own, is_void, void_lanes
 from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access
-from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_EPT
+from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
 from kvmmu._lanes cimport (
     KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops,
-    kvmmu_lanes, kvmmu_pass, kvmmu_pass_beside, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_sure_pass,
+    kvmmu_lanes, kvmmu_pass, kvmmu_pass_beside, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes, kvmmu_sure_pass,
 )
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport (
@@ -86,6 +86,7 @@ cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l,
     cdef uint64_t lanes = ~(held | l.miss | l.noncanonical), odd
     cdef size_t lane
     cdef int said
+    cdef bint alike = False
     if p.rest:
         p.rest -= 1
         return False
@@ -94,8 +95,11 @@ cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l,
     if not p.known:
         lane = kvmmu_first_bit(lanes & ~l.apart)
         find_passes(p.passes.of, s, l.like, kvmmu_read_entry(s.w.format, l.entry[lane]))
+        kvmmu_split_passes(&p.passes)
         p.known = True
-    odd = (ops.sure[s.w.format](l, &p.passes, access, all_alike(access), l.like, gpa) | l.apart) & lanes
+    if s.w.format != KVMMU_FORMAT_64:                   # that one is no faster for it
+        alike = all_alike(access)
+    odd = (ops.sure[s.w.format](l, &p.passes, access, alike, l.like, gpa) | l.apart) & lanes
     if kvmmu_count_bits(odd) > FEW_ODD:
         if s.w.format == KVMMU_FORMAT_EPT:              # another entry may be a better sample
             p.known = False
