@@ -15,6 +15,8 @@ typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64
                                const struct kvmmu_directory *);
 typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_passes *, const uint8_t *access, int alike, uint64_t like,
                                   uint64_t *gpa);
+typedef uint64_t (*kvmmu_beside_fn)(struct kvmmu_lanes *, uint64_t lanes, const struct kvmmu_prefix *, uint32_t asid, uint64_t like,
+                                    const struct kvmmu_pass *, const uint8_t *access, uint64_t *gpa);
 typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
 typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
                                     const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level);
@@ -25,6 +27,7 @@ typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32
 struct kvmmu_lane_ops { /* [format] */
     kvmmu_start_fn start[3];
     kvmmu_sure_fn sure[3];
+    kvmmu_beside_fn beside[3];
     kvmmu_judge_fn judge[3];
     kvmmu_recall_fn recall;
     kvmmu_emit_fn emit;
@@ -95,7 +98,7 @@ KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const u
     {
         vec addr = CVEC(gva) & mask, region = addr >> region_shift, slot = KVMMU_DIRECTORY_SLOT(region);
         vec word = GATHER(words, slot) ^ (KVMMU_DIRECTORY_TAG(region) | name), entry;
-        wide |= (addr + half) >> width;
+        wide |= addr + half;
         wrong |= word;
         entry = (word >> DIRECTORY_WORD_SHIFT) + phase + (addr >> entry_shift & offset_mask);
         VEC(l->addr) = addr;
@@ -108,7 +111,7 @@ KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const u
     l->like = like;
     l->voids = d->has_voids ? d->nothing : 0;
     l->miss = l->apart = l->noncanonical = 0;
-    if (ONE_WORD(wide) | (ONE_WORD(wrong) & DIRECTORY_TAG_MASK))
+    if (ONE_WORD(wide) >> width | (ONE_WORD(wrong) & DIRECTORY_TAG_MASK))
         kvmmu_sort_out(l, canonical_shift, d);
 }
 
@@ -156,24 +159,34 @@ KVMMU_INLINE uint64_t sure_body(int format, int alike, struct kvmmu_lanes *l, co
     return ONE_WORD(odd);
 }
 
-/* One lane that the directory does not know, after a remembered prefix that is like another: whether it surely passes.
- * IN pass: for its access. OUT ref, entry, gpa */
-KVMMU_INLINE int kvmmu_pass_beside(int format, struct kvmmu_lanes *l, size_t lane, const struct kvmmu_prefix *prefixes, uint32_t asid,
-                                   uint64_t like, const struct kvmmu_pass *pass, uint64_t *gpa)
+/* Lanes that the directory does not know, after remembered prefixes that are like another. Returns those that do not surely pass.
+ * IN lanes: which; of: what passes, by access. OUT ref, entry, gpa of the lanes that pass */
+KVMMU_INLINE uint64_t beside_body(int format, struct kvmmu_lanes *l, uint64_t lanes, const struct kvmmu_prefix *prefixes, uint32_t asid,
+                                  uint64_t like, const struct kvmmu_pass *of, const uint8_t *access, uint64_t *gpa)
 {
-    const uint64_t addr = l->addr[lane], region = kvmmu_region(format, addr), level = KVMMU_PREFIX_LEVEL(like);
-    const struct kvmmu_prefix *p = &prefixes[kvmmu_prefix_slot(region, asid)];
-    uint64_t entry, pte;
-    if (p->tag != (region ^ (uint64_t)asid << PREFIX_ASID_SHIFT) || (p->ref ^ like) & PREFIX_LIKE_MASK)
-        return 0;
-    entry = kvmmu_entry_hva(format, p->ref, addr);
-    pte = kvmmu_read_entry(format, entry);
-    if ((pte & pass->care) != pass->want)
-        return 0;
-    l->ref[lane] = p->ref;
-    l->entry[lane] = entry;
-    gpa[lane] = kvmmu_leaf_gpa(format, pte, (uint32_t)level, addr, 0);
-    return 1;
+    const uint64_t place = kvmmu_prefix_place(asid), space = (uint64_t)asid << PREFIX_ASID_SHIFT, level = KVMMU_PREFIX_LEVEL(like);
+    const int others = KVMMU_PREFIX_LEVEL(l->like) != PG_LEVEL_4K; /* entries may lead to further tables */
+    uint64_t left = lanes;
+    for (; lanes; lanes &= lanes - 1) {
+        const size_t lane = kvmmu_first_bit(lanes);
+        const uint64_t addr = l->addr[lane], region = kvmmu_region(format, addr);
+        const struct kvmmu_prefix *p = &prefixes[KVMMU_PREFIX_SLOT(region, place)];
+        const struct kvmmu_pass *pass = &of[access[lane]];
+        uint64_t entry, pte;
+        if (!others && !(l->apart >> lane & 1) && (!l->voids || l->entry[lane] - l->voids >= PAGE_SIZE))
+            continue; /* its prefix is the directory's */
+        if ((p->tag ^ region ^ space) | ((p->ref ^ like) & PREFIX_LIKE_MASK))
+            continue;
+        entry = kvmmu_entry_hva(format, p->ref, addr);
+        pte = kvmmu_read_entry(format, entry);
+        if ((pte & pass->care) != pass->want)
+            continue;
+        left ^= lanes & -lanes;
+        l->ref[lane] = p->ref;
+        l->entry[lane] = entry;
+        gpa[lane] = kvmmu_leaf_gpa(format, pte, (uint32_t)level, addr, 0);
+    }
+    return left;
 }
 
 /* 64 rows of the three common columns: lanes that pass, and lanes that fault. IN access_mask: what of an access its error code tells. */
@@ -309,6 +322,11 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
     {                                                                                                                            \
         return alike ? sure_body(format, 1, l, p, access, like, gpa) : sure_body(format, 0, l, p, access, like, gpa);            \
     }                                                                                                                            \
+    target static uint64_t beside_##name(struct kvmmu_lanes *l, uint64_t lanes, const struct kvmmu_prefix *prefixes, uint32_t asid,   \
+                                         uint64_t like, const struct kvmmu_pass *of, const uint8_t *access, uint64_t *gpa)           \
+    {                                                                                                                            \
+        return beside_body(format, l, lanes, prefixes, asid, like, of, access, gpa);                                             \
+    }                                                                                                                            \
     target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
     {                                                                                                                            \
         judge_any(format, l, w);                                                                                                 \
@@ -334,6 +352,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
     }                                                                                                                            \
     static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},                  \
                                                           {sure_32_##name, sure_64, sure_ept_##name},                            \
+                                                          {beside_32_##name, beside_64_##name, beside_ept_##name},               \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                  \
                                                           recall, emit_##name};
 

@@ -82,6 +82,8 @@ cdef extern from "_lanes.h" nogil:
                                     const kvmmu_directory *) noexcept
     ctypedef uint64_t (*kvmmu_sure_fn)(kvmmu_lanes *, const kvmmu_passes *, const uint8_t *access, bint alike, uint64_t like,
                                        uint64_t *gpa) noexcept
+    ctypedef uint64_t (*kvmmu_beside_fn)(kvmmu_lanes *, uint64_t lanes, const kvmmu_prefix *, uint32_t asid, uint64_t like,
+                                         const kvmmu_pass *, const uint8_t *access, uint64_t *gpa) noexcept
     ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *) noexcept
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access,
                                          size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa,
@@ -93,13 +95,12 @@ cdef extern from "_lanes.h" nogil:
     cdef struct kvmmu_lane_ops:
         kvmmu_start_fn start[3]
         kvmmu_sure_fn sure[3]
+        kvmmu_beside_fn beside[3]
         kvmmu_judge_fn judge[3]
         kvmmu_recall_fn recall
         kvmmu_emit_fn emit
 
     void kvmmu_set_prefix(int format, kvmmu_lanes *l, size_t lane, uint64_t ref)
-    bint kvmmu_pass_beside(int format, kvmmu_lanes *l, size_t lane, const kvmmu_prefix *prefixes, uint32_t asid,
-                           uint64_t like, const kvmmu_pass *p, uint64_t *gpa)
     bint kvmmu_sure_pass(int format, const kvmmu_lane_walk *w, uint64_t like, uint64_t look, uint64_t sample,
                          kvmmu_pass *p)
     uint64_t kvmmu_directory_slot(uint64_t region)

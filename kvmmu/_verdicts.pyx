@@ -9,8 +9,8 @@ from kvmmu._directories cimport find_own, is_void, void_lanes
 from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access
 from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops,
-    kvmmu_lanes, kvmmu_pass, kvmmu_pass_beside, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes, kvmmu_sure_pass,
+    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, kvmmu_count_bits, kvmmu_first_bit,
+    kvmmu_lane_ops, kvmmu_lanes, kvmmu_pass, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes, kvmmu_sure_pass,
 )
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport (
@@ -56,14 +56,21 @@ cdef int judge_lane(lane_space *s, kvmmu_lanes *l, size_t lane, const uint8_t *a
     return said
 
 
-cdef bint passes_beside(lane_space *s, kvmmu_lanes *l, size_t lane, uint8_t access, uint64_t *gpa) noexcept nogil:
-    """Whether a lane surely passes after a prefix of the second kind."""
+cdef uint64_t lanes_left(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t lanes, const uint8_t *access,
+                         uint64_t *gpa) noexcept nogil:
+    """Of these lanes, those that do not surely pass after a prefix of the second kind."""
     cdef sure_passes *p = s.sure
-    if p.beside_like and kvmmu_pass_beside(s.w.format, l, lane, s.prefixes, s.lane.asid, p.beside_like, &p.beside[access], gpa):
-        s.strangers += 1
+    cdef uint64_t left, passed
+    cdef size_t lane
+    if not p.beside_like:
+        return lanes
+    left = ops.beside[s.w.format](l, lanes, s.prefixes, s.lane.asid, p.beside_like, p.beside, access, gpa)
+    passed = lanes & ~left
+    if passed:
+        lane = kvmmu_first_bit(passed)
+        s.strangers += <size_t>kvmmu_count_bits(passed)
         s.stranger, s.stranger_addr = l.ref[lane], l.addr[lane]
-        return True
-    return False
+    return left
 
 
 cdef void consider_beside(lane_space *s, const kvmmu_lanes *l, size_t lane) noexcept nogil:
@@ -108,11 +115,10 @@ cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l,
         return False
     p.patience = 0
     l.fault = l.slow = 0
+    odd = lanes_left(ops, s, l, odd, access, gpa)
     while odd:
         lane = kvmmu_first_bit(odd)
         odd &= odd - 1
-        if passes_beside(s, l, lane, access[lane], gpa):
-            continue
         said = judge_lane(s, l, lane, access, gpa)
         if said == JUDGED_OK and not l.miss & lane_bit(lane):
             consider_beside(s, l, lane)
