@@ -9,12 +9,13 @@
 #define KVMMU_LANES ((size_t)64)
 
 /* A prefix in one word: address in the host of the table of the last entry (level 1) or of the last entry itself (other levels),
- * rights so far, level of the last entry, and two notes. */
+ * rights so far, level of the last entry, and three notes. */
 #define PREFIX_HVA_BITS 48
 #define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
 #define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK) /* what prefixes that differ in their address alone agree in */
 #define PREFIX_COLD_SHIFT 48     /* an accessed bit above the last entry is still to be set */
 #define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
+#define PREFIX_REFUSED_SHIFT 50  /* the second stage does not let the guest write the last entry, and is asked for each update */
 #define PREFIX_LEVEL_SHIFT 56
 #define PREFIX_LEVEL_MASK UINT64_C(7)
 #define PREFIX_ACCESS_SHIFT 59

@@ -16,6 +16,7 @@ cdef extern from "_lanes.h" nogil:
         PREFIX_TABLE_SHIFT
         PREFIX_COLD_SHIFT
         PREFIX_READONLY_SHIFT
+        PREFIX_REFUSED_SHIFT
         PREFIX_LEVEL_SHIFT
         PREFIX_ACCESS_SHIFT
         TLB_BITS

@@ -16,7 +16,7 @@ from kvmmu._gpte cimport (
 )
 from kvmmu._lanes cimport (
     PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_ASID_SHIFT, PREFIX_BITS, PREFIX_COLD_SHIFT,
-    PREFIX_HVA_MASK, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS,
+    PREFIX_HVA_MASK, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS,
     kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
@@ -48,7 +48,7 @@ cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, 
     # without stores the bits do not count, unless their update would be a write of its own, or fill a log
     if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
         s.lane.accessed_mask = 0
-    s.sets_ad = set_ad and (w.ngpa is NULL or w.ngpa.table_access != 0)
+    s.sets_ad = set_ad
 
 
 cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t look,
@@ -78,8 +78,9 @@ cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t a
     return JUDGED_OK
 
 
-cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa) noexcept nogil:
-    """The second stage of a table of the first, if it needs no accessed or dirty bit set."""
+cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa, bint *refused) noexcept nogil:
+    """The second stage of a table of the first, if it needs no accessed or dirty bit set. OUT refused: it does not let a later
+    update of an entry pass, or would have to be asked by the scalar walk."""
     cdef const kvm_pagewalk *n = second.w
     cdef uint64_t ref, entry
     cdef uint32_t access
@@ -96,15 +97,20 @@ cdef bint warm_table_gpa(const lane_space *second, uint64_t ngpa, uint64_t *gpa)
         return False
     mark_word(second.touched, entry)
     gpa[0] = judged.gpa
+    if not n.table_access:
+        access = second_stage_access(n, <uint32_t>ACCESS_WRITE_MASK, False, 0)
+        refused[0] = judge_one(second, ref, entry, ngpa, n.fmt.looks[access], &judged) != JUDGED_OK
     return True
 
 
-cdef inline uint64_t prefix_word(const uint8_t *hva, int level, uint64_t access, bint cold, bint readonly) noexcept nogil:
+cdef inline uint64_t prefix_word(const uint8_t *hva, int level, uint64_t access, bint cold, bint readonly,
+                                 bint refused) noexcept nogil:
     """A prefix, or 0 if the address is too wide for one."""
     cdef uint64_t address = <uint64_t><uintptr_t>hva
     if address & ~PREFIX_HVA_MASK:
         return 0
     return (address | <uint64_t>cold << PREFIX_COLD_SHIFT | <uint64_t>readonly << PREFIX_READONLY_SHIFT |
+            <uint64_t>refused << PREFIX_REFUSED_SHIFT |
             <uint64_t>level << PREFIX_LEVEL_SHIFT | access << PREFIX_ACCESS_SHIFT |
             <uint64_t>(level == PG_LEVEL_4K) << PREFIX_TABLE_SHIFT)
 
@@ -116,7 +122,7 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, lane_space 
     cdef uint64_t pte = w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
     cdef uint64_t rights = ~<uint64_t>0, gpa, offset
     cdef const uint8_t *hva
-    cdef bint readonly = False, cold = False
+    cdef bint readonly = False, cold = False, refused = False
     cdef bint asks_second = w.ngpa is not NULL and not w.ngpa.table_access      # for every update of an entry
     cdef uint64_t upper = addr >> kvmmu_level_shift(w.format, PG_LEVEL_1G)
     if s.upper == upper:
@@ -135,23 +141,23 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, lane_space 
             hva = <const uint8_t *>&w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
             pte = kvmmu_read64(hva)
             if not pte & PT_PRESENT_MASK:
-                return prefix_word(hva, level, ACC_ALL, False, True)
+                return prefix_word(hva, level, ACC_ALL, False, True, False)
         level -= 1
     while True:
         if level == PG_LEVEL_2M and not cold:
             s.upper, s.upper_pte, s.upper_rights = upper, pte, rights
         offset = gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
         gpa = gpte_to_gpa(walker, pte) + offset
-        if s.second is not NULL and not warm_table_gpa(s.second, gpa, &gpa):
+        if s.second is not NULL and not warm_table_gpa(s.second, gpa, &gpa, &refused):
             return 0
         hva = gpa_to_hva(w.mem, gpa, &readonly)
         if hva is NULL:
-            return prefix_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), cold, True)
+            return prefix_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), cold, True, False)
         if level == PG_LEVEL_4K:
-            return prefix_word(hva - offset, level, gpte_access(walker, rights), cold, readonly)
+            return prefix_word(hva - offset, level, gpte_access(walker, rights), cold, readonly, refused)
         pte = read_gpte(walker, hva)
         if not pte & w.present_mask or is_rsvd_bits_set(walker, w.fmt, pte, level) or pte & w.page_size_mask:
-            return prefix_word(hva, level, gpte_access(walker, rights), cold, readonly)
+            return prefix_word(hva, level, gpte_access(walker, rights), cold, readonly, refused)
         mark_word(s.touched, <uint64_t><uintptr_t>hva)
         rights &= gpte_rights(walker, pte)
         if s.lane.accessed_mask & ~pte and (not readonly or asks_second):

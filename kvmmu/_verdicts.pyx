@@ -9,8 +9,9 @@ from kvmmu._directories cimport find_own, is_void, void_lanes
 from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access
 from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, kvmmu_count_bits, kvmmu_first_bit,
-    kvmmu_lane_ops, kvmmu_lanes, kvmmu_pass, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes, kvmmu_sure_pass,
+    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits,
+    kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lanes, kvmmu_pass, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes,
+    kvmmu_sure_pass,
 )
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport (
@@ -164,7 +165,7 @@ cdef bint set_leaf_bits(lane_space *s, const kvmmu_lanes *l, size_t lane) noexce
     """Step 7 of the walk for a lane with nothing else to set than bits of its leaf. False: not so, or the race is lost."""
     cdef uint64_t pte = l.pte[lane], bits = s.lane.accessed_mask, now
     cdef uint8_t *hva = <uint8_t *><uintptr_t>l.entry[lane]
-    if not s.sets_ad or (l.ref[lane] >> PREFIX_COLD_SHIFT) & 1:
+    if not s.sets_ad or ((l.ref[lane] >> PREFIX_COLD_SHIFT) | (l.ref[lane] >> PREFIX_REFUSED_SHIFT)) & 1:
         return False
     if kvmmu_prefix_level(l.ref[lane]) > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
         return False
