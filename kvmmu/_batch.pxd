@@ -25,8 +25,15 @@ cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil
 
 cdef class Job:
     """One batch, so that threads can run parts of it."""
-    cdef object arrays                  # these two keep alive what the pointers point to
+    cdef object gva                     # these keep alive what the pointers point to
+    cdef object access
+    cdef object arrays
     cdef object alive
+    cdef uint8_t one_access             # of all rows
     cdef batch whole
     cdef uint64_t count
     cdef batch_columns columns
+    # The arguments of `PageWalk.translate()`, checked. Returns how many rows there are.
+    cdef Py_ssize_t take_rows(self, gva, access) except -1
+    # `out`, or new columns.
+    cdef object take_columns(self, out, fields, Py_ssize_t rows)

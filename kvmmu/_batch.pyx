@@ -15,11 +15,14 @@ from libc.string cimport memset
 
 from kvmmu._bits cimport STATUS_OK
 from kvmmu._blocks cimport drain_blocks, put_rows, put_run
+from kvmmu._columns cimport access_column, column, column_of
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of
 from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked, sure_passes
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, batch, batch_columns, block, quick_row, recall_row, walk_of, walk_row, walk_spaces,
+    ALL_SPACES, BLOCK_SPACES, BLOCKS, batch, batch_columns, block, quick_row, recall_row, walk_of, walk_row, walk_spaces,
 )
+
+from kvmmu.columns import Translation, check_fields
 
 # Fewer rows than this are walked one by one.
 cdef size_t FEW_ROWS = 8
@@ -148,7 +151,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     cdef size_t i
     b.more = wants_more(b.out)
     b.ops = OPS
-    b.prefixes, b.tlb = work.cache.prefixes, work.cache.tlb
+    b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
     b.blocks, b.spaces, b.sure = work.blocks, work.spaces, work.sure
     b.touched = NULL
     if watch:
@@ -159,9 +162,6 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.last_space = 0
     for i in range(<size_t>ALL_SPACES):
         b.spaces[i].w = NULL
-    for i in range(2):
-        b.sure[i].of = NULL
-        b.sure[i].rest = b.sure[i].patience = 0
     b.tried = b.missed = b.skip = b.turn = 0
     b.patience = FIRST_REST
     if rows >= FEW_ROWS:
@@ -204,20 +204,12 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
 
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
-cdef void *column(columns, name):
-    """Data pointer of an output column, NULL if it is not wanted."""
-    array = columns.get(name)
-    if array is None:
-        return NULL
-    return <void *><uintptr_t>array.ctypes.data
-
-
 cdef class Workspace:
     def __cinit__(self):
         self.cache = WalkCache()
         self.blocks = <block *>calloc(BLOCKS, sizeof(block))
         self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
-        self.sure = <sure_passes *>calloc(2, sizeof(sure_passes))
+        self.sure = <sure_passes *>calloc(2 * BLOCK_SPACES, sizeof(sure_passes))
         self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
         if self.blocks is NULL or self.spaces is NULL or self.sure is NULL or self.touched is NULL:
             raise MemoryError
@@ -233,25 +225,50 @@ cdef class Workspace:
 _spare = []
 
 
+cdef dict places():
+    """Where the pointers of columns stand in a batch_columns, and the size of an element; by name."""
+    cdef batch_columns c
+    cdef char *start = <char *>&c
+    return {
+        "gpa": (<char *>&c.gpa - start, sizeof(c.gpa[0])), "status": (<char *>&c.status - start, sizeof(c.status[0])),
+        "error_code": (<char *>&c.error_code - start, sizeof(c.error_code[0])),
+        "level": (<char *>&c.level - start, sizeof(c.level[0])), "pte": (<char *>&c.pte - start, sizeof(c.pte[0])),
+        "pte_gpa": (<char *>&c.pte_gpa - start, sizeof(c.pte_gpa[0])),
+        "pte_access": (<char *>&c.pte_access - start, sizeof(c.pte_access[0])),
+        "refs": (<char *>&c.refs - start, sizeof(c.refs[0])), "ngpa": (<char *>&c.ngpa - start, sizeof(c.ngpa[0])),
+        "fault_gpa": (<char *>&c.fault_gpa - start, sizeof(c.fault_gpa[0])),
+        "exit_qualification": (<char *>&c.exit_qualification - start, sizeof(c.exit_qualification[0])),
+    }
+
+
+cdef dict PLACES = places()
+
+
 cdef class Job:
-    def __cinit__(self, dict columns, gva, access, bint set_ad):
-        """IN columns: checked output arrays by name; gva, access: checked arrays of n >= 1 rows, access of n or one."""
-        self.arrays = (columns, gva, access)
-        self.whole.gva = <const uint64_t *><uintptr_t>gva.ctypes.data
-        self.whole.access = <const uint8_t *><uintptr_t>access.ctypes.data
-        self.whole.access_stride = 1 if access.size > 1 else 0
-        self.whole.set_ad = set_ad
-        self.columns.gpa = <uint64_t *>column(columns, "gpa")
-        self.columns.status = <uint8_t *>column(columns, "status")
-        self.columns.error_code = <uint32_t *>column(columns, "error_code")
-        self.columns.level = <uint8_t *>column(columns, "level")
-        self.columns.pte = <uint64_t *>column(columns, "pte")
-        self.columns.pte_gpa = <uint64_t *>column(columns, "pte_gpa")
-        self.columns.pte_access = <uint8_t *>column(columns, "pte_access")
-        self.columns.refs = <uint8_t *>column(columns, "refs")
-        self.columns.ngpa = <uint64_t *>column(columns, "ngpa")
-        self.columns.fault_gpa = <uint64_t *>column(columns, "fault_gpa")
-        self.columns.exit_qualification = <uint64_t *>column(columns, "exit_qualification")
+    cdef Py_ssize_t take_rows(self, gva, access) except -1:
+        cdef column rows = column_of("", "gva", gva, sizeof(uint64_t), -1, False)
+        cdef column accesses = access_column(access, rows.rows, &self.one_access)
+        self.gva, self.access = gva, access
+        self.whole.gva, self.whole.access = <const uint64_t *>rows.data, <const uint8_t *>accesses.data
+        self.whole.access_stride = 1 if accesses.rows > 1 else 0
+        return rows.rows
+
+    cdef object take_columns(self, out, fields, Py_ssize_t rows):
+        cdef tuple names = check_fields(fields)
+        cdef list arrays = []
+        cdef str name
+        cdef Py_ssize_t place, size
+        if out is None:
+            out = Translation.empty(rows, names)
+        elif not isinstance(out, Translation):
+            raise ValueError(f"out: want a Translation, got {type(out).__name__}")
+        for name in names:
+            array = getattr(out, name)
+            place, size = PLACES[name]
+            (<void **>(<char *>&self.columns + place))[0] = column_of("out.", name, array, size, rows, True).data
+            arrays.append(array)
+        self.arrays = arrays
+        return out
 
     def run(self, size_t start, size_t stop):
         """Translate the rows start to stop."""

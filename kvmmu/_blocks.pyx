@@ -7,18 +7,17 @@ from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL,
     STATUS_OK, STATUS_PAGE_FAULT,
 )
+from kvmmu._directories cimport find_missing, ready_directory
 from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level, kvmmu_set_prefix,
+    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level,
 )
-from kvmmu._prefixes cimport find_prefix, lane_space, mark_word, prefix_of, sure_passes
+from kvmmu._prefixes cimport find_prefix, lane_space, mark_word
 from kvmmu._rows cimport (
     BLOCKS, batch, block, quick_row, remember, spaces_of, walk_row, write_more, write_row,
 )
 from kvmmu._verdicts cimport FEW_ODD, judge_block, lane_bit, set_bits_of
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
-
-cdef uint64_t NOTHING[512]              # an entry that reads as zero, for lanes without a prefix
 
 # Fewer rows than this are walked one by one.
 cdef size_t MIN_LANES = 8
@@ -35,19 +34,13 @@ cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
     return <uint8_t>kvmmu_prefix_level(k.a.ref[lane]) if k.w.kind == WALK_TABLES else 0
 
 
-cdef void find_missing(block *k, lane_space *s, kvmmu_lanes *l, uint64_t wanted) noexcept nogil:
-    """Prefixes of lanes that nothing is remembered of; those that stay unknown are left in l.miss."""
-    cdef uint64_t missing = l.miss & wanted, ref
-    cdef size_t lane
-    l.miss = 0
-    while missing:
-        lane = kvmmu_first_bit(missing)
-        missing &= missing - 1
-        ref = prefix_of(s, l.addr[lane])
-        if ref:
-            kvmmu_set_prefix(s.w.format, l, lane, ref)
-        else:
-            l.miss |= lane_bit(lane)
+cdef void start_lanes(batch *b, lane_space *s, kvmmu_lanes *l, const uint64_t *addr, int canonical_shift,
+                      uint64_t wanted) noexcept nogil:
+    """Where the last entries of addresses lie; lanes that stay unknown are left in l.miss."""
+    ready_directory(s)
+    b.ops.start[s.w.format](l, addr, s.w.gva_mask, canonical_shift, s.found > NEAR, &s.directory)
+    if l.miss:
+        find_missing(s, l, wanted)
 
 
 cdef void start_block(batch *b, block *k) noexcept nogil:
@@ -59,10 +52,7 @@ cdef void start_block(batch *b, block *k) noexcept nogil:
     k.cold = k.failed = k.unknown = 0
     k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
     if w.kind == WALK_TABLES:
-        b.ops.start[w.format](&k.a, k.gva, w.gva_mask, w.canonical_shift, k.spaces.first.found > NEAR, b.prefixes,
-                              k.spaces.first.lane.asid, NOTHING)
-        if k.a.miss:
-            find_missing(k, &k.spaces.first, &k.a, ~k.held)
+        start_lanes(b, &k.spaces.first, &k.a, k.gva, w.canonical_shift, ~k.held)
         return
     for lane in range(KVMMU_LANES):
         k.a.gpa[lane] = k.gva[lane] & w.gva_mask
@@ -190,7 +180,6 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
     """Point 2: the first stage is judged; without a second one the rows are written."""
     cdef const kvm_pagewalk *w = k.w
     cdef const kvm_pagewalk *n = w.ngpa
-    cdef sure_passes *sure = NULL
     cdef uint64_t *gpa
     cdef uint64_t unknown = 0
     k.halfway = True
@@ -198,9 +187,7 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         gpa = k.a.gpa
         if n is NULL:
             gpa = room_for(b, k, &k.a)
-        if not b.more and (n is NULL or not rights_count(n)):
-            sure = &b.sure[0]
-        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.access, sure, gpa)
+        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
@@ -211,8 +198,10 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
             k.cold = k.a.slow
         if n is NULL:
             write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
-            fail_lanes(b, k, k.failed)
-            leave_to_walk(b, k, unknown)
+            if k.failed:
+                fail_lanes(b, k, k.failed)
+            if unknown:
+                leave_to_walk(b, k, unknown)
             if not k.contiguous or b.more or b.recalls:
                 write_passed(b, k, gpa)
             k.w = NULL
@@ -246,10 +235,7 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
         for lane in range(KVMMU_LANES):
             if k.a.gpa[lane] & n.ngpa_rsvd_mask:
                 k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
-    b.ops.start[n.format](&k.b, k.a.gpa, n.gva_mask, 0, k.spaces.second.found > NEAR, b.prefixes,
-                          k.spaces.second.lane.asid, NOTHING)
-    if k.b.miss:
-        find_missing(k, &k.spaces.second, &k.b, ~(k.held | k.failed | k.unknown))
+    start_lanes(b, &k.spaces.second, &k.b, k.a.gpa, 0, ~(k.held | k.failed | k.unknown))
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:
@@ -258,7 +244,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
     cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
     k.b.miss |= k.unknown | k.failed                    # do not judge them
-    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.second_access, &b.sure[1], gpa)
+    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.second_access, False, gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)
@@ -286,14 +272,15 @@ cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
 
 cdef void push_block(batch *b, block *k) noexcept nogil:
     """Start this block, and take the two before it one point further."""
-    cdef block *last = &b.blocks[(b.turn + 2) % BLOCKS]
-    cdef block *before = &b.blocks[(b.turn + 1) % BLOCKS]
+    cdef size_t next = b.turn + 1 if b.turn + 1 < BLOCKS else 0
+    cdef block *before = &b.blocks[next]
+    cdef block *last = &b.blocks[b.turn - 1 if b.turn else BLOCKS - 1]
     start_block(b, k)
     if last.w is not NULL and not last.halfway:
         advance_block(b, last)
     if before.w is not NULL:
         finish_block(b, before)
-    b.turn = (b.turn + 1) % BLOCKS
+    b.turn = next
 
 
 cdef void drain_blocks(batch *b) noexcept nogil:

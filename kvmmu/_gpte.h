@@ -36,6 +36,11 @@ enum kvmmu_format { KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT };
 #define KVMMU_GPTE_MALFORMED(format, rsvd0, rsvd1, bad_mt_xwr, pte) \
     (KVMMU_RSVD_BITS(rsvd0, rsvd1, pte) | ((format) == KVMMU_FORMAT_EPT ? KVMMU_BAD_MT_XWR(bad_mt_xwr, pte) : (pte)&0))
 
+KVMMU_INLINE int kvmmu_level_shift(int format, int level)
+{
+    return KVMMU_LEVEL_SHIFT(format, level);
+}
+
 KVMMU_INLINE uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
 {
     return KVMMU_GPTE_RIGHTS(format, pte);

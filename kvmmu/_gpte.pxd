@@ -21,6 +21,7 @@ cdef extern from "_gpte.h" nogil:
         KVMMU_FORMAT_64
         KVMMU_FORMAT_EPT
 
+    int kvmmu_level_shift(int format, int level)
     uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
     uint64_t kvmmu_gpte_access(int format, uint64_t rights)
     uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)

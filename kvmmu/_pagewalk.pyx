@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, rflags_ac
 from kvmmu._batch cimport Job
@@ -13,9 +13,11 @@ from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA, PAGE_SIZE, ROLE_DIRECT_MASK,
     ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
+from kvmmu._columns cimport context_column
 from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, role_of, second_stage
 from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
+from kvmmu._lanes cimport KVMMU_LANES
 from kvmmu._memory cimport GuestMemory
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch, walk_result
@@ -23,12 +25,13 @@ from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
 
 from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole
-from kvmmu.columns import Span, check_access, check_array, check_out, check_size
+from kvmmu.columns import Span, check_access, check_array, check_size
 from kvmmu.faults import fault_of, nested_fault_of
 from kvmmu.nested import Ept
 from kvmmu.record import WalkRecord
 
 _PAGE = int(PAGE_SIZE)
+_BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
 
 
 cdef class PageWalk:
@@ -236,21 +239,20 @@ cdef class PageWalk:
 
         Source: SDM vol. 3, "4-Level Paging and 5-Level Paging", "Access Rights", "Page-Fault Exceptions".
         """
-        cdef Py_ssize_t n = check_array("gva", gva, np.dtype(np.uint64)).size
+        cdef Job job = Job()
+        cdef Py_ssize_t n = job.take_rows(gva, access)
         cdef Contexts contexts = None
         cdef kvm_pagewalk own
         cdef vcpu_arch arch
         cdef kvm_page_format fmt
         cdef const kvm_pagewalk *walks = &own
         cdef const uint32_t *ctx_data = NULL
-        cdef bint ad = bool(set_ad)
         self.current()
         if not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads: want a positive integer, got {threads!r}")
-        access = check_access(access, n)
         if regs is not None:
             contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
-            ctx_data = <const uint32_t *><uintptr_t>self._check_ctx(contexts, ctx, n)
+            ctx_data = context_column(ctx, n, contexts.count)
             contexts.use_memory(self.mem)
             walks = contexts.walks
         elif ctx is not None:
@@ -260,32 +262,19 @@ cdef class PageWalk:
             arch, fmt = own.vcpu[0], own.fmt[0]
             own.vcpu, own.fmt = &arch, &fmt
 
-        out, wanted = check_out(out, fields, n)
+        out = job.take_columns(out, fields, n)
         if n == 0:
             return out
-
-        cdef Job job = Job(wanted, gva, access, ad)
-        job.alive = (self.mem.table, contexts, self.second)
-        job.whole.walks, job.whole.ctx = walks, ctx_data
+        job.alive = (self.mem.table, contexts, self.second, ctx)
+        job.whole.walks, job.whole.ctx, job.whole.set_ad = walks, ctx_data, set_ad
         job.count = contexts.count if contexts is not None else 1
-        if threads == 1 or n < threads:
+        if threads == 1 or n < threads * _BLOCK:
             job.run(0, n)
         else:
-            bounds = [n * i // threads for i in range(threads + 1)]
+            bounds = [n * i // threads // _BLOCK * _BLOCK for i in range(threads)] + [n]
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(job.run, bounds[:-1], bounds[1:]))
         return out
-
-    def _check_ctx(self, Contexts contexts, ctx, n):
-        """Address of the checked context column, 0 where one context serves all rows."""
-        if ctx is None:
-            if contexts.count != 1:
-                raise ValueError(f"ctx: {contexts.count} register sets need a ctx that says which one each row uses")
-            return 0
-        check_array("ctx", ctx, np.dtype(np.uint32), n)
-        if n and int(ctx.max()) >= contexts.count:
-            raise ValueError(f"ctx: {int(ctx.max())} is beyond the {contexts.count} register sets of regs")
-        return ctx.ctypes.data if n and contexts.count > 1 else 0
 
     def gva_to_gpa(self, gva, access=0):
         """Translate one linear address; a fault of the guest is an exception.

@@ -10,8 +10,31 @@ one with unset accessed bits says so, and the rows that would set them are walke
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_pass, kvmmu_prefix, kvmmu_tlb_entry
+from kvmmu._lanes cimport kvmmu_directory, kvmmu_lane_walk, kvmmu_pass, kvmmu_passes, kvmmu_prefix, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
+
+# Memory of the directories of one stage.
+cdef struct directory_table:
+    uint64_t *words             # 1 << PREFIX_BITS
+    uint8_t *nothing            # two pages of zeros
+    uint32_t next_name
+    uint32_t times_cleared
+
+# What a batch, or a thread's part of it, keeps its memory in.
+cdef struct walk_tables:
+    kvmmu_prefix *prefixes[2]   # of the first stage, of the second; 1 << PREFIX_BITS each
+    directory_table directories[2]
+    kvmmu_tlb_entry *tlb
+
+# What surely passes each access in the last entries of a directory.
+cdef struct sure_passes:
+    bint known
+    int rest                    # blocks to go before trying again
+    int patience
+    kvmmu_passes passes
+    uint64_t beside_like        # prefixes of a second kind; 0: none
+    int beside_misses           # lanes of late that were neither
+    kvmmu_pass beside[64]       # what surely passes after those
 
 # One walk of a batch, with its part of the table of prefixes.
 cdef struct lane_space:
@@ -21,17 +44,20 @@ cdef struct lane_space:
     kvmmu_lane_walk lane        # lane.asid: names this walk in the table
     bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
     size_t found                # prefixes so far
+    # the upper part of the last walk that came to level 2, for addresses that share it
+    uint64_t upper              # part of the address; beyond all of them: none
+    uint64_t upper_pte          # what leads to the table of level 2
+    uint64_t upper_rights
     uint8_t *touched            # NULL, or which words of memory prefixes depend on
-
-# What surely passes each access in the last entries of a walk, after a prefix that is like one.
-cdef struct sure_passes:
-    const kvm_pagewalk *of      # NULL: nothing is known
-    bint fits                   # False: too few of the last block passed
-    int rest                    # blocks to go before trying again
+    # of blocks: see `_directories.pxd`
+    directory_table *table
+    kvmmu_directory directory
+    uint32_t times_cleared      # of table, when the directory took its name
+    size_t strangers            # lanes of late whose prefixes are not of the directory
+    uint64_t stranger, stranger_addr    # one of them
+    int rest                    # blocks to go before the directory may change
     int patience
-    uint64_t like
-    uint64_t sample             # EPT: the entry that gave them
-    kvmmu_pass passes[64]
+    sure_passes *sure
 
 # What the last entry of a walk says.
 cdef enum:
@@ -42,18 +68,20 @@ cdef enum:
 cdef struct judged_entry:
     uint64_t gpa
     uint64_t pte
-    uint64_t entry              # its address in the host
     uint32_t pte_access
     uint32_t error              # of a fault: P, RSVD, PK of the error code
 
-cdef void init_space(lane_space *s, const kvm_pagewalk *w, kvmmu_prefix *prefixes, lane_space *second, uint32_t asid,
+# IN second: NULL, or what is remembered of the second stage; stage: which of the tables it takes, 0 or 1
+cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, int stage, lane_space *second, uint32_t asid,
                      bint set_ad, uint8_t *touched) noexcept nogil
 # The prefix of addr, remembered or found now; 0: unknown. IN addr: masked, canonical
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil
 # Find the prefix of addr again; 0: unknown
 cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil
-# The rules of the last entry for one row: JUDGED_*. IN look: kvm_page_format.looks of the access
-cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t addr, uint32_t look, judged_entry *out) noexcept nogil
+# The rules of the last entry for one row: JUDGED_*. IN ref: but for the address; entry: kvmmu_entry_hva(); look:
+# kvm_page_format.looks of the access
+cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t look,
+                   judged_entry *out) noexcept nogil
 
 
 # Words of memory that something remembered depends on: one bit for each of many, so that a clear bit is sure.
@@ -78,14 +106,20 @@ cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
     return (touched[bit >> 3] >> (bit & 7)) & 1
 
 
+# Address in the host of the page that stands for tables in holes.
+cdef uint64_t no_table() noexcept nogil
+cdef inline void forget_upper(lane_space *s) noexcept nogil:
+    s.upper = ~<uint64_t>0
+
+
 # Remember nothing of what these hold.
-cdef void forget_all(kvmmu_prefix *prefixes, kvmmu_tlb_entry *tlb) noexcept nogil
+cdef void forget_all(walk_tables *tables) noexcept nogil
+cdef void clear_directories(directory_table *t) noexcept nogil
 
 
 cdef class WalkCache:
     """The tables of one batch, or of one thread of it."""
-    cdef kvmmu_prefix *prefixes
-    cdef kvmmu_tlb_entry *tlb
+    cdef walk_tables tables
     cdef uint32_t next_asid             # of prefixes
     cdef uint32_t next_space            # of translations
     # Names for count walks, used by nobody before; 0: too many. Nothing that was remembered counts any more.

@@ -6,8 +6,8 @@ A row is recalled, or found quickly from the prefixes of its walk, or walked by 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes, kvmmu_prefix, kvmmu_tlb_entry
-from kvmmu._prefixes cimport lane_space, sure_passes
+from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
+from kvmmu._prefixes cimport lane_space, sure_passes, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
 # Columns of a batch; a NULL column is not wanted.
@@ -79,14 +79,14 @@ cdef struct batch:
     uint32_t space                  # of the first walk's translations
     uint64_t count                  # walks
     const kvmmu_lane_ops *ops
-    kvmmu_prefix *prefixes
-    kvmmu_tlb_entry *tlb
+    walk_tables *tables
+    kvmmu_tlb_entry *tlb            # of tables
     uint8_t *touched                # NULL, or which words of memory something remembered depends on; see mark_word()
     block *blocks                   # BLOCKS
     size_t turn
     walk_spaces *spaces             # ALL_SPACES, of the walks of late
     size_t last_space
-    sure_passes *sure               # 2: of the first stage, of the second
+    sure_passes *sure               # 2 * BLOCK_SPACES: of the first stage, of the second, of those that are a block's
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil

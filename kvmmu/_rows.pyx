@@ -5,14 +5,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
 )
+from kvmmu._directories cimport init_directory
 from kvmmu._format cimport explicit_access
 from kvmmu._lanes cimport (
-    PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_prefix_level, kvmmu_tlb_entry, kvmmu_tlb_gpa,
-    kvmmu_tlb_slot,
+    PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_entry_hva, kvmmu_prefix_level, kvmmu_tlb_entry,
+    kvmmu_tlb_gpa, kvmmu_tlb_slot,
 )
-from kvmmu._prefixes cimport JUDGED_OK, forget_all, init_space, judge_one, judged_entry, mark_word, prefix_of
+from kvmmu._prefixes cimport JUDGED_OK, forget_all, forget_upper, init_space, judge_one, judged_entry, mark_word, prefix_of
 from kvmmu._rows cimport (
-    BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row,
+    ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row,
 )
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 
@@ -70,11 +71,15 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
     """The scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef walk_result r
+    cdef size_t space
     cdef bint logs = w.ngpa is not NULL and w.ngpa.pml is not NULL
     cdef uint16_t index = w.ngpa.pml.index if logs else 0
     w.gva_to_gpa(w, b.gva[i], explicit_access(b.access[i * b.access_stride]), b.set_ad, &r)
     if logs and b.lanes and w.ngpa.pml.index != index:                      # the log may lie over a table
-        forget_all(b.prefixes, b.tlb)
+        forget_all(b.tables)
+        for space in range(<size_t>ALL_SPACES):
+            forget_upper(&b.spaces[space].first)
+            forget_upper(&b.spaces[space].second)
     write_row(b, i, r.gpa, r.status, r.error_code, r.level)
     if b.more:
         write_more(b.out, i, &r)
@@ -99,8 +104,12 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
     if b.ctx is not NULL:
         asid += <uint32_t>(w - b.walks)
     if w.ngpa is not NULL:
-        init_space(&m.second, w.ngpa, b.prefixes, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
-    init_space(&m.first, w, b.prefixes, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad, b.touched)
+        init_space(&m.second, w.ngpa, b.tables, 1, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
+    init_space(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad, b.touched)
+    if for_block:
+        init_directory(&m.first, &b.sure[2 * b.last_space])
+        if w.ngpa is not NULL:
+            init_directory(&m.second, &b.sure[2 * b.last_space + 1])
     return m
 
 
@@ -121,11 +130,12 @@ cdef void quick_row(batch *b, size_t i) noexcept nogil:
             walk_row(b, i)
             return
         ref = prefix_of(&m.first, addr)
-        if not ref or judge_one(&m.first, ref, addr, w.fmt.looks[access], &judged) != JUDGED_OK:
+        if ref:
+            entries[0] = kvmmu_entry_hva(w.format, ref, addr)
+        if not ref or judge_one(&m.first, ref, entries[0], addr, w.fmt.looks[access], &judged) != JUDGED_OK:
             walk_row(b, i)
             return
         level = <uint8_t>kvmmu_prefix_level(ref)
-        entries[0] = judged.entry
     elif w.kind == WALK_SECOND_STAGE and not access & ACCESS_USER_MASK:
         judged.pte_access &= ~<uint32_t>ACC_USER_MASK
     if w.ngpa is not NULL:
@@ -135,10 +145,11 @@ cdef void quick_row(batch *b, size_t i) noexcept nogil:
         if not addr & w.ngpa.ngpa_rsvd_mask:
             addr &= w.ngpa.gva_mask & PREFIX_ADDR_MASK
             ref = prefix_of(&m.second, addr)
-        if not ref or judge_one(&m.second, ref, addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
+        if ref:
+            entries[1] = kvmmu_entry_hva(w.ngpa.format, ref, addr)
+        if not ref or judge_one(&m.second, ref, entries[1], addr, w.ngpa.fmt.looks[access], &judged) != JUDGED_OK:
             walk_row(b, i)
             return
-        entries[1] = judged.entry
     write_row(b, i, judged.gpa, STATUS_OK, 0, level)
     if b.recalls:
         mark_word(b.touched, entries[0])

@@ -194,20 +194,6 @@ def check_access(access: int | NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     return access
 
 
-def check_out(out: Translation | None, fields: str | Iterable[str], n: int) -> tuple[Translation, dict[str, NDArray[Any]]]:
-    """The wanted columns of `out`, by name; a new Translation if out is None."""
-    names = check_fields(fields)
-    if out is None:
-        out = Translation.empty(n, names)
-    elif not isinstance(out, Translation):
-        raise ValueError(f"out: want a Translation, got {type(out).__name__}")
-    wanted = {name: check_array(f"out.{name}", getattr(out, name), COLUMNS[name], n) for name in names}
-    for name, array in wanted.items():
-        if not array.flags.writeable:
-            raise ValueError(f"out.{name}: the array is read-only")
-    return out, wanted
-
-
 def check_size(size: int | NDArray[np.unsignedinteger], n: int) -> NDArray[np.uint64]:
     """Sizes of accesses in bytes as a uint64 array of 1 or n rows."""
     if isinstance(size, np.ndarray):

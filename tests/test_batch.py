@@ -153,12 +153,31 @@ def test_translation_has_no_other_columns():
         Translation.empty(1, ("gva",))
 
 
+def test_unusual_columns(walk):
+    """Columns that are read-only, not aligned, or one row of a column with gaps, are as good as others."""
+    expected = walk.translate(GVAS, Access.USER)
+    shifted = np.frombuffer(b"\0" + GVAS.tobytes(), np.uint64, offset=1)
+    assert not shifted.flags.aligned
+    assert not shifted.flags.writeable
+    assert_same_columns(expected, walk.translate(shifted, Access.USER), "not aligned")
+    for row in range(GVAS.size):
+        gva, access = np.repeat(GVAS, 2)[::2][row:row + 1], np.full(6, Access.USER, np.uint8)[::3][:1]
+        one = walk.translate(gva, access, regs=[Regs(cr0=1, cr3=0, cr4=0, efer=0)] * 2, ctx=np.zeros(9, np.uint32)[::4][:1])
+        assert one.gpa[0] == gva[0] % 2**32
+        one = walk.translate(gva, access)
+        assert (expected.gpa[row], expected.status[row]) == (one.gpa[0], one.status[0])
+    assert expected.gpa.tolist() == walk.translate(GVAS, np.uint8(Access.USER)).gpa.tolist()
+
+
 # ---- bad arguments --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("gva", "named"), [
     ([GVA], "gva.*list"), (GVA, "gva.*int"), (None, "gva.*NoneType"), (GVAS.astype(np.int64), "gva.*int64"),
     (GVAS.astype(np.float64), "gva.*float64"), (GVAS.astype(">u8"), "gva.*>u8"), (GVAS[::2], "gva.*contiguous"),
-    (GVAS[None], r"gva.*\(1, 3\)"), (np.uint64(GVA), "gva.*uint64"), (np.array(GVA, np.uint64), r"gva.*\(\)")])
+    (GVAS[None], r"gva.*\(1, 3\)"), (np.uint64(GVA), "gva.*uint64"), (np.array(GVA, np.uint64), r"gva.*\(\)"),
+    (np.zeros(3, [("gva", np.uint64)]), "gva.*gva"), (np.zeros(3, "M8[s]"), "gva.*datetime"),
+    (memoryview(GVAS), "gva.*memoryview"), (np.array([GVA], object), "gva.*object"), (np.zeros(3, "V8"), "gva.*V8"),
+    (np.zeros(3, "S8"), "gva.*S8")])
 def test_bad_gva(walk, gva, named):
     """ValueError naming the argument and what it got."""
     with pytest.raises(ValueError, match=named):

@@ -320,6 +320,33 @@ def test_two_stages(kind, conformance):
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_accessed_bits_in_pages_that_the_second_stage_may_not_write(mode, name):
+    """EPT without accessed bits: tables are read, but each update of an entry is a write of its own."""
+    use_instruction_set(name)
+    refused = set_bits = 0
+    for seed in range(4 * ROUNDS):
+        rng = np.random.default_rng((9, seed, MODES.index(mode)))
+        pages, root = dense_tables(rng, mode, odd=0, upper_odd=0, cold=0.3)
+        made, host = second_tables(rng, "ept4")
+        tables = np.array(list(pages))
+        made[0x60][rng.choice(tables, tables.size // 2, replace=False)] &= ~np.uint64(2)
+        stage = stage_of(rng, "ept4", host, ad=False)
+        machine = Machine(layout(rng, pages | made, host), CpuModel(maxphyaddr=40), [(random_controls(rng, mode, root, pages), stage)])
+        gva, access = some_rows(rng, 700, mode), random_access(rng, 700)
+        try:
+            assert compare(machine, gva, access, why=f"seed {seed}")
+        except GeneralProtection:
+            continue
+        walk, regs = machine.start()
+        before = snapshot(walk.mem)
+        refused += (walk.translate(gva, access, regs=regs).status == Status.EPT_VIOLATION).sum()
+        set_bits += before != snapshot(walk.mem)
+    assert refused > ROUNDS
+    assert set_bits > 0
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("room", [0, 1, 7, 40, 511])
 def test_a_log_that_fills_up_in_the_middle_of_a_batch(name, room):
     """As many pages as there was room are logged, once each; whoever writes one of the others finds the log full."""
