@@ -138,11 +138,12 @@ cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, 
 cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexcept nogil:
     """The bytes of the access reach memory, if they are known, and the shadow pages of the frame learn of it."""
     cdef kvm *k = m.k
-    cdef uint64_t gfn = gpa >> PAGE_SHIFT
+    cdef uint64_t gfn = gpa >> PAGE_SHIFT, entry
     host_writes(k, slot, gfn)
     mark_slot_dirty(slot, gfn)
     if m.data is NULL:
-        track_write(k, m.vcpu.as_id, gpa & ~<uint64_t>(sizeof(uint64_t) - 1), sizeof(uint64_t), True)
+        entry = sizeof(uint64_t) if m.arch.cr4 & CR4_PAE_MASK else sizeof(uint32_t)
+        track_write(k, m.vcpu.as_id, gpa & ~(entry - 1), entry, False)
         return
     if m.size == 0:                                     # only to see whether the write will go through
         return

@@ -377,8 +377,8 @@ class Vcpu:
 
         Notes
         -----
-        What a write writes is not known here (see `store()`): where KVM has to carry it out, it is an aligned 8-byte write of
-        what is there already.
+        What a write writes is not known here (see `store()`): where KVM has to carry it out, it is an aligned write of
+        what is there already, of 8 bytes, or 4 with CR4.PAE clear.
         """
         if isinstance(gva, np.ndarray):
             columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)

@@ -167,6 +167,19 @@ def test_a_write_to_an_entry_leaves_its_like_in_the_other_quadrants_alone():
     assert [1, 1, 0] == guest.touch(GVA, *others).exits.tolist()
 
 
+@each_mode
+def test_a_write_whose_bytes_are_not_known_is_one_of_an_entry(mode):
+    """And so is one by the VMM with the size of an entry: no shadow page goes for it."""
+    guest = ShadowGuest(MAP, (GVA + PAGE, OTHER, LEAF), mode=mode)
+    guest.touch(GVA, GVA + PAGE)
+    directory = guest.pte(GVA, 2)
+    assert RetPf.EMULATE == guest.touch(guest.gva_of(directory), access=WRITE).ret[0]
+    guest.touch(GVA, GVA + PAGE)
+    guest.vm.write_guest_physical(guest.pte(GVA), guest.entry(DATA | P | W | U | A | D))
+    assert 0 == guest.vm.stats["mmu_flooded"] == guest.vm.stats["mmu_shadow_zapped"]
+    assert [1, 0] == guest.touch(GVA, GVA + PAGE).exits.tolist()
+
+
 def test_pse36_and_the_upper_half_of_a_4m_page():
     """Bits 39:32 of the frame come from bits 20:13 of the entry; where no slot is, that is MMIO."""
     guest = ShadowGuest((GVA & ~(MB4 - 1), 1 << 34 | MB4, LEAF, 2), mode="32")

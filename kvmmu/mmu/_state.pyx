@@ -243,7 +243,7 @@ cdef class Kvm(KvmMemory):
         with self.lock:
             while at < end:
                 part = min(end - at, PAGE_SIZE - (at & PAGE_OFFSET_MASK))
-                track_write(self.k, as_id, at, part, True)
+                track_write(self.k, as_id, at, part, False)
                 at += part
 
     # ---- what one sees -----------------------------------------------------------------------------------------------
