@@ -113,6 +113,7 @@ cdef class MachineModes:
         cdef kvm_mmu *mmu = &self.m.vcpu.guest_mmu
         cdef bint changes = self.m.mmu != mmu
         cdef uint32_t root_role
+        cdef uint64_t before = mmu.w.cpu_role if mmu.w is not NULL else 0
         cdef int level = 0
         self.use_guest_walk(role)
         if second.stage is not self.stage:
@@ -131,6 +132,8 @@ cdef class MachineModes:
         root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
         if changes or root_role != mmu.root_role:
             with self.kvm.lock:
+                if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # roots do not tell; L1 has changed its paging mode
+                    free_mmu_roots(self.m.vcpu, mmu)
                 mmu.root_role = root_role
                 new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
             init_shadow_format(

@@ -115,7 +115,7 @@ class Accesses:
     hpa : ndarray of uint64, shape (n,)
         Host-physical address; INVALID_GPA on a fault, for MMIO, and where the host let the access not through.
     status : ndarray of uint8, shape (n,)
-        `Status`: OK, PAGE_FAULT or NON_CANONICAL.
+        `Status`: OK, PAGE_FAULT or NON_CANONICAL; of a nested guest any: its second stage's faults are exits to L1.
     error_code : ndarray of uint32, shape (n,)
         The #PF error code, else 0.
     ret : ndarray of uint8, shape (n,)

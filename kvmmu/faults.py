@@ -102,6 +102,7 @@ _RULES = {
     "non-canonical": "the address is not canonical",
     "misconfig": "the entry is misconfigured",
     "pml-full": "the page-modification log is full",
+    "": "the tables have changed since",
 }
 _ERROR_BITS = ((Pferr.PRESENT, "P"), (Pferr.WRITE, "W"), (Pferr.USER, "U"), (Pferr.RSVD, "RSVD"), (Pferr.FETCH, "F"),
                (Pferr.PK, "PK"), (Pferr.SS, "SS"))

@@ -29,7 +29,7 @@ class SpteRun:
     index, count : int
         The first entry, and how many.
     gfn : int
-        First guest frame.
+        First frame of the addresses that the entries translate.
     spte : int
         The first entry.
     kind : str
@@ -38,6 +38,8 @@ class SpteRun:
         Host-physical address (bytes) of the first page or table; 0 for MMIO.
     flags : str
         Rights and state, as "rwx A D hostw mmuw".
+    space : {"gpa", "ngpa", "gva"}
+        Which addresses these are: a guest's, those of a nested guest, linear ones in shadow paging.
     """
 
     depth: int
@@ -50,12 +52,13 @@ class SpteRun:
     kind: str
     hpa: int
     flags: str
+    space: str = "gpa"
 
     def __str__(self) -> str:
         size = 1 << 12 + 9 * (self.level - 1)
         where = f"{'  ' * self.depth}[{self.index:3}{f'-{self.index + self.count - 1:<3}' if self.count > 1 else '    '}]"
         gpa = self.gfn << 12
-        span = f"gpa {gpa:#014x}-{gpa + self.count * size - 1:#014x}"
+        span = f"{self.space} {gpa:#014x}-{gpa + self.count * size - 1:#014x}"
         if self.kind == "table":
             return f"{where} {span} table at hpa {self.hpa:#x}"
         what = f"{self.count} x {size_text(size)}" if self.count > 1 else size_text(size)
@@ -76,13 +79,21 @@ def spte_runs(vm: Vm) -> Iterator[SpteRun]:
     """
     pages = vm.sptes()
     row_of = {sp: row for row, sp in enumerate(pages["sp"].tolist())}
+    special = np.flatnonzero(pages["special"])
+    below = {_child(vm, spte) for spte in pages["sptes"][special].ravel().tolist() if spte & _PRESENT}
     for row, (sp, count) in enumerate(zip(pages["sp"].tolist(), pages["root_count"].tolist(), strict=True)):
-        if count:
-            yield from _page(vm, pages, row_of, sp, row, 0)
+        if (count or pages["special"][row]) and sp not in below:
+            space = "gva" if vm.host.tdp is None else "gpa" if CpuRole(int(pages["role"][row])).direct else "ngpa"
+            yield from _page(vm, pages, row_of, row, 0, 0, space)
 
 
-def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], sp: int, row: int, depth: int) -> Iterator[SpteRun]:
-    level, base = int(pages["role"][row]) & 15, int(pages["gfn"][row])
+def _child(vm: Vm, spte: int) -> int:
+    return ((spte & _ADDRESS) - vm.kvm.arena_hpa) >> 12
+
+
+def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], row: int, base: int, depth: int,
+          space: str) -> Iterator[SpteRun]:
+    sp, level = int(pages["sp"][row]), int(pages["role"][row]) & 15
     sptes = pages["sptes"][row].tolist()
     i = 0
     while i < 512:
@@ -98,10 +109,9 @@ def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], sp: int,
         gfn = base + (i << 9 * (level - 1))
         flags = "" if kind == "table" else _flags(vm.host.tdp == "ept", spte) if kind == "leaf" else ""
         hpa = 0 if kind == "mmio" else spte & _ADDRESS
-        yield SpteRun(depth, sp, level, i, count, gfn, spte, kind, hpa, flags)
+        yield SpteRun(depth, sp, level, i, count, gfn, spte, kind, hpa, flags, space)
         if kind == "table":
-            child = (hpa - vm.kvm.arena_hpa) >> 12
-            yield from _page(vm, pages, row_of, child, row_of[child], depth + 1)
+            yield from _page(vm, pages, row_of, row_of[_child(vm, spte)], gfn, depth + 1, space)
         i += count
 
 

@@ -19,6 +19,7 @@ from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, de
 from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault, fault_of, nested_fault_of
 from kvmmu.host import Host
 from kvmmu.nested import Ept, Npt, Stage
+from kvmmu.record import WalkRecord
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
 from kvmmu.vm import Vm
 
@@ -428,11 +429,23 @@ class Vcpu:
         results = [self._access(address, access, part, page_table_writing) for address, part in parts]
         return results[0]
 
+    def _walk_behind(self, gva: int, access: int, status: int) -> WalkRecord:
+        """The walk that ended so: by the rules of this processor model, or by the other ones (see `CpuModel.conformance`)."""
+        record = self.gva_walk.walk_record(gva, access)
+        if record.status == status:
+            return record
+        other = "kvm" if self._cpu.conformance == "sdm" else "sdm"
+        twin = Vcpu(self.mem, cpu=replace(self._cpu, conformance=other), tdp=self._tdp)
+        twin._smm, twin._l1_regs = self._smm, self._l1_regs
+        twin._use_second(self._second)
+        twin._load(self._regs)
+        return twin.gva_walk.walk_record(gva, access)
+
     def _raise_fault(self, gva: int, access: int, status: int, error_code: int, fault_gpa: int = INVALID_GPA,
                      qualification: int = 0) -> None:
         if status == Status.OK:
             return
-        record = self.gva_walk.walk_record(gva, access)
+        record = self._walk_behind(gva, access, status)
         step = record.steps[-1] if record.steps else None
         entry, entry_gpa = (step.entry, step.gpa) if step else (0, None)
         if status in (Status.PAGE_FAULT, Status.NON_CANONICAL):

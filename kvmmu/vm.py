@@ -96,12 +96,28 @@ class Vm:
             trace.attach(self.kvm)
         self._trace = trace
 
-    def audit(self) -> list[str]:
-        """What is wrong with the page tables: one line each, none if every invariant holds."""
-        return audit(self.kvm)
+    def audit(self, guest_tables: bool = False) -> list[str]:
+        """What is wrong with the page tables: one line each, none if every invariant holds.
+
+        Parameters
+        ----------
+        guest_tables : bool
+            Compare what shadows a table of the guest's with the table, too, while its page is in sync. That is right as long as
+            nobody writes the tables behind KVM's back, as `host_write()` does, or under PAE a write of four bytes over the edge
+            of two entries.
+        """
+        return audit(self.kvm, guest_tables)
 
     def sptes(self) -> dict[str, NDArray[np.uint64]]:
-        """Every page of SPTEs: arrays sp, gfn, role, root_count, nx, one row per page, and sptes of shape (n, 512)."""
+        """Every page of SPTEs.
+
+        Returns
+        -------
+        dict of str to ndarray of uint64
+            One row per page: sp (its number), gfn, role (a word: `CpuRole`), root_count, nx (split by the NX mitigation),
+            unsync, special (top of a root without a guest's table behind it). Of shape (n, 512): sptes, and translations,
+            gfn << 12 | `Acc` of what leaf entries map in pages that shadow a guest's table.
+        """
         return pages(self.kvm)
 
     # ---- memory ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory",
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
               "_zap", "_shadow_range", "_guest_tables", "_leaf", "_sync", "_shadow", "_roots", "_track",
-              "_entry", "_kvm_memory", "_state", "_audit", "_inspect")
+              "_entry", "_kvm_memory", "_state", "_audit_leaf", "_audit_guest", "_audit_shadow", "_audit", "_inspect", "_damage")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "trace_replay", "recorded_machine", "cli")
 USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py")   # users of the public face, like the command

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from builders import PageTables
 
 from kvmmu import Access, GuestMemory, Host, Vm
 from kvmmu.cli import main
@@ -47,6 +48,30 @@ def test_text_tells_roots_tables_leaves_and_mmio():
     assert any("gpa 0x000000000000-0x0000001fffff hpa" in line and line.endswith("2M page rwxu A D hostw mmuw") for line in lines)
     assert any("gpa 0x000080000000-0x000080000fff mmio 4K page" in line for line in lines)
     assert 4 == sum("table at hpa" in line for line in lines)
+
+
+@pytest.mark.parametrize(("mode", "tables"), [("32", [3, 2, 2, 2, 2, 1]), ("pae", [3, 2, 1]), ("4l", [4, 3, 2, 1]),
+                                              ("5l", [5, 4, 3, 2, 1])])
+def test_the_tree_of_shadow_paging_is_by_linear_addresses(mode, tables):
+    """Whatever tables stand behind it: each page once, from the top; a leaf maps another frame than its address says."""
+    mem = GuestMemory(8 * MB2)
+    guest = PageTables(mode, base=7 * MB2)
+    guest.map(0x40001000, 0x3000, "p w u a d")
+    for gpa, page in zip(*guest.pages(), strict=True):
+        mem.write(int(gpa), page.tobytes())
+    vm = Vm(mem, host=Host(tdp=None), backing="4k")
+    vcpu = vm.create_vcpu()
+    vcpu.set_regs(**guest.regs())
+    hpa = vcpu.access(0x40001234, Access.WRITE).hpa
+    runs = list(spte_runs(vm))
+    leaf, = (run for run in runs if run.kind == "leaf")
+    assert (0x40001, hpa & ~0xFFF, "gva") == (leaf.gfn, leaf.hpa, leaf.space)
+    assert "gva 0x000040001000-0x000040001fff hpa" in spte_text(vm)
+    pages = vm.sptes()
+    assert tables == [int(role) & 15 for role in pages["role"]]
+    assert {run.sp for run in runs} <= set(pages["sp"].tolist())
+    row = pages["sp"].tolist().index(leaf.sp)
+    assert 0x3000 == int(pages["translations"][row, 1]) & ~0xFFF
 
 
 def test_an_empty_machine_has_no_tree():

@@ -6,7 +6,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu.mmu._kvm cimport kvm, kvm_stats
+from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, kvm_stats
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._trace cimport trace_event, trace_ring
 
@@ -54,19 +54,26 @@ def trace_events(Kvm machine):
 
 
 def pages(Kvm machine):
-    """Pages of SPTEs that are in use: dict of arrays sp, gfn, role, root_count, nx (one row each), sptes (n, 512)."""
+    """Pages of SPTEs that are in use: dict of arrays sp, gfn, role, root_count, nx, unsync, special (one row each), sptes
+    (n, 512), translations (n, 512): gfn << 12 | ACC_* of the leaf entries of pages that shadow a guest's table, else 0."""
     cdef kvm *k = machine.k
+    cdef const kvm_mmu_page *page
     cdef uint32_t sp
     with machine.lock:
-        rows = [(sp, k.pages[sp].gfn, k.pages[sp].role, k.pages[sp].root_count,
-                 k.pages[sp].nx_huge_page_disallowed)
-                for sp in range(1, <uint32_t>k.page_end) if k.pages[sp].in_use and k.pages[sp].tdp_mmu_page]
-        table = np.array(rows, np.uint64).reshape(len(rows), 5)
-        sptes = np.empty((len(rows), 512), np.uint64)
+        rows = []
+        for sp in range(1, <uint32_t>k.page_end):
+            page = &k.pages[sp]
+            if page.in_use and page.role:               # the log of dirty pages has no role
+                rows.append((sp, page.gfn, page.role, page.root_count, page.nx_huge_page_disallowed, page.unsync, page.special))
+        table = np.array(rows, np.uint64).reshape(len(rows), 7)
+        sptes, translations = np.empty((len(rows), 512), np.uint64), np.zeros((len(rows), 512), np.uint64)
         for i, row in enumerate(rows):
             sptes[i] = <uint64_t[:512]>&k.sptes[<uint64_t>row[0] * 512]
-    names = ("sp", "gfn", "role", "root_count", "nx")
-    return {name: table[:, i].copy() for i, name in enumerate(names)} | {"sptes": sptes}
+            page = &k.pages[<uint32_t>row[0]]
+            if page.shadowed_translation is not NULL:
+                translations[i] = <uint64_t[:512]>page.shadowed_translation
+    names = ("sp", "gfn", "role", "root_count", "nx", "unsync", "special")
+    return {name: table[:, i].copy() for i, name in enumerate(names)} | {"sptes": sptes, "translations": translations}
 
 
 def stats(Kvm machine):

@@ -4,9 +4,10 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    CR3_PAE_PDPT_MASK, PAGE_SHIFT, PG_LEVEL_1G, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT_PRESENT_MASK, ROLE_CR0_WP_MASK,
-    ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_INVALID_MASK, ROLE_LEVEL_MASK,
-    ROLE_LEVEL_SHIFT, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_MMU_PRESENT_MASK,
+    CR3_PAE_PDPT_MASK, PAGE_SHIFT, PG_LEVEL_1G, PT32_BASE_ADDR_MASK, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT_PRESENT_MASK,
+    ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_INVALID_MASK,
+    ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_SHIFT, SHADOW_NONPRESENT_VALUE,
+    SPTE_MMU_PRESENT_MASK,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._walk cimport kvm_pagewalk
@@ -46,6 +47,11 @@ cdef uint32_t shadow_root_role(const kvm *k, uint64_t cpu_role, int level, bint 
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t root_gfn(const kvm_mmu *mmu, uint64_t pgd) noexcept nogil:
+    """The frame of the guest's root table; outside long mode the upper half of the register says nothing."""
+    return (pgd & (PT64_BASE_ADDR_MASK if mmu.w.level > PG_LEVEL_1G else PT32_BASE_ADDR_MASK)) >> PAGE_SHIFT
+
 
 cdef inline bint is_visible_gfn(kvm_vcpu *vcpu, uint64_t gfn) noexcept nogil:
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gfn)
@@ -114,7 +120,7 @@ cdef int alloc_pae_root(kvm_vcpu *vcpu, uint64_t pgd, uint32_t *root) noexcept n
         if direct:
             gfn = <uint64_t>i << (2 * PT64_INDEX_BITS)
         elif mmu.root_role & ROLE_HAS_4_BYTE_GPTE_MASK:
-            gfn = (pgd & PT64_BASE_ADDR_MASK) >> PAGE_SHIFT
+            gfn = root_gfn(mmu, pgd)
         else:
             pdpte = pdpte_of(w, pgd, i)
             gfn = (pdpte & PT64_BASE_ADDR_MASK) >> PAGE_SHIFT
@@ -137,7 +143,7 @@ cdef int alloc_pae_root(kvm_vcpu *vcpu, uint64_t pgd, uint32_t *root) noexcept n
 cdef int alloc_root(kvm_vcpu *vcpu, uint64_t pgd) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
     cdef int level = <int>(mmu.root_role & ROLE_LEVEL_MASK), r
-    cdef uint64_t gfn = (pgd & PT64_BASE_ADDR_MASK) >> PAGE_SHIFT
+    cdef uint64_t gfn = root_gfn(mmu, pgd)
     cdef bint direct = (mmu.root_role & ROLE_DIRECT_MASK) != 0
     mmu.root.pgd = pgd
     mmu.root.sp = 0

@@ -1,0 +1,27 @@
+"""What the audits of all page tables have in common: what they find, and what must be true of a leaf wherever it stands."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from kvmmu._format cimport PageFormat
+from kvmmu.mmu._kvm cimport kvm
+from kvmmu.mmu._slots cimport kvm_memory_slot
+
+
+cdef class _Findings:
+    """One audit on its way."""
+    cdef kvm *k
+    cdef list errors
+    cdef int64_t leaves[4]          # by level
+    cdef size_t tdp_pages
+    cdef size_t nx[2]               # pages of the NX mitigation, by kind of MMU
+    cdef set synced                 # (slot, gfn) of guest tables whose shadow is taken to be true: none may write there unseen
+    cdef report(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, text)
+    cdef check(self, name, want, have)
+    # What an entry by itself must be. IN fmt: of its MMU
+    cdef entry(self, PageFormat fmt, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
+    # A leaf against slot and host. IN access: ACC_* that it may grant
+    cdef leaf(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, uint32_t access)
+    cdef dirty_log(self, const kvm_memory_slot *slot, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
+    # An entry that is not present
+    cdef special(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
