@@ -133,7 +133,7 @@ FLUSHES = {
     "mov cr3": lambda vcpu: vcpu.mov_cr(3, vcpu.regs.cr3), "mov cr4": lambda vcpu: vcpu.mov_cr(4, vcpu.regs.cr4 ^ 1 << 7),
     "invpcid of an address": lambda vcpu: vcpu.invpcid(0, 0, GVA), "invpcid of a pcid": lambda vcpu: vcpu.invpcid(1, 0),
     "invpcid of all": lambda vcpu: vcpu.invpcid(2), "invpcid of all but global": lambda vcpu: vcpu.invpcid(3),
-    "set_regs": lambda vcpu: vcpu.set_regs(cr3=vcpu.regs.cr3), "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
+    "set_regs": lambda vcpu: vcpu.set_regs(cr4=vcpu.regs.cr4 ^ 1 << 7), "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
 
 
 @pytest.mark.parametrize("flush", FLUSHES.values(), ids=FLUSHES)
@@ -146,6 +146,7 @@ def test_flushes_of_the_guest_bring_it_up_to_date(mode, flush):
 
 
 NO_FLUSHES = {
+    "set_regs of what is there": lambda vcpu: vcpu.set_regs(cr3=vcpu.regs.cr3),
     "invlpg of another page": lambda vcpu: vcpu.invlpg(GVA + PAGE),
     "invlpg of no address": lambda vcpu: vcpu.invlpg(GVA | 1 << 60),
     "invalidate_addr of ngpa_walk": lambda vcpu: vcpu.invalidate_addr(vcpu.ngpa_walk, GVA),
