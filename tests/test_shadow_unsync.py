@@ -133,7 +133,8 @@ FLUSHES = {
     "mov cr3": lambda vcpu: vcpu.mov_cr(3, vcpu.regs.cr3), "mov cr4": lambda vcpu: vcpu.mov_cr(4, vcpu.regs.cr4 ^ 1 << 7),
     "invpcid of an address": lambda vcpu: vcpu.invpcid(0, 0, GVA), "invpcid of a pcid": lambda vcpu: vcpu.invpcid(1, 0),
     "invpcid of all": lambda vcpu: vcpu.invpcid(2), "invpcid of all but global": lambda vcpu: vcpu.invpcid(3),
-    "set_regs": lambda vcpu: vcpu.set_regs(cr4=vcpu.regs.cr4 ^ 1 << 7), "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
+    "set_regs": lambda vcpu: vcpu.set_regs(cr4=vcpu.regs.cr4 ^ 1 << 7),
+    "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
 
 
 @pytest.mark.parametrize("flush", FLUSHES.values(), ids=FLUSHES)
