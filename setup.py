@@ -9,7 +9,7 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk", "walker",
+SAFE = ["_bits", "_roles", "_memory", "_format", "_contexts", "_arguments", "_explain", "_pagewalk", "walker", "_audit_tlb",
         "mmu._kvm_memory", "mmu._state", "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit",
         "mmu._inspect", "mmu._damage"]
 KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_rows", "_verdicts", "_blocks", "_batch", "_replay", "traces._rows",

@@ -12,6 +12,7 @@ from kvmmu._bits cimport (
     PFERR_RSVD_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK, PML_ENTITY_NUM, RET_PF_RETRY, ROLE_CR4_SMEP_MASK,
     STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
+from kvmmu._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu._machine_state cimport access_result, machine, use_arena
 from kvmmu._tlb cimport tlb_drop
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
@@ -47,6 +48,19 @@ cdef uint64_t error_code_of_violation(uint64_t qualification, bint mbec) noexcep
     return error_code
 
 
+cdef uint64_t error_code_of_exit(const machine *m, const walk_result *r) noexcept nogil:
+    """The page-fault error code of an exit; for an EPT misconfiguration nothing but RSVD is known."""
+    cdef const kvm_pagewalk *w = m.mmu.w
+    cdef uint64_t error_code = PFERR_RSVD_MASK
+    if r.status == STATUS_EPT_VIOLATION:
+        error_code = error_code_of_violation(r.exit_qualification, (m.mmu.root_role & ROLE_CR4_SMEP_MASK) != 0)
+    elif r.status != STATUS_EPT_MISCONFIG:
+        return r.exit_qualification
+    if w is not NULL and w.format != KVMMU_FORMAT_EPT:  # below L1's NPT every access is a user's
+        error_code |= PFERR_USER_MASK
+    return error_code
+
+
 cdef void machine_drain_pml(machine *m) noexcept nogil:
     """What the processor logged is dirty; the log is empty again."""
     cdef kvm *k = m.k
@@ -74,13 +88,8 @@ cdef int handle_exit(machine *m, uint64_t addr, const walk_result *r) noexcept n
         return RET_PF_RETRY
     if r.status == STATUS_PAGE_FAULT:                   # of the tables that stand for the guest's
         ret = kvm_mmu_page_fault(m.vcpu, addr, r.error_code)
-    elif r.status == STATUS_EPT_MISCONFIG:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, PFERR_RSVD_MASK)
-    elif r.status == STATUS_EPT_VIOLATION:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, error_code_of_violation(
-            r.exit_qualification, (m.mmu.root_role & ROLE_CR4_SMEP_MASK) != 0))
     else:
-        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, r.exit_qualification)
+        ret = kvm_mmu_page_fault(m.vcpu, r.fault_gpa, error_code_of_exit(m, r))
     use_arena(m)
     return ret
 
@@ -101,23 +110,21 @@ cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, 
     is not there any more."""
     cdef const kvm_pagewalk *w = m.mmu.w
     cdef walk_result r
-    cdef uint64_t gpa = 0, error_code = exit_.exit_qualification, copied
+    cdef uint64_t gpa = 0, error_code = error_code_of_exit(m, exit_), copied
     cdef bint final
     if not m.k.tdp_enabled:
         tlb_drop(m.tlb, addr)
         set_fault(out, &m.vcpu.guest_fault)
         return True
-    if exit_.status == STATUS_EPT_VIOLATION:
-        error_code = error_code_of_violation(exit_.exit_qualification, (m.mmu.root_role & ROLE_CR4_SMEP_MASK) != 0)
     final = not error_code & PFERR_GUEST_PAGE_MASK
     r.refs = 0
     r.error_code = 0
-    r.status = translate_nested_gpa(w, exit_.fault_gpa, <uint32_t>(error_code & ACCESS_PFEC_MASK), final,
+    r.status = translate_nested_gpa(w, exit_.fault_gpa, <uint32_t>(error_code & ACCESS_PFEC_MASK & ~PFERR_RSVD_MASK), final,
                                     <uint32_t>ACC_USER_MASK if error_code & PFERR_USER_MASK else 0, False, &gpa, &r)
     if r.status == STATUS_OK:
         return False
     r.fault_gpa = exit_.fault_gpa
-    if r.status == STATUS_EPT_VIOLATION:
+    if r.status == STATUS_EPT_VIOLATION and exit_.status == STATUS_EPT_VIOLATION:
         copied = EPT_VIOLATION_GVA_VALID_MASK | EPT_VIOLATION_GVA_TRANSLATED_MASK
         if m.advanced_info:
             copied |= EPT_VIOLATION_GVA_USER_MASK | EPT_VIOLATION_GVA_WRITABLE_MASK | EPT_VIOLATION_GVA_NX_MASK

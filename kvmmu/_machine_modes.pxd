@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._contexts cimport SecondStage, VcpuArch
 from kvmmu._format cimport PageFormat
 from kvmmu._machine_state cimport machine
-from kvmmu._memory cimport SlotTable
+from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
 from kvmmu.mmu._kvm cimport kvm_mmu
@@ -27,6 +27,7 @@ cdef class MachineModes:
     cdef uint64_t rights_role       # what the rights in force were made from
     cdef uint32_t rights_root, rights_pkru
     cdef SlotTable table            # guest-physical memory
+    cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1
     cdef int use_mmu(self, kvm_mmu *mmu) except -1
     cdef int use_guest_walk(self, uint64_t role) except -1
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1

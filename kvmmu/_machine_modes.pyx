@@ -19,7 +19,7 @@ from kvmmu.mmu._roots cimport new_pgd, shadow_root_role
 from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu._spte cimport init_shadow_format, init_tdp_format
 
-from kvmmu.nested import Ept
+from kvmmu.nested import Ept, Npt
 
 
 cdef class MachineModes:
@@ -46,6 +46,10 @@ cdef class MachineModes:
 
     def set_mode(self, GuestMemory mem, *, smm=False, guest_mode=False, SecondStage second=None):
         """Take the roles of the registers in force; no work for those that did not change. IN second: L1's, under L2."""
+        with self.kvm.lock:
+            self.take_mode(mem, bool(smm), bool(guest_mode), second)
+
+    cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1:
         cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
         if self.table is not mem.table:
             self.table = mem.table
@@ -55,11 +59,11 @@ cdef class MachineModes:
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.sw_fmt, role, &self.kvm_caps, False)
         self.m.sw.ngpa = NULL
-        self.m.vcpu.as_id, self.m.vcpu.guest_mode = bool(smm), bool(guest_mode)
+        self.m.vcpu.as_id, self.m.vcpu.guest_mode = smm, guest_mode
         if not self.kvm.k.tdp_enabled:
             self.use_shadow_paging(role)
         elif second is None:
-            self.use_tdp(role, bool(smm), bool(guest_mode))
+            self.use_tdp(role, smm, guest_mode)
         else:
             self.use_nested(role, second)
         role = self.m.hw.cpu_role
@@ -67,6 +71,7 @@ cdef class MachineModes:
             self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
             machine_load_rights(&self.m)
         machine_use_tags(&self.m)
+        return 0
 
     cdef int use_mmu(self, kvm_mmu *mmu) except -1:
         """Make one MMU the active one; what the processor remembers of the other's roots is tagged as such."""
@@ -115,6 +120,7 @@ cdef class MachineModes:
         cdef uint32_t root_role
         cdef uint64_t before = mmu.w.cpu_role if mmu.w is not NULL else 0
         cdef int level = 0
+        check_kind(second.stage, self.kvm.k.spte.ept)
         self.use_guest_walk(role)
         if second.stage is not self.stage:
             self.second, self.stage = second_stage(second.stage, &self.kvm_caps), second.stage
@@ -127,8 +133,8 @@ cdef class MachineModes:
         self.use_mmu(mmu)
         mmu.w = &self.second.n
         mmu.page_fault = shadow_page_fault
-        if not self.kvm.k.spte.ept:
-            level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4
+        if not isinstance(second.stage, Ept):           # as the host's own CR3; L1 has five levels only on a host that has them
+            level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL or self.second.n.level == 5 else 4
         root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
         if changes or root_role != mmu.root_role:
             with self.kvm.lock:
@@ -201,6 +207,15 @@ cdef class MachineModes:
         self.m.stage.epoch += 1
         self.rights_role = 0
         return 0
+
+
+cdef int check_kind(stage, bint ept) except -1:
+    """The host's entries must be able to say what L1's say."""
+    if isinstance(stage, Ept) and not ept:
+        raise ValueError("stage: the host's NPT cannot shadow an Ept; want Host(tdp='ept')")
+    if ept and isinstance(stage, Npt) and stage.gmet:
+        raise ValueError("stage: the host's EPT cannot shadow an Npt with GMET; want Host(tdp='npt'), or gmet=False")
+    return 0
 
 
 cdef void set_caps(cpu_caps *caps, cpu, bint as_kvm) except *:

@@ -1,6 +1,7 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
 import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu._audit_tlb import audit_tlb
 from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, Cr0, Cr4, Efer, RetPf, Status
 from kvmmu._contexts import SecondStage, VcpuArch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
@@ -25,6 +27,7 @@ from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
 
+_MAKING = threading.Lock()
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
@@ -214,7 +217,7 @@ class Vcpu:
             if n == 3:
                 noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
                 self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
-            elif _changes_roles(before, after):
+            elif _changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
                 self._machine.reset_context()
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
@@ -306,8 +309,11 @@ class Vcpu:
     def _machine(self) -> Machine:
         """This vCPU on its host, in the mode of the registers."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
-            self._made.set_cpu(self._cpu)
+            with _MAKING:                           # threads may come to it at the same time
+                if self._made is None:
+                    made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+                    made.set_cpu(self._cpu)
+                    self._made = made
         self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
         return self._made
 
@@ -515,6 +521,10 @@ class Vcpu:
         """Take what the processor logged so far into the dirty log, as each exit does."""
         if self._made is not None:
             self._made.drain_pml()
+
+    def audit_tlb(self) -> list[str]:
+        """What is wrong with the TLB: one line for each entry whose host page, or whose right to write it, is gone unflushed."""
+        return [] if self._made is None else audit_tlb(self._made)
 
     # ---- nested guests ------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ class Vm:
         self._trace = trace
 
     def audit(self, guest_tables: bool = False) -> list[str]:
-        """What is wrong with the page tables: one line each, none if every invariant holds.
+        """What is wrong with the page tables and the TLBs: one line each, none if every invariant holds.
 
         Parameters
         ----------
@@ -106,7 +106,10 @@ class Vm:
             nobody writes the tables behind KVM's back, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        return audit(self.kvm, guest_tables)
+        wrong = audit(self.kvm, guest_tables)
+        for vcpu in self.vcpus:
+            wrong += vcpu.audit_tlb()
+        return wrong
 
     def sptes(self) -> dict[str, NDArray[np.uint64]]:
         """Every page of SPTEs.

@@ -351,5 +351,8 @@ class Driver:
         if audit:
             for vcpu in self.vm.vcpus:
                 vcpu.drain_pml()
-            wrong = self.vm.audit()
+            wrong = self.audit()
             assert wrong == [], f"after {name}: {wrong[:5]}"
+
+    def audit(self):
+        return self.vm.audit()

@@ -45,6 +45,9 @@ def outcome(vcpu, gva, access=0):
     return int(r.status[0]), int(r.gpa[0]), int(r.error_code[0])
 
 
+MADE = []                           # the machines of these guests, for the audit after each test
+
+
 class Sp:
     """A page of SPTEs as `Vm.sptes()` shows it."""
 
@@ -122,6 +125,7 @@ class ShadowGuest(Machine):
     def __init__(self, *maps, mode="4l", host=SHADOW, cpu=None, backing="4k", regs=(), load=True, **vm):
         self.mode = mode
         self.vm = Vm(GuestMemory(SIZE), cpu=CpuModel(maxphyaddr=46) if cpu is None else cpu, host=host, backing=backing, **vm)
+        MADE.append(self.vm)
         self.tables = PageTables(mode, base=TABLES)
         for one in maps:
             self.tables.map(*one)
@@ -182,6 +186,7 @@ class NestedGuest(Machine):
         host = Host(tdp=kind, maxphyaddr=48) if host is None else host
         cpu = CpuModel(maxphyaddr=46, vendor="intel" if kind == "ept" else "amd") if cpu is None else cpu
         self.vm = Vm(GuestMemory(SIZE), cpu=cpu, host=host, backing="4k")
+        MADE.append(self.vm)
         self.vcpu = self.vm.create_vcpu()
         self.l1 = PageTables("4l", base=SIZE - 8 * PAGE)
         for gpa in range(0, SIZE, MB2):

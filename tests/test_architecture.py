@@ -15,7 +15,7 @@ LAYERS = ("_bits", "faults", "record", "columns", "nested", "_roles", "_memory",
           "host", "_format", "_gpte", "_walk", "_walk_init", "_plain", "_lanes", "_prefixes", "_rows", "_verdicts", "_blocks",
           "_batch", "_tlb", "mmu", "_contexts",
           "_arguments", "_explain", "_pagewalk", "walker", "_machine_state", "_exits", "_access",
-          "_machine_modes", "_machine", "tracepoints", "vm", "vcpu", "_replay",
+          "_machine_modes", "_machine", "_audit_tlb", "tracepoints", "vm", "vcpu", "_replay",
           "outcome", "progress", "recorded_faults", "trace_replay", "replay", "report", "recorded_machine", "spt",
           "figure", "cli")
 # The same within mmu/.

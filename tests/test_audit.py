@@ -241,6 +241,30 @@ def test_mmio_of_another_frame(guest):
     assert_names(guest.damage("spte", page, guest.index(MMIO), spte + PAGE), "MMIO entry of gfn 0x50001")
 
 
+# ---- the TLB -------------------------------------------------------------------------------------------------------------
+
+def test_a_translation_to_another_host_page(guest):
+    guest.touch(DATA)
+    hpa, level = guest.vcpu.tlb.lookup(DATA)
+    guest.vcpu.tlb.fill(DATA, hpa + PAGE, level)
+    assert_names(guest.vm.audit(), "TLB of vCPU 0", "gfn 0x10 is backed by")
+    guest.vcpu.tlb.flush()
+    assert guest.vm.audit() == []
+
+
+def test_a_translation_that_writes_a_table_in_sync(guest):
+    guest.make_unsync()
+    wrong = guest.damage("unsync", guest.page(gpa=guest.leaf_table), 0, False)
+    assert_names(wrong, "TLB of vCPU 0", "be written, and the table in the frame is shadowed and in sync")
+
+
+def test_a_translation_that_writes_an_upper_table(guest):
+    guest.make_unsync()
+    upper = guest.page(level=3)
+    damage(guest.vm.kvm, "gfn", upper["sp"], 0, 0x10)
+    assert_names(guest.damage("write_track", upper, 0, 1), "TLB of vCPU 0", "lets gfn 0x10 be written, and writes are tracked")
+
+
 # ---- the guest's tables --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("level", "change", "text"), [

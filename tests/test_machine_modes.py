@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from builders import PageTables
 
-from kvmmu import Access, CpuModel, GuestMemory, Host, Npt, PageFault, Vm
+from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, Vm
 
 PAGE, MB2 = 0x1000, 0x200000
 CR4_PAE, CR4_PSE, EFER_LONG, EFER_NX = 1 << 5, 1 << 4, 0xD00, 0x800
@@ -44,3 +44,16 @@ def test_a_fault_by_kvms_rules_tells_kvms_reason():
     assert caught.value.rule == "reserved"
     with pytest.raises(PageFault, match="reserved"):
         vcpu.store(0x123, b"x")
+
+
+@pytest.mark.parametrize(("tdp", "stage", "message"), [
+    ("npt", Ept(0x101E), "tdp='ept'"),
+    ("ept", Npt(0x1000, cr4=CR4_PAE, efer=EFER_LONG, gmet=True), "gmet=False"),
+])
+def test_rights_that_the_host_cannot_tell_are_refused(tdp, stage, message):
+    """An EPT host takes L1's NPT, as long as it has bits for its rights."""
+    vcpu = Vm(GuestMemory(MB2), cpu=CpuModel(maxphyaddr=40), host=Host(tdp=tdp, maxphyaddr=46)).create_vcpu()
+    vcpu.enter_nested(stage, cr0=1)
+    assert vcpu.gva_walk.translate(np.array([0x5000], np.uint64)).status.tolist() != [0]
+    with pytest.raises(ValueError, match=message):
+        vcpu.access(0x5000)

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random operations of guest, VMM and host against what the architecture allows, and the audit after each.
 
-KVMMU_MACHINE_OPERATIONS is the number of operations over all configurations; KVMMU_MACHINE_SEED the first seed.
+KVMMU_MACHINE_OPERATIONS is the number of operations of guests under two-dimensional paging, and again of those with a shadow
+MMU, under shadow paging or nested; KVMMU_MACHINE_SEED the first seed.
 """
 
 import os
 
 import pytest
+from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
+from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
+from driver_smm import SMM_CONFIGURATIONS, SmmDriver
+from driver_smp import SMP_CONFIGURATIONS, NestedTwoProcessors, ShadowTwoProcessors
 from machine_driver import CONFIGURATIONS, Driver
 
 OPERATIONS = int(os.environ.get("KVMMU_MACHINE_OPERATIONS", "6000"))
@@ -14,14 +19,18 @@ SEED = int(os.environ.get("KVMMU_MACHINE_SEED", "1"))
 MODES = ("4l", "5l", "pae", "32")
 RUN = 1000                                                              # operations of one machine
 CASES = [(name, mode) for name in CONFIGURATIONS for mode in (MODES if name in ("ept", "npt") else ("4l",))]
+ALL = SHADOW_CONFIGURATIONS | SMM_CONFIGURATIONS | NESTED_CONFIGURATIONS | SMP_CONFIGURATIONS
+DRIVERS = dict.fromkeys(SHADOW_CONFIGURATIONS, ShadowDriver) | dict.fromkeys(SMM_CONFIGURATIONS, SmmDriver) | dict.fromkeys(
+    NESTED_CONFIGURATIONS, NestedDriver) | {name: NestedTwoProcessors if "nested" in name else ShadowTwoProcessors
+                                            for name in SMP_CONFIGURATIONS}
+SHADOW_CASES = [(name, mode) for name in ALL for mode in (("4l", "5l") if "nested ept" in name else MODES)]
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
-def test_random_operations(name, mode):
-    """Every access comes to what the guest's tables say, within the staleness of its TLB, and to the host page behind it."""
-    left, seed = OPERATIONS // len(CASES) + 1, SEED
+def run(driver_type, configuration, name, mode, left):
+    """`left` random operations, on as many machines as it takes."""
+    seed = SEED
     while left > 0:
-        driver = Driver(CONFIGURATIONS[name], mode, seed)
+        driver = driver_type(configuration, mode, seed)
         try:
             for _ in range(min(left, RUN)):
                 driver.step()
@@ -31,3 +40,15 @@ def test_random_operations(name, mode):
             raise
         left -= driver.steps
         seed += 1
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_random_operations(name, mode):
+    """Every access comes to what the guest's tables say, within the staleness of its TLB, and to the host page behind it."""
+    run(Driver, CONFIGURATIONS[name], name, mode, OPERATIONS // len(CASES) + 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), SHADOW_CASES)
+def test_random_operations_of_shadow_mmus(name, mode):
+    """The same where tables of the host stand for the guest's, or for L1's: what was not flushed may be old, and no older."""
+    run(DRIVERS[name], ALL[name], name, mode, OPERATIONS // len(SHADOW_CASES) + 1)

@@ -101,6 +101,15 @@ def test_l1s_huge_pages_over_small_host_pages_are_direct_pages(kind):
     assert 1 == guest.spte(8 * MB2)[0]
 
 
+@pytest.mark.parametrize(("ad", "mapped"), [(True, 8), (False, 1)])
+def test_prefetch_into_direct_pages_needs_a_bits(ad, mapped):
+    """Without them nobody could tell which of the pages L2 uses."""
+    guest = NestedGuest((GVA, 8 * MB2, LEAF), kind="ept", ad=ad, stage_maps=[(8 * MB2, 4 * MB2, None, 2)])
+    guest.touch(GVA)
+    direct, = guest.sps(4 * MB2 >> 12, direct=True, level=1, guest_mode=True)
+    assert mapped == sum(1 for spte in direct.sptes if spte & MMU_PRESENT)
+
+
 @each_kind
 def test_l2s_mmio_is_l0s_where_l1_maps_what_has_no_slot(kind):
     """Without a fault to L1; KVM walks both stages itself."""
@@ -294,6 +303,51 @@ def test_l2s_own_faults_take_no_exit():
     with pytest.raises(kvmmu.PageFault) as caught:
         guest.vcpu.access(GVA, WRITE)
     assert "L2" == guest.vcpu.inject(caught.value).into
+
+
+def test_a_fault_that_kvm_finds_itself_drops_the_stale_entry():
+    """In the root in use and in those of the same tables that other EPTP bits or controls led to: L1 expects that of a violation.
+
+    L1 takes W away and does not flush. The stale SPTE lets native writes through; an emulated one finds the violation.
+    """
+    guest = NestedGuest(MAP, kind="ept", enter=False)
+    stages = [Ept(guest.eptp, mbec=mbec) for mbec in (False, True)]
+    for stage in stages:
+        guest.enter(stage)
+        assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | RWX & ~EPT_W)
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    with pytest.raises(EptViolation):
+        guest.vcpu.write_guest(GVA, b"x")
+    assert VIOLATION == guest.outcome(GVA, WRITE)[0]
+    guest.enter(stages[0])
+    assert VIOLATION == guest.outcome(GVA, WRITE)[0]
+
+
+def test_a_nested_page_fault_that_kvm_finds_itself_drops_the_stale_entry():
+    guest = NestedGuest(MAP, kind="npt")
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | P | U | A | D)
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    with pytest.raises(kvmmu.NestedPageFault):
+        guest.vcpu.write_guest(GVA, b"x")
+    assert NPF == guest.outcome(GVA, WRITE)[0]
+
+
+def test_a_fault_that_kvm_finds_itself_leaves_other_tables_alone():
+    """Another EPTP: its shadow is L1's to flush."""
+    guest = NestedGuest(MAP, kind="ept", enter=False)
+    other = 0x300000
+    guest.vm.mem.write(other, guest.vm.mem.read(STAGE, PAGE))
+    stages = [Ept(guest.eptp - STAGE + root, mbec=mbec) for root, mbec in ((other, False), (STAGE, True))]
+    for stage in stages:
+        guest.enter(stage)
+        assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
+    guest.l1_writes(guest.stage_pte(DATA), DATA | RWX & ~EPT_W)
+    with pytest.raises(EptViolation):
+        guest.vcpu.write_guest(GVA, b"x")
+    guest.enter(stages[0])
+    assert (OK, DATA, 0) == guest.outcome(GVA, WRITE)
 
 
 # ---- writes to L1's tables ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from shadow_guests import (
     MB2,
     MB4,
     MMU_PRESENT,
+    OTHER,
     PAGE,
     TABLES,
     A,
@@ -34,7 +35,7 @@ from shadow_guests import (
 )
 
 import kvmmu
-from kvmmu import Access, CpuModel, CpuRole, Host, RetPf, Status, Tracepoints
+from kvmmu import Access, CpuModel, CpuRole, GuestMemory, Host, RetPf, Status, Tracepoints, Vm
 
 OK, PF = int(Status.OK), int(Status.PAGE_FAULT)
 READ, WRITE, FETCH, USER = Access.READ, Access.WRITE, Access.FETCH, Access.USER
@@ -107,6 +108,15 @@ def test_paging_off_is_shadowed_by_direct_pages():
     assert [0, 1 << 18, 2 << 18, 3 << 18] == sorted(sp.gfn for sp in guest.sps() if sp.role.level == 2)
 
 
+def test_paging_off_has_no_pages_of_1g():
+    """Under a root of four directories there is no room for one, whatever the host has."""
+    vm = Vm(GuestMemory(2 * GB1), host=Host(tdp=None, maxphyaddr=48), backing="1g")
+    vcpu = vm.create_vcpu()
+    vcpu.set_regs(cr0=1, cr3=0, cr4=0, efer=0)
+    assert GB1 + 0x123456 == vcpu.access(GB1 + 0x123456, WRITE).gpa
+    assert (1, 0) == (vm.stats["pages_2m"], vm.stats["pages_1g"])
+
+
 def test_registers_that_shadow_paging_cannot_serve():
     """KVM offers no protection keys without two-dimensional paging."""
     guest = ShadowGuest(MAP)
@@ -144,6 +154,17 @@ def test_a_4m_page_is_two_2m_sptes_and_a_write_to_its_pde_takes_both():
     guest.emulated_write_pte(GB1 - MB4, 0, 2)
     assert [False, False, True, True] == [bool(guest.spte(gva)[1] & MMU_PRESENT) for gva in addresses]
     assert (PF, INVALID, 0) == guest.outcome(GB1 - MB2)
+
+
+def test_a_write_to_an_entry_leaves_its_like_in_the_other_quadrants_alone():
+    """The same index in the other half of the table, in another quarter of the directory."""
+    others = [GVA + MB2, GVA + 2 * GB1]
+    guest = ShadowGuest(MAP, *((gva, DATA + PAGE * i, LEAF) for i, gva in enumerate(others)), mode="32")
+    guest.touch(GVA, *others)
+    guest.emulated_write_pte(GVA, OTHER | P | W | U | A | D)
+    assert [1, 0, 0] == guest.touch(GVA, *others).exits.tolist()
+    guest.emulated_write_pte(GVA, guest.read_pte(GVA, 2), 2)
+    assert [1, 1, 0] == guest.touch(GVA, *others).exits.tolist()
 
 
 def test_pse36_and_the_upper_half_of_a_4m_page():
@@ -295,14 +316,19 @@ def test_the_processor_sets_a_and_d_in_sptes():
 
 # ---- the guards ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("flags", "faults"), [(P | W | U | A, 2), (P | W | U | A | D, 1)], ids=["clean", "dirty"])
-def test_an_entry_that_is_not_what_the_walk_has_seen_makes_the_fault_start_again(flags, faults):
-    """A root that maps itself: D is set in the leaf, which is the entry of the upper levels, too. The second walk sees it so."""
+@pytest.mark.parametrize(("d", "faults"), [(0, 2), (D, 1)], ids=["clean", "dirty"])
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_an_entry_that_is_not_what_the_walk_has_seen_makes_the_fault_start_again(level, d, faults):
+    """An upper table that is the page table, too, in which one entry serves twice: D is set in the leaf, and the second walk
+    sees it above."""
     guest = ShadowGuest(MAP)
-    i = 100
-    guest.vm.mem.write_u64(guest.tables.cr3 + 8 * i, guest.tables.cr3 | flags)
-    r = guest.touch(sum(i << shift for shift in (39, 30, 21, 12)), access=WRITE)
-    assert (guest.tables.cr3, RetPf.EMULATE) == (int(r.gpa[0]), int(r.ret[0]))
+    tables = {4: guest.tables.cr3, 3: 0x800000, 2: 0x801000}
+    indices = {at: 100 if at in (level, 1) else 101 for at in (4, 3, 2, 1)}
+    for at in (4, 3, 2):
+        below = tables.get(at - 1, tables[level])
+        guest.vm.mem.write_u64(tables[at] + 8 * indices[at], below | P | W | U | A | (d if at == level else D))
+    r = guest.touch(sum(indices[at] << 9 * at + 3 for at in indices), access=WRITE)
+    assert (tables.get(level - 1, tables[level]), RetPf.EMULATE) == (int(r.gpa[0]), int(r.ret[0]))
     assert (faults, 1) == (guest.vm.stats["pf_taken"], guest.vm.stats["pf_emulate"])
 
 

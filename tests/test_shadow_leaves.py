@@ -81,6 +81,16 @@ def test_prefetch_does_not_dirty_a_logged_slot():
     assert [] == [gfn for gfn in guest.vm.get_dirty_log(0).tolist() if gfn < 0x100]
 
 
+@pytest.mark.parametrize("how", ["unmap", "protect"])
+def test_prefetch_asks_nothing_of_the_host(how):
+    """A neighbour that the host would have to map, or to copy for a write, is left for its own fault."""
+    guest = ShadowGuest(*group(4))
+    guest.vm.invalidate(DATA + 4 * PAGE, PAGE, how)
+    guest.touch(GVA)
+    assert 2 == guest.vm.stats["pages_4k"]                  # the first of the group, and the one that faulted
+    assert (OK, DATA + 4 * PAGE, 0) == guest.outcome(GVA + PAGE)
+
+
 def test_prefetch_of_nothing_during_an_invalidation():
     """Of other pages: the fault is handled, its neighbours may be on their way out."""
     guest = ShadowGuest(*group())

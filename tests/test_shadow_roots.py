@@ -124,9 +124,10 @@ def test_another_processor_model_builds_everything_anew():
 @pytest.mark.parametrize(("change", "reset"), [
     (lambda v: v.mov_cr(0, v.regs.cr0 ^ CR0_WP), True), (lambda v: v.mov_cr(4, v.regs.cr4 ^ CR4_SMAP), True),
     (lambda v: v.mov_cr(4, v.regs.cr4 ^ CR4_PGE), False), (lambda v: v.mov_cr(0, v.regs.cr0 ^ 1 << 1), False),
-    (lambda v: v.wrmsr_efer(v.regs.efer ^ EFER_NX), True), (lambda v: v.wrmsr_efer(v.regs.efer ^ 1), False)])
+    (lambda v: v.wrmsr_efer(v.regs.efer ^ EFER_NX), True), (lambda v: v.wrmsr_efer(v.regs.efer ^ 1), False),
+    (lambda v: v.mov_cr(4, v.regs.cr4 | CR4_PCIDE), True)])
 def test_which_registers_make_the_vcpu_leave_its_roots(change, reset):
-    """Whatever roles are made of, even where the role of the root stays the same."""
+    """Whatever roles are made of, even where the role of the root stays the same; CR4.PCIDE, for CR3 means more from now on."""
     guest = ShadowGuest(MAP)
     guest.touch(GVA)
     change(guest.vcpu)
@@ -214,6 +215,25 @@ def test_roots_of_four_pages_are_not_kept(mode):
         guest.vcpu.mov_cr(3, cr3)
         assert (OK, DATA, 0) == guest.outcome(GVA)
         assert [] == guest.vcpu.mmu.prev_roots
+
+
+@pytest.mark.parametrize("others", [1, 5], ids=["kept", "found again"])
+def test_coming_back_to_a_root_starts_its_count_of_writes_anew(others):
+    """A guest that loads it uses it: writes before and after are no flood."""
+    guest, roots = guest_of_roots(others + 1)
+    guest.touch(GVA)
+    spare = roots[0] + 8 * 300
+    for _ in range(3):
+        for _ in range(2):
+            guest.vm.write_guest_physical(spare, bytes(8))
+        for root in (*roots[1:], roots[0]):
+            guest.vcpu.mov_cr(3, root)
+            guest.vcpu.vm_enter()
+    assert 0 == guest.vm.stats["mmu_flooded"]
+    guest.vm.write_guest_physical(spare, bytes(8))
+    guest.vm.write_guest_physical(spare, bytes(8))
+    guest.vm.write_guest_physical(spare, bytes(8))
+    assert 1 == guest.vm.stats["mmu_flooded"]
 
 
 def test_pcids_tell_roots_of_one_table_apart():

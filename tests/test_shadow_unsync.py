@@ -58,9 +58,10 @@ def test_a_written_leaf_table_goes_unsync(mode):
 
 @each_mode
 @pytest.mark.parametrize(("entry", "expected"), [
-    (0, (PF, INVALID, U | W)), (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
+    (0, (PF, INVALID, U | W)), (DATA | W | U | A | D, (PF, INVALID, U | W)),
+    (DATA | P | U | A | D, (PF, INVALID, P | U | W)), (DATA | P | W | A | D, (PF, INVALID, P | U | W)),
     (DATA | P | W | U, (OK, DATA, 0)), (OTHER | P | W | U | A, (OK, OTHER, 0))],
-    ids=["gone", "read-only", "supervisor", "A and D cleared", "moved and clean"])
+    ids=["gone", "not present", "read-only", "supervisor", "A and D cleared", "moved and clean"])
 def test_what_synchronization_makes_of_an_entry(mode, entry, expected):
     """As the guest's entry is now; without A there is no SPTE, without D none that may be written."""
     guest = unsync_guest(mode, to=entry)
@@ -68,6 +69,17 @@ def test_what_synchronization_makes_of_an_entry(mode, entry, expected):
     assert expected == guest.outcome(GVA, USER | WRITE)
     if expected[0] == OK:
         assert A | D == guest.read_pte(GVA) & (A | D)
+
+
+@each_mode
+def test_an_entry_whose_a_bit_the_guest_clears_is_used_again_by_a_fault(mode):
+    """Which sets it: the guest wants to know."""
+    guest = unsync_guest(mode, to=DATA | P | W | U | D)
+    assert 0 == int(guest.touch(GVA).exits[0])
+    guest.vcpu.invlpg(GVA)
+    assert not guest.spte(GVA)[1] & MMU_PRESENT
+    assert 1 == int(guest.touch(GVA).exits[0])
+    assert guest.read_pte(GVA) & A
 
 
 def test_an_upper_table_never_goes_unsync():
@@ -133,8 +145,7 @@ FLUSHES = {
     "mov cr3": lambda vcpu: vcpu.mov_cr(3, vcpu.regs.cr3), "mov cr4": lambda vcpu: vcpu.mov_cr(4, vcpu.regs.cr4 ^ 1 << 7),
     "invpcid of an address": lambda vcpu: vcpu.invpcid(0, 0, GVA), "invpcid of a pcid": lambda vcpu: vcpu.invpcid(1, 0),
     "invpcid of all": lambda vcpu: vcpu.invpcid(2), "invpcid of all but global": lambda vcpu: vcpu.invpcid(3),
-    "set_regs": lambda vcpu: vcpu.set_regs(cr4=vcpu.regs.cr4 ^ 1 << 7),
-    "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
+    "set_regs": lambda vcpu: vcpu.set_regs(cr3=vcpu.regs.cr3 ^ 8), "cr0.wp": lambda vcpu: vcpu.mov_cr(0, vcpu.regs.cr0 ^ 1 << 16)}
 
 
 @pytest.mark.parametrize("flush", FLUSHES.values(), ids=FLUSHES)
@@ -147,9 +158,9 @@ def test_flushes_of_the_guest_bring_it_up_to_date(mode, flush):
 
 
 NO_FLUSHES = {
-    "set_regs of what is there": lambda vcpu: vcpu.set_regs(cr3=vcpu.regs.cr3),
     "invlpg of another page": lambda vcpu: vcpu.invlpg(GVA + PAGE),
     "invlpg of no address": lambda vcpu: vcpu.invlpg(GVA | 1 << 60),
+    "set_regs of the same registers": lambda vcpu: vcpu.set_regs(cr3=vcpu.regs.cr3),
     "invalidate_addr of ngpa_walk": lambda vcpu: vcpu.invalidate_addr(vcpu.ngpa_walk, GVA),
     "efer.sce": lambda vcpu: vcpu.wrmsr_efer(vcpu.regs.efer | 1), "cr4.osfxsr": lambda vcpu: vcpu.mov_cr(4, 1 << 9 | 1 << 5)}
 
@@ -183,6 +194,18 @@ def test_a_load_of_cr3_synchronizes_at_the_next_entry_and_protects_the_table_aga
     assert [guest.pte(GVA) >> 12] == [event.fields["gfn"] for event in events]
     assert 0 == guest.vm.stats["mmu_unsync"]
     assert not guest.spte(guest.gva_of(guest.pte(GVA)))[1] & W
+
+
+def test_a_new_root_that_leads_to_an_unsync_table_brings_it_up_to_date():
+    """When it is linked: the load of CR3 could not know of it."""
+    guest = unsync_guest()
+    root = 0x200000
+    guest.vm.mem.write(root, guest.vm.mem.read(guest.tables.cr3, PAGE))
+    guest.vcpu.mov_cr(3, root)
+    guest.vcpu.vm_enter()
+    assert 1 == guest.vm.stats["mmu_unsync"]
+    assert (OK, OTHER, 0) == guest.outcome(GVA)
+    assert 0 == guest.vm.stats["mmu_unsync"]
 
 
 def test_a_silent_write_to_a_table_in_sync_stays_unseen():
@@ -379,6 +402,18 @@ def test_the_same_instruction_at_the_same_address_is_not_repeated_twice():
 
     assert ["repeated", "emulated", "emulated"] == [write(0x1000) for _ in range(3)]
     assert ["repeated", "repeated", "repeated"] == [write(rip) for rip in (0x2000, 0x1000, 0x3000)]
+
+
+def test_an_instruction_that_writes_the_table_it_goes_through_is_repeated_once():
+    """The repetition walks through the same table, and so shadows it again: then the write is carried out."""
+    guest = ShadowGuest(MAP)
+    me = GVA + 16 * PAGE
+    guest.tables.map(me, guest.pte(GVA, 2) & ~0xFFF, LEAF)
+    guest.load(guest.tables)
+    guest.touch(me)
+    changed = guest.changes(lambda: guest.vcpu.store(me + 8 * 100, guest.entry(0x123), page_table_writing=False))
+    assert (2, 2, 1, 1) == tuple(changed[name] for name in ("pf_taken", "pf_emulate", "mmu_shadow_zapped", "mmu_pte_write"))
+    assert 0x123 == guest.vm.mem.read_u64((guest.pte(GVA, 2) & ~0xFFF) + 8 * 100)
 
 
 def test_an_instruction_of_l2_is_not_repeated():

@@ -128,6 +128,16 @@ def test_the_limit_follows_memory_until_a_vmm_sets_it():
         assert recycles == (guest.vm.stats["mmu_recycled"] > 0), (n, slot, asked)
 
 
+def test_a_page_that_is_mapped_too_often_is_unmapped_everywhere():
+    """More than a thousand SPTEs of one page are too many to go through: all of them go, and come back as they are used."""
+    gvas = [GVA + i * PAGE for i in range(1100)]
+    guest = ShadowGuest(*((gva, DATA, LEAF) for gva in gvas))
+    for _ in range(2):
+        assert {DATA} == set(guest.touch(*gvas).gpa.tolist())
+        assert guest.vm.stats["pages_4k"] <= 1000
+    assert 1001 == guest.vm.stats["max_mmu_rmap_size"]
+
+
 # ---- the host ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("how", ["unmap", "move", "protect"])

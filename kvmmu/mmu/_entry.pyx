@@ -5,17 +5,21 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK,
-    RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_SHIFT,
-    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_GUEST_MODE_MASK,
-    ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
+    PT64_BASE_ADDR_MASK, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT, STATUS_EPT_VIOLATION,
+    STATUS_NESTED_PAGE_FAULT, STATUS_PAGE_FAULT,
 )
+from kvmmu._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu._walk cimport walk_result
 from kvmmu.mmu._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu._kvm cimport (
-    REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu, kvm_page_fault,
-    kvm_vcpu,
+    REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,
+    kvm_page_fault, kvm_vcpu,
 )
-from kvmmu.mmu._roots cimport ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, sync_prev_roots
+from kvmmu.mmu._roots cimport (
+    ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
+)
 from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
 from kvmmu.mmu._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 from kvmmu.mmu._track cimport unprotect_gfn
@@ -43,13 +47,29 @@ cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexc
     return True
 
 
+cdef uint32_t error_code_of(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
+    """P and RSVD of the walk that failed, which exit information of a second stage has in a form of its own."""
+    if r.status == STATUS_NESTED_PAGE_FAULT:
+        return <uint32_t>r.exit_qualification
+    if r.status == STATUS_EPT_VIOLATION:
+        return <uint32_t>PFERR_PRESENT_MASK if r.pte & vcpu.mmu.w.present_mask else 0
+    return r.error_code
+
+
 cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
-    cdef bint stale = r.error_code & PFERR_PRESENT_MASK and not r.error_code & PFERR_RSVD_MASK
-    # an entry that grants more than the guest's tables would fault here for ever
-    if stale and by_ngpa_walk == vcpu.kvm.tdp_enabled:
-        mmu_invalidate_addr(vcpu, vcpu.mmu, addr, True, 0)
+    cdef kvm_mmu *mmu = vcpu.mmu
+    cdef uint32_t error_code = error_code_of(vcpu, r), prev_roots = 0
+    cdef bint stale = error_code & PFERR_PRESENT_MASK and not error_code & PFERR_RSVD_MASK
     if not by_ngpa_walk:
         vcpu.kvm.stats.pf_guest += 1
+    # an entry that grants more than the guest's tables would fault here for ever
+    if stale and by_ngpa_walk == vcpu.kvm.tdp_enabled:
+        mmu_invalidate_addr(vcpu, mmu, addr, True, 0)
+    # a violation drops what the processor knows of the address in the same tables, whatever else is in the EPTP
+    if by_ngpa_walk and mmu.w.format == KVMMU_FORMAT_EPT and not error_code & PFERR_RSVD_MASK and (
+            r.status == STATUS_EPT_VIOLATION or r.status == STATUS_PAGE_FAULT):
+        prev_roots = prev_roots_of(mmu, mmu.root.pgd, PT64_BASE_ADDR_MASK)
+        mmu_invalidate_addr(vcpu, mmu, addr, False, prev_roots)
 
 
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:

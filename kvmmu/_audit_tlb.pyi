@@ -1,0 +1,3 @@
+from kvmmu._machine import Machine
+
+def audit_tlb(machine: Machine) -> list[str]: ...
