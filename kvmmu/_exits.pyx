@@ -139,12 +139,12 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
     """The bytes of the access reach memory, if they are known, and the shadow pages of the frame learn of it."""
     cdef kvm *k = m.k
     cdef uint64_t gfn = gpa >> PAGE_SHIFT
+    if m.data is not NULL and m.size == 0:              # only to see whether the write will go through
+        return
     host_writes(k, slot, gfn)
     mark_slot_dirty(slot, gfn)
     if m.data is NULL:
         track_write(k, m.vcpu.as_id, gpa & ~<uint64_t>(sizeof(uint64_t) - 1), sizeof(uint64_t), True)
-        return
-    if m.size == 0:                                     # only to see whether the write will go through
         return
     memcpy(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
     track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)
