@@ -139,13 +139,13 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
     """The bytes of the access reach memory, if they are known, and the shadow pages of the frame learn of it."""
     cdef kvm *k = m.k
     cdef uint64_t gfn = gpa >> PAGE_SHIFT, entry
+    if m.data is not NULL and m.size == 0:              # only to see whether the write will go through
+        return
     host_writes(k, slot, gfn)
     mark_slot_dirty(slot, gfn)
     if m.data is NULL:
         entry = sizeof(uint64_t) if m.arch.cr4 & CR4_PAE_MASK else sizeof(uint32_t)
         track_write(k, m.vcpu.as_id, gpa & ~(entry - 1), entry, False)
-        return
-    if m.size == 0:                                     # only to see whether the write will go through
         return
     memcpy(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
     track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)

@@ -176,7 +176,8 @@ class Vcpu:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
-        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way.
+        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. Registers that change, and PDPTEs
+        that are loaded, flush the guest's translations.
 
         Raises
         ------
@@ -189,7 +190,8 @@ class Vcpu:
         before = self._regs
         self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
         after = self._regs
-        if self._made is not None and replace(before, pkru=after.pkru, rflags=after.rflags) != after:
+        changed = replace(before, pkru=after.pkru, rflags=after.rflags) != after
+        if self._made is not None and (changed or (stale and after.pdptrs is not None)):
             self._machine.reset_context()
             self._flush_guest()
 
