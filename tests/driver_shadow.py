@@ -44,14 +44,12 @@ class ShadowDriver(SharedTables, Driver):
         # translations are those of KVM's walk, which knows 36 bits of address in a page of 4M
         walker_cpu = CpuModel(maxphyaddr=40, conformance="kvm")
         self.walkers = [Vcpu(self.mem, walker_cpu, smm_mem=smm_mem) for _ in self.roots]
-        self.registers = self.tables[0].regs()
+        self.registers = self.random_registers()
         self.vcpu.set_regs(**self.registers)
         self.dirty, self.high_at = {}, HIGH
         self.rows = np.repeat(np.array(self.gva, np.uint64), len(ACCESSES))
         self.kinds = np.tile(np.array(ACCESSES, np.uint8), len(self.gva))
-        self.nested = False
-        self.log = []
-        self.steps = 0
+        self.nested, self.log, self.steps = False, [], 0
         self.root = 0                                       # of the address space in force
         self.used, self.seen, self.touched, self.now = {}, {}, {}, {}
         self.NAMES = self.choose_operations()
@@ -60,6 +58,11 @@ class ShadowDriver(SharedTables, Driver):
     def make_smm_memory(self):
         """System-management mode has the same memory."""
         return None
+
+    def random_registers(self):
+        regs = self.tables[0].regs()
+        smep_smap = self.pick([0, 0, SMEP, SMAP, SMEP | SMAP])
+        return regs | {"cr0": regs["cr0"] ^ self.pick([0, 0, WP]), "cr4": regs["cr4"] | smep_smap}
 
     # ---- what the guest may see ----------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class ShadowDriver(SharedTables, Driver):
     # ---- accesses ------------------------------------------------------------------------------------------------------
 
     def access(self, gva=None):
-        gva = self.pick(self.gva) if gva is None else gva
+        gva = self.pick_page() if gva is None else gva
         i = int(self.rng.integers(len(ACCESSES)))
         offset = int(self.rng.integers(PAGE))
         r = self.vcpu.access(np.array([gva + offset], np.uint64), int(ACCESSES[i]))
@@ -256,7 +259,7 @@ class ShadowDriver(SharedTables, Driver):
 
     def grow_old(self):
         """A page is used, the guest writes its entry without a flush, and it is used again: as it was, or as it is."""
-        gva = self.pick(self.gva)
+        gva = self.pick_page()
         self.access(gva)
         entry = self.leaf_entry(gva)
         if entry is not None and entry & -PAGE in self.frames:
