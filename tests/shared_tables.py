@@ -72,6 +72,8 @@ class SharedTables:
             tables.entry_gpa(DATA, 1) & -PAGE for tables in self.tables}
         self.windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in leaf_tables]
         self.top_windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in self.roots]
+        if self.mode == "32":                               # entries there stand for two of the host's
+            self.windows += self.top_windows
         words = {}
         for tables in self.tables:
             words |= tables.words()
