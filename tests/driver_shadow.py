@@ -32,6 +32,8 @@ SHADOW_CONFIGURATIONS = {
 class ShadowDriver(SharedTables, Driver):
     """One machine without two-dimensional paging, its guest, and what the guest may see."""
 
+    emulates_reads = True               # of memory where MMIO was: synchronization keeps such entries, whatever slots there are
+
     def __init__(self, host, mode="4l", seed=0):
         self.rng = np.random.default_rng(seed)
         self.host, self.mode = host, mode
@@ -198,7 +200,6 @@ class ShadowDriver(SharedTables, Driver):
             assert ret == RetPf.EMULATE
             assert hpa == INVALID, f"MMIO at {gpa:#x} reached {hpa:#x}"
             return
-        # a read is emulated where MMIO was, as long as the guest has not flushed
         want = self.host_address(gpa)
         assert hpa == want or (moved and hpa != INVALID), f"{gpa:#x} reached {hpa:#x}, the host page is at {want:#x}"
         if write:
@@ -462,7 +463,6 @@ class ShadowDriver(SharedTables, Driver):
     def slot_change(self):
         super().slot_change()
         self.change()
-        self.remember()
 
     def invalidate(self, how):
         gpa = self.pick([0x10000, 0x12000, MB2, MB2 + PAGE, 4 * MB2, 4 * MB2 + 37 * PAGE, 6 * MB2, ROM, self.high_at, TABLES,
