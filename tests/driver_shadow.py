@@ -63,8 +63,8 @@ class ShadowDriver(SharedTables, Driver):
 
     def random_registers(self):
         regs = self.tables[0].regs()
-        smep_smap = self.pick([0, 0, SMEP, SMAP, SMEP | SMAP])
-        return regs | {"cr0": regs["cr0"] ^ self.pick([0, 0, WP]), "cr4": regs["cr4"] | smep_smap}
+        cr4 = self.pick([0, 0, SMEP, SMAP, SMEP | SMAP]) | (self.pick([0, PCIDE]) if self.mode in ("4l", "5l") else 0)
+        return regs | {"cr0": regs["cr0"] ^ self.pick([0, 0, WP]), "cr4": regs["cr4"] | cr4}
 
     # ---- what the guest may see ----------------------------------------------------------------------------------------
 
@@ -476,7 +476,7 @@ class ShadowDriver(SharedTables, Driver):
 
     OPERATIONS = (
         ("access", 40), ("many", 6), ("write_pte", 8), ("store", 12), ("grow_old", 8), ("write_guest", 3), ("flood", 1),
-        ("repair", 4), ("load_cr3", 8), ("invlpg", 5), ("invpcid", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
+        ("repair", 4), ("load_cr3", 8), ("invlpg", 5), ("invpcid", 4), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
         ("toggle_pge", 1), ("toggle_nxe", 1), ("toggle_pcide", 2), ("toggle_paging", 1), ("reload_all", 1), ("toggle_smm", 1),
         ("toggle_guest_mode", 1), ("limit", 1), ("sweep", 1), ("unmap", 2), ("move", 2), ("protect", 2), ("set_backing", 1),
         ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4),
