@@ -32,6 +32,8 @@ SHADOW_CONFIGURATIONS = {
 class ShadowDriver(SharedTables, Driver):
     """One machine without two-dimensional paging, its guest, and what the guest may see."""
 
+    emulates_reads = True               # of memory where MMIO was: synchronization keeps such entries, whatever slots there are
+
     def __init__(self, host, mode="4l", seed=0):
         self.rng = np.random.default_rng(seed)
         self.host, self.mode = host, mode
@@ -44,14 +46,12 @@ class ShadowDriver(SharedTables, Driver):
         # translations are those of KVM's walk, which knows 36 bits of address in a page of 4M
         walker_cpu = CpuModel(maxphyaddr=40, conformance="kvm")
         self.walkers = [Vcpu(self.mem, walker_cpu, smm_mem=smm_mem) for _ in self.roots]
-        self.registers = self.tables[0].regs()
+        self.registers = self.random_registers()
         self.vcpu.set_regs(**self.registers)
         self.dirty, self.high_at = {}, HIGH
         self.rows = np.repeat(np.array(self.gva, np.uint64), len(ACCESSES))
         self.kinds = np.tile(np.array(ACCESSES, np.uint8), len(self.gva))
-        self.nested = False
-        self.log = []
-        self.steps = 0
+        self.nested, self.log, self.steps = False, [], 0
         self.root = 0                                       # of the address space in force
         self.used, self.seen, self.touched, self.now = {}, {}, {}, {}
         self.NAMES = self.choose_operations()
@@ -60,6 +60,11 @@ class ShadowDriver(SharedTables, Driver):
     def make_smm_memory(self):
         """System-management mode has the same memory."""
         return None
+
+    def random_registers(self):
+        regs = self.tables[0].regs()
+        cr4 = self.pick([0, 0, SMEP, SMAP, SMEP | SMAP]) | (self.pick([0, PCIDE]) if self.mode in ("4l", "5l") else 0)
+        return regs | {"cr0": regs["cr0"] ^ self.pick([0, 0, WP]), "cr4": regs["cr4"] | cr4}
 
     # ---- what the guest may see ----------------------------------------------------------------------------------------
 
@@ -148,7 +153,7 @@ class ShadowDriver(SharedTables, Driver):
     # ---- accesses ------------------------------------------------------------------------------------------------------
 
     def access(self, gva=None):
-        gva = self.pick(self.gva) if gva is None else gva
+        gva = self.pick_page() if gva is None else gva
         i = int(self.rng.integers(len(ACCESSES)))
         offset = int(self.rng.integers(PAGE))
         r = self.vcpu.access(np.array([gva + offset], np.uint64), int(ACCESSES[i]))
@@ -195,7 +200,6 @@ class ShadowDriver(SharedTables, Driver):
             assert ret == RetPf.EMULATE
             assert hpa == INVALID, f"MMIO at {gpa:#x} reached {hpa:#x}"
             return
-        # a read is emulated where MMIO was, as long as the guest has not flushed
         want = self.host_address(gpa)
         assert hpa == want or (moved and hpa != INVALID), f"{gpa:#x} reached {hpa:#x}, the host page is at {want:#x}"
         if write:
@@ -256,7 +260,7 @@ class ShadowDriver(SharedTables, Driver):
 
     def grow_old(self):
         """A page is used, the guest writes its entry without a flush, and it is used again: as it was, or as it is."""
-        gva = self.pick(self.gva)
+        gva = self.pick_page()
         self.access(gva)
         entry = self.leaf_entry(gva)
         if entry is not None and entry & -PAGE in self.frames:
@@ -459,7 +463,6 @@ class ShadowDriver(SharedTables, Driver):
     def slot_change(self):
         super().slot_change()
         self.change()
-        self.remember()
 
     def invalidate(self, how):
         gpa = self.pick([0x10000, 0x12000, MB2, MB2 + PAGE, 4 * MB2, 4 * MB2 + 37 * PAGE, 6 * MB2, ROM, self.high_at, TABLES,
@@ -473,7 +476,7 @@ class ShadowDriver(SharedTables, Driver):
 
     OPERATIONS = (
         ("access", 40), ("many", 6), ("write_pte", 8), ("store", 12), ("grow_old", 8), ("write_guest", 3), ("flood", 1),
-        ("repair", 4), ("load_cr3", 8), ("invlpg", 5), ("invpcid", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
+        ("repair", 4), ("load_cr3", 8), ("invlpg", 5), ("invpcid", 4), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
         ("toggle_pge", 1), ("toggle_nxe", 1), ("toggle_pcide", 2), ("toggle_paging", 1), ("reload_all", 1), ("toggle_smm", 1),
         ("toggle_guest_mode", 1), ("limit", 1), ("sweep", 1), ("unmap", 2), ("move", 2), ("protect", 2), ("set_backing", 1),
         ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4),

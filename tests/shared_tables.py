@@ -10,7 +10,8 @@ from kvmmu import GuestMemory
 DATA, LARGE, LARGE_RO, NONE, WINDOW, IN_ROM = 0x400000, 0x800000, 0xC00000, 0x1000000, 0x1400000, 0x1800000
 TABLES = 8 * MB2                                        # where the address spaces have theirs
 EACH = 0x80000                                          # room for the tables of one
-SPREAD, SPREAD_STEP, SPREAD_PAGES = 0x40000000, 0x400000, 64        # pages with a table each
+DATA_HIGH = 0x600000                                    # the upper half of a table of 4-byte entries
+SPREAD, SPREAD_STEP, SPREAD_PAGES = 0x40000000, 0x600000, 64        # pages with a table each
 
 
 class SharedTables:
@@ -47,28 +48,32 @@ class SharedTables:
         self.tables = [self.make_tables(TABLES + i * EACH) for i in range(count - 1)]
         self.tables.append(self.make_tables(HIGH))                # comes and goes with its slot
         self.roots = [tables.cr3 for tables in self.tables]
+        data = [(DATA if i < 8 else DATA_HIGH) + i * PAGE for i in range(len(self.targets))]
         for number, tables in enumerate(self.tables):
-            for i in range(len(self.targets)) if number < count - 1 else range(3):
-                tables.map(DATA + i * PAGE, self.targets[(i + number) % len(self.targets)])
+            for i, gva in enumerate(data if number < count - 1 else data[:3]):
+                tables.map(gva, self.targets[(i + number) % len(self.targets)], "p u" if i % 4 == 3 else "p w u")
             if number % 2 == 0 and number < count - 1:
                 tables.map(LARGE, 4 * MB2, level=2)
                 tables.map(LARGE_RO, 6 * MB2, flags="p u", level=2)
         first = self.tables[0]
         first.map(IN_ROM, 0x10000)
+        first.map(WINDOW, 0)                                # the windows are in a table of their own, which gets one, too
         in_rom = first.entry_gpa(IN_ROM, 1) & -PAGE
-        frames = sorted({gpa for tables in self.tables for gpa in tables.tables()} - {in_rom})[:24]
+        frames = sorted({gpa for tables in self.tables for gpa in tables.tables()} - {in_rom})[:32]
         spread = set()
         for i in range(SPREAD_PAGES):
             spread.add(first.map(SPREAD + i * SPREAD_STEP, 0x100000 + i * PAGE) & -PAGE)
         for i, gpa in enumerate(frames):
             first.map(WINDOW + i * PAGE, gpa)
-        self.gva = [DATA + i * PAGE for i in range(len(self.targets))]
+        self.gva = data
         self.gva += [LARGE, LARGE + 37 * PAGE, LARGE + MB2 - PAGE, LARGE_RO, NONE, IN_ROM]
         self.gva += [WINDOW + i * PAGE for i in range(len(frames))]
-        leaf_tables = {first.entry_gpa(gva, 1) & -PAGE for gva in (DATA, WINDOW)} | {
+        leaf_tables = {first.entry_gpa(gva, 1) & -PAGE for gva in (DATA, DATA_HIGH, WINDOW)} | {
             tables.entry_gpa(DATA, 1) & -PAGE for tables in self.tables}
         self.windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in leaf_tables]
         self.top_windows = [WINDOW + i * PAGE for i, gpa in enumerate(frames) if gpa in self.roots]
+        if self.mode == "32":                               # entries there stand for two of the host's
+            self.windows += self.top_windows
         words = {}
         for tables in self.tables:
             words |= tables.words()
@@ -76,16 +81,20 @@ class SharedTables:
         first.write(pde, first.read(pde) - in_rom + ROM + 3 * PAGE)
         words |= first.words()
         words |= {ROM + 3 * PAGE + (gpa - in_rom): value for gpa, value in words.items() if gpa & -PAGE == in_rom}
-        for number in range(1, count - 1):                  # shared: the table of the windows; in odd ones that of the data, too
-            for gva in (WINDOW, DATA) if number % 2 else (WINDOW,):
-                entry = self.tables[number].entry_gpa(gva, 2)
-                self.tables[number].write(entry, first.entry(gva, 2))
+        for number in range(1, count - 1):                  # shared: windows; in 1 the data, too; in 3 a whole upper table
+            for gva, level in {1: ((WINDOW, 2), (DATA, 2)), 2: ((WINDOW, 2),), 3: ((WINDOW, 3),)}[number]:
+                entry = self.tables[number].entry_gpa(gva, level)
+                self.tables[number].write(entry, first.entry(gva, level))
             words |= self.tables[number].words()
         self.original = words
         self.entry_size = first.entry_size
         self.frames = frames
         fixed = spread | {in_rom}
         self.entries = sorted(gpa + part for gpa in words for part in range(0, 8, self.entry_size) if gpa & -PAGE not in fixed)
+
+    def pick_page(self):
+        """Data in half of the cases, else anything."""
+        return self.pick(self.gva[:18] if self.rng.random() < 0.5 else self.gva)
 
     def new_value(self, gpa):
         """Another value for an entry: a bit turned over, another frame, what it was at first, or that of another entry."""
