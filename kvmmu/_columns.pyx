@@ -76,8 +76,12 @@ cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except
         return NULL
     data = <const uint32_t *>column_of("", "ctx", ctx, sizeof(uint32_t), rows, False).data
     with nogil:
-        for i in range(rows):
-            highest = max(highest, data[i])
+        for i in range(rows):                           # vector code, and no less than the highest
+            highest |= data[i]
+        if highest >= count:
+            highest = 0
+            for i in range(rows):
+                highest = max(highest, data[i])
     if rows and highest >= count:
         raise ValueError(f"ctx: {highest} is beyond the {count} register sets of regs")
     return data if rows and count > 1 else NULL

@@ -332,7 +332,8 @@ def test_accessed_bits_in_pages_that_the_second_stage_may_not_write(mode, name):
         tables = np.array(list(pages))
         made[0x60][rng.choice(tables, tables.size // 2, replace=False)] &= ~np.uint64(2)
         stage = stage_of(rng, "ept4", host, ad=False)
-        machine = Machine(layout(rng, pages | made, host), CpuModel(maxphyaddr=40), [(random_controls(rng, mode, root, pages), stage)])
+        regs = random_controls(rng, mode, root, pages)
+        machine = Machine(layout(rng, pages | made, host), CpuModel(maxphyaddr=40), [(regs, stage)])
         gva, access = some_rows(rng, 700, mode), random_access(rng, 700)
         try:
             assert compare(machine, gva, access, why=f"seed {seed}")
