@@ -219,6 +219,8 @@ class Vcpu:
                 self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
             elif _changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
                 self._machine.reset_context()
+            elif before.pdptrs != after.pdptrs:             # the same CR3, and another root
+                self._machine.mov_cr3(before.cr3, True, True)
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
 

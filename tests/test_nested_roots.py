@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Roots of the tables that shadow L1's."""
+"""Roots of tables that shadow L1's or the guest's."""
 
 import pytest
 from builders import PageTables, mode_regs
@@ -41,3 +41,22 @@ def test_the_shadow_of_npt_has_the_levels_of_the_host_and_never_less_than_l1(max
         vm.write_guest_physical(gpa, entry.to_bytes(8, "little"))
         assert vcpu.access(NGPA).gpa == GPA
         assert vm.audit(guest_tables=True) == []
+
+
+def test_pdptes_that_a_load_of_cr4_changes_give_another_root():
+    """PAE: MOV to CR4 with another PGE loads the PDPTEs again; a root of the ones before is left."""
+    mem = GuestMemory(16 * MB2)
+    tables, others = (PageTables("pae", base=base) for base in (8 * MB2, 9 * MB2))
+    tables.map(NGPA, GPA)
+    others.map(NGPA, OTHER)
+    for gpa, value in (tables.words() | others.words()).items():
+        mem.write_u64(gpa, value)
+    vm = Vm(mem, host=Host(tdp=None, maxphyaddr=46))
+    vcpu = vm.create_vcpu()
+    vcpu.set_regs(**tables.regs())
+    assert vcpu.access(NGPA).gpa == GPA
+    vm.write_guest_physical(tables.cr3, others.pdptrs()[0].to_bytes(8, "little"))
+    assert vcpu.access(NGPA).gpa == GPA
+    vcpu.mov_cr(4, vcpu.regs.cr4 ^ 1 << 7)
+    assert vcpu.access(NGPA).gpa == OTHER
+    assert vm.audit(guest_tables=True) == []
