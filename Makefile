@@ -60,6 +60,7 @@ long: matrix asan live
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
 	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
+	KVMMU_GARBAGE_GUESTS=4000 KVMMU_WILD_MACHINES=4000 $(BIN)/pytest tests/test_machine_garbage.py tests/test_wild_machines.py
 
 clean:
 	rm -rf $(VENV) build dist kvmmu.egg-info
