@@ -164,10 +164,12 @@ class Vcpu(GuestAccesses):
 
     @smm.setter
     def smm(self, smm: bool) -> None:
-        self._smm = bool(smm)
+        changed, self._smm = self._smm != bool(smm), bool(smm)
         self.gva_walk.set_memory(self.mem)
         self.ngpa_walk.set_memory(self.mem)
         self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
+        if changed and self._made is not None:
+            self._machine.reset_context()
 
     def set_regs(self, **registers: Any) -> None:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.

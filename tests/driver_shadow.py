@@ -461,6 +461,9 @@ class ShadowDriver(SharedTables, Driver):
         self.forget()
 
     def slot_change(self):
+        if self.mode == "pae" and any(
+                (self.slot_of(vcpu.regs.cr3) or {}).get("gpa") == self.high_at for vcpu in self.vm.vcpus):
+            return                                      # without memory at the PDPT KVM lets a guest try for ever
         super().slot_change()
         self.change()
 

@@ -172,6 +172,13 @@ def test_what_is_no_flush_leaves_it_stale(call):
     assert (OK, DATA, 0) == guest.outcome(GVA)
 
 
+def test_a_visit_to_smm_brings_it_up_to_date_even_without_an_access():
+    guest = unsync_guest()
+    guest.vcpu.smm = True
+    guest.vcpu.smm = False
+    assert (OK, OTHER, 0) == guest.outcome(GVA)
+
+
 def test_a_load_of_cr3_without_flush_keeps_what_is_stale():
     """CR3 bit 63 under CR4.PCIDE: neither the TLB nor unsync pages; without the bit, both."""
     guest = ShadowGuest(MAP, regs={"cr4": 1 << 5 | PCIDE})
