@@ -53,7 +53,8 @@ def run_child(arguments):
     compiler = os.environ.get("CC", "cc").split()
     runtimes = [subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES]
     environment = os.environ | {
-        IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests'}", "PYTHONMALLOC": "malloc", "LD_PRELOAD": " ".join(runtimes),
+        IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests'}", "PYTHONMALLOC": "malloc",
+        "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     return subprocess.run([sys.executable, "-P", __file__, *arguments], env=environment, check=False).returncode
 
