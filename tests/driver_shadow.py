@@ -394,7 +394,11 @@ class ShadowDriver(SharedTables, Driver):
             self.registers_change(lambda: self.vcpu.set_regs(cr0=regs.cr0 & ~PG, cr4=regs.cr4 & ~PCIDE, efer=regs.efer & ~LMA))
 
     def reload_all(self):
-        self.registers_change(lambda: self.vcpu.set_regs(cr3=self.vcpu.regs.cr3))
+        """The registers that it has: nothing is flushed but where PDPTEs are loaded."""
+        if self.mode == "pae" and self.paging:
+            self.registers_change(lambda: self.vcpu.set_regs(cr3=self.vcpu.regs.cr3))
+        else:
+            self.vcpu.set_regs(cr3=self.vcpu.regs.cr3)
 
     def toggle_guest_mode(self):
         """L2 without nested paging and back."""
