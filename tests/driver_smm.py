@@ -58,7 +58,7 @@ class SmmDriver(ShadowDriver):
         super().toggle_smm()
 
     def slot_change(self):
-        if not self.smm:
+        if not self.smm and self.mode != "pae":             # the PDPT that is loaded in SMM must be there outside, too
             super().slot_change()
 
     def dirty_log_on(self):
