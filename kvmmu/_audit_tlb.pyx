@@ -13,8 +13,8 @@ from kvmmu._tlb cimport TLB_LEVELS, TLB_SPACE_SHIFT, tlb, tlb_array, tlb_entry
 from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu._slots cimport (
-    HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot,
-    lpage_disallowed,
+    HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty, is_write_tracked,
+    kvm_memory_slot, lpage_disallowed,
 )
 from kvmmu.mmu._spte cimport pages_per_hpage
 from kvmmu.mmu._zap cimport slot_of_sp
@@ -30,10 +30,6 @@ cdef bint holds_synced_table(kvm *k, const kvm_memory_slot *slot, uint64_t gfn) 
             return True
         sp = page.hash_next
     return False
-
-
-cdef inline bint is_dirty(const kvm_memory_slot *slot, uint64_t gfn) noexcept:
-    return (slot.dirty_bitmap[(gfn - slot.base_gfn) >> 6] >> ((gfn - slot.base_gfn) & 63)) & 1
 
 
 cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
@@ -56,7 +52,7 @@ cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
             return f"lets gfn {gfn:#x} be written, and writes are tracked"
         if holds_synced_table(k, slot, gfn):
             return f"lets gfn {gfn:#x} be written, and the table in the frame is shadowed and in sync"
-        if slot.dirty_log and not k.spte.pml and not is_dirty(slot, gfn):
+        if slot.dirty_log and not k.spte.pml and not is_slot_dirty(slot, gfn):
             return f"lets gfn {gfn:#x} be written, which is not in the dirty log"
     if writes and level > PG_LEVEL_4K and lpage_disallowed(slot, first, level):
         return "may be written, and is larger than the tables in it allow"

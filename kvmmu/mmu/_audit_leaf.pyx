@@ -2,14 +2,12 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
-    MMIO_SPTE_GEN_MASK, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT,
-)
+from kvmmu._bits cimport MMIO_SPTE_GEN_MASK, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
 from kvmmu._format cimport PageFormat
 from kvmmu.mmu._kvm cimport invalidation_under_way, kvm, memslots_of
 from kvmmu.mmu._slots cimport (
-    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_write_tracked,
-    kvm_memory_slot, lpage_disallowed,
+    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty,
+    is_write_tracked, kvm_memory_slot, lpage_disallowed,
 )
 from kvmmu.mmu._spte cimport (
     audit_spte, get_mmio_spte_generation, get_mmio_spte_gfn, is_mmio_spte, is_mmu_writable_spte, is_writable_pte,
@@ -87,7 +85,7 @@ cdef class _Findings:
             if is_writable_pte(spte):
                 self.report(sp, gfn, level, spte, "writable and huge under the dirty log")
             return
-        dirty = (slot.dirty_bitmap[(gfn - slot.base_gfn) >> 6] >> ((gfn - slot.base_gfn) & 63)) & 1
+        dirty = is_slot_dirty(slot, gfn)
         if k.spte.pml and not spte_ad_need_write_protect(spte):
             if spte & k.spte.dirty_mask and not dirty:
                 self.report(sp, gfn, level, spte, "dirty, and not in the dirty log")

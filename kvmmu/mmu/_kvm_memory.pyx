@@ -11,6 +11,7 @@ from kvmmu._memory cimport GuestMemory, guest_slot
 from kvmmu.mmu._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, free_kvm, kvm, make_all_vcpus_request, memslots_of, new_kvm, page_list,
 )
+from kvmmu.mmu._page cimport list_init
 from kvmmu.mmu._shadow_range cimport shadow_zap_gfn_range, zap_obsolete_pages, zap_pages_of_gfns
 from kvmmu.mmu._slots cimport (
     SLOT_VERSIONS, alloc_rmaps, free_memslot, gfn_to_memslot, insert_memslot, kvm_memory_slot, new_memslot, remove_memslot,
@@ -45,8 +46,7 @@ cdef void zap_slot(kvm *k, kvm_memory_slot *slot) noexcept nogil:
     """Leaves that map a memslot, and pages that shadow tables in it."""
     cdef page_list invalid
     cdef bint flush
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     flush = shadow_zap_gfn_range(k, slot, slot.base_gfn, slot.base_gfn + slot.npages)
     flush |= tdp_zap_leafs(k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages)
     zap_pages_of_gfns(k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages, &invalid)

@@ -24,6 +24,11 @@ cdef inline uint64_t first_spte(uint32_t sp) noexcept nogil:
     return <uint64_t>sp * SPTE_ENT_PER_PAGE
 
 
+cdef inline void list_init(page_list *pages) noexcept nogil:
+    pages.head = pages.tail = 0
+    pages.count = 0
+
+
 cdef inline uint64_t spte_index(uint64_t gfn, int level) noexcept nogil:
     """Index of the entry for a frame in a page of this level."""
     return (gfn >> (PT64_INDEX_BITS * (level - 1))) & (SPTE_ENT_PER_PAGE - 1)
@@ -69,6 +74,8 @@ cdef int reserve_pages(kvm *k, size_t n) noexcept nogil
 # A page of empty entries, in no list; needs a reserved one
 cdef uint32_t alloc_page(kvm *k, uint64_t gfn, uint32_t role) noexcept nogil
 cdef void free_page(kvm *k, uint32_t sp) noexcept nogil
+# Every entry empty
+cdef void clear_page(kvm *k, uint32_t sp) noexcept nogil
 # alloc_page(), hashed and in active_mmu_pages; 0 for want of memory for shadowed_translation
 cdef uint32_t new_shadow_page(kvm *k, uint64_t gfn, uint32_t role) noexcept nogil
 cdef void unhash_page(kvm *k, uint32_t sp) noexcept nogil

@@ -15,7 +15,7 @@ from kvmmu.mmu._kvm cimport (
     PREV_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, kvm, kvm_mmu, kvm_mmu_page, kvm_mmu_root, kvm_vcpu,
     memslots_of, page_list, slot_table, sp_hpa, spte_to_child,
 )
-from kvmmu.mmu._page cimport alloc_page, first_spte, reserve_pages
+from kvmmu.mmu._page cimport alloc_page, clear_page, first_spte, list_init, reserve_pages
 from kvmmu.mmu._rmap cimport reserve_descs
 from kvmmu.mmu._shadow cimport get_shadow_page
 from kvmmu.mmu._slots cimport alloc_rmaps, gfn_to_memslot, kvm_memory_slot
@@ -76,12 +76,10 @@ cdef int alloc_all_rmaps(kvm *k) noexcept nogil:
 cdef uint32_t special_page(kvm *k, kvm_mmu *mmu, int level) noexcept nogil:
     """The MMU's own top page of a level, without entries."""
     cdef uint32_t sp = mmu.special_roots[level - LOWEST_SPECIAL]
-    cdef uint64_t i
     if sp == 0:
         sp = mmu.special_roots[level - LOWEST_SPECIAL] = alloc_page(k, 0, <uint32_t>(level | ROLE_DIRECT_MASK))
         k.pages[sp].special = True
-    for i in range(first_spte(sp), first_spte(sp + 1)):
-        k.sptes[i] = SHADOW_NONPRESENT_VALUE
+    clear_page(k, sp)
     return sp
 
 
@@ -215,8 +213,7 @@ cdef void free_root(kvm *k, kvm_mmu_root *root, page_list *invalid) noexcept nog
 cdef void free_shadow_roots(kvm *k, kvm_mmu *mmu, uint32_t roots) noexcept nogil:
     cdef page_list invalid
     cdef int i
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     for i in range(PREV_ROOTS):
         if (roots >> (i + 1)) & 1:
             free_root(k, &mmu.prev_roots[i], &invalid)

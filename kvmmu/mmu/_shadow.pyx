@@ -21,8 +21,8 @@ from kvmmu.mmu._kvm cimport (
 )
 from kvmmu.mmu._leaf cimport mmu_set_spte, pte_prefetch
 from kvmmu.mmu._page cimport (
-    first_spte, forget_new_page, hash_first, link_parent, new_shadow_page, reserve_pages, sp_has_gptes, spte_index,
-    track_possible_nx_huge_page,
+    first_spte, forget_new_page, hash_first, link_parent, list_init, new_shadow_page, reserve_pages, sp_has_gptes,
+    spte_index, track_possible_nx_huge_page,
 )
 from kvmmu.mmu._rmap cimport reserve_descs
 from kvmmu.mmu._shadow_range cimport slot_gfn_write_protect
@@ -68,8 +68,7 @@ cdef uint32_t find_shadow_page(kvm_vcpu *vcpu, uint64_t gfn, uint32_t role) noex
     cdef page_list invalid
     cdef int64_t collisions = 0
     cdef int r
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     while sp:
         page = &k.pages[sp]
         if is_obsolete_sp(k, page):

@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._bits cimport PG_LEVEL_1G, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, page_list, sp_level, sp_of
-from kvmmu.mmu._page cimport hash_first, sp_has_gptes
+from kvmmu.mmu._page cimport hash_first, list_init, sp_has_gptes
 from kvmmu.mmu._rmap cimport pte_list_count, pte_list_get, rmap_head
 from kvmmu.mmu._slots cimport host_page_of, kvm_memory_slot, max_mapping_level
 from kvmmu.mmu._spte cimport is_accessed_spte, mark_spte_for_access_track
@@ -169,8 +169,7 @@ cdef size_t zap_pages_of_gfns(kvm *k, int as_id, uint64_t start, uint64_t end, p
 cdef void zap_obsolete_pages(kvm *k) noexcept nogil:
     cdef page_list invalid
     cdef uint32_t sp = k.active_mmu_pages.head
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     while sp and is_obsolete_sp(k, &k.pages[sp]):       # oldest first: no page behind a new one is obsolete
         prepare_zap_page(k, sp, &invalid)
         sp = k.active_mmu_pages.head
@@ -182,8 +181,7 @@ cdef size_t shadow_recover_nx_huge_pages(kvm *k, size_t n) noexcept nogil:
     cdef uint32_t sp = k.possible_nx_huge_pages[KVM_SHADOW_MMU].head, next
     cdef kvm_memory_slot *slot
     cdef size_t zapped = 0
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     while sp and zapped < n:
         next = k.pages[sp].nx_next
         slot = slot_of_sp(k, &k.pages[sp], k.pages[sp].gfn)

@@ -87,6 +87,12 @@ cdef inline void mark_slot_dirty(kvm_memory_slot *slot, uint64_t gfn) noexcept n
         slot.dirty_bitmap[i >> 6] |= <uint64_t>1 << (i & 63)
 
 
+# IN slot: with a dirty log
+cdef inline bint is_slot_dirty(const kvm_memory_slot *slot, uint64_t gfn) noexcept nogil:
+    cdef uint64_t i = gfn - slot.base_gfn
+    return (slot.dirty_bitmap[i >> 6] >> (i & 63)) & 1
+
+
 # Largest level that slot edges, shadowed tables and the host allow for gfn, at most max_level. IN host_page: of gfn
 cdef int max_mapping_level(const kvm_memory_slot *slot, uint64_t gfn, int max_level, uint8_t host_page) noexcept nogil
 # One more (1) or one fewer (-1) reason against huge pages around gfn

@@ -11,7 +11,7 @@ from kvmmu.mmu._kvm cimport (
     PREV_ROOTS, flush_remote_tlbs, kvm, kvm_mmu, kvm_mmu_page, kvm_vcpu, page_list, sp_level, spte_to_child,
 )
 from kvmmu.mmu._leaf cimport sync_spte
-from kvmmu.mmu._page cimport first_spte, spte_index
+from kvmmu.mmu._page cimport first_spte, list_init, spte_index
 from kvmmu.mmu._shadow_range cimport slot_gfn_write_protect
 from kvmmu.mmu._slots cimport kvm_memory_slot
 from kvmmu.mmu._spte cimport is_last_spte, is_shadow_present_pte
@@ -77,8 +77,7 @@ cdef void mmu_sync_children(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil:
     cdef bint is_protected, flush = False
     cdef size_t i, n
     cdef int r
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     while True:
         n = collect_unsync(k, sp, found, 0, UNSYNC_BATCH)
         if n == 0:

@@ -9,7 +9,7 @@ from kvmmu._bits cimport (
 )
 from kvmmu._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, memslots_of, page_list, sp_level
-from kvmmu.mmu._page cimport first_spte, hash_first, sp_has_gptes
+from kvmmu.mmu._page cimport first_spte, hash_first, list_init, sp_has_gptes
 from kvmmu.mmu._shadow_range cimport zap_pages_of_gfns
 from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu._spte cimport is_shadow_present_pte
@@ -79,8 +79,7 @@ cdef void track_write(kvm *k, int as_id, uint64_t gpa, size_t size, bint pae) no
         gpa, size = gpa & ~<uint64_t>(sizeof(uint64_t) - 1), sizeof(uint64_t)
     value = written_value(k, as_id, gpa, size)
     k.stats.mmu_pte_write += 1
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     sp = hash_first(k, gfn)
     while sp:
         page = &k.pages[sp]
@@ -103,8 +102,7 @@ cdef void track_write(kvm *k, int as_id, uint64_t gpa, size_t size, bint pae) no
 cdef bint unprotect_gfn(kvm *k, int as_id, uint64_t gfn) noexcept nogil:
     cdef page_list invalid
     cdef bint found
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     if k.indirect_shadow_pages == 0:
         return False
     found = zap_pages_of_gfns(k, as_id, gfn, gfn + 1, &invalid) != 0

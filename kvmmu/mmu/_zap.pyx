@@ -12,7 +12,7 @@ from kvmmu.mmu._kvm cimport (
     memslots_of, page_list, sp_level, sp_of, spte_to_child,
 )
 from kvmmu.mmu._page cimport (
-    first_spte, free_page, list_append, list_remove, sp_get_gfn, sp_has_gptes, sp_set_translation, unhash_page,
+    first_spte, free_page, list_append, list_init, list_remove, sp_get_gfn, sp_has_gptes, sp_set_translation, unhash_page,
     unlink_parent, untrack_possible_nx_huge_page,
 )
 from kvmmu.mmu._rmap cimport pte_list_add, pte_list_first, pte_list_remove, rmap_head
@@ -159,8 +159,7 @@ cdef size_t zap_oldest_pages(kvm *k, size_t n) noexcept nogil:
     cdef page_list invalid
     cdef uint32_t sp = k.active_mmu_pages.head, next
     cdef size_t zapped = 0, one
-    invalid.head = invalid.tail = 0
-    invalid.count = 0
+    list_init(&invalid)
     while sp and zapped < n:
         next = k.pages[sp].next
         if k.pages[sp].root_count == 0:                 # a root in use would only have to be built anew
