@@ -5,12 +5,12 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "API_VERSION", "DEVICE", "MAX_CPUID_ENTRIES", "Cpuid", "CpuidEntry", "CpuidHeader", "DescriptorTable", "DirtyLog",
-    "EnableCap", "GeneralRegs", "MemoryRegion", "RunHeader", "Segment", "Sregs", "StatsDescriptor", "StatsHeader", "Translation",
-    "ioctl", "load_cpuid", "open_device"]
+    "EnableCap", "FileDescriptors", "GeneralRegs", "MemoryRegion", "RunHeader", "Segment", "Sregs", "StatsDescriptor",
+    "StatsHeader", "Translation", "ioctl", "load_cpuid", "open_device"]
 
 DEVICE = "/dev/kvm"
 API_VERSION = 12
@@ -248,3 +248,25 @@ def load_cpuid(device: int, vcpu: int, *, vendor: str | None = None,
     table.header.nent = MAX_CPUID_ENTRIES
     ioctl(vcpu, "KVM_GET_CPUID2", table)
     return {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[:table.header.nent]}
+
+
+class FileDescriptors:
+    """What holds the file descriptors of a VM, and closes them at the end of a `with` block."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Destroy the VM. Harmless when repeated."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd

@@ -23,14 +23,13 @@ translates to itself. `LiveKvm.set_sregs` reads the registers back, so that no s
 
 import errno
 import mmap
-import os
 import platform
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu.oracles.ioctls import GeneralRegs, MemoryRegion, Segment, Sregs, ioctl, load_cpuid, open_device
+from kvmmu.oracles.ioctls import FileDescriptors, GeneralRegs, MemoryRegion, Segment, Sregs, ioctl, load_cpuid, open_device
 
 INVALID_GPA = 2**64 - 1
 
@@ -59,7 +58,7 @@ TRANSLATION_DTYPE = np.dtype(
 """struct kvm_translation."""
 
 
-class LiveKvm:
+class LiveKvm(FileDescriptors):
     """One VM with one vCPU and one memory slot at GPA 0; a context manager.
 
     Parameters
@@ -97,7 +96,7 @@ class LiveKvm:
     def __init__(self, size: int = 64 << 20) -> None:
         if size <= 0 or size % mmap.PAGESIZE:
             raise ValueError(f"size is {size}; it must be a positive multiple of {mmap.PAGESIZE}")
-        self._fds: list[int] = []
+        super().__init__()
         try:
             self._vm_fd, self._vcpu_fd = self._create_vcpu()
             self.memory = self._create_memory(size)
@@ -107,24 +106,10 @@ class LiveKvm:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Destroy the VM. Harmless when repeated."""
-        while self._fds:
-            os.close(self._fds.pop())
-
     def _create_vcpu(self) -> list[int]:
         """Open the device, check its version and return the file descriptors of a new VM and its vCPU."""
-        device = open_device()
-        self._fds.append(device)
-        self._fds.append(ioctl(device, "KVM_CREATE_VM"))
-        self._fds.append(ioctl(self._fds[-1], "KVM_CREATE_VCPU"))
-        return self._fds[-2:]
+        vm = self._keep(ioctl(self._keep(open_device()), "KVM_CREATE_VM"))
+        return [vm, self._keep(ioctl(vm, "KVM_CREATE_VCPU"))]
 
     def _create_memory(self, size: int) -> NDArray[np.uint8]:
         """Map `size` bytes, make them the VM's memory at GPA 0 and return them as an array."""

@@ -13,7 +13,7 @@ import mmap
 import os
 import platform
 import struct
-from typing import Any, Self
+from typing import Any
 
 from kvmmu.oracles.guest_stub import (
     FATAL,
@@ -28,6 +28,7 @@ from kvmmu.oracles.ioctls import (
     DescriptorTable,
     DirtyLog,
     EnableCap,
+    FileDescriptors,
     GeneralRegs,
     MemoryRegion,
     RunHeader,
@@ -147,7 +148,7 @@ class _Backing:
             self.protected.append((offset, offset + size))
 
 
-class LiveMachine:
+class LiveMachine(FileDescriptors):
     """One VM with one vCPU that runs a scenario; a context manager.
 
     Parameters
@@ -165,7 +166,7 @@ class LiveMachine:
     """
 
     def __init__(self, scenario: dict[str, Any]) -> None:
-        self._fds: list[int] = []
+        super().__init__()
         self._slots: dict[int, dict[str, Any]] = {slot["slot"]: dict(slot) for slot in scenario["slots"]}
         self._stub = Stub(scenario["stub"], scenario.get("mode"))
         self._cpl: int | None = None
@@ -179,22 +180,7 @@ class LiveMachine:
         self._watched = [_number(gpa) for gpa in scenario["watch"]]
         self._tables = {gpa: self._peek(gpa) for gpa in self._watched}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Destroy the VM. Harmless when repeated."""
-        while self._fds:
-            os.close(self._fds.pop())
-
     # ---- making it ---------------------------------------------------------------------------------------------------
-
-    def _keep(self, fd: int) -> int:
-        self._fds.append(fd)
-        return fd
 
     def _create(self, disable_quirk: bool, cpu: dict[str, Any]) -> None:
         device = self._keep(open_device())
