@@ -20,6 +20,7 @@ RSVD, F = 8, 16
 LEAF = "p w u a d"                  # of an entry that KVM maps at once for whatever it allows
 MAP = (GVA, DATA, LEAF)
 MMU_PRESENT, HOST_WRITABLE, MMU_WRITABLE = 1 << 11, 1 << 9, 1 << 10     # of legacy SPTEs
+EMPTY = 1 << 63                     # an SPTE that is nothing
 EPT_R, EPT_W, EPT_X, EPT_XU, EPT_WB, EPT_A, EPT_D = 1, 2, 4, 1 << 10, 6 << 3, 1 << 8, 1 << 9
 
 
@@ -46,6 +47,18 @@ def outcome(vcpu, gva, access=0):
 
 
 MADE = []                           # the machines of these guests, for the audit after each test
+
+
+def shadow_pages(vm):
+    """All pages as dicts: sp, gfn, role, level, direct, special, unsync, root_count, and entries, those that are not empty, by
+    index: (spte, and of a leaf that shadows a guest's entry its gfn)."""
+    pages, rows = vm.sptes(), []
+    for row, role in enumerate(pages["role"].tolist()):
+        sptes, known = pages["sptes"][row].tolist(), pages["translations"][row].tolist()
+        rows.append({name: int(pages[name][row]) for name in ("sp", "gfn", "root_count", "unsync", "special")} | {
+            "role": role, "level": role & 15, "direct": CpuRole(role).direct,
+            "entries": {i: (spte, known[i] >> 12) for i, spte in enumerate(sptes) if spte != EMPTY}})
+    return rows
 
 
 class Sp:

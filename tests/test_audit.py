@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import scenarios
 from builders import PageTables, flag_bits
+from shadow_guests import shadow_pages
 
 from kvmmu import Access, GuestMemory, Host, Vm
-from kvmmu.mmu._damage import damage, shadow_pages
+from kvmmu.mmu._damage import damage
 from kvmmu.oracles.scenario import ScenarioMachine
 
 PAGE, MB2 = 0x1000, 0x200000
@@ -51,7 +52,7 @@ class Broken:
         assert self.vm.audit(guest_tables=True) == []
 
     def page(self, *, gpa=None, level=None, direct=False, **more):
-        found = [page for page in shadow_pages(self.vm.kvm) if page["direct"] == direct and not page["special"]
+        found = [page for page in shadow_pages(self.vm) if page["direct"] == direct and not page["special"]
                  and (gpa is None or page["gfn"] == gpa >> 12) and (level is None or page["level"] == level)
                  and all(page[name] == value for name, value in more.items())]
         assert len(found) == 1, found

@@ -3,9 +3,9 @@
 
 import pytest
 from builders import PageTables, mode_regs
+from shadow_guests import shadow_pages
 
 from kvmmu import CpuModel, GuestMemory, Host, NestedPageFault, Npt, Vm
-from kvmmu.mmu._damage import shadow_pages
 
 MB2 = 0x200000
 NGPA, GPA, OTHER = 0x400000, 0x10000, 0x11000
@@ -30,7 +30,7 @@ def test_the_shadow_of_npt_has_the_levels_of_the_host_and_never_less_than_l1(max
     levels = {"32": 2, "pae": 2, "4l": 4, "5l": 5}[mode]
     for above in range(1, levels + 1):
         table = tables.entry_gpa(NGPA, above) >> 12
-        assert [page["level"] for page in shadow_pages(vm.kvm) if page["gfn"] == table and not page["direct"]
+        assert [page["level"] for page in shadow_pages(vm) if page["gfn"] == table and not page["direct"]
                 and not page["role"] >> 18 & 1 and page["entries"]] == [above]
     for above in range(2, levels + 1):
         gpa = tables.entry_gpa(NGPA, above)

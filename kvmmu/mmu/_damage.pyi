@@ -1,6 +1,3 @@
-from typing import Any
-
 from kvmmu.mmu._state import Kvm
 
-def shadow_pages(machine: Kvm) -> list[dict[str, Any]]: ...
 def damage(machine: Kvm, what: str, sp: int, index: int = 0, value: int = 0) -> None: ...

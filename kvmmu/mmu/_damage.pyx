@@ -1,41 +1,17 @@
-"""Shadow pages to look at, and to damage: for the tests of the audit. Nothing of the package uses it."""
+"""Shadow pages to damage: for the tests of the audit. Nothing of the package uses it."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ROLE_DIRECT_MASK, ROLE_INVALID_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE
+from kvmmu._bits cimport ROLE_INVALID_MASK
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu._page cimport (
-    first_spte, list_remove, sp_get_access, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,
+    first_spte, list_remove, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,
     untrack_possible_nx_huge_page,
 )
 from kvmmu.mmu._rmap cimport pte_list_add, pte_list_remove, reserve_descs, rmap_head
 from kvmmu.mmu._slots cimport account_disallow_lpage, kvm_memory_slot
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._zap cimport slot_of_sp
-
-
-def shadow_pages(Kvm machine):
-    """The pages of shadow MMUs: list of dict of sp, gfn, role, level, direct, special, unsync, unsync_children, root_count,
-    entries (those that are not empty, by index: (spte, gfn, access))."""
-    cdef kvm *k = machine.k
-    cdef const kvm_mmu_page *page
-    cdef uint32_t sp
-    cdef uint64_t spte
-    cdef int i
-    rows = []
-    for sp in range(1, <uint32_t>k.page_end):
-        page = &k.pages[sp]
-        if not page.in_use or page.tdp_mmu_page:
-            continue
-        entries = {}
-        for i in range(SPTE_ENT_PER_PAGE):
-            spte = k.sptes[first_spte(sp) + i]
-            if spte != SHADOW_NONPRESENT_VALUE:
-                entries[i] = (int(spte), int(sp_get_gfn(page, i)), int(sp_get_access(page, i)))
-        rows.append({"sp": int(sp), "gfn": int(page.gfn), "role": int(page.role), "level": sp_level(page),
-                     "direct": bool(page.role & ROLE_DIRECT_MASK), "special": bool(page.special), "unsync": bool(page.unsync),
-                     "unsync_children": int(page.unsync_children), "root_count": int(page.root_count), "entries": entries})
-    return rows
 
 
 def damage(Kvm machine, what, uint32_t sp, int index=0, uint64_t value=0):
