@@ -3,16 +3,16 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 
-from kvmmu._prefixes cimport WalkCache, sure_passes
+from kvmmu._prefixes cimport WalkCache
 from kvmmu._rows cimport batch, batch_columns, block, walk_spaces
 
 
 cdef class Workspace:
     """Scratch memory of one batch, or of one thread's part of it."""
     cdef WalkCache cache
-    cdef block *blocks
+    cdef void *block_memory
+    cdef block *blocks                  # in it
     cdef walk_spaces *spaces
-    cdef sure_passes *sure
     cdef uint8_t *touched
 
 # Get ready; nothing remembered before counts. IN count: of walks; rows: about how many are to come; watch: the caller changes

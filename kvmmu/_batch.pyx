@@ -1,8 +1,11 @@
 """The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`_pagewalk.pyx`).
 
     recall     64 rows at a time, translations that this batch made already (by page and access)
-    lanes      what is left: blocks of up to 64 rows of one walk, their last entries read and judged side by side
-               (`_blocks.pxd`, `_lanes.h`), from prefixes of their walks (`_prefixes.pxd`)
+    straight   what is left, 64 rows of one walk at a time, where most of them pass and few tables are in use: their last
+               entries, which prefixes of their walks lead to (`_prefixes.pxd`), are read side by side and compared with what
+               surely passes (`_straight.pxd`, `_lanes.h`)
+    lanes      elsewhere, blocks of up to 64 rows of one walk, a few of them on their way at a time: their last entries are
+               fetched ahead, and judged side by side by the whole rules (`_blocks.pxd`)
     one by one rows that set accessed or dirty bits in upper levels, lose a race, or whose prefix cannot be known: the scalar
                walk (`_walk.pyx`), which is the reference for all the others
 """
@@ -13,14 +16,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu._bits cimport STATUS_OK
 from kvmmu._blocks cimport drain_blocks, put_rows, put_run
 from kvmmu._columns cimport access_column, column, column_of
-from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of
-from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked, sure_passes
-from kvmmu._rows cimport (
-    ALL_SPACES, BLOCK_SPACES, BLOCKS, batch, batch_columns, block, quick_row, recall_row, walk_of, walk_row, walk_spaces,
+from kvmmu._lanes cimport (
+    KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
+from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked
+from kvmmu._rows cimport (
+    ALL_SPACES, BLOCKS, batch, batch_columns, block, of_one_context, quick_row, recall_row, walk_of, walk_row, walk_spaces,
+)
+from kvmmu._straight cimport go_straight
 
 from kvmmu.columns import Translation, check_fields
 
@@ -69,7 +74,7 @@ use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or instruction_sets(
 cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
     """Up to 64 rows from start on, in runs of one walk."""
     cdef size_t i, first = start
-    if b.ctx is not NULL:
+    if b.ctx is not NULL and not (count == KVMMU_LANES and of_one_context(&b.ctx[start])):
         for i in range(start + 1, start + count):
             if b.ctx[i] != b.ctx[first]:
                 put_run(b, walk_of(b, first), first, i - first)
@@ -94,23 +99,28 @@ cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
 
 cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
-    cdef uint64_t gpa[64]
-    cdef uint64_t *to = &gpa[0]
+    cdef uint64_t room[64]
+    cdef uint64_t *gpa = room
     cdef uint8_t *level = NULL
-    cdef const uint32_t *ctx = NULL
+    cdef uint8_t *status = NULL
+    cdef uint32_t *error_code = NULL
+    cdef const uint8_t *access = &b.access[start] if b.access_stride else b.same_access
     cdef uint64_t misses
     cdef size_t row
     if b.out.gpa is not NULL:
-        to = &b.out.gpa[start]
+        gpa = &b.out.gpa[start]
     if b.out.level is not NULL:
         level = &b.out.level[start]
-    if b.ctx is not NULL:
-        ctx = &b.ctx[start]
-    misses = b.ops.recall(b.tlb, &b.gva[start], &b.access[start * b.access_stride], b.access_stride, ctx, b.space, to, level)
     if b.out.status is not NULL:
-        memset(&b.out.status[start], STATUS_OK, KVMMU_LANES)
+        status = &b.out.status[start]
     if b.out.error_code is not NULL:
-        memset(&b.out.error_code[start], 0, KVMMU_LANES * sizeof(uint32_t))
+        error_code = &b.out.error_code[start]
+    if b.ctx is NULL:
+        misses = b.ops.recall(b.tlb, &b.gva[start], access, b.space, gpa, level, status, error_code)
+    elif of_one_context(&b.ctx[start]):
+        misses = b.ops.recall(b.tlb, &b.gva[start], access, b.space + b.ctx[start], gpa, level, status, error_code)
+    else:
+        misses = b.ops.recall_each(b.tlb, &b.gva[start], access, &b.ctx[start], b.space, gpa, level, status, error_code)
     b.tried += 1
     if not misses:
         return
@@ -152,7 +162,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.more = wants_more(b.out)
     b.ops = OPS
     b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
-    b.blocks, b.spaces, b.sure = work.blocks, work.spaces, work.sure
+    b.blocks, b.spaces = work.blocks, work.spaces
     b.touched = NULL
     if watch:
         b.touched = work.touched
@@ -170,6 +180,9 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     if b.lanes and not b.more and rows >= 2 * KVMMU_LANES:
         b.space = work.cache.take_spaces(count)
     b.may_recall = b.recalls = b.space != 0
+    b.straight = b.lanes and not b.more
+    if not b.access_stride and rows:
+        memset(b.same_access, b.access[0], sizeof(b.same_access))
 
 
 cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil:
@@ -177,7 +190,7 @@ cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil:
 
 
 cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
-    cdef size_t i = start, row, count
+    cdef size_t i = start, row, count, last, done
     if not b.lanes:
         for i in range(start, stop):
             walk_row(b, i)
@@ -192,9 +205,16 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
                 if not recall_row(b, row):
                     quick_row(b, row)
         else:
-            put_chunk(b, i, count)
-            if b.may_recall and not b.recalls:
-                b.skip -= 1
+            last = stop
+            if b.may_recall:
+                last = min(stop, i + b.skip * KVMMU_LANES)
+            done = go_straight(b, i, last)
+            if done:
+                count = done
+            else:
+                put_chunk(b, i, count)
+            if b.may_recall:
+                b.skip -= min(b.skip, (count + KVMMU_LANES - 1) // KVMMU_LANES)
                 if not b.skip:
                     drain_blocks(b)
                     b.recalls = True
@@ -207,17 +227,16 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
 cdef class Workspace:
     def __cinit__(self):
         self.cache = WalkCache()
-        self.blocks = <block *>calloc(BLOCKS, sizeof(block))
+        self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
+        self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_LANES_ALIGNMENT - 1) & ~(KVMMU_LANES_ALIGNMENT - 1))
         self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
-        self.sure = <sure_passes *>calloc(2 * BLOCK_SPACES, sizeof(sure_passes))
         self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
-        if self.blocks is NULL or self.spaces is NULL or self.sure is NULL or self.touched is NULL:
+        if self.block_memory is NULL or self.spaces is NULL or self.touched is NULL:
             raise MemoryError
 
     def __dealloc__(self):
-        free(self.blocks)
+        free(self.block_memory)
         free(self.spaces)
-        free(self.sure)
         free(self.touched)
 
 

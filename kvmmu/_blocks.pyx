@@ -1,22 +1,16 @@
 """Blocks of a batch; see `_blocks.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, ROLE_CR4_SMEP_MASK, STATUS_NON_CANONICAL,
-    STATUS_OK, STATUS_PAGE_FAULT,
+    ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
+    STATUS_PAGE_FAULT,
 )
-from kvmmu._directories cimport find_missing, ready_directory
 from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
-from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level,
-)
-from kvmmu._prefixes cimport find_prefix, lane_space, mark_word
-from kvmmu._rows cimport (
-    BLOCKS, batch, block, quick_row, remember, spaces_of, walk_row, write_more, write_row,
-)
-from kvmmu._verdicts cimport FEW_ODD, judge_block, lane_bit, set_bits_of
+from kvmmu._lanes cimport KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
+from kvmmu._prefixes cimport find_prefix, mark_word
+from kvmmu._rows cimport BLOCKS, batch, block, quick_row, remember, spaces_of, walk_row, write_more, write_row
+from kvmmu._verdicts cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 
 # Fewer rows than this are walked one by one.
@@ -34,15 +28,6 @@ cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
     return <uint8_t>kvmmu_prefix_level(k.a.ref[lane]) if k.w.kind == WALK_TABLES else 0
 
 
-cdef void start_lanes(batch *b, lane_space *s, kvmmu_lanes *l, const uint64_t *addr, int canonical_shift,
-                      uint64_t wanted) noexcept nogil:
-    """Where the last entries of addresses lie; lanes that stay unknown are left in l.miss."""
-    ready_directory(s)
-    b.ops.start[s.w.format](l, addr, s.w.gva_mask, canonical_shift, s.found > NEAR, &s.directory)
-    if l.miss:
-        find_missing(s, l, wanted)
-
-
 cdef void start_block(batch *b, block *k) noexcept nogil:
     """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
     cdef const kvm_pagewalk *w = k.w
@@ -52,7 +37,7 @@ cdef void start_block(batch *b, block *k) noexcept nogil:
     k.cold = k.failed = k.unknown = 0
     k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
     if w.kind == WALK_TABLES:
-        start_lanes(b, &k.spaces.first, &k.a, k.gva, w.canonical_shift, ~k.held)
+        find_lanes(b.ops, &k.spaces.first, &k.a, k.gva, ~k.held, k.spaces.first.found > NEAR)
         return
     for lane in range(KVMMU_LANES):
         k.a.gpa[lane] = k.gva[lane] & w.gva_mask
@@ -69,7 +54,7 @@ cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
         walk_row(b, row_of(k, lane))
         if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
                 k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
-            find_prefix(&k.spaces.first, k.a.addr[lane])
+            find_prefix(&k.spaces.first, k.gva[lane] & k.w.gva_mask)
 
 
 cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
@@ -77,11 +62,11 @@ cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
     return <uint32_t>(k.a.error[lane] | (k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT) & k.w.pferr_mask)
 
 
-cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status) noexcept nogil:
+cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status, uint64_t gpa) noexcept nogil:
     """The optional columns of a row of one stage."""
     cdef walk_result r
     cdef int top = 2 if k.w.level == 3 else k.w.level
-    r.gpa = r.ngpa = k.a.gpa[lane] if status == STATUS_OK else INVALID_GPA
+    r.gpa = r.ngpa = gpa
     r.fault_gpa = INVALID_GPA
     r.exit_qualification = 0
     r.pte_gpa = INVALID_GPA
@@ -106,11 +91,11 @@ cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
         if k.a.noncanonical & lane_bit(lane):
             write_row(b, row_of(k, lane), INVALID_GPA, STATUS_NON_CANONICAL, 0, 0)
             if b.more:
-                write_more_of(b, k, lane, STATUS_NON_CANONICAL)
+                write_more_of(b, k, lane, STATUS_NON_CANONICAL, INVALID_GPA)
         else:
             write_row(b, row_of(k, lane), INVALID_GPA, STATUS_PAGE_FAULT, error_code_of(k, lane), level_of(k, lane))
             if b.more:
-                write_more_of(b, k, lane, STATUS_PAGE_FAULT)
+                write_more_of(b, k, lane, STATUS_PAGE_FAULT, INVALID_GPA)
 
 
 cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
@@ -123,7 +108,7 @@ cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
         lanes &= lanes - 1
         write_row(b, row_of(k, lane), gpa[lane], STATUS_OK, 0, level_of(k, lane))
         if b.more:
-            write_more_of(b, k, lane, STATUS_OK)
+            write_more_of(b, k, lane, STATUS_OK, gpa[lane])
         if b.recalls:
             mark_word(b.touched, k.a.entry[lane])
             if k.w.ngpa is not NULL:
@@ -148,6 +133,7 @@ cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa)
     cdef uint8_t *to_status = NULL
     cdef uint32_t *to_error = NULL
     cdef size_t lane
+    cdef bint many = kvmmu_count_bits(fault) > FEW_ODD
     if not k.contiguous or b.more or b.recalls:
         return
     if k.count < KVMMU_LANES:
@@ -164,16 +150,9 @@ cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa)
         to_status = &b.out.status[row]
     if b.out.error_code is not NULL:
         to_error = &b.out.error_code[row]
-    if kvmmu_count_bits(fault) > FEW_ODD:
-        b.ops.emit(&k.a, fault, k.w.pferr_mask, gpa, to_gpa, to_status, to_error)
+    b.ops.emit(&k.a, fault if many else 0, k.w.pferr_mask, gpa, to_gpa, to_status, to_error)
+    if many:
         k.held |= fault
-        return
-    if to_gpa is not NULL and to_gpa != gpa:
-        memcpy(to_gpa, gpa, KVMMU_LANES * sizeof(uint64_t))
-    if to_status is not NULL:
-        memset(to_status, STATUS_OK, KVMMU_LANES)
-    if to_error is not NULL:
-        memset(to_error, 0, KVMMU_LANES * sizeof(uint32_t))
 
 
 cdef void advance_block(batch *b, block *k) noexcept nogil:
@@ -187,7 +166,7 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         gpa = k.a.gpa
         if n is NULL:
             gpa = room_for(b, k, &k.a)
-        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
+        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.gva, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
@@ -212,11 +191,6 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
     start_second(b, k)
 
 
-cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:
-    """Whether rights of the first stage decide what the second one grants: MBEC."""
-    return n.user_by_pte and n.cpu_role & ROLE_CR4_SMEP_MASK
-
-
 cdef void start_second(batch *b, block *k) noexcept nogil:
     """Where the last entries of the second stage lie."""
     cdef const kvm_pagewalk *n = k.w.ngpa
@@ -235,7 +209,7 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
         for lane in range(KVMMU_LANES):
             if k.a.gpa[lane] & n.ngpa_rsvd_mask:
                 k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
-    start_lanes(b, &k.spaces.second, &k.b, k.a.gpa, 0, ~(k.held | k.failed | k.unknown))
+    find_lanes(b.ops, &k.spaces.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown), k.spaces.second.found > NEAR)
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:
@@ -244,7 +218,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
     cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
     k.b.miss |= k.unknown | k.failed                    # do not judge them
-    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.second_access, False, gpa)
+    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)

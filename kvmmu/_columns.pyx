@@ -4,7 +4,7 @@ import numpy as np
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.long cimport PyLong_AsLong
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport ACCESS_VALID_MASK
 
@@ -68,7 +68,7 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
 
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL:
     cdef const uint32_t *data
-    cdef uint32_t highest = 0
+    cdef uint32_t last = <uint32_t>min(count - 1, <uint64_t>INT32_MAX), beyond = 0, highest = 0
     cdef Py_ssize_t i
     if ctx is None:
         if count != 1:
@@ -76,10 +76,9 @@ cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except
         return NULL
     data = <const uint32_t *>column_of("", "ctx", ctx, sizeof(uint32_t), rows, False).data
     with nogil:
-        for i in range(rows):                           # vector code, and no less than the highest
-            highest |= data[i]
-        if highest >= count:
-            highest = 0
+        for i in range(rows):                           # vector code; the sign counts
+            beyond |= (last - data[i]) | data[i]
+        if beyond >> 31:
             for i in range(rows):
                 highest = max(highest, data[i])
     if rows and highest >= count:

@@ -1,4 +1,4 @@
-/* What lanes hold, and what a batch remembers for them: prefixes, directories, translations; and where each is found. */
+/* What lanes hold, and what a batch remembers for them: prefixes and translations; and where each is found. */
 #ifndef KVMMU_LANE_STATE_H
 #define KVMMU_LANE_STATE_H
 
@@ -8,11 +8,16 @@
 
 #define KVMMU_LANES ((size_t)64)
 
+#if defined(__GNUC__)
+#define KVMMU_ALIGNED(n) __attribute__((aligned(n)))
+#else
+#define KVMMU_ALIGNED(n)
+#endif
+
 /* A prefix in one word: address in the host of the table of the last entry (level 1) or of the last entry itself (other levels),
  * rights so far, level of the last entry, and three notes. */
 #define PREFIX_HVA_BITS 48
 #define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
-#define PREFIX_LIKE_MASK (~PREFIX_HVA_MASK) /* what prefixes that differ in their address alone agree in */
 #define PREFIX_COLD_SHIFT 48     /* an accessed bit above the last entry is still to be set */
 #define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
 #define PREFIX_REFUSED_SHIFT 50  /* the second stage does not let the guest write the last entry, and is asked for each update */
@@ -23,43 +28,26 @@
 
 /* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
 #define PREFIX_BITS 15
-#define PREFIX_ASID_SHIFT 36 /* region bits of a 57-bit address */
-#define PREFIX_ASID_BITS 28
+#define PREFIX_ASID_SHIFT 43 /* bits of a region, whether the address is canonical or not */
+#define PREFIX_ASID_BITS 18
+#define PREFIX_TAG_LEVEL_SHIFT 61 /* level of the tables, less 1, modulo 4 */
+#define PREFIX_TAG_COLD (UINT64_C(1) << 63) /* as PREFIX_COLD_SHIFT says, for those that look at tags alone */
 #define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
-
-/* A directory: the tables of last entries of one level, by region, the part of an address above the indices of that level and
- * the one below it. A word is the address of the table in the host less a phase that all of them share, shifted up, and below it
- * a tag: region bits that its place does not tell, and the name of the directory, which is never 0. */
-#define DIRECTORY_WORD_SHIFT 16
-#define DIRECTORY_TAG_BITS (PAGE_SHIFT + DIRECTORY_WORD_SHIFT)
-#define DIRECTORY_NAME_SHIFT 21 /* 57 - 21 - PREFIX_BITS */
-#define DIRECTORY_NAMES (1 << (DIRECTORY_TAG_BITS - DIRECTORY_NAME_SHIFT))
 
 /* Translations by page and access: the tag is page << TLB_ASID_BITS | asid; the value level, page frame, accesses known to pass. */
 #define TLB_BITS 12
-#define TLB_ASID_BITS 12
+#define TLB_ASID_BITS PAGE_SHIFT
 #define TLB_FRAME_SHIFT 16
 #define TLB_LEVEL_SHIFT 56
 
 struct kvmmu_prefix {
-    uint64_t tag; /* region ^ asid << PREFIX_ASID_SHIFT; 0: none */
+    uint64_t tag; /* of kvmmu_prefix_tag(), and PREFIX_TAG_COLD; 0: none */
     uint64_t ref; /* PREFIX_* */
 };
 
 struct kvmmu_tlb_entry {
     uint64_t tag; /* 0: none */
     uint64_t page;
-};
-
-struct kvmmu_directory {
-    uint64_t *words;  /* 1 << PREFIX_BITS */
-    uint64_t name;    /* in its place */
-    uint64_t phase;   /* of the addresses of tables within pages of the host */
-    uint64_t nothing; /* address of a page of zeros with this phase */
-    uint64_t like;    /* the prefixes of its tables; 0: there are none */
-    int region_shift;
-    int entry_shift;  /* address to offset in its table */
-    int has_voids;    /* some words lead to nothing: prefixes of other levels */
 };
 
 /* What the lanes need of a walk. */
@@ -73,21 +61,45 @@ struct kvmmu_lane_walk {
     uint32_t asid;
 };
 
+/* One stage of a walk: where its prefixes are, and what surely passes after those of two kinds, tables of last entries and large
+ * pages of one size (see _passes.h). What does not surely pass may pass yet.
+ * Where most last entries are of a higher level (large pages, absent tables), the prefixes that count are of whole tables of that
+ * level, too: a region is then all that such a table covers, and an entry that leads to another table is none of theirs. */
+enum { STAGE_TABLE, STAGE_LARGE, STAGE_KINDS };
+
+struct kvmmu_stage {
+    const struct kvmmu_prefix *prefixes;
+    uint64_t place;        /* of the walk among them */
+    uint64_t space;        /* of kvmmu_prefix_tag() */
+    int level;             /* of the tables of last entries */
+    int region_shift;
+    int entry_shift;       /* address to offset in its table */
+    uint64_t gva_mask;
+    uint64_t nothing;      /* for addresses without a prefix: the address of an entry of zeros, of no kind */
+    uint64_t want;         /* what an entry that passes holds in the bits of care */
+    uint64_t care[STAGE_KINDS];
+    uint64_t offset[STAGE_KINDS];
+    uint8_t levels[16];    /* [low half of a prefix's highest byte: level, and ACC_READ_MASK]: ACC_ALL where it is of one of the kinds */
+    uint8_t denied[2][16]; /* [access >> 4][ACC_*]: bit n: the access with n in its next three bits is not allowed */
+    uint8_t need[16];      /* [access >> 1]: PT_ACCESSED_MASK, PT_DIRTY_MASK, whatever the format */
+};
+
+/* Vectors of lanes that lie across lines of the cache would take twice as long. */
+#define KVMMU_LANES_ALIGNMENT 64
+
 struct kvmmu_lanes {
-    uint64_t addr[KVMMU_LANES];
-    uint64_t look[KVMMU_LANES];  /* kvm_page_format.looks of the access */
-    uint64_t ref[KVMMU_LANES];
+    uint64_t ref[KVMMU_LANES] KVMMU_ALIGNED(KVMMU_LANES_ALIGNMENT);
     uint64_t entry[KVMMU_LANES]; /* host address of the last entry */
     uint64_t pte[KVMMU_LANES];
+    uint64_t look[KVMMU_LANES];  /* kvm_page_format.looks of the access */
     uint64_t pte_access[KVMMU_LANES];
     uint64_t gpa[KVMMU_LANES];
     uint64_t error[KVMMU_LANES]; /* error code of a fault, but for the bits that come from the access */
-    uint64_t like;               /* of the directory */
-    uint64_t voids;              /* entries from here on, of one page, are nothing; 0: there are none */
+    int level;                   /* of kvmmu_stage, when the prefixes were found */
     /* bit n: of lane n */
     uint64_t noncanonical;
     uint64_t miss;  /* nothing is remembered */
-    uint64_t apart; /* the prefix is not of the directory */
+    uint64_t cold;  /* an accessed bit above the last entry is still to be set */
     uint64_t fault; /* the last entry is not present, malformed, or denies the access */
     uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
 };
@@ -96,11 +108,8 @@ struct kvmmu_lanes {
 /* IN place: kvmmu_prefix_place() of the walk, which keeps walks with the same regions apart. */
 #define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
 #define KVMMU_TLB_GPA(value) ((value) >> (TLB_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
-#define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ (asid) << 3) & ((UINT64_C(1) << TLB_BITS) - 1))
-
-#define KVMMU_DIRECTORY_SLOT(region) (((region) ^ (region) >> PREFIX_BITS) & ((UINT64_C(1) << PREFIX_BITS) - 1))
-#define KVMMU_DIRECTORY_TAG(region) ((region) >> PREFIX_BITS & ((UINT64_C(1) << DIRECTORY_NAME_SHIFT) - 1))
-#define DIRECTORY_TAG_MASK ((UINT64_C(1) << DIRECTORY_TAG_BITS) - 1)
+#define KVMMU_TLB_PLACE(asid) ((asid) << 3)
+#define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ KVMMU_TLB_PLACE(asid)) & ((UINT64_C(1) << TLB_BITS) - 1))
 
 /* Address of the entry of addr, from a prefix. */
 #define KVMMU_TABLE_OFFSET(format, addr)                                                     \
@@ -121,6 +130,11 @@ KVMMU_INLINE uint64_t kvmmu_prefix_place(uint32_t asid)
 KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
 {
     return KVMMU_PREFIX_SLOT(region, kvmmu_prefix_place(asid));
+}
+
+KVMMU_INLINE uint64_t kvmmu_prefix_tag(uint64_t region, uint32_t asid)
+{
+    return region ^ (uint64_t)asid << PREFIX_ASID_SHIFT;
 }
 
 KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
@@ -167,17 +181,6 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
     }
     memcpy(&whole, (const void *)(uintptr_t)hva, sizeof whole);
     return whole;
-}
-
-KVMMU_INLINE uint64_t kvmmu_directory_slot(uint64_t region)
-{
-    return KVMMU_DIRECTORY_SLOT(region);
-}
-
-/* IN table: its address in the host, of the directory's phase */
-KVMMU_INLINE uint64_t kvmmu_directory_word(const struct kvmmu_directory *d, uint64_t region, uint64_t table)
-{
-    return (table - d->phase) << DIRECTORY_WORD_SHIFT | KVMMU_DIRECTORY_TAG(region) | d->name;
 }
 
 #endif /* KVMMU_LANE_STATE_H */

@@ -1,35 +1,42 @@
 /* Walks side by side: 64 addresses of one set of tables at a time.
  *
  * A lane starts from what is remembered of the upper levels of its walk (its prefix: where the last entry lies, and the rights
- * so far) and reads that last entry live. Most lanes of a batch have prefixes of one kind; where the tables of their last
- * entries lie is in a directory, a word for each. The loops have a constant count and no branches, so that the compiler makes
- * vector code of them; each is compiled once for every instruction set below and chosen by a run-time check of the CPU.
- * What an entry means is in _gpte.h, shared with the scalar walk.
+ * so far) and reads that last entry live. What surely passes is found with few instructions (_passes.h); the whole rule is there for
+ * the rest. The loops have a constant count and no branches; each is compiled once for every instruction set below and chosen by
+ * a run-time check of the CPU. What an entry means is in _gpte.h, shared with the scalar walk.
  */
 #ifndef KVMMU_LANES_H
 #define KVMMU_LANES_H
 
 #include "_passes.h"
 
-typedef void (*kvmmu_start_fn)(struct kvmmu_lanes *, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far,
-                               const struct kvmmu_directory *);
-typedef uint64_t (*kvmmu_sure_fn)(struct kvmmu_lanes *, const struct kvmmu_passes *, const uint8_t *access, int alike, uint64_t like,
-                                  uint64_t *gpa);
-typedef uint64_t (*kvmmu_beside_fn)(struct kvmmu_lanes *, uint64_t lanes, const struct kvmmu_prefix *, uint32_t asid, uint64_t like,
-                                    const struct kvmmu_pass *, const uint8_t *access, uint64_t *gpa);
-typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *);
-typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                    const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level);
-
+/* Where the last entries lie: ref, entry. Returns the lanes whose prefix is not among those remembered, or is cold.
+ * IN far: they are probably not in the cache; then they are on their way there afterwards. */
+typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_lanes *, const struct kvmmu_stage *, const uint64_t *gva, int far);
+/* Read them, into pte. Returns the lanes that do not surely pass. OUT gpa: of those that do; slow: those that would but for accessed
+ * and dirty bits; level (or NULL): of all; status, error_code (or NULL): as if all passed */
+typedef uint64_t (*kvmmu_read_fn)(struct kvmmu_lanes *, const struct kvmmu_stage *, const uint64_t *gva, const uint8_t *access,
+                                  uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+/* Read them, and judge them by all rules: pte, pte_access, look, error, fault, slow. OUT gpa: of those that pass */
+typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *, uint64_t gva_mask, const uint64_t *gva,
+                               const uint8_t *access, uint64_t *gpa);
+/* Known translations of 64 rows: bit n is set where row n has none. OUT gpa, level: right where the bit is clear; status, error_code:
+ * as if it were clear everywhere */
+typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, uint64_t space,
+                                    uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+typedef uint64_t (*kvmmu_recall_each_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
+                                         uint64_t first_space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+/* 64 rows of the three common columns (or NULL): lanes that pass, and lanes that fault. IN access_mask: what of an access its error
+ * code tells */
 typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
                               uint8_t *status, uint32_t *error_code);
 
 struct kvmmu_lane_ops { /* [format] */
-    kvmmu_start_fn start[3];
-    kvmmu_sure_fn sure[3];
-    kvmmu_beside_fn beside[3];
+    kvmmu_find_fn find[3];
+    kvmmu_read_fn read[3];
     kvmmu_judge_fn judge[3];
     kvmmu_recall_fn recall;
+    kvmmu_recall_each_fn recall_each; /* of a context of its own */
     kvmmu_emit_fn emit;
 };
 
@@ -62,57 +69,55 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 
 #define FIRST_BITS ((vec){1, 2, 4, 8})
 
+/* Rounds of a loop one after the other: vectors made of single loads are slower. */
+#define KVMMU_BY_ITSELF() __asm__ volatile("" ::: "memory")
+
 /* ---- bodies ----------------------------------------------------------------------------------------------------- */
 
-/* Lanes that the directory does not know, or whose address is not canonical: the seldom half of start_body(). Their entry is one
- * that reads as zero, until a prefix is found. */
-static void kvmmu_sort_out(struct kvmmu_lanes *l, int canonical_shift, const struct kvmmu_directory *d)
+KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
 {
+    const uint64_t offset_mask = format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3;
+    uint64_t miss = 0;
     for (size_t i = 0; i < KVMMU_LANES; i++) {
-        uint64_t addr = l->addr[i], region = addr >> d->region_shift, word = d->words[KVMMU_DIRECTORY_SLOT(region)];
-        if (canonical_shift && (uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr)
-            l->noncanonical |= UINT64_C(1) << i;
-        else if (((word ^ (KVMMU_DIRECTORY_TAG(region) | d->name)) & DIRECTORY_TAG_MASK) == 0)
-            continue;
-        l->miss |= UINT64_C(1) << i;
-        l->entry[i] = d->nothing;
+        const uint64_t addr = gva[i] & s->gva_mask, region = addr >> s->region_shift;
+        const struct kvmmu_prefix *p = &s->prefixes[KVMMU_PREFIX_SLOT(region, s->place)];
+        const int known = p->tag == (region ^ s->space);
+        const uint64_t ref = known ? p->ref : s->nothing;
+        l->ref[i] = ref;
+        l->entry[i] = (ref & PREFIX_HVA_MASK) + (ref >> PREFIX_TABLE_SHIFT ? addr >> s->entry_shift & offset_mask : 0);
+        miss |= (uint64_t)!known << i;
+        if (far)
+            __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
     }
-    l->miss &= ~l->noncanonical;
+    return miss;
 }
 
-/* Addresses into the lanes, and where their last entries lie, as far as the directory knows.
- * IN far: they are probably not in the cache; then they are on their way there afterwards. */
-KVMMU_INLINE void start_body(int format, int far, struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift,
-                             const struct kvmmu_directory *d)
+KVMMU_INLINE uint64_t read_body(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, const uint8_t *access,
+                                uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
-    const uint64_t *words = d->words;
-    const uint64_t name = d->name, phase = d->phase, like = d->like, mask = canonical_shift ? gva_mask : gva_mask & PREFIX_ADDR_MASK;
-    const uint64_t half = canonical_shift ? UINT64_C(1) << (63 - canonical_shift) : 0;
-    const uint64_t offset_mask = format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3;
-    const int width = canonical_shift ? 64 - canonical_shift : GVA_BITS_5_LEVEL;
-    const int region_shift = d->region_shift, entry_shift = d->entry_shift;
-    vec wide = FIRST_BITS & 0, wrong = wide, likes = wide + like;
-    for (size_t i = 0; i < KVMMU_LANES; i += 8)
-        __builtin_prefetch(gva + 2 * KVMMU_LANES + i, 0, 3);
-    EACH_VECTOR(i)
-    {
-        vec addr = CVEC(gva) & mask, region = addr >> region_shift, slot = KVMMU_DIRECTORY_SLOT(region);
-        vec word = GATHER(words, slot) ^ (KVMMU_DIRECTORY_TAG(region) | name), entry;
-        wide |= addr + half;
-        wrong |= word;
-        entry = (word >> DIRECTORY_WORD_SHIFT) + phase + (addr >> entry_shift & offset_mask);
-        VEC(l->addr) = addr;
-        VEC(l->ref) = likes;
-        VEC(l->entry) = entry;
-        if (far)
-            for (int n = 0; n < VEC_LANES; n++)
-                __builtin_prefetch((const void *)(uintptr_t)entry[n], 0, 3);
+    const uint64_t base = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
+    uint64_t odd = 0, slow = 0;
+    if (status)
+        memset(status, STATUS_OK, KVMMU_LANES);
+    if (error_code)
+        memset(error_code, 0, KVMMU_LANES * sizeof *error_code);
+    for (size_t i = 0; i < KVMMU_LANES; i++) {
+        const uint64_t ref = l->ref[i], pte = kvmmu_read_entry(format, l->entry[i]), kind = ref >> PREFIX_TABLE_SHIFT ? STAGE_TABLE : STAGE_LARGE;
+        const uint64_t rights = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) & ref >> PREFIX_ACCESS_SHIFT &
+                                s->levels[ref >> PREFIX_LEVEL_SHIFT & 15];
+        const uint64_t index = access[i] >> PERMISSIONS_INDEX_SHIFT & 15, implicit = (access[i] & ACCESS_IMPLICIT_MASK) != 0;
+        const uint64_t bits = format == KVMMU_FORMAT_EPT ? pte >> (EPT_ACCESSED_SHIFT - PT_ACCESSED_SHIFT) : pte;
+        const uint64_t unset = (~bits & s->need[index]) != 0, misfit = ((pte ^ s->want) & s->care[kind]) != 0;
+        const uint64_t bad = (s->denied[index >> 3][rights] >> (index & 7) & 1) | misfit | implicit;
+        odd |= (bad | unset) << i;
+        slow |= (unset & ~bad) << i;
+        l->pte[i] = pte;
+        gpa[i] = (pte & base & ~s->offset[kind]) | (gva[i] & s->gva_mask & s->offset[kind]);
+        if (level)
+            level[i] = (uint8_t)kvmmu_prefix_level(ref);
     }
-    l->like = like;
-    l->voids = d->has_voids ? d->nothing : 0;
-    l->miss = l->apart = l->noncanonical = 0;
-    if (ONE_WORD(wide) >> width | (ONE_WORD(wrong) & DIRECTORY_TAG_MASK))
-        kvmmu_sort_out(l, canonical_shift, d);
+    l->slow = slow;
+    return odd;
 }
 
 /* The place of a prefix will be looked at soon. */
@@ -122,74 +127,13 @@ KVMMU_INLINE void kvmmu_want_prefix(int format, const struct kvmmu_prefix *prefi
 }
 
 /* A prefix for one lane after all. */
-KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lane, uint64_t ref)
+KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lane, uint64_t addr, uint64_t ref)
 {
     l->ref[lane] = ref;
-    l->entry[lane] = kvmmu_entry_hva(format, ref, l->addr[lane]);
+    l->entry[lane] = kvmmu_entry_hva(format, ref, addr);
     __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
-/* Read the last entries; those that surely pass have their address in gpa. Returns the other lanes.
- * IN like: of the directory that the entries come from; alike: all accesses are the same. */
-KVMMU_INLINE uint64_t sure_body(int format, int alike, struct kvmmu_lanes *l, const struct kvmmu_passes *p,
-                                const uint8_t *access, uint64_t like, uint64_t *gpa)
-{
-    const uint64_t *words = (const uint64_t *)p->of;
-    const uint64_t offset = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, KVMMU_PREFIX_LEVEL(like))) - 1;
-    const uint64_t base_mask = (format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK) & ~offset;
-    vec bits = FIRST_BITS, odd = bits & 0, care = odd + p->of[access[0]].care, want = odd + p->of[access[0]].want;
-    EACH_VECTOR(i)
-    {
-        vec entry = CVEC(l->entry), pte;
-        if (format == KVMMU_FORMAT_32)
-            pte = (vec){kvmmu_read_entry(format, entry[0]), kvmmu_read_entry(format, entry[1]), kvmmu_read_entry(format, entry[2]),
-                        kvmmu_read_entry(format, entry[3])};
-        else
-            pte = (vec){*(const word64 *)(uintptr_t)entry[0], *(const word64 *)(uintptr_t)entry[1], *(const word64 *)(uintptr_t)entry[2],
-                        *(const word64 *)(uintptr_t)entry[3]};
-        if (!alike) {
-            vec index = WIDE(byte_vec, access) * 2;
-            care = GATHER(words, index);
-            want = GATHER(words + 1, index);
-        }
-        odd |= ~WHERE((pte & care) == want) & bits;
-        bits <<= VEC_LANES;
-        VEC(gpa) = (pte & base_mask) | (CVEC(l->addr) & offset);
-    }
-    return ONE_WORD(odd);
-}
-
-/* Lanes that the directory does not know, after remembered prefixes that are like another. Returns those that do not surely pass.
- * IN lanes: which; of: what passes, by access. OUT ref, entry, gpa of the lanes that pass */
-KVMMU_INLINE uint64_t beside_body(int format, struct kvmmu_lanes *l, uint64_t lanes, const struct kvmmu_prefix *prefixes, uint32_t asid,
-                                  uint64_t like, const struct kvmmu_pass *of, const uint8_t *access, uint64_t *gpa)
-{
-    const uint64_t place = kvmmu_prefix_place(asid), space = (uint64_t)asid << PREFIX_ASID_SHIFT, level = KVMMU_PREFIX_LEVEL(like);
-    const int others = KVMMU_PREFIX_LEVEL(l->like) != PG_LEVEL_4K; /* entries may lead to further tables */
-    uint64_t left = lanes;
-    for (; lanes; lanes &= lanes - 1) {
-        const size_t lane = kvmmu_first_bit(lanes);
-        const uint64_t addr = l->addr[lane], region = kvmmu_region(format, addr);
-        const struct kvmmu_prefix *p = &prefixes[KVMMU_PREFIX_SLOT(region, place)];
-        const struct kvmmu_pass *pass = &of[access[lane]];
-        uint64_t entry, pte;
-        if (!others && !(l->apart >> lane & 1) && (!l->voids || l->entry[lane] - l->voids >= PAGE_SIZE))
-            continue; /* its prefix is the directory's */
-        if ((p->tag ^ region ^ space) | ((p->ref ^ like) & PREFIX_LIKE_MASK))
-            continue;
-        entry = kvmmu_entry_hva(format, p->ref, addr);
-        pte = kvmmu_read_entry(format, entry);
-        if ((pte & pass->care) != pass->want)
-            continue;
-        left ^= lanes & -lanes;
-        l->ref[lane] = p->ref;
-        l->entry[lane] = entry;
-        gpa[lane] = kvmmu_leaf_gpa(format, pte, (uint32_t)level, addr, 0);
-    }
-    return left;
-}
-
-/* 64 rows of the three common columns: lanes that pass, and lanes that fault. IN access_mask: what of an access its error code tells. */
 KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
                             uint8_t *status, uint32_t *error_code)
 {
@@ -206,8 +150,12 @@ KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_
         }
 }
 
-/* The rules of the last entry, for all lanes. */
-KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)
+/* Levels of the last entries of 64 lanes. */
+enum lane_levels { LANES_OF_TABLES, LANES_OF_LARGE_PAGES, LANES_MIXED };
+
+/* IN level: of all of them, if they are not mixed */
+KVMMU_INLINE void judge_body(int format, enum lane_levels levels, int keys, uint64_t level, struct kvmmu_lanes *l,
+                             const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva, const uint8_t *access_bytes, uint64_t *gpa)
 {
     const struct kvm_page_format *fmt = w->fmt;
     const uint64_t bad_mt_xwr = fmt->bad_mt_xwr, present_mask = w->present_mask, page_size_mask = w->page_size_mask;
@@ -221,25 +169,31 @@ KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes
     vec bits = FIRST_BITS, fault = bits & 0, slow = bits & 0;
 
     memcpy(rsvd, fmt->rsvd_bits_mask, sizeof rsvd);
-    for (size_t i = 0; i < KVMMU_LANES; i++)
+    for (size_t i = 0; i < KVMMU_LANES; i++) {
         l->pte[i] = kvmmu_read_entry(format, l->entry[i]);
+        l->look[i] = fmt->looks[access_bytes[i]];
+        KVMMU_BY_ITSELF();
+    }
     EACH_VECTOR(i)
     {
-        vec pte = VEC(l->pte), ref = VEC(l->ref), look = VEC(l->look), addr = VEC(l->addr), zero = pte & 0;
+        vec pte = VEC(l->pte), ref = VEC(l->ref), look = VEC(l->look), addr = CVEC(gva) & gva_mask, zero = pte & 0;
         vec acc = (ref >> PREFIX_ACCESS_SHIFT) & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte));
         vec access = look >> KVMMU_LOOK_ACCESS_SHIFT;
         vec need = accessed_mask | (look & write_look) >> write_shift;
         vec denied = look >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
-        vec r0 = zero + rsvd[0][0], r1 = r0, high = zero, key, malformed, absent, bad;
-        if (large) {
-            vec level = KVMMU_PREFIX_LEVEL(ref), is_large = WHERE(level != PG_LEVEL_4K);
-            r1 = zero + rsvd[1][0];
+        vec r0 = zero + rsvd[0][level - 1], r1 = zero + rsvd[1][level - 1], high = zero, key, malformed, absent, bad;
+        if (levels == LANES_OF_LARGE_PAGES) {
+            not_leaf = WHERE((pte & page_size_mask) == 0);
+            offset = zero + ((UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, level)) - 1);
+            high = zero + pse36_mask;
+        } else if (levels == LANES_MIXED) {
+            vec own_level = KVMMU_PREFIX_LEVEL(ref), is_large = WHERE(own_level != PG_LEVEL_4K);
             for (int n = 1; n < PT_MAX_LEVELS; n++) {
-                r0 = SELECT(WHERE(level == (uint64_t)n + 1), rsvd[0][n], r0);
-                r1 = SELECT(WHERE(level == (uint64_t)n + 1), rsvd[1][n], r1);
+                r0 = SELECT(WHERE(own_level == (uint64_t)n + 1), rsvd[0][n], r0);
+                r1 = SELECT(WHERE(own_level == (uint64_t)n + 1), rsvd[1][n], r1);
             }
             not_leaf = is_large & WHERE((pte & page_size_mask) == 0);
-            offset = ((1 + zero) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
+            offset = ((1 + zero) << KVMMU_LEVEL_SHIFT(format, own_level)) - 1;
             high = is_large & pse36_mask;
         }
         key = zero;
@@ -253,50 +207,56 @@ KVMMU_INLINE void judge_body(int format, int large, int keys, struct kvmmu_lanes
         slow |= ~WHERE(((need & ~pte) | not_leaf | (ref & cold_mask)) == 0) & bits;
         bits <<= VEC_LANES;
         VEC(l->pte_access) = acc;
-        VEC(l->gpa) = KVMMU_LEAF_GPA(format, pte, offset, addr, high);
+        VEC(gpa) = KVMMU_LEAF_GPA(format, pte, offset, addr, high);
     }
     l->fault = ONE_WORD(fault);
     l->slow = ONE_WORD(slow) & ~l->fault;
 }
 
-KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)
+KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva,
+                            const uint8_t *access, uint64_t *gpa)
 {
     const int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
-    vec tables = ~(FIRST_BITS & 0);
+    const uint64_t level = KVMMU_PREFIX_LEVEL(l->ref[0]);
+    vec others = FIRST_BITS & 0;
     EACH_VECTOR(i)
-        tables &= CVEC(l->ref);
-    /* level 1 has no large pages: bit 7 is its PAT bit and reserves nothing */
-    if (!((tables[0] & tables[1] & tables[2] & tables[3]) >> PREFIX_TABLE_SHIFT) || w->fmt->rsvd_bits_mask[0][0] != w->fmt->rsvd_bits_mask[1][0]) {
+        others |= CVEC(l->ref) ^ level << PREFIX_LEVEL_SHIFT;
+    if (KVMMU_PREFIX_LEVEL(ONE_WORD(others)) || level < PG_LEVEL_4K) {
         if (keys)
-            judge_body(format, 1, 1, l, w);
+            judge_body(format, LANES_MIXED, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
         else
-            judge_body(format, 1, 0, l, w);
+            judge_body(format, LANES_MIXED, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+    } else if (level > PG_LEVEL_4K) {
+        if (keys)
+            judge_body(format, LANES_OF_LARGE_PAGES, 1, level, l, w, gva_mask, gva, access, gpa);
+        else
+            judge_body(format, LANES_OF_LARGE_PAGES, 0, level, l, w, gva_mask, gva, access, gpa);
     } else if (keys) {
-        judge_body(format, 0, 1, l, w);
+        judge_body(format, LANES_OF_TABLES, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else {
-        judge_body(format, 0, 0, l, w);
+        judge_body(format, LANES_OF_TABLES, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     }
 }
 
-/* Known translations of 64 rows: bit n is set where row n has none. OUT gpa: right where the bit is clear. */
-KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                  const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level)
+/* IN ctx: NULL: all of one context */
+KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
+                                  uint64_t first_space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
     const uint64_t *words = (const uint64_t *)tlb;
     vec bits = FIRST_BITS, miss = bits & 0;
+    if (status)
+        memset(status, STATUS_OK, KVMMU_LANES);
+    if (error_code)
+        memset(error_code, 0, KVMMU_LANES * sizeof *error_code);
     EACH_VECTOR(i)
     {
-        vec page = CVEC(gva) >> PAGE_SHIFT, space = (bits & 0) + asid, value, a, hit, slot;
+        vec page = CVEC(gva) >> PAGE_SHIFT, space = (bits & 0) + first_space, a = WIDE(byte_vec, access), value, hit, slot;
         if (ctx)
             space += WIDE(half_vec, ctx);
-        if (access_stride)
-            a = WIDE(byte_vec, access);
-        else
-            a = (bits & 0) + access[0];
-        a &= ~(WHERE((a & ACCESS_IMPLICIT_MASK) != 0) & (ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
         slot = KVMMU_TLB_SLOT(page, space) * 2;
         value = GATHER(words + 1, slot);
-        hit = WHERE(GATHER(words, slot) == (page << TLB_ASID_BITS | space)) & value >> (a >> PERMISSIONS_INDEX_SHIFT);
+        hit = WHERE(GATHER(words, slot) == (page << TLB_ASID_BITS | space)) & value >> (a >> PERMISSIONS_INDEX_SHIFT & 15);
+        hit &= ~WHERE((a & ACCESS_IMPLICIT_MASK) != 0);
         VEC(gpa) = KVMMU_TLB_GPA(value) | (CVEC(gva) & PAGE_OFFSET_MASK);
         if (level)
             *(byte_vec *)&level[i] = __builtin_convertvector(value >> TLB_LEVEL_SHIFT, byte_vec);
@@ -308,60 +268,53 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 
 /* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
 
-#define KVMMU_FORMAT_FUNCTIONS(format, name, target)                                                                             \
-    target static void start_##name(struct kvmmu_lanes *l, const uint64_t *gva, uint64_t gva_mask, int canonical_shift, int far, \
-                                    const struct kvmmu_directory *d)                                                             \
-    {                                                                                                                            \
-        if (far)                                                                                                                 \
-            start_body(format, 1, l, gva, gva_mask, canonical_shift, d);                                                         \
-        else                                                                                                                     \
-            start_body(format, 0, l, gva, gva_mask, canonical_shift, d);                                                         \
-    }                                                                                                                            \
-    target static uint64_t sure_##name(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, int alike,    \
-                                       uint64_t like, uint64_t *gpa)                                                             \
-    {                                                                                                                            \
-        return alike ? sure_body(format, 1, l, p, access, like, gpa) : sure_body(format, 0, l, p, access, like, gpa);            \
-    }                                                                                                                            \
-    target static uint64_t beside_##name(struct kvmmu_lanes *l, uint64_t lanes, const struct kvmmu_prefix *prefixes, uint32_t asid,   \
-                                         uint64_t like, const struct kvmmu_pass *of, const uint8_t *access, uint64_t *gpa)           \
-    {                                                                                                                            \
-        return beside_body(format, l, lanes, prefixes, asid, like, of, access, gpa);                                             \
-    }                                                                                                                            \
-    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w)                                      \
-    {                                                                                                                            \
-        judge_any(format, l, w);                                                                                                 \
+#define KVMMU_FORMAT_FUNCTIONS(format, name, target, find, read)                                                                    \
+    target static uint64_t find_##name(struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)            \
+    {                                                                                                                               \
+        return far ? find(format, l, s, gva, 1) : find(format, l, s, gva, 0);                                                       \
+    }                                                                                                                               \
+    target static uint64_t read_##name(struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, const uint8_t *access,\
+                                       uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)                        \
+    {                                                                                                                               \
+        return read(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
+    }                                                                                                                               \
+    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva, \
+                                    const uint8_t *access, uint64_t *gpa)                                                           \
+    {                                                                                                                               \
+        judge_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
     }
 
-#define KVMMU_LANE_FUNCTIONS(name, target, sure_64, recall)                                                                      \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target)                                                                   \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target)                                                                   \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target)                                                                 \
+#define KVMMU_LANE_FUNCTIONS(name, target, find, read, recall)                                                                      \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, read)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, read)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, read)                                                        \
     target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,          \
-                                         size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level) \
+                                         uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)   \
     {                                                                                                                            \
-        if (!ctx && !access_stride)                                                                                              \
-            return recall_body(tlb, gva, access, 0, 0, asid, gpa, level);                                                        \
-        if (!ctx)                                                                                                                \
-            return recall_body(tlb, gva, access, 1, 0, asid, gpa, level);                                                        \
-        return recall_body(tlb, gva, access, access_stride, ctx, asid, gpa, level);                                              \
+        return recall_body(tlb, gva, access, 0, space, gpa, level, status, error_code);                                          \
+    }                                                                                                                            \
+    target static uint64_t recall_each_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,     \
+                                              const uint32_t *ctx, uint64_t first_space, uint64_t *gpa, uint8_t *level,          \
+                                              uint8_t *status, uint32_t *error_code)                                             \
+    {                                                                                                                            \
+        return recall_body(tlb, gva, access, ctx, first_space, gpa, level, status, error_code);                                  \
     }                                                                                                                            \
     target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,      \
                                    uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                         \
     {                                                                                                                            \
         emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                         \
     }                                                                                                                            \
-    static const struct kvmmu_lane_ops lane_ops_##name = {{start_32_##name, start_64_##name, start_ept_##name},                  \
-                                                          {sure_32_##name, sure_64, sure_ept_##name},                            \
-                                                          {beside_32_##name, beside_64_##name, beside_ept_##name},               \
-                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},                  \
-                                                          recall, emit_##name};
+    static const struct kvmmu_lane_ops lane_ops_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
+                                                          {read_32_##name, read_64_##name, read_ept_##name},                        \
+                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
+                                                          recall, recall_each_##name, emit_##name};
 
-KVMMU_LANE_FUNCTIONS(portable, , sure_64_portable, recall_portable)
+KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_portable)
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prefer-vector-width=512")))
+#define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
 #include "_lanes_avx2.h"
-KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, kvmmu_sure_64, kvmmu_recall)
-KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, kvmmu_sure_64, kvmmu_recall)
+KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_avx2, read_avx2, recall_avx2_one)
+KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, find_avx2, read_avx2, recall_avx2_one)
 #endif
 
 /* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */

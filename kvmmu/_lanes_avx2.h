@@ -1,128 +1,174 @@
-/* What of `_lanes.h` is worth instructions that C has no words for. The twin of each function there gives the same answers. */
+/* What of `_lanes.h` is worth instructions that C has no words for: find_body(), read_body(), recall_body(), the same answers.
+ *
+ * Addresses go from vectors to loads by way of memory, a loop before they are used, so that none waits for another.
+ */
 #ifndef KVMMU_LANES_AVX2_H
 #define KVMMU_LANES_AVX2_H
 
-#include <immintrin.h>
+#include "_vectors_avx2.h"
 
-#define KVMMU_AVX2 __attribute__((target("avx2,bmi,bmi2")))
-
-/* 32 bytes, of row 4 * k + j at 8 * j + k, from the order of rows; and back. */
-KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_across(__m256i rows)
+KVMMU_AVX2 KVMMU_INLINE uint64_t find_avx2(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
 {
-    const __m128i columns = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(rows, _mm256_broadcastsi128_si256(columns)),
-                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
+    const int region_shift = s->region_shift, entry_shift = s->entry_shift;
+    const char *prefixes = (const char *)s->prefixes;
+    const __m256i gva_mask = WORDS(s->gva_mask), zero = _mm256_setzero_si256();
+    const __m256i slots = WORDS(((UINT64_C(1) << PREFIX_BITS) - 1) * sizeof(struct kvmmu_prefix));
+    const __m256i place = WORDS(s->place * sizeof(struct kvmmu_prefix)), space = WORDS(s->space);
+    const __m256i hva_mask = WORDS(PREFIX_HVA_MASK), nothing = WORDS(s->nothing);
+    const __m256i index_mask = WORDS(format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3);
+    uint64_t slot[KVMMU_LANES] ALIGNED, known_lanes = 0;
 
-KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_along(__m256i columns)
-{
-    const __m128i rows = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(columns, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)),
-                               _mm256_broadcastsi128_si256(rows));
-}
-
-/* KVMMU_TLB_SLOT(), before it is cut to size. */
-#define KVMMU_TLB_SLOT_AVX2(page, space) \
-    _mm256_xor_si256(_mm256_xor_si256(page, _mm256_srli_epi64(page, TLB_BITS)), _mm256_slli_epi64(space, 3))
-
-/* sure_body() for 8-byte entries of guests: what depends on the access is a byte of each entry, compared for 32 rows at once. */
-KVMMU_AVX2 static uint64_t kvmmu_sure_bytes(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, uint64_t like,
-                                            uint64_t *gpa)
-{
-    const uint64_t offset_bits = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(KVMMU_FORMAT_64, KVMMU_PREFIX_LEVEL(like))) - 1;
-    const __m256i offset = _mm256_set1_epi64x((long long)offset_bits);
-    const __m256i base = _mm256_set1_epi64x((long long)(PT64_BASE_ADDR_MASK & ~offset_bits));
-    const __m256i fixed_care = _mm256_set1_epi64x((long long)p->fixed.care);
-    const __m256i fixed_want = _mm256_set1_epi64x((long long)p->fixed.want);
-    const __m256i low = _mm256_set1_epi64x((long long)(PASS_BYTE_MASK << 56));
-    const __m256i nx = _mm256_set1_epi64x((long long)PT64_NX_MASK);
-    const __m256i fits = _mm256_set1_epi64x((long long)(PASS_BYTE_FITS << 56));
-    const __m256i cares = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p->care));
-    const __m256i wants = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p->want));
-    uint64_t odd = 0;
-
-    for (size_t half = 0; half < KVMMU_LANES; half += 32) {
-        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(access + half));
-        const __m256i implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK);
-        __m256i has = _mm256_setzero_si256(), good;
-        const __m256i index = _mm256_and_si256(_mm256_srli_epi16(bytes, PERMISSIONS_INDEX_SHIFT), _mm256_set1_epi8(15));
-        const __m256i a = kvmmu_across(index);
-        for (size_t i = half; i < half + 32; i += 4) {
-            const uint64_t *e = l->entry + i;
-            const __m256i pte = _mm256_setr_epi64x(*(const word64 *)(uintptr_t)e[0], *(const word64 *)(uintptr_t)e[1],
-                                                   *(const word64 *)(uintptr_t)e[2], *(const word64 *)(uintptr_t)e[3]);
-            const __m256i fixed = _mm256_cmpeq_epi64(_mm256_and_si256(pte, fixed_care), fixed_want);
-            __m256i byte = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi64(pte, 56), low), _mm256_and_si256(pte, nx));
-            byte = _mm256_or_si256(byte, _mm256_and_si256(fixed, fits));
-            has = _mm256_or_si256(_mm256_srli_epi64(has, 8), byte);
-            byte = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(l->addr + i)), offset);
-            _mm256_storeu_si256((__m256i *)(gpa + i), _mm256_or_si256(_mm256_and_si256(pte, base), byte));
-        }
-        good = _mm256_cmpeq_epi8(_mm256_and_si256(has, _mm256_shuffle_epi8(cares, a)), _mm256_shuffle_epi8(wants, a));
-        /* implicit accesses have no place in the tables */
-        good = _mm256_andnot_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, implicit), implicit), kvmmu_along(good));
-        odd |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(good) << half;
+    SHORT_LOOP(i, 4)
+    {
+        const __m256i addr = _mm256_and_si256(LOAD(gva + i), gva_mask);
+        const __m256i near = _mm256_xor_si256(_mm256_srli_epi64(addr, region_shift - 4), place);
+        STORE(slot + i, _mm256_and_si256(_mm256_xor_si256(near, _mm256_srli_epi64(addr, region_shift + PREFIX_BITS - 4)), slots));
     }
-    return odd;
-}
-
-KVMMU_AVX2 static uint64_t sure_64_avx2(struct kvmmu_lanes *, const struct kvmmu_passes *, const uint8_t *, int alike, uint64_t like,
-                                        uint64_t *gpa);
-
-KVMMU_AVX2 static uint64_t kvmmu_sure_64(struct kvmmu_lanes *l, const struct kvmmu_passes *p, const uint8_t *access, int alike,
-                                         uint64_t like, uint64_t *gpa)
-{
-    return alike || !p->in_bytes ? sure_64_avx2(l, p, access, alike, like, gpa) : kvmmu_sure_bytes(l, p, access, like, gpa);
-}
-
-KVMMU_AVX2 static uint64_t recall_avx2(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                       const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level);
-
-#define KVMMU_ONE_ENTRY(tlb, slot) _mm_loadu_si128((const __m128i *)((tlb) + (slot)))
-#define KVMMU_TWO_ENTRIES(tlb, first, second) \
-    _mm256_inserti128_si256(_mm256_castsi128_si256(KVMMU_ONE_ENTRY(tlb, first)), KVMMU_ONE_ENTRY(tlb, second), 1)
-
-/* recall_body() for gpa alone: an entry is one load. */
-KVMMU_AVX2 KVMMU_INLINE uint64_t kvmmu_recall_whole(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,
-                                                    size_t access_stride, const uint32_t *ctx, uint32_t asid, uint64_t *gpa)
-{
-    const __m256i first_space = _mm256_set1_epi64x(asid), page_offset = _mm256_set1_epi64x((long long)PAGE_OFFSET_MASK);
-    const __m256i base = _mm256_set1_epi64x((long long)PT64_BASE_ADDR_MASK), slots = _mm256_set1_epi64x((1 << TLB_BITS) - 1);
-    const __m256i top = _mm256_set1_epi64x(63);
-    __m256i space = first_space, a = _mm256_set1_epi64x(access[0]), any = a;
-    uint64_t hits = 0;
-    for (size_t i = 0; i < KVMMU_LANES; i += 4) {
-        const __m256i addr = _mm256_loadu_si256((const __m256i *)(gva + i)), page = _mm256_srli_epi64(addr, PAGE_SHIFT);
-        __m256i slot, even, odd, tag, value, passes;
-        if (ctx)
-            space = _mm256_add_epi64(_mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)(ctx + i))), first_space);
-        if (access_stride) {
-            a = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int)*(const word32 *)(access + i)));
-            any = _mm256_or_si256(any, a);
-        }
-        slot = _mm256_and_si256(KVMMU_TLB_SLOT_AVX2(page, space), slots);
-        even = KVMMU_TWO_ENTRIES(tlb, _mm256_extract_epi64(slot, 0), _mm256_extract_epi64(slot, 2));
-        odd = KVMMU_TWO_ENTRIES(tlb, _mm256_extract_epi64(slot, 1), _mm256_extract_epi64(slot, 3));
-        tag = _mm256_unpacklo_epi64(even, odd);
-        value = _mm256_unpackhi_epi64(even, odd);
-        passes = _mm256_sllv_epi64(value, _mm256_sub_epi64(top, _mm256_srli_epi64(a, PERMISSIONS_INDEX_SHIFT)));
-        passes = _mm256_and_si256(passes, _mm256_cmpeq_epi64(tag, _mm256_or_si256(_mm256_slli_epi64(page, TLB_ASID_BITS), space)));
-        hits |= (uint64_t)_mm256_movemask_pd(_mm256_castsi256_pd(passes)) << i;
-        value = _mm256_and_si256(_mm256_srli_epi64(value, TLB_FRAME_SHIFT - PAGE_SHIFT), base);
-        _mm256_storeu_si256((__m256i *)(gpa + i), _mm256_or_si256(value, _mm256_and_si256(addr, page_offset)));
+    SHORT_LOOP(i, 4)
+    {
+        const __m256i addr = _mm256_and_si256(LOAD(gva + i), gva_mask);
+        const __m256i even = _mm256_loadu2_m128i((const __m128i *)(prefixes + slot[i + 2]), (const __m128i *)(prefixes + slot[i]));
+        const __m256i odd = _mm256_loadu2_m128i((const __m128i *)(prefixes + slot[i + 3]), (const __m128i *)(prefixes + slot[i + 1]));
+        const __m256i known = _mm256_cmpeq_epi64(_mm256_unpacklo_epi64(even, odd),
+                                                 _mm256_xor_si256(_mm256_srli_epi64(addr, region_shift), space));
+        const __m256i ref = PICK(nothing, _mm256_unpackhi_epi64(even, odd), known);
+        const __m256i index = _mm256_and_si256(_mm256_srli_epi64(addr, entry_shift), index_mask);
+        known_lanes |= (uint64_t)SIGNS(known) << i;
+        STORE(l->ref + i, ref);
+        STORE(l->entry + i, _mm256_add_epi64(_mm256_and_si256(ref, hva_mask), _mm256_and_si256(index, _mm256_cmpgt_epi64(zero, ref))));
     }
-    any = _mm256_and_si256(any, _mm256_set1_epi64x((long long)ACCESS_IMPLICIT_MASK));
-    return _mm256_testz_si256(any, any) ? ~hits : recall_avx2(tlb, gva, access, access_stride, ctx, asid, gpa, 0);
+    if (far)
+        for (size_t i = 0; i < KVMMU_LANES; i++)
+            __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+    return ~known_lanes;
 }
 
-KVMMU_AVX2 static uint64_t kvmmu_recall(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, size_t access_stride,
-                                        const uint32_t *ctx, uint32_t asid, uint64_t *gpa, uint8_t *level)
+/* ACC_* by the bytes of an entry. */
+KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_rights_avx2(int format, __m256i low, __m256i high)
 {
-    if (level)
-        return recall_avx2(tlb, gva, access, access_stride, ctx, asid, gpa, level);
-    if (!access_stride)
-        return kvmmu_recall_whole(tlb, gva, access, 0, ctx, asid, gpa);
-    return ctx ? kvmmu_recall_whole(tlb, gva, access, 1, ctx, asid, gpa) : kvmmu_recall_whole(tlb, gva, access, 1, 0, asid, gpa);
+    const __m256i nibble = _mm256_set1_epi8(15), in_place = _mm256_set1_epi8(ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK);
+    const __m128i ept_low = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 0, 1, 2, 3, 8, 9, 10, 11); /* X is ACC_EXEC */
+    const __m128i ept_high = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);    /* A, D, user execute */
+    const __m256i exec = _mm256_set1_epi8(ACC_EXEC_MASK);
+    if (format == KVMMU_FORMAT_EPT)
+        return _mm256_or_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(ept_low), _mm256_and_si256(low, nibble)),
+                               _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(ept_high), _mm256_and_si256(high, nibble)));
+    low = _mm256_and_si256(low, in_place);
+    if (format == KVMMU_FORMAT_32)
+        return _mm256_or_si256(low, exec);
+    return _mm256_or_si256(low, _mm256_andnot_si256(_mm256_srli_epi16(high, 4), exec));
+}
+
+KVMMU_AVX2 KVMMU_INLINE uint64_t read_avx2(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva,
+                                           const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+{
+    const int high = format == KVMMU_FORMAT_EPT ? 1 : 7; /* byte of an entry with a right that the lowest has not */
+    const __m256i gva_mask = WORDS(s->gva_mask), zero = _mm256_setzero_si256();
+    const __m256i base = WORDS(format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK);
+    const __m256i care_table = WORDS(s->care[STAGE_TABLE]), care_large = WORDS(s->care[STAGE_LARGE]), want = WORDS(s->want);
+    const __m256i offset_table = WORDS(s->offset[STAGE_TABLE]), offset_large = WORDS(s->offset[STAGE_LARGE]);
+    const __m256i nibble = _mm256_set1_epi8(15), bit_of = WORDS(EIGHT_BITS);
+    const __m256i implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK), level_mask = _mm256_set1_epi8(PREFIX_LEVEL_MASK);
+    uint64_t mixed[KVMMU_LANES / 2] ALIGNED, fits = 0, passes = 0, set = 0;
+
+    kvmmu_clear_columns(gpa, status, error_code);
+    SHORT_LOOP(i, 8)
+    {
+        __m256i mix[2];
+        _Pragma("GCC unroll 2") for (size_t k = i; k < i + 8; k += 4)
+        {
+            const __m256i addr = _mm256_and_si256(LOAD(gva + k), gva_mask), ref = LOAD(l->ref + k);
+            const __m256i offset = PICK(offset_large, offset_table, ref);
+            __m256i pte, wrong;
+            if (format == KVMMU_FORMAT_32)
+                pte = _mm256_cvtepu32_epi64(_mm_setr_epi32(
+                    (int)*(const word32 *)(uintptr_t)l->entry[k], (int)*(const word32 *)(uintptr_t)l->entry[k + 1],
+                    (int)*(const word32 *)(uintptr_t)l->entry[k + 2], (int)*(const word32 *)(uintptr_t)l->entry[k + 3]));
+            else
+                pte = _mm256_setr_epi64x(
+                    (long long)*(const word64 *)(uintptr_t)l->entry[k], (long long)*(const word64 *)(uintptr_t)l->entry[k + 1],
+                    (long long)*(const word64 *)(uintptr_t)l->entry[k + 2], (long long)*(const word64 *)(uintptr_t)l->entry[k + 3]);
+            wrong = _mm256_and_si256(_mm256_xor_si256(pte, want), PICK(care_large, care_table, ref));
+            fits |= (uint64_t)SIGNS(_mm256_cmpeq_epi64(wrong, zero)) << k;
+            STORE(l->pte + k, pte);
+            mix[(k - i) / 4] = kvmmu_some_bytes(pte, high, ref);
+            pte = _mm256_andnot_si256(offset, _mm256_and_si256(pte, base));
+            STORE(gpa + k, _mm256_or_si256(pte, _mm256_and_si256(addr, offset)));
+        }
+        STORE(mixed + i / 2, _mm256_or_si256(mix[0], _mm256_slli_epi32(mix[1], 16)));
+    }
+    _Pragma("GCC unroll 2") for (size_t start = 0; start < KVMMU_LANES; start += 32)
+    {
+        const struct kvmmu_row_bytes row = kvmmu_row_bytes(mixed + start / 2);
+        const __m256i before = row.top, last = row.high, bytes = kvmmu_bytes_of_rows(LOAD(access + start));
+        const __m256i a = _mm256_and_si256(_mm256_srli_epi16(bytes, PERMISSIONS_INDEX_SHIFT), nibble);
+        __m256i low = row.low, rights, denied, unset;
+        rights = _mm256_and_si256(kvmmu_rights_avx2(format, low, last), _mm256_srli_epi16(before, PREFIX_ACCESS_SHIFT - 56));
+        rights = _mm256_and_si256(rights, _mm256_shuffle_epi8(BYTES(s->levels), _mm256_and_si256(before, nibble)));
+        denied = _mm256_blendv_epi8(_mm256_shuffle_epi8(BYTES(s->denied[0]), rights), _mm256_shuffle_epi8(BYTES(s->denied[1]), rights),
+                                    _mm256_slli_epi16(a, 4));
+        denied = _mm256_or_si256(_mm256_and_si256(denied, _mm256_shuffle_epi8(bit_of, a)), _mm256_and_si256(bytes, implicit));
+        if (format == KVMMU_FORMAT_EPT)
+            low = _mm256_slli_epi16(last, PT_ACCESSED_SHIFT - (EPT_ACCESSED_SHIFT - 8));
+        denied = kvmmu_rows_of_bytes(_mm256_cmpeq_epi8(denied, zero));
+        unset = _mm256_andnot_si256(low, _mm256_shuffle_epi8(BYTES(s->need), a));
+        unset = kvmmu_rows_of_bytes(_mm256_cmpeq_epi8(unset, zero));
+        passes |= (uint64_t)(uint32_t)_mm256_movemask_epi8(denied) << start;
+        set |= (uint64_t)(uint32_t)_mm256_movemask_epi8(unset) << start;
+        if (level)
+            STORE(level + start, _mm256_and_si256(kvmmu_rows_of_bytes(before), level_mask));
+    }
+    passes &= fits;
+    l->slow = passes & ~set;
+    return ~(passes & set);
+}
+
+/* recall_body() of one context. */
+KVMMU_AVX2 static uint64_t recall_avx2_one(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, uint64_t space,
+                                        uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+{
+    const char *entries = (const char *)tlb;
+    const __m256i space_words = WORDS(space), page_offset = WORDS(PAGE_OFFSET_MASK), base = WORDS(PT64_BASE_ADDR_MASK);
+    const __m256i slots = WORDS(((UINT64_C(1) << TLB_BITS) - 1) * sizeof *tlb), place = WORDS(KVMMU_TLB_PLACE(space) * sizeof *tlb);
+    const __m256i nibble = _mm256_set1_epi8(15), implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK), bit_of = WORDS(EIGHT_BITS);
+    const __m256i zero = _mm256_setzero_si256();
+    uint64_t slot[KVMMU_LANES] ALIGNED, mixed[KVMMU_LANES / 2] ALIGNED, known = 0, passes = 0;
+
+    kvmmu_clear_columns(gpa, status, error_code);
+    SHORT_LOOP(i, 4)
+    {
+        const __m256i addr = LOAD(gva + i), near = _mm256_xor_si256(_mm256_srli_epi64(addr, PAGE_SHIFT - 4), place);
+        STORE(slot + i, _mm256_and_si256(_mm256_xor_si256(near, _mm256_srli_epi64(addr, PAGE_SHIFT + TLB_BITS - 4)), slots));
+    }
+    SHORT_LOOP(i, 8)
+    {
+        __m256i mix[2];
+        _Pragma("GCC unroll 2") for (size_t k = i; k < i + 8; k += 4)
+        {
+            const __m256i addr = LOAD(gva + k), offset = _mm256_and_si256(addr, page_offset);
+            const __m256i even = _mm256_loadu2_m128i((const __m128i *)(entries + slot[k + 2]), (const __m128i *)(entries + slot[k]));
+            const __m256i odd = _mm256_loadu2_m128i((const __m128i *)(entries + slot[k + 3]), (const __m128i *)(entries + slot[k + 1]));
+            const __m256i tag = _mm256_unpacklo_epi64(even, odd), value = _mm256_unpackhi_epi64(even, odd);
+            const __m256i wanted = _mm256_xor_si256(_mm256_xor_si256(addr, offset), space_words);
+            known |= (uint64_t)SIGNS(_mm256_cmpeq_epi64(tag, wanted)) << k;
+            mix[(k - i) / 4] = kvmmu_some_bytes(value, 1, value);
+            STORE(gpa + k, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64(value, TLB_FRAME_SHIFT - PAGE_SHIFT), base), offset));
+        }
+        STORE(mixed + i / 2, _mm256_or_si256(mix[0], _mm256_slli_epi32(mix[1], 16)));
+    }
+    _Pragma("GCC unroll 2") for (size_t start = 0; start < KVMMU_LANES; start += 32)
+    {
+        const struct kvmmu_row_bytes row = kvmmu_row_bytes(mixed + start / 2);
+        const __m256i bytes = kvmmu_bytes_of_rows(LOAD(access + start));
+        const __m256i a = _mm256_and_si256(_mm256_srli_epi16(bytes, PERMISSIONS_INDEX_SHIFT), nibble);
+        __m256i pass = _mm256_blendv_epi8(row.low, row.high, _mm256_slli_epi16(a, 4));
+        pass = _mm256_cmpeq_epi8(_mm256_and_si256(pass, _mm256_shuffle_epi8(bit_of, a)), zero); /* is not known to */
+        pass = _mm256_or_si256(pass, _mm256_cmpeq_epi8(_mm256_and_si256(bytes, implicit), implicit));
+        passes |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(kvmmu_rows_of_bytes(pass)) << start;
+        if (level)
+            STORE(level + start, kvmmu_rows_of_bytes(row.top));
+    }
+    return ~(known & passes);
 }
 
 #endif /* KVMMU_LANES_AVX2_H */

@@ -8,33 +8,15 @@ Prefixes live as long as a batch. Within it the tables change by accessed and di
 one with unset accessed bits says so, and the rows that would set them are walked one by one.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from kvmmu._lanes cimport kvmmu_directory, kvmmu_lane_walk, kvmmu_pass, kvmmu_passes, kvmmu_prefix, kvmmu_tlb_entry
+from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_stage, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
-
-# Memory of the directories of one stage.
-cdef struct directory_table:
-    uint64_t *words             # 1 << PREFIX_BITS
-    uint8_t *nothing            # two pages of zeros
-    uint32_t next_name
-    uint32_t times_cleared
 
 # What a batch, or a thread's part of it, keeps its memory in.
 cdef struct walk_tables:
     kvmmu_prefix *prefixes[2]   # of the first stage, of the second; 1 << PREFIX_BITS each
-    directory_table directories[2]
     kvmmu_tlb_entry *tlb
-
-# What surely passes each access in the last entries of a directory.
-cdef struct sure_passes:
-    bint known
-    int rest                    # blocks to go before trying again
-    int patience
-    kvmmu_passes passes
-    uint64_t beside_like        # prefixes of a second kind; 0: none
-    int beside_misses           # lanes of late that were neither
-    kvmmu_pass beside[64]       # what surely passes after those
 
 # One walk of a batch, with its part of the table of prefixes.
 cdef struct lane_space:
@@ -49,15 +31,17 @@ cdef struct lane_space:
     uint64_t upper_pte          # what leads to the table of level 2
     uint64_t upper_rights
     uint8_t *touched            # NULL, or which words of memory prefixes depend on
-    # of blocks: see `_directories.pxd`
-    directory_table *table
-    kvmmu_directory directory
-    uint32_t times_cleared      # of table, when the directory took its name
-    size_t strangers            # lanes of late whose prefixes are not of the directory
-    uint64_t stranger, stranger_addr    # one of them
-    int rest                    # blocks to go before the directory may change
+    # of blocks: see `_verdicts.pxd`
+    kvmmu_stage stage
+    bint known                  # what surely passes
+    int rest                    # blocks to go before asking again what surely passes
     int patience
-    sure_passes *sure
+
+# Address in the host of the table that the last entry of addr lies in; 0: it lies in none, or in the root, whose region would not
+# tell whether an address is canonical.
+cdef uint64_t table_of(const lane_space *s, uint64_t ref, uint64_t addr) noexcept nogil
+# A prefix that was found: for the whole table, if it is of the level of s.stage, above the lowest.
+cdef void remember_table(lane_space *s, uint64_t ref, uint64_t addr) noexcept nogil
 
 # What the last entry of a walk says.
 cdef enum:
@@ -70,6 +54,10 @@ cdef struct judged_entry:
     uint64_t pte
     uint32_t pte_access
     uint32_t error              # of a fault: P, RSVD, PK of the error code
+
+cdef inline bint is_canonical(const kvm_pagewalk *w, uint64_t addr) noexcept nogil:
+    return <uint64_t>(<int64_t>(addr << w.canonical_shift) >> w.canonical_shift) == addr
+
 
 # IN second: NULL, or what is remembered of the second stage; stage: which of the tables it takes, 0 or 1
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, int stage, lane_space *second, uint32_t asid,
@@ -106,15 +94,12 @@ cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
     return (touched[bit >> 3] >> (bit & 7)) & 1
 
 
-# Address in the host of the page that stands for tables in holes.
-cdef uint64_t no_table() noexcept nogil
 cdef inline void forget_upper(lane_space *s) noexcept nogil:
     s.upper = ~<uint64_t>0
 
 
 # Remember nothing of what these hold.
 cdef void forget_all(walk_tables *tables) noexcept nogil
-cdef void clear_directories(directory_table *t) noexcept nogil
 
 
 cdef class WalkCache:

@@ -5,8 +5,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACCESS_USER_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, PAGE_SIZE, PFERR_PRESENT_MASK, PFERR_RSVD_MASK,
-    PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT_PRESENT_MASK,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_1G,
+    PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
 )
 from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
 from kvmmu._gpte cimport (
@@ -15,29 +15,47 @@ from kvmmu._gpte cimport (
     kvmmu_gpte_rights, kvmmu_leaf_gpa, kvmmu_level_shift, read_gpte,
 )
 from kvmmu._lanes cimport (
-    PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_ASID_SHIFT, PREFIX_BITS, PREFIX_COLD_SHIFT,
-    PREFIX_HVA_MASK, PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, TLB_ASID_BITS, TLB_BITS,
-    kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_slot, kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry,
+    PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
+    PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, PREFIX_TAG_COLD, TLB_ASID_BITS,
+    TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_place_of, kvmmu_prefix_slot, kvmmu_prefix_tag,
+    kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry, kvmmu_use_tables,
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, directory_table, forget_upper, judged_entry, lane_space, mark_word, walk_tables,
+    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, walk_tables,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 
 
-cdef uint64_t no_table() noexcept nogil:
-    return <uint64_t><uintptr_t>NO_TABLE
+cdef uint64_t table_of(const lane_space *s, uint64_t ref, uint64_t addr) noexcept nogil:
+    cdef uint64_t hva = ref & PREFIX_HVA_MASK
+    cdef int level = <int>kvmmu_prefix_level(ref), format = s.w.format
+    if level == PG_LEVEL_4K:
+        return hva
+    if hva == <uint64_t><uintptr_t>NO_TABLE or level >= s.w.level:
+        return 0
+    addr >>= kvmmu_level_shift(format, level)
+    if format == KVMMU_FORMAT_32:
+        return hva - (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
+    return hva - (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
+
+
+cdef void remember_table(lane_space *s, uint64_t ref, uint64_t addr) noexcept nogil:
+    cdef uint64_t table = table_of(s, ref, addr)
+    cdef kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_place_of(&s.stage, addr)]
+    if table and <int>kvmmu_prefix_level(ref) == s.stage.level:
+        p.tag = addr >> s.stage.region_shift ^ s.stage.space
+        if (ref >> PREFIX_COLD_SHIFT) & 1:
+            p.tag |= PREFIX_TAG_COLD
+        p.ref = (ref & ~PREFIX_HVA_MASK) | table | <uint64_t>1 << PREFIX_TABLE_SHIFT
 
 
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, int stage, lane_space *second, uint32_t asid,
                      bint set_ad, uint8_t *touched) noexcept nogil:
     s.touched = touched
     s.w, s.prefixes, s.second = w, tables.prefixes[stage], second
-    s.table = &tables.directories[stage]
-    s.directory.name = 0
     s.found = 0
     forget_upper(s)
     s.lane.fmt = w.fmt
@@ -49,6 +67,14 @@ cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, 
     if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
         s.lane.accessed_mask = 0
     s.sets_ad = set_ad
+    s.stage.prefixes = s.prefixes
+    kvmmu_use_tables(w.format, &s.stage, asid, PG_LEVEL_4K)
+    s.stage.gva_mask = w.gva_mask
+    if not w.canonical_shift:                   # addresses that these tables cannot translate have no prefix
+        s.stage.gva_mask = w.gva_mask & PREFIX_ADDR_MASK | w.ngpa_rsvd_mask
+    s.stage.nothing = <uint64_t><uintptr_t>NO_TABLE
+    s.known = False
+    s.rest = s.patience = 0
 
 
 cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t look,
@@ -169,7 +195,7 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
     cdef guest_walker32 walker32
     cdef guest_walker64 walker64
     cdef guest_walkerEPT walkerEPT
-    cdef uint64_t ref, region = kvmmu_region(s.w.format, addr)
+    cdef uint64_t ref, tag, region = kvmmu_region(s.w.format, addr)
     cdef kvmmu_prefix *p
     if s.w.format == KVMMU_FORMAT_32:
         ref = find_prefix_generic(&walker32, s, addr)
@@ -179,31 +205,27 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
         ref = find_prefix_generic(&walkerEPT, s, addr)
     if ref:
         p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
-        p.tag = region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT
+        tag = kvmmu_prefix_tag(region, s.lane.asid)
+        s.found += (p.tag ^ tag) & ~PREFIX_TAG_COLD != 0
+        p.tag = tag
+        if (ref >> PREFIX_COLD_SHIFT) & 1:
+            p.tag |= PREFIX_TAG_COLD
         p.ref = ref
-        s.found += 1
     return ref
 
 
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
     cdef uint64_t region = kvmmu_region(s.w.format, addr)
     cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
-    if p.tag == (region ^ <uint64_t>s.lane.asid << PREFIX_ASID_SHIFT):
+    if (p.tag ^ kvmmu_prefix_tag(region, s.lane.asid)) & ~PREFIX_TAG_COLD == 0:
         return p.ref
     return find_prefix(s, addr)
-
-
-cdef void clear_directories(directory_table *t) noexcept nogil:
-    memset(t.words, 0, sizeof(uint64_t) << PREFIX_BITS)
-    t.next_name = 1
-    t.times_cleared += 1
 
 
 cdef void forget_all(walk_tables *tables) noexcept nogil:
     cdef int stage
     for stage in range(2):
         memset(tables.prefixes[stage], 0, sizeof(kvmmu_prefix) << PREFIX_BITS)
-        clear_directories(&tables.directories[stage])
     memset(tables.tlb, 0, sizeof(kvmmu_tlb_entry) << TLB_BITS)
 
 
@@ -213,11 +235,7 @@ cdef class WalkCache:
         cdef bint whole = True
         for stage in range(2):
             self.tables.prefixes[stage] = <kvmmu_prefix *>calloc(1 << PREFIX_BITS, sizeof(kvmmu_prefix))
-            self.tables.directories[stage].words = <uint64_t *>calloc(1 << PREFIX_BITS, sizeof(uint64_t))
-            self.tables.directories[stage].nothing = <uint8_t *>calloc(3, PAGE_SIZE)
-            self.tables.directories[stage].next_name = 1
-            whole = (whole and self.tables.prefixes[stage] is not NULL and self.tables.directories[stage].words is not NULL and
-                     self.tables.directories[stage].nothing is not NULL)
+            whole = whole and self.tables.prefixes[stage] is not NULL
         self.tables.tlb = <kvmmu_tlb_entry *>calloc(1 << TLB_BITS, sizeof(kvmmu_tlb_entry))
         if not whole or self.tables.tlb is NULL:
             raise MemoryError
@@ -226,8 +244,6 @@ cdef class WalkCache:
     def __dealloc__(self):
         for stage in range(2):
             free(self.tables.prefixes[stage])
-            free(self.tables.directories[stage].words)
-            free(self.tables.directories[stage].nothing)
         free(self.tables.tlb)
 
     cdef uint32_t take_asids(self, uint64_t count) noexcept nogil:

@@ -6,8 +6,9 @@ A row is recalled, or found quickly from the prefixes of its walk, or walked by 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu._prefixes cimport lane_space, sure_passes, walk_tables
+from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
+from kvmmu._memory cimport kvmmu_read64
+from kvmmu._prefixes cimport judged_entry, lane_space, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
 # Columns of a batch; a NULL column is not wanted.
@@ -28,6 +29,9 @@ cdef struct walk_spaces:
     const kvm_pagewalk *w
     lane_space first
     lane_space second
+    # of blocks: see `_straight.pxd`
+    int rest                        # blocks to go before trying the straight way again
+    int patience
 
 # Walks whose spaces are kept: for blocks, at least one more than there are blocks; and for single rows.
 cdef enum:
@@ -70,6 +74,8 @@ cdef struct batch:
     const batch_columns *out
     bint more                       # a column beside gpa, status, error_code and level is wanted
     bint lanes                      # False: row by row
+    bint straight                   # the columns are those of the straight way
+    uint8_t same_access[64]         # where access_stride is 0
     bint may_recall
     bint recalls                    # translations are remembered
     size_t skip                     # chunks to go before trying again whether that helps
@@ -86,7 +92,6 @@ cdef struct batch:
     size_t turn
     walk_spaces *spaces             # ALL_SPACES, of the walks of late
     size_t last_space
-    sure_passes *sure               # 2 * BLOCK_SPACES: of the first stage, of the second, of those that are a block's
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil
@@ -94,6 +99,9 @@ cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nog
 cdef bint recall_row(const batch *b, size_t i) noexcept nogil
 cdef void walk_row(batch *b, size_t i) noexcept nogil
 cdef void quick_row(batch *b, size_t i) noexcept nogil
+# The first stage of row i by its last entry. False: the row is written. OUT judged: of a row that passes
+cdef bint judge_row(batch *b, walk_spaces *m, size_t i, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t access,
+                    judged_entry *judged) noexcept nogil
 cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
 
 
@@ -111,3 +119,12 @@ cdef inline void write_row(const batch *b, size_t i, uint64_t gpa, uint8_t statu
         b.out.error_code[i] = error_code
     if b.out.level is not NULL:
         b.out.level[i] = level
+
+
+cdef inline bint of_one_context(const uint32_t *ctx) noexcept nogil:
+    """Whether 64 rows are of one context."""
+    cdef uint64_t differ = 0, first = ctx[0] * ((<uint64_t>1 << 32) + 1)
+    cdef size_t i
+    for i in range(KVMMU_LANES // 2):
+        differ |= kvmmu_read64(<const uint8_t *>&ctx[2 * i]) ^ first
+    return differ == 0

@@ -3,18 +3,20 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_USER_MASK, GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
+    ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
+    STATUS_OK, STATUS_PAGE_FAULT,
 )
-from kvmmu._directories cimport init_directory
-from kvmmu._format cimport explicit_access
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
 from kvmmu._lanes cimport (
     PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_entry_hva, kvmmu_prefix_level, kvmmu_tlb_entry,
     kvmmu_tlb_gpa, kvmmu_tlb_slot,
 )
-from kvmmu._prefixes cimport JUDGED_OK, forget_all, forget_upper, init_space, judge_one, judged_entry, mark_word, prefix_of
-from kvmmu._rows cimport (
-    ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row,
+from kvmmu._prefixes cimport (
+    JUDGED_FAULT, JUDGED_OK, find_prefix, forget_all, forget_upper, init_space, is_canonical, judge_one, judged_entry,
+    mark_word, prefix_of,
 )
+from kvmmu._rows cimport ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row
+from kvmmu._verdicts cimport set_leaf_bits
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 
 
@@ -103,18 +105,32 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
     m.w = w
     if b.ctx is not NULL:
         asid += <uint32_t>(w - b.walks)
+    m.second.found = 0
     if w.ngpa is not NULL:
         init_space(&m.second, w.ngpa, b.tables, 1, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
     init_space(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad, b.touched)
-    if for_block:
-        init_directory(&m.first, &b.sure[2 * b.last_space])
-        if w.ngpa is not NULL:
-            init_directory(&m.second, &b.sure[2 * b.last_space + 1])
+    m.rest = m.patience = 0
     return m
 
 
+cdef bint judge_row(batch *b, walk_spaces *m, size_t i, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t access,
+                    judged_entry *judged) noexcept nogil:
+    cdef const kvm_pagewalk *w = m.w
+    cdef uint64_t look = w.fmt.looks[access]
+    cdef int said = judge_one(&m.first, ref, entry, addr, <uint32_t>look, judged)
+    if said == JUDGED_FAULT:
+        write_row(b, i, INVALID_GPA, STATUS_PAGE_FAULT, judged.error | <uint32_t>(look >> KVMMU_LOOK_ACCESS_SHIFT) & w.pferr_mask,
+                  <uint8_t>kvmmu_prefix_level(ref))
+        return False
+    if said == JUDGED_OK or (w.ngpa is NULL and set_leaf_bits(&m.first, ref, entry, judged.pte, look)):
+        return True
+    walk_row(b, i)
+    find_prefix(&m.first, addr)                     # upper levels may have their accessed bits by now
+    return False
+
+
 cdef void quick_row(batch *b, size_t i) noexcept nogil:
-    """One row from the prefixes of its walk, if it passes without a change to the tables; else the scalar walk."""
+    """One row from the prefixes of its walk, if they and its last entry are all that counts; else the scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef walk_spaces *m = spaces_of(b, w, False)
     cdef judged_entry judged
@@ -126,16 +142,14 @@ cdef void quick_row(batch *b, size_t i) noexcept nogil:
     judged.pte_access = ACC_ALL
     entries[0] = entries[1] = 0
     if w.kind == WALK_TABLES:
-        if <uint64_t>(<long long>(addr << w.canonical_shift) >> w.canonical_shift) != addr:
-            walk_row(b, i)
-            return
-        ref = prefix_of(&m.first, addr)
-        if ref:
-            entries[0] = kvmmu_entry_hva(w.format, ref, addr)
-        if not ref or judge_one(&m.first, ref, entries[0], addr, w.fmt.looks[access], &judged) != JUDGED_OK:
+        ref = prefix_of(&m.first, addr) if is_canonical(w, addr) else 0
+        if not ref:
             walk_row(b, i)
             return
         level = <uint8_t>kvmmu_prefix_level(ref)
+        entries[0] = kvmmu_entry_hva(w.format, ref, addr)
+        if not judge_row(b, m, i, ref, entries[0], addr, access, &judged):
+            return
     elif w.kind == WALK_SECOND_STAGE and not access & ACCESS_USER_MASK:
         judged.pte_access &= ~<uint32_t>ACC_USER_MASK
     if w.ngpa is not NULL:

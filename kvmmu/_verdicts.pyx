@@ -1,186 +1,172 @@
-"""The rules of last entries, for a block of lanes; see `_verdicts.pxd`."""
+"""Blocks of lanes, one stage; see `_verdicts.pxd`."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy
 
-from kvmmu._bits cimport ACCESS_WRITE_MASK, PG_LEVEL_4K
-from kvmmu._directories cimport find_own, is_void, void_lanes
-from kvmmu._format cimport KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access
-from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
+from kvmmu._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT
+from kvmmu._gpte cimport KVMMU_FORMAT_32
 from kvmmu._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, PREFIX_LIKE_MASK, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits,
-    kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lanes, kvmmu_pass, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_split_passes,
-    kvmmu_sure_pass,
+    PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
+    kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
+    kvmmu_use_tables, kvmmu_want_prefix,
 )
-from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read64
+from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, judge_one, judged_entry, lane_space, sure_passes,
+    JUDGED_FAULT, JUDGED_SLOW, is_canonical, judge_one, judged_entry, lane_space, prefix_of, remember_table, table_of,
 )
-from kvmmu._verdicts cimport FEW_ODD, lane_bit
+from kvmmu._verdicts cimport FEW_ODD, lane_bit, rights_count
+from kvmmu._walk cimport second_stage_access
 
-# Blocks to go without trying again whether most lanes surely pass, at most.
+# Blocks to go without asking again what surely passes, at most.
 cdef int MAX_PATIENCE = 31
 
 
-cdef inline bint all_alike(const uint8_t *access) noexcept nogil:
-    """Whether 64 access bytes are the same."""
-    cdef uint64_t differ = 0, first = access[0] * (~<uint64_t>0 // 255)
-    cdef size_t i
-    for i in range(KVMMU_LANES // sizeof(uint64_t)):
-        differ |= kvmmu_read64(&access[i * sizeof(uint64_t)]) ^ first
-    return differ == 0
+cdef uint64_t find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
+                         bint far) noexcept nogil:
+    cdef uint64_t lanes, soon, addr, ref
+    cdef size_t lane
+    lanes = ops.find[s.w.format](l, &s.stage, gva, far)
+    l.noncanonical = l.cold = 0
+    l.level = s.stage.level
+    l.miss = lanes
+    lanes &= wanted
+    soon = lanes
+    while soon:
+        kvmmu_want_prefix(s.w.format, s.prefixes, s.lane.asid, gva[kvmmu_first_bit(soon)] & s.stage.gva_mask)
+        soon &= soon - 1
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        addr = gva[lane] & s.stage.gva_mask
+        if not is_canonical(s.w, addr):
+            l.noncanonical |= lane_bit(lane)
+            continue
+        if addr & s.w.ngpa_rsvd_mask:
+            continue
+        ref = prefix_of(s, addr)
+        if ref:
+            if s.stage.level > PG_LEVEL_4K:
+                remember_table(s, ref, addr)
+            kvmmu_set_prefix(s.w.format, l, lane, addr, ref)
+            l.miss &= ~lane_bit(lane)
+            if (ref >> PREFIX_COLD_SHIFT) & 1:
+                l.cold |= lane_bit(lane)
+    l.miss &= ~l.noncanonical
 
 
-cdef void find_passes(kvmmu_pass *passes, const lane_space *s, uint64_t like, uint64_t sample) noexcept nogil:
-    """Learn which last entries surely pass each access after such a prefix. IN sample: one of the entries."""
-    cdef size_t access
-    for access in range(<size_t>KVMMU_ACCESS_BYTES):
-        if explicit_access(<uint32_t>access) != access:
-            passes[access] = passes[explicit_access(<uint32_t>access)]
-        elif access % 2 or not kvmmu_sure_pass(s.w.format, &s.lane, like, s.lane.fmt.looks[access], sample, &passes[access]):
-            passes[access].care, passes[access].want = 0, 1                 # none
+cdef bint learn_passes(lane_space *s, uint64_t gva) noexcept nogil:
+    cdef uint64_t addr = gva & s.stage.gva_mask, ref, pte
+    cdef uint8_t seconds[16]
+    cdef const uint8_t *asked = NULL
+    cdef uint32_t i
+    if s.known:
+        return True
+    if addr & s.w.ngpa_rsvd_mask or not is_canonical(s.w, addr):
+        return False
+    ref = prefix_of(s, addr)
+    if not ref:
+        return False
+    if s.w.is_nested and not rights_count(s.w):
+        for i in range(<uint32_t>PERMISSIONS_COUNT):
+            seconds[i] = <uint8_t>second_stage_access(s.w, i << PERMISSIONS_INDEX_SHIFT, True, ACC_ALL)
+        asked = seconds
+    kvmmu_use_tables(s.w.format, &s.stage, s.lane.asid, <int>kvmmu_prefix_level(ref) if table_of(s, ref, addr) else PG_LEVEL_4K)
+    pte = kvmmu_read_entry(s.w.format, kvmmu_entry_hva(s.w.format, ref, addr))
+    s.known = kvmmu_learn_passes(s.w.format, &s.stage, &s.lane, pte, asked)
+    return s.known
 
 
-cdef int judge_lane(lane_space *s, kvmmu_lanes *l, size_t lane, const uint8_t *access, uint64_t *gpa) noexcept nogil:
-    """Judge one lane by its own prefix."""
+cdef void judge_own(lane_space *s, kvmmu_lanes *l, size_t lane, const uint64_t *gva, const uint8_t *access,
+                    uint64_t *gpa) noexcept nogil:
+    """Judge one lane, by a prefix of its own."""
     cdef judged_entry judged
     cdef int said
+    cdef uint64_t addr = gva[lane] & s.stage.gva_mask, ref
+    if l.level > PG_LEVEL_4K:
+        ref = prefix_of(s, addr)
+        if not ref:
+            l.miss |= lane_bit(lane)
+            return
+        kvmmu_set_prefix(s.w.format, l, lane, addr, ref)
     judged.gpa = 0
-    if not l.apart & lane_bit(lane) and (kvmmu_prefix_level(l.like) != PG_LEVEL_4K or is_void(l, lane)):
-        if not find_own(s, l, lane):
-            return JUDGED_OK                                # unknown: in l.miss
     l.look[lane] = s.lane.fmt.looks[access[lane]]
-    said = judge_one(s, l.ref[lane], l.entry[lane], l.addr[lane], <uint32_t>l.look[lane], &judged)
+    said = judge_one(s, l.ref[lane], l.entry[lane], addr, <uint32_t>l.look[lane], &judged)
     l.pte[lane], l.pte_access[lane], l.error[lane] = judged.pte, judged.pte_access, judged.error
-    gpa[lane] = l.gpa[lane] = judged.gpa
-    return said
+    gpa[lane] = judged.gpa
+    if said == JUDGED_FAULT:
+        l.fault |= lane_bit(lane)
+    elif said == JUDGED_SLOW:
+        l.slow |= lane_bit(lane)
 
 
-cdef uint64_t lanes_left(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t lanes, const uint8_t *access,
-                         uint64_t *gpa) noexcept nogil:
-    """Of these lanes, those that do not surely pass after a prefix of the second kind."""
-    cdef sure_passes *p = s.sure
-    cdef uint64_t left, passed
-    cdef size_t lane
-    if not p.beside_like:
-        return lanes
-    left = ops.beside[s.w.format](l, lanes, s.prefixes, s.lane.asid, p.beside_like, p.beside, access, gpa)
-    passed = lanes & ~left
-    if passed:
-        lane = kvmmu_first_bit(passed)
-        s.strangers += <size_t>kvmmu_count_bits(passed)
-        s.stranger, s.stranger_addr = l.ref[lane], l.addr[lane]
-    return left
-
-
-cdef void consider_beside(lane_space *s, const kvmmu_lanes *l, size_t lane) noexcept nogil:
-    """A lane that passed by itself: perhaps its prefix is of a kind that is frequent."""
-    cdef sure_passes *p = s.sure
-    cdef uint64_t like = l.ref[lane] & PREFIX_LIKE_MASK
-    if like == s.directory.like or (like == p.beside_like and s.w.format != KVMMU_FORMAT_EPT):
-        return
-    p.beside_misses += 1
-    if not p.beside_like or p.beside_misses > MAX_PATIENCE:
-        p.beside_like = like
-        p.beside_misses = 0
-        find_passes(p.beside, s, like, l.pte[lane])
-
-
-cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t held, const uint8_t *access,
-                       uint64_t *gpa) noexcept nogil:
+cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t lanes, const uint64_t *gva,
+                       const uint8_t *access, uint64_t *gpa) noexcept nogil:
     """Judge a block in which most lanes surely pass, and the others one by one. False: too many others."""
-    cdef sure_passes *p = s.sure
-    cdef uint64_t lanes = ~(held | l.miss | l.noncanonical), odd
+    cdef uint64_t odd
     cdef size_t lane
-    cdef int said
-    cdef bint alike = False
-    if p.rest:
-        p.rest -= 1
+    if s.rest:
+        s.rest -= 1
         return False
-    if l.like != s.directory.like or not lanes & ~l.apart:
-        return False
-    if not p.known:
-        lane = kvmmu_first_bit(lanes & ~l.apart)
-        find_passes(p.passes.of, s, l.like, kvmmu_read_entry(s.w.format, l.entry[lane]))
-        kvmmu_split_passes(&p.passes)
-        p.known = True
-    if s.w.format != KVMMU_FORMAT_64:                   # that one is no faster for it
-        alike = all_alike(access)
-    odd = (ops.sure[s.w.format](l, &p.passes, access, alike, l.like, gpa) | l.apart) & lanes
+    if not lanes:
+        l.fault = l.slow = 0
+        return True
+    odd = lanes
+    if learn_passes(s, gva[kvmmu_first_bit(lanes)]) and l.level == s.stage.level:
+        odd = (ops.read[s.w.format](l, &s.stage, gva, access, gpa, NULL, NULL, NULL) | l.cold) & lanes
     if kvmmu_count_bits(odd) > FEW_ODD:
-        if s.w.format == KVMMU_FORMAT_EPT:              # another entry may be a better sample
-            p.known = False
-        p.patience = min(2 * p.patience + 1, MAX_PATIENCE)
-        p.rest = p.patience
+        s.known = False                                 # another entry may be a better sample
+        s.patience = min(2 * s.patience + 1, MAX_PATIENCE)
+        s.rest = s.patience
         return False
-    p.patience = 0
+    s.patience = 0
     l.fault = l.slow = 0
-    odd = lanes_left(ops, s, l, odd, access, gpa)
     while odd:
         lane = kvmmu_first_bit(odd)
         odd &= odd - 1
-        said = judge_lane(s, l, lane, access, gpa)
-        if said == JUDGED_OK and not l.miss & lane_bit(lane):
-            consider_beside(s, l, lane)
-        elif said == JUDGED_FAULT:
-            l.fault |= lane_bit(lane)
-        elif said == JUDGED_SLOW:
-            l.slow |= lane_bit(lane)
+        judge_own(s, l, lane, gva, access, gpa)
     return True
 
 
-cdef void judge_block(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t held, const uint8_t *access,
-                      bint whole, uint64_t *gpa) noexcept nogil:
+cdef void judge_again(lane_space *s, kvmmu_lanes *l, uint64_t lanes, const uint64_t *gva, const uint8_t *access,
+                      uint64_t *gpa) noexcept nogil:
+    """Judge those of these lanes whose entry leads to another table by prefixes of their own."""
     cdef size_t lane
-    cdef uint64_t lanes = ~(held | l.miss | l.noncanonical), again
-    cdef int said
-    if not whole and judge_surely(ops, s, l, held, access, gpa):
-        return
-    again = void_lanes(l) & lanes & ~l.apart
-    while again:
-        find_own(s, l, kvmmu_first_bit(again))
-        again &= again - 1
-    for lane in range(KVMMU_LANES):
-        l.look[lane] = s.lane.fmt.looks[access[lane]]
-    ops.judge[s.w.format](l, &s.lane)
-    if gpa != l.gpa:
-        memcpy(gpa, l.gpa, sizeof(l.gpa))
-    if kvmmu_prefix_level(l.like) == PG_LEVEL_4K:
-        return
-    again = l.slow & lanes & ~l.apart                   # of a higher level: some may lead to another table
-    while again:
-        lane = kvmmu_first_bit(again)
-        again &= again - 1
-        if l.pte[lane] & s.lane.page_size_mask:
-            continue
-        said = judge_lane(s, l, lane, access, gpa)
-        if said != JUDGED_SLOW:
+    while lanes:
+        lane = kvmmu_first_bit(lanes)
+        lanes &= lanes - 1
+        if not l.pte[lane] & s.lane.page_size_mask:
             l.slow &= ~lane_bit(lane)
-        if said == JUDGED_FAULT:
-            l.fault |= lane_bit(lane)
+            judge_own(s, l, lane, gva, access, gpa)
 
 
-cdef bint set_leaf_bits(lane_space *s, const kvmmu_lanes *l, size_t lane) noexcept nogil:
-    """Step 7 of the walk for a lane with nothing else to set than bits of its leaf. False: not so, or the race is lost."""
-    cdef uint64_t pte = l.pte[lane], bits = s.lane.accessed_mask, now
-    cdef uint8_t *hva = <uint8_t *><uintptr_t>l.entry[lane]
-    if not s.sets_ad or ((l.ref[lane] >> PREFIX_COLD_SHIFT) | (l.ref[lane] >> PREFIX_REFUSED_SHIFT)) & 1:
+cdef void judge_block(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t held, const uint64_t *gva,
+                      const uint8_t *access, bint whole, uint64_t *gpa) noexcept nogil:
+    if whole or not judge_surely(ops, s, l, ~(held | l.miss | l.noncanonical), gva, access, gpa):
+        ops.judge[s.w.format](l, &s.lane, s.stage.gva_mask, gva, access, gpa)
+        if l.level > PG_LEVEL_4K:
+            judge_again(s, l, l.slow & ~(held | l.miss | l.noncanonical), gva, access, gpa)
+
+
+cdef bint set_leaf_bits(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t pte, uint64_t look) noexcept nogil:
+    cdef uint64_t bits = s.lane.accessed_mask, now
+    cdef uint8_t *hva = <uint8_t *><uintptr_t>entry
+    if not s.sets_ad or ((ref >> PREFIX_COLD_SHIFT) | (ref >> PREFIX_REFUSED_SHIFT)) & 1:
         return False
-    if kvmmu_prefix_level(l.ref[lane]) > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
+    if kvmmu_prefix_level(ref) > PG_LEVEL_4K and not pte & s.lane.page_size_mask:
         return False
-    if l.look[lane] & <uint64_t>ACCESS_WRITE_MASK << KVMMU_LOOK_ACCESS_SHIFT:
+    if look & <uint64_t>ACCESS_WRITE_MASK << KVMMU_LOOK_ACCESS_SHIFT:
         if s.w.pml is not NULL:
             return False
         bits |= bits << 1
-    if (l.ref[lane] >> PREFIX_READONLY_SHIFT) & 1:
+    if (ref >> PREFIX_READONLY_SHIFT) & 1:
         return True
     if s.w.format == KVMMU_FORMAT_32:
         if kvmmu_cmpxchg32(hva, <uint32_t>pte, <uint32_t>(pte | bits)):
             return True
     elif kvmmu_cmpxchg64(hva, pte, pte | bits):
         return True
-    now = kvmmu_read_entry(s.w.format, l.entry[lane])
+    now = kvmmu_read_entry(s.w.format, entry)
     return now & bits == bits and (now ^ pte) & ~(s.lane.accessed_mask * 3) == 0        # somebody else set them
 
 
@@ -190,6 +176,6 @@ cdef uint64_t set_bits_of(lane_space *s, kvmmu_lanes *l, uint64_t lanes) noexcep
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
-        if not set_leaf_bits(s, l, lane):
+        if not set_leaf_bits(s, l.ref[lane], l.entry[lane], l.pte[lane], l.look[lane]):
             left |= lane_bit(lane)
     return left
