@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 
 from kvmmu._prefixes cimport WalkCache
-from kvmmu._rows cimport batch, batch_columns, block, walk_spaces
+from kvmmu._rows cimport batch, batch_columns, block, waiting_rows, walk_spaces
 
 
 cdef class Workspace:
@@ -13,6 +13,7 @@ cdef class Workspace:
     cdef void *block_memory
     cdef block *blocks                  # in it
     cdef walk_spaces *spaces
+    cdef waiting_rows *waiting
     cdef uint8_t *touched
 
 # Get ready; nothing remembered before counts. IN count: of walks; rows: about how many are to come; watch: the caller changes
@@ -32,6 +33,8 @@ cdef class Job:
     cdef uint8_t one_access             # of all rows
     cdef batch whole
     cdef uint64_t count
+    cdef uint64_t next_row              # that no thread has taken yet
+    cdef size_t take_piece(self, size_t piece) noexcept nogil
     cdef batch_columns columns
     # The arguments of `PageWalk.translate()`, checked. Returns how many rows there are.
     cdef Py_ssize_t take_rows(self, gva, access) except -1

@@ -21,11 +21,14 @@ from kvmmu._columns cimport access_column, column, column_of
 from kvmmu._lanes cimport (
     KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
+from kvmmu._memory cimport kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, batch, batch_columns, block, of_one_context, quick_row, recall_row, walk_of, walk_row, walk_spaces,
+    ALL_SPACES, BLOCKS, WAITING, batch, batch_columns, block, of_one_context, quick_row, recall_row, waiting_rows, walk_of,
+    walk_row, walk_spaces,
 )
 from kvmmu._straight cimport go_straight
+from kvmmu._walk cimport kvm_pagewalk
 
 from kvmmu.columns import Translation, check_fields
 
@@ -33,6 +36,8 @@ from kvmmu.columns import Translation, check_fields
 cdef size_t FEW_ROWS = 8
 # Of 64 rows so many or fewer unknown translations are looked up one after the other.
 cdef int FEW_MISSES = 12
+# Changes of the context in 64 rows, from which on rows wait for others of their context.
+cdef size_t MANY_CHANGES = 2
 # Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
 cdef size_t TRIAL = 32
 cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
@@ -80,6 +85,50 @@ cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
                 put_run(b, walk_of(b, first), first, i - first)
                 first = i
     put_run(b, walk_of(b, first), first, start + count - first)
+
+
+cdef void put_waiting(batch *b, waiting_rows *g) noexcept nogil:
+    put_rows(b, &b.walks[g.ctx], g.rows, g.count)
+    g.count = 0
+
+
+cdef void put_all_waiting(batch *b) noexcept nogil:
+    cdef size_t i
+    if b.waits:
+        for i in range(<size_t>WAITING):
+            if b.waiting[i].count:
+                put_waiting(b, &b.waiting[i])
+    b.waits = False
+
+
+cdef bint logs(const kvm_pagewalk *w) noexcept nogil:
+    """Whether the order of rows shows."""
+    return w.pml is not NULL or (w.ngpa is not NULL and w.ngpa.pml is not NULL)
+
+
+cdef bint let_wait(batch *b, size_t start) noexcept nogil:
+    """64 rows of several contexts, until there are enough of each. False: they go on at once."""
+    cdef const uint32_t *ctx = &b.ctx[start]
+    cdef waiting_rows *g
+    cdef size_t i, changes = 0
+    for i in range(1, KVMMU_LANES):
+        changes += ctx[i] != ctx[i - 1]
+    if b.more or changes < MANY_CHANGES:
+        return False
+    for i in range(KVMMU_LANES):
+        if logs(&b.walks[ctx[i]]):
+            return False
+    for i in range(KVMMU_LANES):
+        g = &b.waiting[ctx[i] % WAITING]
+        if g.count and g.ctx != ctx[i]:
+            put_waiting(b, g)
+        g.ctx = ctx[i]
+        g.rows[g.count] = start + i
+        g.count += 1
+        if g.count == KVMMU_LANES:
+            put_waiting(b, g)
+    b.waits = True
+    return True
 
 
 cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
@@ -162,14 +211,15 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.more = wants_more(b.out)
     b.ops = OPS
     b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
-    b.blocks, b.spaces = work.blocks, work.spaces
+    b.blocks, b.spaces, b.waiting = work.blocks, work.spaces, work.waiting
+    b.waits = False
     b.touched = NULL
     if watch:
         b.touched = work.touched
         memset(b.touched, 0, TOUCHED_BYTES)
     b.count = count
     b.asid = b.space = 0
-    b.last_space = 0
+    b.last_space = b.next_space = 0
     for i in range(<size_t>ALL_SPACES):
         b.spaces[i].w = NULL
     b.tried = b.missed = b.skip = b.turn = 0
@@ -211,14 +261,16 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
             done = go_straight(b, i, last)
             if done:
                 count = done
-            else:
+            elif count < KVMMU_LANES or b.ctx is NULL or not let_wait(b, i):
                 put_chunk(b, i, count)
             if b.may_recall:
                 b.skip -= min(b.skip, (count + KVMMU_LANES - 1) // KVMMU_LANES)
                 if not b.skip:
+                    put_all_waiting(b)
                     drain_blocks(b)
                     b.recalls = True
         i += count
+    put_all_waiting(b)
     drain_blocks(b)
 
 
@@ -230,13 +282,15 @@ cdef class Workspace:
         self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
         self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_LANES_ALIGNMENT - 1) & ~(KVMMU_LANES_ALIGNMENT - 1))
         self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
+        self.waiting = <waiting_rows *>calloc(WAITING, sizeof(waiting_rows))
         self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
-        if self.block_memory is NULL or self.spaces is NULL or self.touched is NULL:
+        if self.block_memory is NULL or self.spaces is NULL or self.waiting is NULL or self.touched is NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.block_memory)
         free(self.spaces)
+        free(self.waiting)
         free(self.touched)
 
 
@@ -289,9 +343,17 @@ cdef class Job:
         self.arrays = arrays
         return out
 
-    def run(self, size_t start, size_t stop):
-        """Translate the rows start to stop."""
+    cdef size_t take_piece(self, size_t piece) noexcept nogil:
+        """The first row of a piece that nobody has."""
+        cdef uint64_t start = kvmmu_read64(<const uint8_t *>&self.next_row)
+        while not kvmmu_cmpxchg64(&self.next_row, start, start + piece):
+            start = kvmmu_read64(<const uint8_t *>&self.next_row)
+        return start
+
+    def run(self, size_t rows, size_t piece):
+        """Translate pieces of the rows, until there are none left; other threads may do the same at the same time."""
         cdef batch part = self.whole
+        cdef size_t start
         cdef Workspace work
         try:
             work = _spare.pop()
@@ -299,6 +361,9 @@ cdef class Job:
             work = Workspace()
         part.out = &self.columns
         with nogil:
-            begin_batch(&part, work, self.count, stop - start, False)
-            translate_rows(&part, start, stop)
+            begin_batch(&part, work, self.count, piece, False)
+            start = self.take_piece(piece)
+            while start < rows:
+                translate_rows(&part, start, min(start + piece, rows))
+                start = self.take_piece(piece)
         _spare.append(work)

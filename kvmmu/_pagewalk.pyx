@@ -32,6 +32,7 @@ from kvmmu.record import WalkRecord
 
 _PAGE = int(PAGE_SIZE)
 _BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
+_PIECES = 8                             # of the rows of a batch, for each thread: the faster ones take more of them
 
 
 cdef class PageWalk:
@@ -269,11 +270,14 @@ cdef class PageWalk:
         job.whole.walks, job.whole.ctx, job.whole.set_ad = walks, ctx_data, set_ad
         job.count = contexts.count if contexts is not None else 1
         if threads == 1 or n < threads * _BLOCK:
-            job.run(0, n)
+            job.run(n, n)
         else:
-            bounds = [n * i // threads // _BLOCK * _BLOCK for i in range(threads)] + [n]
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(job.run, bounds[:-1], bounds[1:]))
+            piece = -(-n // (threads * _PIECES) // _BLOCK) * _BLOCK
+            with ThreadPoolExecutor(threads - 1) as pool:
+                others = [pool.submit(job.run, n, piece) for _ in range(threads - 1)]
+                job.run(n, piece)
+                for other in others:
+                    other.result()
         return out
 
     def gva_to_gpa(self, gva, access=0):

@@ -33,10 +33,10 @@ cdef struct walk_spaces:
     int rest                        # blocks to go before trying the straight way again
     int patience
 
-# Walks whose spaces are kept: for blocks, at least one more than there are blocks; and for single rows.
+# Walks whose spaces are kept: for blocks, more than there are blocks; and for single rows.
 cdef enum:
     BLOCKS = 3
-    BLOCK_SPACES = 4
+    BLOCK_SPACES = 16
     ROW_SPACES = 64
     ALL_SPACES = BLOCK_SPACES + ROW_SPACES
 
@@ -61,6 +61,15 @@ cdef struct block:
     uint8_t second_access[64]
     kvmmu_lanes a
     kvmmu_lanes b
+
+# Rows of one context that wait until they are as many as a block holds.
+cdef enum:
+    WAITING = 64
+
+cdef struct waiting_rows:
+    uint32_t ctx
+    uint32_t count
+    size_t rows[64]
 
 # One batch, or a thread's part of it. IN walks: one, or one per context; ctx: NULL, or the context of each row (checked by
 # the caller); access: one value (access_stride 0) or one per row (access_stride 1). All else is begin_batch()'s.
@@ -90,8 +99,10 @@ cdef struct batch:
     uint8_t *touched                # NULL, or which words of memory something remembered depends on; see mark_word()
     block *blocks                   # BLOCKS
     size_t turn
+    waiting_rows *waiting           # WAITING, by context modulo that
+    bint waits                      # there are some
     walk_spaces *spaces             # ALL_SPACES, of the walks of late
-    size_t last_space
+    size_t last_space, next_space
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil

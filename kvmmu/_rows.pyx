@@ -89,15 +89,34 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
         remember(b, i, r.gpa, r.level)
 
 
+cdef walk_spaces *next_space(batch *b) noexcept nogil:
+    """The spaces that were taken longest ago, and that no block needs."""
+    cdef walk_spaces *m
+    cdef size_t i
+    cdef bint needed = True
+    while needed:
+        b.next_space = (b.next_space + 1) % BLOCK_SPACES
+        m = &b.spaces[b.next_space]
+        needed = False
+        for i in range(<size_t>BLOCKS):
+            needed = needed or (b.blocks[i].w is not NULL and b.blocks[i].spaces is m)
+    b.last_space = b.next_space
+    return m
+
+
 cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil:
-    """The spaces of a walk. Those of a block stay while three more blocks start; a single row's, until the next row's."""
+    """The spaces of a walk. Those of a block stay as long as the block; a single row's, until the next row's."""
     cdef walk_spaces *m = &b.spaces[b.last_space]
     cdef uint32_t asid = b.asid
+    cdef size_t i
     if m.w is w:
         return m
     if for_block:
-        b.last_space = (b.last_space + 1) % BLOCK_SPACES
-        m = &b.spaces[b.last_space]
+        for i in range(<size_t>BLOCK_SPACES):
+            if b.spaces[i].w is w:
+                b.last_space = i
+                return &b.spaces[i]
+        m = next_space(b)
     else:
         m = &b.spaces[BLOCK_SPACES + <size_t>(w - b.walks) % ROW_SPACES]
         if m.w is w:
