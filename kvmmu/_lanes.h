@@ -137,6 +137,17 @@ KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lan
 KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
                             uint8_t *status, uint32_t *error_code)
 {
+    if (fault == ~UINT64_C(0)) {
+        for (size_t i = 0; gpa && i < KVMMU_LANES; i += VEC_LANES) {
+            VEC(gpa) = ~(FIRST_BITS & 0);
+            KVMMU_BY_ITSELF();
+        }
+        if (status)
+            memset(status, STATUS_PAGE_FAULT, KVMMU_LANES);
+        for (size_t i = 0; error_code && i < KVMMU_LANES; i++)
+            error_code[i] = (uint32_t)(l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask));
+        return;
+    }
     if (gpa)
         for (size_t i = 0; i < KVMMU_LANES; i++)
             gpa[i] = from[i] | -(fault >> i & 1);

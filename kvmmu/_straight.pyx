@@ -15,7 +15,7 @@ from kvmmu._walk cimport WALK_TABLES, kvm_pagewalk
 # Of 64 rows so many or fewer that do not surely pass are dealt with one after the other.
 cdef int FEW_ODD = 12
 # Tables of last entries (of 4 KiB) up to which those are taken to be in the cache; others are fetched ahead, by blocks.
-cdef size_t NEAR = 1024
+cdef size_t NEAR = 2048
 # Blocks to go without trying again, at most.
 cdef int MAX_PATIENCE = 31
 
