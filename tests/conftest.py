@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds after every test."""
 
+import os
+
 import pytest
 import shadow_guests
+
+from kvmmu._batch import instruction_sets, use_instruction_set
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +16,10 @@ def audited():
     yield
     for vm in shadow_guests.MADE:
         assert vm.audit() == []
+
+
+@pytest.fixture
+def same_instruction_set():
+    """The instruction set that batches used before."""
+    yield
+    use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or instruction_sets()[0])

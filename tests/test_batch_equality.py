@@ -41,13 +41,7 @@ ONE_STAGE = COLUMNS[:8]
 FIELDS = (COLUMNS[:3], COLUMNS[:4], ("level",), ("gpa",), ("status",), ("error_code", "level"), COLUMNS,
           ("pte", "level"), ("pte_access", "refs"), ("gpa", "pte_gpa"), ("pte", "pte_access", "refs", "status"), ("ngpa", "gpa"))
 SETS = instruction_sets()
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """The instruction set in use before."""
-    yield
-    use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or SETS[0])
+pytestmark = pytest.mark.usefixtures("same_instruction_set")
 
 
 def sizes(rng, many=False):

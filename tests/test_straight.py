@@ -27,6 +27,7 @@ from kvmmu._batch import instruction_sets, use_instruction_set
 ROWS, LEAVES, UPPERS = 2500, 6, 4           # tables of level 1 and 2
 CPU = CpuModel(maxphyaddr=40)
 SETS = instruction_sets()
+pytestmark = pytest.mark.usefixtures("same_instruction_set")
 LARGE, NX, PKEY = 0x80, 1 << 63, 5 << 59
 OFFSETS_2M = 0x1FF000
 
@@ -52,13 +53,6 @@ ODD = {
     "table cold": (2, lambda word: word & ~0x20),
     "table without execute": (2, lambda word: word | NX),
 }
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """The instruction set in use before."""
-    yield
-    use_instruction_set(SETS[0])
 
 
 def with_odd(rng, pages, mode, level, change, share):
