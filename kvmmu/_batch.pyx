@@ -24,11 +24,10 @@ from kvmmu._lanes cimport (
 from kvmmu._memory cimport kvmmu_cmpxchg64, kvmmu_read64
 from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, batch, batch_columns, block, of_one_context, quick_row, recall_row, waiting_rows, walk_of,
-    walk_row, walk_spaces,
+    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
+    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
 )
 from kvmmu._straight cimport go_straight
-from kvmmu._walk cimport kvm_pagewalk
 
 from kvmmu.columns import Translation, check_fields
 
@@ -101,11 +100,6 @@ cdef void put_all_waiting(batch *b) noexcept nogil:
     b.waits = False
 
 
-cdef bint logs(const kvm_pagewalk *w) noexcept nogil:
-    """Whether the order of rows shows."""
-    return w.pml is not NULL or (w.ngpa is not NULL and w.ngpa.pml is not NULL)
-
-
 cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     """64 rows of several contexts, until there are enough of each. False: they go on at once."""
     cdef const uint32_t *ctx = &b.ctx[start]
@@ -116,7 +110,7 @@ cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     if b.more or changes < MANY_CHANGES:
         return False
     for i in range(KVMMU_LANES):
-        if logs(&b.walks[ctx[i]]):
+        if order_shows(&b.walks[ctx[i]]):
             return False
     for i in range(KVMMU_LANES):
         g = &b.waiting[ctx[i] % WAITING]
@@ -149,27 +143,17 @@ cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
 cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
     cdef uint64_t room[64]
-    cdef uint64_t *gpa = room
-    cdef uint8_t *level = NULL
-    cdef uint8_t *status = NULL
-    cdef uint32_t *error_code = NULL
-    cdef const uint8_t *access = &b.access[start] if b.access_stride else b.same_access
-    cdef uint64_t misses
+    cdef common_columns out = columns_from(b, start)
+    cdef const uint32_t *ctx = NULL if b.ctx is NULL else &b.ctx[start]
+    cdef uint64_t misses, space = b.space
     cdef size_t row
-    if b.out.gpa is not NULL:
-        gpa = &b.out.gpa[start]
-    if b.out.level is not NULL:
-        level = &b.out.level[start]
-    if b.out.status is not NULL:
-        status = &b.out.status[start]
-    if b.out.error_code is not NULL:
-        error_code = &b.out.error_code[start]
-    if b.ctx is NULL:
-        misses = b.ops.recall(b.tlb, &b.gva[start], access, b.space, gpa, level, status, error_code)
-    elif of_one_context(&b.ctx[start]):
-        misses = b.ops.recall(b.tlb, &b.gva[start], access, b.space + b.ctx[start], gpa, level, status, error_code)
-    else:
-        misses = b.ops.recall_each(b.tlb, &b.gva[start], access, &b.ctx[start], b.space, gpa, level, status, error_code)
+    if out.gpa is NULL:
+        out.gpa = room
+    if ctx is not NULL and of_one_context(ctx):
+        space += ctx[0]
+        ctx = NULL
+    misses = b.ops.recall(b.tlb, &b.gva[start], accesses_from(b, start), ctx, space, out.gpa, out.level, out.status,
+                          out.error_code)
     b.tried += 1
     if not misses:
         return
@@ -230,7 +214,6 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     if b.lanes and not b.more and rows >= 2 * KVMMU_LANES:
         b.space = work.cache.take_spaces(count)
     b.may_recall = b.recalls = b.space != 0
-    b.straight = b.lanes and not b.more
     if not b.access_stride and rows:
         memset(b.same_access, b.access[0], sizeof(b.same_access))
 

@@ -9,7 +9,10 @@ from kvmmu._bits cimport (
 from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
 from kvmmu._lanes cimport KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
 from kvmmu._prefixes cimport find_prefix, mark_word
-from kvmmu._rows cimport BLOCKS, batch, block, quick_row, remember, spaces_of, walk_row, write_more, write_row
+from kvmmu._rows cimport (
+    BLOCKS, accesses_from, batch, block, columns_from, common_columns, quick_row, remember, spaces_of, walk_row, write_more,
+    write_row,
+)
 from kvmmu._verdicts cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 
@@ -123,16 +126,13 @@ cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcep
     return l.gpa
 
 
-cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa) noexcept nogil:
-    """All rows of a block, in order, as if those in fault failed by the first stage and the others passed.
+cdef void write_columns(batch *b, block *k, uint64_t fault) noexcept nogil:
+    """All rows of a block, in order, as if those in fault failed by the first stage and the others passed; gpa is there already.
 
     What is neither is written over it afterwards.
     """
-    cdef size_t row = k.base
-    cdef uint64_t *to_gpa = NULL
-    cdef uint8_t *to_status = NULL
-    cdef uint32_t *to_error = NULL
-    cdef size_t lane
+    cdef common_columns out
+    cdef size_t lane, row
     cdef bint many = kvmmu_count_bits(fault) > FEW_ODD
     if not k.contiguous or b.more or b.recalls:
         return
@@ -141,16 +141,11 @@ cdef void write_columns(batch *b, block *k, uint64_t fault, const uint64_t *gpa)
         for row in range(k.count):
             k.rows[row] = k.base + row
         return
-    if b.out.level is not NULL:
+    out = columns_from(b, k.base)
+    if out.level is not NULL:
         for lane in range(KVMMU_LANES):
-            b.out.level[row + lane] = level_of(k, lane)
-    if b.out.gpa is not NULL:
-        to_gpa = &b.out.gpa[row]
-    if b.out.status is not NULL:
-        to_status = &b.out.status[row]
-    if b.out.error_code is not NULL:
-        to_error = &b.out.error_code[row]
-    b.ops.emit(&k.a, fault if many else 0, k.w.pferr_mask, gpa, to_gpa, to_status, to_error)
+            out.level[lane] = level_of(k, lane)
+    b.ops.emit(&k.a, fault if many else 0, k.w.pferr_mask, out.gpa, out.status, out.error_code)
     if many:
         k.held |= fault
 
@@ -176,7 +171,7 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         elif k.a.slow:
             k.cold = k.a.slow
         if n is NULL:
-            write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
+            write_columns(b, k, k.failed & ~k.a.noncanonical)
             if k.failed:
                 fail_lanes(b, k, k.failed)
             if unknown:
@@ -226,7 +221,7 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
         unknown |= k.cold & k.b.slow
         unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
     unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
-    write_columns(b, k, k.failed & ~k.a.noncanonical, gpa)
+    write_columns(b, k, k.failed & ~k.a.noncanonical)
     fail_lanes(b, k, k.failed)
     while faults:
         lane = kvmmu_first_bit(faults)
@@ -298,8 +293,8 @@ cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) n
         return
     k = &b.blocks[b.turn]
     k.w, k.count, k.contiguous, k.base = w, count, True, first
-    k.gva, k.access = &b.gva[first], &b.access[first * b.access_stride]
-    if count < KVMMU_LANES or not b.access_stride:
+    k.gva, k.access = &b.gva[first], accesses_from(b, first)
+    if count < KVMMU_LANES:
         for i in range(KVMMU_LANES):
             k.own_gva[i] = b.gva[first + (i if i < count else 0)]
             k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]

@@ -14,7 +14,7 @@
 #define KVMMU_ALIGNED(n)
 #endif
 
-/* A prefix in one word: address in the host of the table of the last entry (level 1) or of the last entry itself (other levels),
+/* A prefix in one word: address in the host of the table of the last entry (level 1, and whole tables) or of the last entry itself,
  * rights so far, level of the last entry, and three notes. */
 #define PREFIX_HVA_BITS 48
 #define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
@@ -24,7 +24,7 @@
 #define PREFIX_LEVEL_SHIFT 56
 #define PREFIX_LEVEL_MASK UINT64_C(7)
 #define PREFIX_ACCESS_SHIFT 59
-#define PREFIX_TABLE_SHIFT 63    /* level 1: the sign, for a cheap test */
+#define PREFIX_TABLE_SHIFT 63    /* of a table: the sign, for a cheap test */
 
 /* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
 #define PREFIX_BITS 15
@@ -68,7 +68,7 @@ struct kvmmu_lane_walk {
 enum { STAGE_TABLE, STAGE_LARGE, STAGE_KINDS };
 
 struct kvmmu_stage {
-    const struct kvmmu_prefix *prefixes;
+    struct kvmmu_prefix *prefixes;
     uint64_t place;        /* of the walk among them */
     uint64_t space;        /* of kvmmu_prefix_tag() */
     int level;             /* of the tables of last entries */

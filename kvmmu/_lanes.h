@@ -21,22 +21,19 @@ typedef uint64_t (*kvmmu_read_fn)(struct kvmmu_lanes *, const struct kvmmu_stage
 typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *, uint64_t gva_mask, const uint64_t *gva,
                                const uint8_t *access, uint64_t *gpa);
 /* Known translations of 64 rows: bit n is set where row n has none. OUT gpa, level: right where the bit is clear; status, error_code:
- * as if it were clear everywhere */
-typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, uint64_t space,
-                                    uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
-typedef uint64_t (*kvmmu_recall_each_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
-                                         uint64_t first_space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+ * as if it were clear everywhere. IN ctx: NULL, or of each row; space: of the only context, or of context 0 */
+typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
+                                    uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
 /* 64 rows of the three common columns (or NULL): lanes that pass, and lanes that fault. IN access_mask: what of an access its error
- * code tells */
-typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
-                              uint8_t *status, uint32_t *error_code);
+ * code tells; gpa: of lanes that pass, there already */
+typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
+                              uint32_t *error_code);
 
 struct kvmmu_lane_ops { /* [format] */
     kvmmu_find_fn find[3];
     kvmmu_read_fn read[3];
     kvmmu_judge_fn judge[3];
     kvmmu_recall_fn recall;
-    kvmmu_recall_each_fn recall_each; /* of a context of its own */
     kvmmu_emit_fn emit;
 };
 
@@ -120,12 +117,6 @@ KVMMU_INLINE uint64_t read_body(int format, struct kvmmu_lanes *l, const struct 
     return odd;
 }
 
-/* The place of a prefix will be looked at soon. */
-KVMMU_INLINE void kvmmu_want_prefix(int format, const struct kvmmu_prefix *prefixes, uint32_t asid, uint64_t addr)
-{
-    __builtin_prefetch(&prefixes[kvmmu_prefix_slot(kvmmu_region(format, addr), asid)], 1, 3);
-}
-
 /* A prefix for one lane after all. */
 KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lane, uint64_t addr, uint64_t ref)
 {
@@ -134,8 +125,8 @@ KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lan
     __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
-KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from, uint64_t *gpa,
-                            uint8_t *status, uint32_t *error_code)
+KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
+                            uint32_t *error_code)
 {
     if (fault == ~UINT64_C(0)) {
         for (size_t i = 0; gpa && i < KVMMU_LANES; i += VEC_LANES) {
@@ -148,9 +139,9 @@ KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_
             error_code[i] = (uint32_t)(l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask));
         return;
     }
-    if (gpa)
+    if (gpa && fault)
         for (size_t i = 0; i < KVMMU_LANES; i++)
-            gpa[i] = from[i] | -(fault >> i & 1);
+            gpa[i] |= -(fault >> i & 1);
     if (status)
         for (size_t i = 0; i < KVMMU_LANES; i++)
             status[i] = (uint8_t)(fault >> i & 1 ? STATUS_PAGE_FAULT : STATUS_OK);
@@ -249,7 +240,6 @@ KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmm
     }
 }
 
-/* IN ctx: NULL: all of one context */
 KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
                                   uint64_t first_space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
@@ -299,33 +289,29 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, read)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, read)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, read)                                                        \
-    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,          \
-                                         uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)   \
-    {                                                                                                                            \
-        return recall_body(tlb, gva, access, 0, space, gpa, level, status, error_code);                                          \
-    }                                                                                                                            \
-    target static uint64_t recall_each_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,     \
-                                              const uint32_t *ctx, uint64_t first_space, uint64_t *gpa, uint8_t *level,          \
-                                              uint8_t *status, uint32_t *error_code)                                             \
-    {                                                                                                                            \
-        return recall_body(tlb, gva, access, ctx, first_space, gpa, level, status, error_code);                                  \
-    }                                                                                                                            \
-    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, const uint64_t *from,      \
-                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code)                                         \
-    {                                                                                                                            \
-        emit_body(l, fault, access_mask, from, gpa, status, error_code);                                                         \
-    }                                                                                                                            \
+    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,             \
+                                         const uint32_t *ctx, uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status,       \
+                                         uint32_t *error_code)                                                                      \
+    {                                                                                                                               \
+        return ctx ? recall_body(tlb, gva, access, ctx, space, gpa, level, status, error_code)                                      \
+                   : recall(tlb, gva, access, 0, space, gpa, level, status, error_code);                                            \
+    }                                                                                                                               \
+    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa,                \
+                                   uint8_t *status, uint32_t *error_code)                                                           \
+    {                                                                                                                               \
+        emit_body(l, fault, access_mask, gpa, status, error_code);                                                                  \
+    }                                                                                                                               \
     static const struct kvmmu_lane_ops lane_ops_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
                                                           {read_32_##name, read_64_##name, read_ept_##name},                        \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
-                                                          recall, recall_each_##name, emit_##name};
+                                                          recall_##name, emit_##name};
 
-KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_portable)
+KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_body)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
 #include "_lanes_avx2.h"
-KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_avx2, read_avx2, recall_avx2_one)
-KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, find_avx2, read_avx2, recall_avx2_one)
+KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_words, read_words, recall_words)
+KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, find_words, read_words, recall_words)
 #endif
 
 /* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */

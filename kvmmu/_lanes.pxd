@@ -44,7 +44,7 @@ cdef extern from "_lanes.h" nogil:
         uint32_t asid
 
     cdef struct kvmmu_stage:
-        const kvmmu_prefix *prefixes
+        kvmmu_prefix *prefixes
         uint64_t place
         uint64_t space
         int level
@@ -72,21 +72,18 @@ cdef extern from "_lanes.h" nogil:
                                        uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code) noexcept
     ctypedef void (*kvmmu_judge_fn)(kvmmu_lanes *, const kvmmu_lane_walk *, uint64_t gva_mask, const uint64_t *gva,
                                     const uint8_t *access, uint64_t *gpa) noexcept
-    ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, uint64_t space,
-                                         uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code) noexcept
-    ctypedef uint64_t (*kvmmu_recall_each_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access,
-                                              const uint32_t *ctx, uint64_t first_space, uint64_t *gpa, uint8_t *level,
-                                              uint8_t *status, uint32_t *error_code) noexcept
+    ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access,
+                                         const uint32_t *ctx, uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status,
+                                         uint32_t *error_code) noexcept
 
-    ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, const uint64_t *start,
-                                   uint64_t *gpa, uint8_t *status, uint32_t *error_code) noexcept
+    ctypedef void (*kvmmu_emit_fn)(const kvmmu_lanes *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
+                                   uint32_t *error_code) noexcept
 
     cdef struct kvmmu_lane_ops:
         kvmmu_find_fn find[3]
         kvmmu_read_fn read[3]
         kvmmu_judge_fn judge[3]
         kvmmu_recall_fn recall
-        kvmmu_recall_each_fn recall_each
         kvmmu_emit_fn emit
 
     void kvmmu_set_prefix(int format, kvmmu_lanes *l, size_t lane, uint64_t addr, uint64_t ref)
@@ -94,10 +91,8 @@ cdef extern from "_lanes.h" nogil:
     uint64_t kvmmu_prefix_place_of(const kvmmu_stage *s, uint64_t addr)
     bint kvmmu_learn_passes(int format, kvmmu_stage *s, const kvmmu_lane_walk *w, uint64_t sample,
                             const uint8_t *seconds)
-    void kvmmu_want_prefix(int format, const kvmmu_prefix *prefixes, uint32_t asid, uint64_t addr)
     uint64_t kvmmu_region(int format, uint64_t addr)
     uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
-    uint64_t kvmmu_prefix_place(uint32_t asid)
     uint64_t kvmmu_prefix_tag(uint64_t region, uint32_t asid)
     uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
     uint64_t kvmmu_tlb_gpa(uint64_t value)

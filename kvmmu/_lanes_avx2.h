@@ -1,4 +1,5 @@
-/* What of `_lanes.h` is worth instructions that C has no words for: find_body(), read_body(), recall_body(), the same answers.
+/* What of `_lanes.h` is worth instructions that C has no words for: find_body(), read_body(), and recall_body() of one
+ * context, with the same answers.
  *
  * Addresses go from vectors to loads by way of memory, a loop before they are used, so that none waits for another.
  */
@@ -7,7 +8,7 @@
 
 #include "_vectors_avx2.h"
 
-KVMMU_AVX2 KVMMU_INLINE uint64_t find_avx2(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
+KVMMU_AVX2 KVMMU_INLINE uint64_t find_words(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
 {
     const int region_shift = s->region_shift, entry_shift = s->entry_shift;
     const char *prefixes = (const char *)s->prefixes;
@@ -59,7 +60,7 @@ KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_rights_avx2(int format, __m256i low, __m25
     return _mm256_or_si256(low, _mm256_andnot_si256(_mm256_srli_epi16(high, 4), exec));
 }
 
-KVMMU_AVX2 KVMMU_INLINE uint64_t read_avx2(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva,
+KVMMU_AVX2 KVMMU_INLINE uint64_t read_words(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva,
                                            const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
     const int high = format == KVMMU_FORMAT_EPT ? 1 : 7; /* byte of an entry with a right that the lowest has not */
@@ -123,9 +124,10 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t read_avx2(int format, struct kvmmu_lanes *l, co
     return ~(passes & set);
 }
 
-/* recall_body() of one context. */
-KVMMU_AVX2 static uint64_t recall_avx2_one(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, uint64_t space,
-                                        uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+/* IN ctx: NULL */
+KVMMU_AVX2 KVMMU_INLINE uint64_t recall_words(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,
+                                              const uint32_t *ctx, uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status,
+                                              uint32_t *error_code)
 {
     const char *entries = (const char *)tlb;
     const __m256i space_words = WORDS(space), page_offset = WORDS(PAGE_OFFSET_MASK), base = WORDS(PT64_BASE_ADDR_MASK);
@@ -133,6 +135,7 @@ KVMMU_AVX2 static uint64_t recall_avx2_one(const struct kvmmu_tlb_entry *tlb, co
     const __m256i nibble = _mm256_set1_epi8(15), implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK), bit_of = WORDS(EIGHT_BITS);
     const __m256i zero = _mm256_setzero_si256();
     uint64_t slot[KVMMU_LANES] ALIGNED, mixed[KVMMU_LANES / 2] ALIGNED, known = 0, passes = 0;
+    (void)ctx;
 
     kvmmu_clear_columns(gpa, status, error_code);
     SHORT_LOOP(i, 4)

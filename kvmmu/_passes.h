@@ -11,7 +11,8 @@ KVMMU_INLINE void kvmmu_use_tables(int format, struct kvmmu_stage *s, uint32_t a
     s->level = level;
     s->region_shift = KVMMU_LEVEL_SHIFT(format, level + 1);
     s->entry_shift = KVMMU_LEVEL_SHIFT(format, level) - (format == KVMMU_FORMAT_32 ? 2 : 3);
-    s->place = kvmmu_prefix_place(asid + ((uint32_t)(level - 1) << PREFIX_ASID_BITS)); /* a few tables stand for many regions: apart from those */
+    /* one table stands for many regions: apart from those */
+    s->place = kvmmu_prefix_place(asid + ((uint32_t)(level - 1) << PREFIX_ASID_BITS));
     s->space = kvmmu_prefix_tag(0, asid) ^ (uint64_t)((level - 1) & 3) << PREFIX_TAG_LEVEL_SHIFT;
 }
 
@@ -22,7 +23,8 @@ KVMMU_INLINE uint64_t kvmmu_prefix_place_of(const struct kvmmu_stage *s, uint64_
     return KVMMU_PREFIX_SLOT(region, s->place);
 }
 
-/* False: what passes is not a matter of single bits. IN sample: an entry: EPT entries are of its memory type; seconds: NULL, or the access that is asked of this stage for each access >> 1. */
+/* False: what passes is not a matter of single bits. IN sample: an entry; those of EPT are of its memory type; seconds: NULL, or the
+ * access that is asked of this stage for each access >> 1. */
 static int kvmmu_learn_passes(int format, struct kvmmu_stage *s, const struct kvmmu_lane_walk *w, uint64_t sample,
                               const uint8_t *seconds)
 {

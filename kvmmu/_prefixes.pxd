@@ -13,6 +13,14 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_stage, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
 
+# How long to do without something that did not pay: ever longer, up to a limit.
+cdef struct patience:
+    int rest                    # blocks to go
+    int next
+
+cdef enum:
+    MAX_PATIENCE = 31
+
 # What a batch, or a thread's part of it, keeps its memory in.
 cdef struct walk_tables:
     kvmmu_prefix *prefixes[2]   # of the first stage, of the second; 1 << PREFIX_BITS each
@@ -21,7 +29,6 @@ cdef struct walk_tables:
 # One walk of a batch, with its part of the table of prefixes.
 cdef struct lane_space:
     const kvm_pagewalk *w
-    kvmmu_prefix *prefixes
     lane_space *second          # the second stage under w, or NULL
     kvmmu_lane_walk lane        # lane.asid: names this walk in the table
     bint sets_ad                # False: rows with accessed or dirty bits to set are walked one by one
@@ -34,8 +41,7 @@ cdef struct lane_space:
     # of blocks: see `_verdicts.pxd`
     kvmmu_stage stage
     bint known                  # what surely passes
-    int rest                    # blocks to go before asking again what surely passes
-    int patience
+    patience sure               # for asking it
 
 # Address in the host of the table that the last entry of addr lies in; 0: it lies in none, or in the root, whose region would not
 # tell whether an address is canonical.
@@ -54,6 +60,25 @@ cdef struct judged_entry:
     uint64_t pte
     uint32_t pte_access
     uint32_t error              # of a fault: P, RSVD, PK of the error code
+
+cdef inline void start_patience(patience *p, int first) noexcept nogil:
+    """It pays, or nothing is known. IN first: blocks to go after a first time that it does not"""
+    p.rest, p.next = 0, first
+
+
+cdef inline bint is_resting(patience *p) noexcept nogil:
+    """Whether this block is one to do without; one less is to go then."""
+    if not p.rest:
+        return False
+    p.rest -= 1
+    return True
+
+
+cdef inline void rest_longer(patience *p) noexcept nogil:
+    """It did not pay."""
+    p.rest = p.next
+    p.next = min(2 * p.next + 1, MAX_PATIENCE)
+
 
 cdef inline bint is_canonical(const kvm_pagewalk *w, uint64_t addr) noexcept nogil:
     return <uint64_t>(<int64_t>(addr << w.canonical_shift) >> w.canonical_shift) == addr

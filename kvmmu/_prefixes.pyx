@@ -22,7 +22,7 @@ from kvmmu._lanes cimport (
 )
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, walk_tables,
+    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 
@@ -42,20 +42,22 @@ cdef uint64_t table_of(const lane_space *s, uint64_t ref, uint64_t addr) noexcep
     return hva - (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
 
 
+cdef void enter_prefix(kvmmu_prefix *p, uint64_t tag, uint64_t ref) noexcept nogil:
+    p.tag = tag | PREFIX_TAG_COLD if (ref >> PREFIX_COLD_SHIFT) & 1 else tag
+    p.ref = ref
+
+
 cdef void remember_table(lane_space *s, uint64_t ref, uint64_t addr) noexcept nogil:
     cdef uint64_t table = table_of(s, ref, addr)
-    cdef kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_place_of(&s.stage, addr)]
     if table and <int>kvmmu_prefix_level(ref) == s.stage.level:
-        p.tag = addr >> s.stage.region_shift ^ s.stage.space
-        if (ref >> PREFIX_COLD_SHIFT) & 1:
-            p.tag |= PREFIX_TAG_COLD
-        p.ref = (ref & ~PREFIX_HVA_MASK) | table | <uint64_t>1 << PREFIX_TABLE_SHIFT
+        enter_prefix(&s.stage.prefixes[kvmmu_prefix_place_of(&s.stage, addr)], addr >> s.stage.region_shift ^ s.stage.space,
+                     (ref & ~PREFIX_HVA_MASK) | table | <uint64_t>1 << PREFIX_TABLE_SHIFT)
 
 
 cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, int stage, lane_space *second, uint32_t asid,
                      bint set_ad, uint8_t *touched) noexcept nogil:
     s.touched = touched
-    s.w, s.prefixes, s.second = w, tables.prefixes[stage], second
+    s.w, s.second = w, second
     s.found = 0
     forget_upper(s)
     s.lane.fmt = w.fmt
@@ -67,14 +69,14 @@ cdef void init_space(lane_space *s, const kvm_pagewalk *w, walk_tables *tables, 
     if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
         s.lane.accessed_mask = 0
     s.sets_ad = set_ad
-    s.stage.prefixes = s.prefixes
+    s.stage.prefixes = tables.prefixes[stage]
     kvmmu_use_tables(w.format, &s.stage, asid, PG_LEVEL_4K)
     s.stage.gva_mask = w.gva_mask
     if not w.canonical_shift:                   # addresses that these tables cannot translate have no prefix
         s.stage.gva_mask = w.gva_mask & PREFIX_ADDR_MASK | w.ngpa_rsvd_mask
     s.stage.nothing = <uint64_t><uintptr_t>NO_TABLE
     s.known = False
-    s.rest = s.patience = 0
+    start_patience(&s.sure, 1)
 
 
 cdef int judge_one(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t look,
@@ -191,6 +193,11 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, lane_space 
         level -= 1
 
 
+cdef inline bint is_tagged(const kvmmu_prefix *p, uint64_t tag) noexcept nogil:
+    """Whether this is the prefix for a tag, cold or not."""
+    return (p.tag ^ tag) & ~PREFIX_TAG_COLD == 0
+
+
 cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
     cdef guest_walker32 walker32
     cdef guest_walker64 walker64
@@ -204,20 +211,17 @@ cdef uint64_t find_prefix(lane_space *s, uint64_t addr) noexcept nogil:
     else:
         ref = find_prefix_generic(&walkerEPT, s, addr)
     if ref:
-        p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
+        p = &s.stage.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
         tag = kvmmu_prefix_tag(region, s.lane.asid)
-        s.found += (p.tag ^ tag) & ~PREFIX_TAG_COLD != 0
-        p.tag = tag
-        if (ref >> PREFIX_COLD_SHIFT) & 1:
-            p.tag |= PREFIX_TAG_COLD
-        p.ref = ref
+        s.found += not is_tagged(p, tag)
+        enter_prefix(p, tag, ref)
     return ref
 
 
 cdef uint64_t prefix_of(lane_space *s, uint64_t addr) noexcept nogil:
     cdef uint64_t region = kvmmu_region(s.w.format, addr)
-    cdef const kvmmu_prefix *p = &s.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
-    if (p.tag ^ kvmmu_prefix_tag(region, s.lane.asid)) & ~PREFIX_TAG_COLD == 0:
+    cdef const kvmmu_prefix *p = &s.stage.prefixes[kvmmu_prefix_slot(region, s.lane.asid)]
+    if is_tagged(p, kvmmu_prefix_tag(region, s.lane.asid)):
         return p.ref
     return find_prefix(s, addr)
 

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
 from kvmmu._memory cimport kvmmu_read64
-from kvmmu._prefixes cimport judged_entry, lane_space, walk_tables
+from kvmmu._prefixes cimport judged_entry, lane_space, patience, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
 # Columns of a batch; a NULL column is not wanted.
@@ -25,13 +25,18 @@ cdef struct batch_columns:
     uint64_t *fault_gpa
     uint64_t *exit_qualification
 
+# Stretches of the common columns, NULL where one is not wanted.
+cdef struct common_columns:
+    uint64_t *gpa
+    uint8_t *status
+    uint32_t *error_code
+    uint8_t *level
+
 cdef struct walk_spaces:
     const kvm_pagewalk *w
     lane_space first
     lane_space second
-    # of blocks: see `_straight.pxd`
-    int rest                        # blocks to go before trying the straight way again
-    int patience
+    patience straight               # of blocks: see `_straight.pxd`
 
 # Walks whose spaces are kept: for blocks, more than there are blocks; and for single rows.
 cdef enum:
@@ -83,7 +88,6 @@ cdef struct batch:
     const batch_columns *out
     bint more                       # a column beside gpa, status, error_code and level is wanted
     bint lanes                      # False: row by row
-    bint straight                   # the columns are those of the straight way
     uint8_t same_access[64]         # where access_stride is 0
     bint may_recall
     bint recalls                    # translations are remembered
@@ -118,6 +122,25 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
 
 cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:
     return b.walks if b.ctx is NULL else &b.walks[b.ctx[i]]
+
+
+cdef inline bint order_shows(const kvm_pagewalk *w) noexcept nogil:
+    """Whether a log tells in which order rows were walked."""
+    return w.pml is not NULL or (w.ngpa is not NULL and w.ngpa.pml is not NULL)
+
+
+cdef inline common_columns columns_from(const batch *b, size_t row) noexcept nogil:
+    cdef common_columns c
+    c.gpa = NULL if b.out.gpa is NULL else &b.out.gpa[row]
+    c.status = NULL if b.out.status is NULL else &b.out.status[row]
+    c.error_code = NULL if b.out.error_code is NULL else &b.out.error_code[row]
+    c.level = NULL if b.out.level is NULL else &b.out.level[row]
+    return c
+
+
+cdef inline const uint8_t *accesses_from(const batch *b, size_t row) noexcept nogil:
+    """The accesses of 64 rows."""
+    return &b.access[row] if b.access_stride else b.same_access
 
 
 cdef inline void write_row(const batch *b, size_t i, uint64_t gpa, uint8_t status, uint32_t error_code,

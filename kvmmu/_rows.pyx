@@ -13,7 +13,7 @@ from kvmmu._lanes cimport (
 )
 from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_OK, find_prefix, forget_all, forget_upper, init_space, is_canonical, judge_one, judged_entry,
-    mark_word, prefix_of,
+    mark_word, prefix_of, start_patience,
 )
 from kvmmu._rows cimport ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row
 from kvmmu._verdicts cimport set_leaf_bits
@@ -128,7 +128,7 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
     if w.ngpa is not NULL:
         init_space(&m.second, w.ngpa, b.tables, 1, NULL, b.asid + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
     init_space(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, asid, b.set_ad, b.touched)
-    m.rest = m.patience = 0
+    start_patience(&m.straight, 0)
     return m
 
 

@@ -18,9 +18,9 @@ cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
 
 
 # Where the last entries of 64 addresses lie. OUT l.noncanonical, l.miss, l.cold. IN wanted: lanes that count; far: as in _lanes.h
-cdef uint64_t find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
-                         bint far) noexcept nogil
-# Learn what surely passes in this stage, if that is not known. False: it cannot be known now. IN gva: one of its addresses
+cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
+                     bint far) noexcept nogil
+# Learn what surely passes in this stage: s.known. False: it cannot be known now. IN gva: one of its addresses
 cdef bint learn_passes(lane_space *s, uint64_t gva) noexcept nogil
 # OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count; access: of each lane;
 # whole: pte, pte_access and so on of all lanes are wanted.

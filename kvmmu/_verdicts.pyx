@@ -9,32 +9,26 @@ from kvmmu._gpte cimport KVMMU_FORMAT_32
 from kvmmu._lanes cimport (
     PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
     kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
-    kvmmu_use_tables, kvmmu_want_prefix,
+    kvmmu_use_tables,
 )
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
 from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_SLOW, is_canonical, judge_one, judged_entry, lane_space, prefix_of, remember_table, table_of,
+    JUDGED_FAULT, JUDGED_SLOW, is_canonical, is_resting, judge_one, judged_entry, lane_space, prefix_of, remember_table,
+    rest_longer, start_patience, table_of,
 )
 from kvmmu._verdicts cimport FEW_ODD, lane_bit, rights_count
 from kvmmu._walk cimport second_stage_access
 
-# Blocks to go without asking again what surely passes, at most.
-cdef int MAX_PATIENCE = 31
 
-
-cdef uint64_t find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
-                         bint far) noexcept nogil:
-    cdef uint64_t lanes, soon, addr, ref
+cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
+                     bint far) noexcept nogil:
+    cdef uint64_t lanes, addr, ref
     cdef size_t lane
     lanes = ops.find[s.w.format](l, &s.stage, gva, far)
     l.noncanonical = l.cold = 0
     l.level = s.stage.level
     l.miss = lanes
     lanes &= wanted
-    soon = lanes
-    while soon:
-        kvmmu_want_prefix(s.w.format, s.prefixes, s.lane.asid, gva[kvmmu_first_bit(soon)] & s.stage.gva_mask)
-        soon &= soon - 1
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
@@ -60,8 +54,6 @@ cdef bint learn_passes(lane_space *s, uint64_t gva) noexcept nogil:
     cdef uint8_t seconds[16]
     cdef const uint8_t *asked = NULL
     cdef uint32_t i
-    if s.known:
-        return True
     if addr & s.w.ngpa_rsvd_mask or not is_canonical(s.w, addr):
         return False
     ref = prefix_of(s, addr)
@@ -105,21 +97,19 @@ cdef bint judge_surely(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l,
     """Judge a block in which most lanes surely pass, and the others one by one. False: too many others."""
     cdef uint64_t odd
     cdef size_t lane
-    if s.rest:
-        s.rest -= 1
+    if is_resting(&s.sure):
         return False
     if not lanes:
         l.fault = l.slow = 0
         return True
     odd = lanes
-    if learn_passes(s, gva[kvmmu_first_bit(lanes)]) and l.level == s.stage.level:
+    if (s.known or learn_passes(s, gva[kvmmu_first_bit(lanes)])) and l.level == s.stage.level:
         odd = (ops.read[s.w.format](l, &s.stage, gva, access, gpa, NULL, NULL, NULL) | l.cold) & lanes
     if kvmmu_count_bits(odd) > FEW_ODD:
         s.known = False                                 # another entry may be a better sample
-        s.patience = min(2 * s.patience + 1, MAX_PATIENCE)
-        s.rest = s.patience
+        rest_longer(&s.sure)
         return False
-    s.patience = 0
+    start_patience(&s.sure, 1)
     l.fault = l.slow = 0
     while odd:
         lane = kvmmu_first_bit(odd)
