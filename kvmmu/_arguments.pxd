@@ -1,24 +1,24 @@
-"""Arguments of scalar calls, checked on the way to C: ValueError or TypeError that names the value."""
+"""Arguments of scalar calls, checked on the way to C; what is no plain int in range goes to `arguments.py`, which says why."""
 
+from cpython.bool cimport PyBool_Check
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_Check
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ACCESS_VALID_MASK, PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
-from kvmmu._walk cimport vcpu_arch
+from kvmmu._bits cimport ACCESS_VALID_MASK
 
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
 
 # What is no plain integer in range: another integer type, or an error.
 cdef uint32_t convert_access(access) except? 0xffffffff
-cdef uint64_t convert_gva(gva) except? 0xffffffffffffffff
+cdef uint64_t convert_word(str name, value) except? 0xffffffffffffffff
 
 
 cdef inline uint64_t to_uint64(value) noexcept:
-    """An int as 64 bits; all ones, without an exception, for what is none or out of range (and for all ones)."""
+    """An int as 64 bits; all ones, without an exception, for what is none, for bools, and out of range (and for all ones)."""
     cdef uint64_t word = ~<uint64_t>0
-    if PyLong_Check(value):
+    if PyLong_Check(value) and not PyBool_Check(value):
         word = PyLong_AsUnsignedLongLong(value)
         if word == ~<uint64_t>0:
             PyErr_Clear()
@@ -31,12 +31,12 @@ cdef inline uint32_t check_scalar_access(access) except? 0xffffffff:
     return convert_access(access) if value & ~ACCESS_VALID_MASK else <uint32_t>value
 
 
+cdef inline uint64_t check_scalar_word(str name, value) except? 0xffffffffffffffff:
+    """An address, or another argument of 64 bits, of a scalar call."""
+    cdef uint64_t word = to_uint64(value)
+    return convert_word(name, value) if word == ~<uint64_t>0 else word
+
+
 cdef inline uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
-    """An address of a scalar call."""
-    cdef uint64_t value = to_uint64(gva)
-    return convert_gva(gva) if value == ~<uint64_t>0 else value
-
-
-cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
-    """EFLAGS.AC as a bit of Access."""
-    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
+    """A linear address of a scalar call."""
+    return check_scalar_word("gva", gva)

@@ -2,12 +2,14 @@
 
 import numpy as np
 
+from cpython.bool cimport PyBool_Check
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
-from cpython.long cimport PyLong_AsLong
+from cpython.long cimport PyLong_AsLong, PyLong_Check
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport ACCESS_VALID_MASK
 
+from kvmmu.arguments import is_masked
 from kvmmu.columns import check_access, check_array
 
 cdef object ndarray = np.ndarray
@@ -18,7 +20,7 @@ cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize
     cdef Py_buffer view
     cdef column found
     cdef bint good = False
-    if isinstance(array, ndarray):
+    if type(array) is ndarray or isinstance(array, ndarray) and not is_masked(array):
         try:
             PyObject_GetBuffer(array, &view, PyBUF_FORMAT | PyBUF_STRIDES)
         except (BufferError, ValueError):               # no plain numbers
@@ -54,7 +56,7 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
         if seen & ~<uint8_t>ACCESS_VALID_MASK:
             check_access(access, rows)
         return found
-    if isinstance(access, int):
+    if PyLong_Check(access) and not PyBool_Check(access):
         try:
             value = PyLong_AsLong(access)
         except OverflowError:

@@ -1,7 +1,8 @@
 """The objects that the registers behind a walk live in."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
+from kvmmu._bits cimport PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
 from kvmmu._format cimport PageFormat
 from kvmmu._memory cimport GuestMemory
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
@@ -10,6 +11,11 @@ from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
 cdef class VcpuArch:
     """The registers of one vCPU as the walks read them."""
     cdef vcpu_arch arch
+
+
+cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
+    """EFLAGS.AC as a bit of Access."""
+    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
 
 
 cdef class SecondStage:

@@ -23,6 +23,8 @@ from kvmmu._format cimport (
 )
 from kvmmu._format cimport permission_fault as c_permission_fault
 
+from kvmmu.arguments import check_bool, check_bools, check_int, check_integers, check_word
+
 
 # ---- permissions ------------------------------------------------------------------------------------------------------
 
@@ -152,35 +154,16 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
 
 def _check_access(access):
     """access as a uint32 array without IMPLICIT."""
-    access = np.asarray(access)
-    if access.dtype.kind not in "ui":
-        raise ValueError(f"access: want Access values, got dtype {access.dtype}")
+    access = check_integers("access", access, 0, 0xFF, np.uint32)
     allowed = int(ACCESS_VALID_MASK)
-    bad = access[(access & ~np.array(allowed, access.dtype)) != 0] if access.dtype.kind == "u" else (
-        access[(access < 0) | (access & ~allowed != 0)])
+    bad = access[(access & ~np.uint32(allowed)) != 0]
     if bad.size:
         raise ValueError(f"access: {int(bad.flat[0]):#x} has a bit that is none of WRITE USER AC FETCH IMPLICIT ({allowed:#x})")
-    return np.vectorize(explicit_access, otypes=[np.uint32])(access) if access.size else access.astype(np.uint32)
+    return np.vectorize(explicit_access, otypes=[np.uint32])(access) if access.size else access
 
 
-def _check_pte(pte):
-    """Entries as uint64."""
-    array = np.asarray(pte)
-    if array.dtype.kind not in "uiO" or array.size and (array.min() < 0 or array.max() >= 1 << 64):
-        raise ValueError(f"pte: want 64-bit integers, got {pte!r}")
-    return array.astype(np.uint64)
-
-
-def _check_below(name, values, limit):
-    values = np.asarray(values)
-    if values.dtype.kind not in "ui" or values.size and (values.min() < 0 or values.max() >= limit):
-        raise ValueError(f"{name}: want integers from 0 to {limit - 1}, got {values}")
-    return values.astype(np.uint32)
-
-
-def _check_maxphyaddr(value):
-    if not MAXPHYADDR_MIN <= value <= MAXPHYADDR_MAX:
-        raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {value}")
+def _check_rights(pte_access):
+    return check_integers("pte_access", pte_access, 0, ACC_ALL, np.uint32)
 
 
 cdef class PageFormat:
@@ -231,7 +214,8 @@ cdef class PageFormat:
         ndarray of uint16, shape (..., 16)
             `permissions` for each combination.
         """
-        columns = np.broadcast_arrays(*(np.asarray(flag, bool) for flag in (tdp, ept, smep, smap, wp, nx)))
+        flags = {"tdp": tdp, "ept": ept, "smep": smep, "smap": smap, "wp": wp, "nx": nx}
+        columns = np.broadcast_arrays(*(check_bools(name, values) for name, values in flags.items()))
         rows = np.stack([column.ravel() for column in columns], axis=1)
         out = np.empty((rows.shape[0], PERMISSIONS_COUNT), np.uint16)
         cdef kvm_page_format fmt
@@ -246,7 +230,7 @@ cdef class PageFormat:
     def pkru_bitmask(*, pke=True, wp=True):
         """`pkru_mask` for CR4.PKE (in long mode) and CR0.WP."""
         cdef kvm_page_format fmt
-        update_pkru_bitmask(&fmt, bool(pke), bool(wp))
+        update_pkru_bitmask(&fmt, check_bool("pke", pke), check_bool("wp", wp))
         return int(fmt.pkru_mask)
 
     @staticmethod
@@ -268,14 +252,11 @@ cdef class PageFormat:
         -------
         ndarray of uint64, shape (2, 5)
         """
-        if level not in (2, 3, 4, 5):
-            raise ValueError(f"level: want 2, 3, 4 or 5, got {level}")
-        _check_maxphyaddr(maxphyaddr)
-        if not 0 <= pse36_bits <= 8:
-            raise ValueError(f"pse36_bits: want 0 to 8, got {pse36_bits}")
         cdef rsvd_params p
-        p.level, p.maxphyaddr, p.nx, p.gbpages = level, maxphyaddr, bool(nx), bool(gbpages)
-        p.pse, p.pse36_bits, p.amd = bool(pse), pse36_bits, bool(amd)
+        p.level = check_int("level", level, 2, 5)
+        p.maxphyaddr = check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX)
+        p.nx, p.gbpages, p.pse = check_bool("nx", nx), check_bool("gbpages", gbpages), check_bool("pse", pse)
+        p.pse36_bits, p.amd = check_int("pse36_bits", pse36_bits, 0, 8), check_bool("amd", amd)
         cdef PageFormat self = PageFormat()
         reset_guest_rsvds_bits_mask(&self.fmt, &p)
         return self.rsvd_bits_mask
@@ -283,11 +264,9 @@ cdef class PageFormat:
     @staticmethod
     def ept_rsvd_bits(*, maxphyaddr, execonly=True, huge_page_level=3):
         """(`rsvd_bits_mask`, `bad_mt_xwr`) of EPT tables; huge_page_level: 1 4K only, 2 up to 2M, 3 up to 1G."""
-        _check_maxphyaddr(maxphyaddr)
-        if huge_page_level not in (1, 2, 3):
-            raise ValueError(f"huge_page_level: want 1, 2 or 3, got {huge_page_level}")
         cdef PageFormat self = PageFormat()
-        reset_ept_rsvds_bits_mask(&self.fmt, maxphyaddr, bool(execonly), huge_page_level)
+        reset_ept_rsvds_bits_mask(&self.fmt, check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX),
+                                  check_bool("execonly", execonly), check_int("huge_page_level", huge_page_level, 1, 3))
         return self.rsvd_bits_mask, self.bad_mt_xwr
 
     def is_fault(self, pte_access, access):
@@ -304,7 +283,7 @@ cdef class PageFormat:
         -------
         bool or ndarray of bool
         """
-        acc = _check_below("pte_access", pte_access, ACC_ALL + 1)
+        acc = _check_rights(pte_access)
         index = _check_access(access) >> PERMISSIONS_INDEX_SHIFT
         fault = ((self.permissions[index] >> acc) & 1) != 0
         return bool(fault) if np.ndim(fault) == 0 else fault
@@ -323,10 +302,8 @@ cdef class PageFormat:
         -------
         bool or ndarray of bool
         """
-        pte = _check_pte(pte)
-        level = np.asarray(level)
-        if level.dtype.kind not in "ui" or level.size and (level.min() < 1 or level.max() > PT_MAX_LEVELS):
-            raise ValueError(f"level: want 1 to {PT_MAX_LEVELS}, got {level}")
+        pte = check_integers("pte", pte, 0, (1 << 64) - 1)
+        level = check_integers("level", level, 1, PT_MAX_LEVELS).astype(np.intp)
         bit7 = (pte & np.uint64(PT_PAGE_SIZE_MASK)) != 0
         bad = (pte & self.rsvd_bits_mask[bit7.astype(np.intp), level - 1]) != 0
         if self.fmt.bad_mt_xwr:
@@ -337,10 +314,9 @@ cdef class PageFormat:
 
     def permission_fault(self, pte_access, pkey, access, pkru):
         """P or P|PK where rights, or PKRU, deny an access; 0 where they allow it (uint32, broadcast)."""
-        acc = _check_below("pte_access", pte_access, ACC_ALL + 1)
-        key = _check_below("pkey", pkey, 16)
-        if not 0 <= pkru < 1 << 32:
-            raise ValueError(f"pkru: want 32 bits, got {pkru:#x}")
+        acc = _check_rights(pte_access)
+        key = check_integers("pkey", pkey, 0, 15, np.uint32)
+        pkru = check_word("pkru", pkru, 32)
         rows = np.broadcast_arrays(acc, key, _check_access(access))
         out = np.empty(rows[0].shape, np.uint32)
         flat = out.reshape(-1)
@@ -350,8 +326,9 @@ cdef class PageFormat:
 
     def rule(self, pte_access, access, pkey_denied=False):
         """The first rule by which rights deny an access: read, write, user, nx, smep, smap or pkey; None if none does."""
-        cdef uint64_t acc = int(_check_below("pte_access", pte_access, ACC_ALL + 1))
-        cdef uint32_t a = int(_check_access(access))
+        cdef uint64_t acc = check_int("pte_access", pte_access, 0, ACC_ALL)
+        cdef uint32_t a = int(_check_access(check_int("access", access, 0, 0xFF)))
+        cdef bint denied_by_key = check_bool("pkey_denied", pkey_denied)
         cdef bint user = (a & ACCESS_USER_MASK) != 0
         if is_denied(&self.params, acc, a):
             if not a & (ACCESS_WRITE_MASK | ACCESS_FETCH_MASK) and not acc & ACC_READ_MASK:
@@ -365,4 +342,4 @@ cdef class PageFormat:
                     return "nx"
                 return "smep"
             return "smap"
-        return "pkey" if pkey_denied else None
+        return "pkey" if denied_by_key else None

@@ -7,9 +7,9 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine_run, machine_store
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, rflags_ac
+from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
 from kvmmu._bits cimport ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, INVALID_GPA, PERMISSIONS_INDEX_SHIFT, PML_ENTITY_NUM
-from kvmmu._contexts cimport VcpuArch
+from kvmmu._contexts cimport VcpuArch, rflags_ac
 from kvmmu._exits cimport machine_drain_pml, machine_emulate
 from kvmmu._format cimport PageFormat, explicit_access
 from kvmmu._machine_modes cimport MachineModes
@@ -72,7 +72,7 @@ cdef class Mmu:
             RETRY also for a fault that is the guest's own: an access there would raise it.
         """
         cdef Machine m = self.machine
-        cdef uint64_t gpa = check_scalar_gva(addr), code = error_code
+        cdef uint64_t gpa = check_scalar_word("addr", addr), code = check_scalar_word("error_code", error_code)
         cdef int ret = 0
         if self.mmu != m.m.mmu:
             raise ValueError(f"{type(self).__name__} is not in use: the active one is `mmu`")
@@ -84,7 +84,7 @@ cdef class Mmu:
             ret = kvm_mmu_page_fault(m.m.vcpu, gpa, code)
             m.m.vcpu.injected = False
             use_arena(&m.m)
-        m.fail(ret, f"the fault at {addr:#x}")
+        m.fail(ret, f"the fault at {gpa:#x}")
         return RetPf(ret)
 
     def __repr__(self):
@@ -185,7 +185,7 @@ cdef class Machine(MachineModes):
 
     def set_rip(self, rip):
         """Of the instruction under way."""
-        self.m.vcpu.rip = rip
+        self.m.vcpu.rip = check_scalar_word("rip", rip)
 
     def vm_enter(self):
         """What was put off until the guest runs again."""
@@ -235,7 +235,7 @@ cdef class Machine(MachineModes):
                 if r == 0:
                     machine_store(&self.m, &out)
             self.m.data, self.m.page_table_writing = NULL, True
-        self.fail(r, f"the access to {gva:#x}")
+        self.fail(r, f"the access to {addr:#x}")
         return (int(out.gpa), int(out.hpa), int(out.status), int(out.error_code), int(out.ret), int(out.exits),
                 int(out.fault_gpa), int(out.exit_qualification))
 

@@ -7,14 +7,14 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, rflags_ac
+from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
 from kvmmu._batch cimport Job
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA, PAGE_SIZE, ROLE_DIRECT_MASK,
     ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu._columns cimport context_column
-from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, role_of, second_stage
+from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, rflags_ac, role_of, second_stage
 from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
 from kvmmu._lanes cimport KVMMU_LANES
@@ -25,7 +25,8 @@ from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
 
 from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole
-from kvmmu.columns import Span, check_access, check_array, check_size
+from kvmmu.arguments import check_bool, check_int, check_threads
+from kvmmu.columns import Span, check_access, check_array, check_one_size, check_size
 from kvmmu.faults import fault_of, nested_fault_of
 from kvmmu.nested import Ept
 from kvmmu.record import WalkRecord
@@ -71,7 +72,7 @@ cdef class PageWalk:
 
     def init(self, *, smm=False, guest_mode=False):
         """Take the role of the vCPU's registers; no work if it is the one in force."""
-        cdef uint64_t role = role_of(&self.vcpu.arch, smm, guest_mode)
+        cdef uint64_t role = role_of(&self.vcpu.arch, check_bool("smm", smm), check_bool("guest_mode", guest_mode))
         if role == self.w.cpu_role:
             return
         self.init_count += 1
@@ -143,8 +144,7 @@ cdef class PageWalk:
 
     def get_pdptr(self, i):
         """PDPTE i, 0 to 3: a register, or in a second stage a word in memory. Meaningful under PAE paging only."""
-        if not 0 <= i < 4:
-            raise ValueError(f"a PDPTE is one of 0 to 3, got {i}")
+        i = check_int("i", i, 0, 3)
         if self.w.is_nested:
             return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
         return int(self.vcpu.arch.pdptrs[i])
@@ -194,8 +194,9 @@ cdef class PageWalk:
             raise TypeError(f"regs: want a sequence of Regs, got {regs!r}") from None
         return prepare_contexts(rows, self.admit, &self.caps, self.second)
 
-    def reload(self, Contexts contexts, Py_ssize_t i, regs):
+    def reload(self, Contexts contexts, i, regs):
         """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
+        i = check_int("i", i, 0, max(len(contexts), 1) - 1)
         contexts.reload(i, self.admit(regs, contexts.seconds[i]))
 
     def translate(self, gva, access=0, *, regs=None, ctx=None, fields=("gpa", "status", "error_code"), set_ad=True, threads=1,
@@ -218,7 +219,7 @@ cdef class PageWalk:
         set_ad : bool
             False suppresses the stores of accessed and dirty bits, and nothing else.
         threads : int
-            Threads to share the rows among.
+            Threads to share the rows among, 1 to 1024.
         out : Translation, optional
             Columns to reuse: those of `fields`, n rows each.
 
@@ -249,8 +250,10 @@ cdef class PageWalk:
         cdef const kvm_pagewalk *walks = &own
         cdef const uint32_t *ctx_data = NULL
         self.current()
-        if not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads: want a positive integer, got {threads!r}")
+        if type(threads) is not int or threads != 1:            # small batches do not pay for checks of the defaults
+            threads = check_threads("threads", threads)
+        if set_ad is not True:
+            set_ad = check_bool("set_ad", set_ad)
         if regs is not None:
             contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
             ctx_data = context_column(ctx, n, contexts.count)
@@ -348,7 +351,7 @@ cdef class PageWalk:
             `address` is in the page that failed: the first byte of the next page if it is that one. The accessed and dirty
             bits of the first page are set by then.
         """
-        length = int(check_size(size, 1)[0])
+        length = check_one_size(size)
         gva = int(check_scalar_gva(gva))
         first = min(length, _PAGE - gva % _PAGE)
         parts = [(self.gva_to_gpa(gva, access), first)]
@@ -455,13 +458,14 @@ cdef class PageWalk:
 
         final False: an access to a paging-structure entry of the first stage.
         """
-        cdef uint64_t addr = check_scalar_gva(gpa)
-        cdef uint32_t a = check_scalar_access(access)
+        cdef uint64_t addr = check_scalar_word("gpa", gpa)
+        cdef uint32_t a = check_scalar_access(access), rights = check_int("pte_access", pte_access, 0, ACC_ALL)
+        cdef bint is_final = check_bool("final", final)
         cdef walk_result r
         self.current()
         r.refs = 0
         r.error_code = 0
-        r.status = translate_nested_gpa(&self.second.n, addr, explicit_access(a), final, pte_access, True, &r.gpa, &r)
+        r.status = translate_nested_gpa(&self.second.n, addr, explicit_access(a), is_final, rights, True, &r.gpa, &r)
         if r.status != STATUS_OK:
             raise self.fault(&r, addr, a)
         return r.gpa

@@ -5,11 +5,14 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from kvmmu._arguments cimport check_scalar_word
 from kvmmu._bits cimport PAGE_SHIFT, PT64_INDEX_BITS
 from kvmmu._tlb cimport (
     TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array, tlb_entry,
     tlb_lookup, tlb_page,
 )
+
+from kvmmu.arguments import check_bool, check_int, check_word
 
 
 cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil:
@@ -198,37 +201,36 @@ cdef class Tlb:
 
     def use(self, space=0, pcid=0):
         """Put a space (any 64-bit number) and a PCID in force."""
-        if not 0 <= pcid < 1 << TLB_PCID_BITS:
-            raise ValueError(f"pcid: want {TLB_PCID_BITS} bits, got {pcid:#x}")
-        tlb_use(&self.t, space, pcid)
+        tlb_use(&self.t, check_scalar_word("space", space), check_word("pcid", pcid, TLB_PCID_BITS))
 
     def fill(self, gva, hpa, level=1, is_global=False):
         """Enter a translation of the page of `level` around gva."""
-        if level not in (1, 2, 3):
-            raise ValueError(f"level: want 1, 2 or 3, got {level}")
-        cdef tlb_entry *entry = tlb_fill(&self.t, gva, level, bool(is_global))
-        entry.hpa = hpa
+        cdef uint64_t address = check_scalar_word("hpa", hpa)
+        cdef tlb_entry *entry = tlb_fill(&self.t, check_scalar_word("gva", gva), check_int("level", level, 1, TLB_LEVELS),
+                                         check_bool("is_global", is_global))
+        entry.hpa = address
 
     def lookup(self, gva):
         """(hpa of the page, level) of the entry for gva, or None."""
         cdef int level = 0
-        cdef tlb_entry *entry = tlb_lookup(&self.t, gva, &level)
+        cdef tlb_entry *entry = tlb_lookup(&self.t, check_scalar_word("gva", gva), &level)
         return None if entry is NULL else (int(entry.hpa), level)
 
     def invlpg(self, gva):
         """Drop entries for gva: of the PCID in force, and global ones."""
-        tlb_invlpg(&self.t, gva)
+        tlb_invlpg(&self.t, check_scalar_word("gva", gva))
 
     def invpcid(self, type, pcid=0, gva=0):
         """INVPCID: 0 an address of a PCID, 1 a PCID, 2 all, 3 all but global ones; in the space in force."""
-        if type == 0:
-            tlb_invpcid_address(&self.t, pcid, gva)
-        elif type == 1:
-            tlb_flush_pcid(&self.t, pcid)
-        elif type in (2, 3):
-            tlb_flush_space(&self.t, type == 2)
+        cdef int how = check_int("type", type, 0, 3)
+        cdef uint32_t tag = check_word("pcid", pcid, TLB_PCID_BITS)
+        cdef uint64_t address = check_scalar_word("gva", gva)
+        if how == 0:
+            tlb_invpcid_address(&self.t, tag, address)
+        elif how == 1:
+            tlb_flush_pcid(&self.t, tag)
         else:
-            raise ValueError(f"type: want 0 to 3, got {type!r}")
+            tlb_flush_space(&self.t, how == 2)
 
     def flush(self):
         """Drop everything, in every space."""

@@ -1,6 +1,5 @@
 """Columns of batch translations, and the checks of what callers pass as columns."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu._bits import Access
+from kvmmu.arguments import check_int, refuse_masked
 
 __all__ = ["COLUMNS", "Accesses", "Span", "Translation"]
 
@@ -19,6 +19,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 }
 ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT)
 SPAN_MAX = 4096
+ROWS_MAX = 1 << 48
 
 
 class Translation:
@@ -68,6 +69,7 @@ class Translation:
     @classmethod
     def empty(cls, n: int, fields: str | Iterable[str] = ("gpa", "status", "error_code")) -> Self:
         """Uninitialised columns of n rows, for `out=`."""
+        n = check_int("n", n, 0, ROWS_MAX)
         return cls(**{name: np.empty(n, COLUMNS[name]) for name in check_fields(fields)})
 
     def __repr__(self) -> str:
@@ -133,6 +135,7 @@ class Accesses:
     @classmethod
     def empty(cls, n: int) -> Self:
         """Uninitialised columns of n rows, for `out=`."""
+        n = check_int("n", n, 0, ROWS_MAX)
         return cls(np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.uint8), np.empty(n, np.uint32),
                    np.empty(n, np.uint8), np.empty(n, np.uint8))
 
@@ -142,6 +145,7 @@ class Accesses:
 
     def check(self, n: int) -> Self:
         """Itself, if every column has n rows of the right kind."""
+        n = check_int("n", n, 0, ROWS_MAX)
         wanted = type(self).empty(0).arrays()
         for name, column in self.arrays().items():
             check_array(f"out.{name}", column, wanted[name].dtype, n)
@@ -167,6 +171,7 @@ def check_array(name: str, array: object, dtype: np.dtype[Any], n: int | None = 
     """array itself if it is a C-contiguous 1-d ndarray of this dtype, and of length n if that is given."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name}: want an ndarray of {dtype}, got {type(array).__name__}")
+    refuse_masked(name, array)
     if array.dtype != dtype:
         raise ValueError(f"{name}: want dtype {dtype}, got {array.dtype}")
     if array.ndim != 1 or (n is not None and array.size != n):
@@ -180,18 +185,31 @@ def check_access(access: int | NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     """access as a uint8 array of 1 or n rows with bits that are modelled."""
     if isinstance(access, np.ndarray):
         check_array("access", access, np.dtype(np.uint8), n)
-    else:
-        if not isinstance(access, (int, np.integer)):
-            raise ValueError(f"access: want an Access or an ndarray of uint8, got {type(access).__name__}")
-        if not 0 <= int(access) <= 255:
-            raise ValueError(f"access: {int(access):#x} is no combination of Access bits")
-        access = np.array([int(access)], np.uint8)
-    seen = int(np.bitwise_or.reduce(access)) if access.size else 0
+        _check_access_bits(int(np.bitwise_or.reduce(access)) if access.size else 0)
+        return access
+    try:
+        return np.array([check_one_access(access)], np.uint8)
+    except TypeError:
+        raise TypeError(f"access: want an Access or an ndarray of uint8, got {type(access).__name__}") from None
+
+
+def check_one_access(access: int) -> int:
+    """access as an int with bits that are modelled."""
+    access = check_int("access", access, 0, 255)
+    _check_access_bits(access)
+    return access
+
+
+def _check_access_bits(seen: int) -> None:
     if seen & Access.SHADOW_STACK:
         raise ValueError("access: SHADOW_STACK accesses are not modelled; want READ WRITE USER AC FETCH IMPLICIT")
     if seen & ~ACCESS_VALID:
         raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT")
-    return access
+
+
+def check_one_size(size: int) -> int:
+    """The size of one access in bytes as an int."""
+    return check_int("size", size, 1, SPAN_MAX)
 
 
 def check_size(size: int | NDArray[np.unsignedinteger], n: int) -> NDArray[np.uint64]:
@@ -201,13 +219,7 @@ def check_size(size: int | NDArray[np.unsignedinteger], n: int) -> NDArray[np.ui
             raise ValueError(f"size: want unsigned integers, got {size.dtype}")
         check_array("size", size, size.dtype, n)
     else:
-        try:
-            number = operator.index(size)
-        except TypeError:
-            raise ValueError(f"size: want an integer or an ndarray of unsigned integers, got {size!r}") from None
-        if not 1 <= number <= SPAN_MAX:
-            raise ValueError(f"size: want 1 to {SPAN_MAX} bytes, got {number}")
-        size = np.array([number], np.int64)
+        return np.array([check_one_size(size)], np.uint64)
     if size.size and not (int(size.min()) >= 1 and int(size.max()) <= SPAN_MAX):
         bad = size[(size < 1) | (size > SPAN_MAX)][0]
         raise ValueError(f"size: want 1 to {SPAN_MAX} bytes, got {int(bad)}")

@@ -237,7 +237,7 @@ def test_bad_arguments():
     fmt = SpteFormat(Host())
     with pytest.raises(ValueError, match="uint64"):
         fmt.access(np.zeros(3, np.int64))
-    with pytest.raises(ValueError, match="level: want 2 or 3"):
+    with pytest.raises(ValueError, match="level: want 2 to 3"):
         fmt.make_huge_spte(0, 1)
     with pytest.raises(ValueError, match="maxphyaddr: want 36 to 52, got 53"):
         Host(maxphyaddr=53)

@@ -5,11 +5,12 @@ import numpy as np
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from kvmmu._arguments cimport check_scalar_word
 from kvmmu._bits cimport (
-    ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, EPT_ACCESSED_MASK, EPT_DIRTY_MASK,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, EPT_ACCESSED_MASK, EPT_DIRTY_MASK,
     EPT_EXECUTABLE_MASK, EPT_IPAT_MASK, EPT_MMIO_VALUE, EPT_MT_WB_MASK, EPT_RWX_MASK, EPT_SPTE_HOST_WRITABLE,
-    EPT_SPTE_MMU_WRITABLE, EPT_SUPPRESS_VE_MASK, EPT_USER_EXECUTABLE_MASK, GPA_BITS, KVMMU_BITS, L1TF_BITS,
-    LEGACY_MMIO_VALUE, LEGACY_SPTE_HOST_WRITABLE, LEGACY_SPTE_MMU_WRITABLE, MMIO_SPTE_GEN_MASK, PAGE_SHIFT,
+    EPT_SPTE_MMU_WRITABLE, EPT_SUPPRESS_VE_MASK, EPT_USER_EXECUTABLE_MASK, GPA_BITS, GPA_LIMIT, KVMMU_BITS, L1TF_BITS,
+    LEGACY_MMIO_VALUE, LEGACY_SPTE_HOST_WRITABLE, LEGACY_SPTE_MMU_WRITABLE, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PAGE_SIZE,
     PG_LEVEL_1G, PG_LEVEL_4K, PT64_INDEX_BITS, PT64_NX_MASK, PT_ACCESSED_MASK, PT_DIRTY_MASK, PT_MAX_LEVELS,
     PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, PT_USER_MASK, PT_WRITABLE_MASK, ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT,
     ROLE_AD_DISABLED_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, SPTE_ACC_TRACK_BITS_MASK, SPTE_ACC_TRACK_SAVED_SHIFT,
@@ -26,6 +27,8 @@ from kvmmu.mmu._spte cimport (
 from kvmmu.mmu._spte cimport make_huge_spte as c_make_huge_spte
 from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
 from kvmmu.mmu._spte cimport make_spte as c_make_spte
+
+from kvmmu.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
 
 # What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.
 cdef enum:
@@ -226,16 +229,19 @@ cdef void init_shadow_format(PageFormat fmt, const spte_format *f, int level, bi
 
 def _as_u64(name, values):
     """values as a C-contiguous uint64 array of one dimension."""
+    refuse_masked(name, values)
     array = np.asarray(values)
     if array.dtype != np.uint64 or array.ndim != 1:
         raise ValueError(f"{name}: want a uint64 array of one dimension, got {array.dtype} of shape {array.shape}")
     return np.ascontiguousarray(array)
 
 
+def _check_rights(access):
+    return check_int("access", access, 0, ACC_ALL)
+
+
 def _check_level(level):
-    if level not in range(1, PT_MAX_LEVELS + 1):
-        raise ValueError(f"level: want 1 to {PT_MAX_LEVELS}, got {level}")
-    return level
+    return check_int("level", level, 1, PT_MAX_LEVELS)
 
 
 cdef class SpteFormat:
@@ -271,13 +277,14 @@ cdef class SpteFormat:
     def tdp_format(self, level=4, smep=False):
         """The PageFormat of a TdpMmu: permissions and shadow-zero bits. smep: MBEC or GMET is in force."""
         cdef PageFormat fmt = PageFormat()
-        init_tdp_format(fmt, &self.f, _check_level(level), bool(smep))
+        init_tdp_format(fmt, &self.f, _check_level(level), check_bool("smep", smep))
         return fmt
 
     def shadow_format(self, level=4, smep=False, nested=False, execonly=True, gbpages=True):
         """The PageFormat of a shadow MMU; nested: of an EPT12 or NPT12, else of CR3 tables."""
         cdef PageFormat fmt = PageFormat()
-        init_shadow_format(fmt, &self.f, _check_level(level), bool(smep), bool(nested), bool(execonly), bool(gbpages))
+        init_shadow_format(fmt, &self.f, _check_level(level), check_bool("smep", smep), check_bool("nested", nested),
+                           check_bool("execonly", execonly), check_bool("gbpages", gbpages))
         return fmt
 
     def make_spte(self, pfn, access, *, role, host_writable=True, may_write=True, prefetch=False, synchronizing=False):
@@ -297,14 +304,16 @@ cdef class SpteFormat:
         int
         """
         cdef spte_request q
-        q.role, q.access, q.pfn = role, access, pfn
-        q.host_writable, q.may_write = bool(host_writable), bool(may_write)
-        q.prefetch, q.synchronizing = bool(prefetch), bool(synchronizing)
+        q.role, q.access = check_word("role", role, 32), _check_rights(access)
+        q.pfn = check_int("pfn", pfn, 0, (GPA_LIMIT >> PAGE_SHIFT) - 1)
+        q.host_writable, q.may_write = check_bool("host_writable", host_writable), check_bool("may_write", may_write)
+        q.prefetch, q.synchronizing = check_bool("prefetch", prefetch), check_bool("synchronizing", synchronizing)
         return int(c_make_spte(&self.f, &q))
 
     def make_nonleaf_spte(self, hpa, ad_disabled=False):
         """The SPTE that points to a page of SPTEs."""
-        return int(make_nonleaf_spte(&self.f, hpa, bool(ad_disabled)))
+        return int(make_nonleaf_spte(&self.f, check_pages("hpa", hpa, 0, GPA_LIMIT - PAGE_SIZE),
+                                     check_bool("ad_disabled", ad_disabled)))
 
     def make_mmio_sptes(self, gfn, access, gen):
         """MMIO SPTEs (uint64) of frames; access and gen are integers for all of them."""
@@ -313,8 +322,8 @@ cdef class SpteFormat:
         out = np.empty(gfn.size, np.uint64)
         cdef uint64_t[::1] sptes = out
         cdef Py_ssize_t i
-        cdef uint32_t acc = access
-        cdef uint64_t generation = gen
+        cdef uint32_t acc = _check_rights(access)
+        cdef uint64_t generation = check_scalar_word("gen", gen)
         for i in range(frames.shape[0]):
             sptes[i] = make_mmio_spte(&self.f, frames[i], acc, generation)
         return out
@@ -352,7 +361,7 @@ cdef class SpteFormat:
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.empty(sptes.shape[0], bool)
         cdef uint8_t[::1] fault = out.view(np.uint8)
-        cdef uint64_t pfec = error_code
+        cdef uint64_t pfec = check_scalar_word("error_code", error_code)
         cdef Py_ssize_t i
         for i in range(sptes.shape[0]):
             fault[i] = spte_permission_fault(&self.f, &fmt.fmt, sptes[i], pfec)
@@ -392,8 +401,8 @@ cdef class SpteFormat:
         """The 512 SPTEs that a huge SPTE splits into (uint64), in a page of that role, one level down."""
         out = np.empty(int(SPTE_ENT_PER_PAGE), np.uint64)
         cdef uint64_t[::1] sptes = out
-        cdef uint64_t spte = huge
-        cdef uint32_t word = role
+        cdef uint64_t spte = check_scalar_word("huge", huge)
+        cdef uint32_t word = check_word("role", role, 32)
         cdef int i
         for i in range(SPTE_ENT_PER_PAGE):
             sptes[i] = c_make_small_spte(&self.f, spte, word, i)
@@ -401,9 +410,7 @@ cdef class SpteFormat:
 
     def make_huge_spte(self, small, level):
         """The huge SPTE of `level` (2 or 3) around a small one."""
-        if level not in (2, 3):
-            raise ValueError(f"level: want 2 or 3, got {level}")
-        return int(c_make_huge_spte(&self.f, small, level))
+        return int(c_make_huge_spte(&self.f, check_scalar_word("small", small), check_int("level", level, 2, 3)))
 
     def audit_page(self, PageFormat fmt, spte, level, role=0):
         """What is wrong with the entries of a page.
@@ -424,14 +431,14 @@ cdef class SpteFormat:
             that of the role), 8 (rights saved, yet not taken away), 16 (an executable huge page under the NX mitigation).
             Entries that are not present are right.
         """
-        _check_level(level)
+        cdef int at = _check_level(level)
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.zeros(sptes.shape[0], np.uint8)
         cdef uint8_t[::1] bad = out
-        cdef uint32_t word = role
+        cdef uint32_t word = check_word("role", role, 32)
         cdef Py_ssize_t i
         for i in range(sptes.shape[0]):
-            bad[i] = audit_spte(&self.f, fmt, sptes[i], level, word)
+            bad[i] = audit_spte(&self.f, fmt, sptes[i], at, word)
         return out
 
 
