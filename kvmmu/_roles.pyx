@@ -14,6 +14,9 @@ from kvmmu._bits cimport (
 )
 from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
 
+from kvmmu.arguments import check_bool, check_integers, check_word
+
+_ALL_ONES = (1 << 64) - 1
 _FLAGS = {
     "has_4_byte_gpte": int(ROLE_HAS_4_BYTE_GPTE_MASK),
     "direct": int(ROLE_DIRECT_MASK),
@@ -67,9 +70,7 @@ class CpuRole:
     __slots__ = ("word",)
 
     def __init__(self, word):
-        if not 0 <= word < 1 << 64:
-            raise ValueError(f"a role word has 64 bits, got {word:#x}")
-        object.__setattr__(self, "word", int(word))
+        object.__setattr__(self, "word", check_word("word", word))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"CpuRole is frozen: cannot set {name}")
@@ -116,7 +117,9 @@ class CpuRole:
     @classmethod
     def from_regs(cls, cr0, cr4, efer, *, smm=False, guest_mode=False):
         """The role that CR0, CR4 and EFER make."""
-        return cls(int(calc_cpu_roles(cr0, cr4, efer, smm=smm, guest_mode=guest_mode)))
+        registers = {"cr0": cr0, "cr4": cr4, "efer": efer}
+        return cls(int(calc_cpu_roles(*(check_word(name, value) for name, value in registers.items()), smm=smm,
+                                      guest_mode=guest_mode)))
 
 
 def calc_cpu_roles(cr0, cr4, efer, *, smm=False, guest_mode=False):
@@ -134,8 +137,9 @@ def calc_cpu_roles(cr0, cr4, efer, *, smm=False, guest_mode=False):
     numpy.uint64 or ndarray of uint64
         Role words, for `CpuRole`.
     """
-    cr0, cr4, efer = np.broadcast_arrays(
-        np.asarray(cr0, np.uint64), np.asarray(cr4, np.uint64), np.asarray(efer, np.uint64))
+    registers = {"cr0": cr0, "cr4": cr4, "efer": efer}
+    cr0, cr4, efer = np.broadcast_arrays(*(check_integers(name, values, 0, _ALL_ONES) for name, values in registers.items()))
+    cdef bint in_smm = check_bool("smm", smm), in_l2 = check_bool("guest_mode", guest_mode)
     out = np.empty(cr0.shape, np.uint64)
     cdef const uint64_t[::1] cr0s = np.ascontiguousarray(cr0).ravel()
     cdef const uint64_t[::1] cr4s = np.ascontiguousarray(cr4).ravel()
@@ -147,5 +151,5 @@ def calc_cpu_roles(cr0, cr4, efer, *, smm=False, guest_mode=False):
         regs.cr0 = cr0s[i]
         regs.cr4 = cr4s[i]
         regs.efer = efers[i]
-        words[i] = calc_cpu_role(&regs, bool(smm), bool(guest_mode))
+        words[i] = calc_cpu_role(&regs, in_smm, in_l2)
     return out[()]

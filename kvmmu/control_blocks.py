@@ -10,6 +10,7 @@ Sources: APM vol. 2, "Layout of VMCB"; SDM vol. 3, "VM-Execution Control Fields"
 from typing import Protocol
 
 from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.arguments import check_pages
 from kvmmu.nested import Ept, Intercepts, Npt, Pml
 from kvmmu.registers import Regs
 
@@ -57,8 +58,7 @@ class _Block:
     """The page of one control block."""
 
     def __init__(self, mem: Memory, gpa: int, name: str) -> None:
-        if not 0 <= gpa < GPA_LIMIT or gpa % PAGE_SIZE:
-            raise ValueError(f"{name}: {gpa:#x} is not the address of a page")
+        gpa = check_pages(f"{name.lower()}_gpa", gpa, 0, GPA_LIMIT - 1)
         if not mem.is_backed(gpa, PAGE_SIZE):
             raise ValueError(f"{name}: no memory at {gpa:#x}")
         self.where = f"{name} at {gpa:#x}"

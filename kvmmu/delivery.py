@@ -4,12 +4,12 @@ Sources: SDM vol. 3, "Information for VM Exits Due to Vectored Events", "Exit Qu
 Address", "Page-Modification Logging"; APM vol. 2, "Nested versus Guest Page Faults, Fault Ordering", "Exception Intercepts".
 """
 
-import operator
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 
 from kvmmu._bits import EptQual, NpfInfo, Pferr
+from kvmmu.arguments import check_bool, check_name, check_word
 from kvmmu.faults import EptMisconfig, EptViolation, NestedFault, NestedPageFault, PageFault, PmlFull
 from kvmmu.nested import Ept, Intercepts, Npt, Stage
 
@@ -147,17 +147,23 @@ def deliver_page_fault(fault: PageFault, stage: Stage | None, in_l2: bool, *, in
         raise TypeError(f"fault: want a PageFault, got {type(fault).__name__}")
     if fault.address is None:
         raise ValueError("fault: a PageFault needs an address")
+    address, error_code = check_word("fault.address", fault.address), check_word("fault.error_code", fault.error_code, 32)
+    _check_stage(stage)
+    in_l2 = check_bool("in_l2", in_l2)
+    check_name("vendor", vendor, ("intel", "amd"))
+    if not isinstance(intercepts, Intercepts | None):
+        raise TypeError(f"intercepts: want Intercepts or None, got {type(intercepts).__name__}")
     if intercepts is None:
         intercepts = Intercepts() if stage is None else stage.intercepts
     svm = vendor == "amd" if stage is None else isinstance(stage, Npt)
     if svm:
         intercepts = Intercepts(intercepts.exception_bitmap)
-    if not (in_l2 and intercepts.wants_page_fault(fault.error_code)):
-        return ExceptionInjected(fault.error_code, fault.address, "L2" if in_l2 else "L1")
+    if not (in_l2 and intercepts.wants_page_fault(error_code)):
+        return ExceptionInjected(error_code, address, "L2" if in_l2 else "L1")
     if svm:
-        return SvmExit(SvmExitCode.PF_EXCEPTION, fault.error_code, fault.address)
-    return VmxExit(VmxExitReason.EXCEPTION_OR_NMI, fault.address, interruption_info=_PF_INTERRUPTION_INFO,
-                   interruption_error_code=fault.error_code)
+        return SvmExit(SvmExitCode.PF_EXCEPTION, error_code, address)
+    return VmxExit(VmxExitReason.EXCEPTION_OR_NMI, address, interruption_info=_PF_INTERRUPTION_INFO,
+                   interruption_error_code=error_code)
 
 
 def deliver_nested_fault(fault: NestedFault, stage: Stage | None, from_hardware: int | None = None) -> ExitToL1:
@@ -185,16 +191,24 @@ def deliver_nested_fault(fault: NestedFault, stage: Stage | None, from_hardware:
         Not exactly one stage bit in a nested page fault; GUEST_FINAL it is then.
     """
     if from_hardware is not None:
-        from_hardware = _check_word(from_hardware)
+        from_hardware = check_word("from_hardware", from_hardware)
     if stage is None:
         raise ValueError("stage: no second stage is in force, so that L1 can have no exit for it")
+    _check_stage(stage)
     kinds = _KINDS[type(stage)]
     if not isinstance(fault, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"fault: want {wanted} under {type(stage).__name__}, got {type(fault).__name__}")
+    for name in ("fault_gpa", "exit_qualification", "error_code"):      # a fault may be made by hand
+        check_word(f"fault.{name}", getattr(fault, name))
     if isinstance(stage, Ept):
         return _ept_exit(fault, stage, from_hardware)
     return _nested_page_fault_exit(fault, from_hardware)
+
+
+def _check_stage(stage: object) -> None:
+    if not isinstance(stage, Ept | Npt | None):
+        raise TypeError(f"stage: want an Ept, an Npt or None, got {type(stage).__name__}")
 
 
 def _ept_exit(fault: NestedFault, stage: Ept, from_hardware: int | None) -> VmxExit:
@@ -217,13 +231,3 @@ def _nested_page_fault_exit(fault: NestedFault, from_hardware: int | None) -> Sv
                       "taken for GUEST_FINAL", RuntimeWarning, stacklevel=2)
         stage = int(NpfInfo.GUEST_FINAL)
     return SvmExit(SvmExitCode.NPF, fault.exit_qualification & ~int(_STAGES) | stage, fault.fault_gpa)
-
-
-def _check_word(value: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"from_hardware: want an integer or None, got {value!r}") from None
-    if not 0 <= value < 1 << 64:
-        raise ValueError(f"from_hardware: want 64 bits, got {value:#x}")
-    return value

@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 from kvmmu._bits import INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, RetPf, Status
 from kvmmu._machine import Machine
 from kvmmu._memory import GuestMemory
-from kvmmu.columns import Accesses
+from kvmmu.arguments import check_bool, check_int, check_word
+from kvmmu.columns import Accesses, check_one_access
 from kvmmu.faults import fault_of, nested_fault_of
 from kvmmu.record import WalkRecord
 from kvmmu.registers import Regs
+
+_LINEAR = 1 << 64                       # addresses go round
+_READ_MAX = 1 << 32
 
 
 class GuestAccesses(ABC):
@@ -68,7 +72,7 @@ class GuestAccesses(ABC):
         return self._access(gva, self._with_ac(access), None, True)
 
     def _with_ac(self, access: int) -> int:
-        return access | Access.AC if self._regs.rflags & RFLAGS_AC else access
+        return check_one_access(access) | Access.AC if self._regs.rflags & RFLAGS_AC else access
 
     def _access(self, gva: int, access: int, data: bytes | None, page_table_writing: bool) -> Accesses:
         self._machine.set_rip(self.rip)
@@ -103,7 +107,8 @@ class GuestAccesses(ABC):
         PageFault, GeneralProtection, NestedFault
             Nothing was written.
         """
-        access = self._with_ac(int(access) | Access.WRITE)
+        gva, access = check_word("gva", gva), self._with_ac(check_one_access(access) | Access.WRITE)
+        page_table_writing = check_bool("page_table_writing", page_table_writing)
         parts = _pages_of(gva, bytes(data))
         if len(parts) > 1:
             for address, _ in parts:
@@ -122,6 +127,7 @@ class GuestAccesses(ABC):
                      qualification: int = 0) -> None:
         if status == Status.OK:
             return
+        gva, access = int(gva), int(access)
         record = self._walk_behind(gva, access, status)
         step = record.steps[-1] if record.steps else None
         entry, entry_gpa = (step.entry, step.gpa) if step else (0, None)
@@ -152,7 +158,7 @@ class GuestAccesses(ABC):
         PageFault, GeneralProtection
             The bytes before the page that faults were written.
         """
-        access = self._with_ac(int(access) | Access.WRITE)
+        gva, access = check_word("gva", gva), self._with_ac(check_one_access(access) | Access.WRITE)
         reached = 0
         for address, part in _pages_of(gva, bytes(data)):
             _, hpa = self._emulate(address, access, part)
@@ -167,7 +173,7 @@ class GuestAccesses(ABC):
         gva : int
             Linear address (bytes) of the first byte.
         n : int
-            How many bytes; MMIO reads as zero.
+            How many bytes, 0 to 2**32; MMIO reads as zero.
         access : Access
             USER, AC, FETCH or IMPLICIT.
 
@@ -175,11 +181,16 @@ class GuestAccesses(ABC):
         ------
         PageFault, GeneralProtection, NestedFault
         """
-        data = b""
-        for address, part in _pages_of(gva, bytes(n)):
-            gpa, hpa = self._emulate(address, self._with_ac(int(access)), None)
-            data += self.mem.read(gpa, len(part)) if hpa != INVALID_GPA else part
-        return data
+        gva, n = check_word("gva", gva), check_int("n", n, 0, _READ_MAX)
+        access = self._with_ac(check_one_access(access))
+        data = bytearray()
+        while len(data) < n or not n:
+            size = min(n - len(data), PAGE_SIZE - (gva + len(data)) % PAGE_SIZE)
+            gpa, hpa = self._emulate((gva + len(data)) % _LINEAR, access, None)
+            data += self.mem.read(gpa, size) if hpa != INVALID_GPA else bytes(size)
+            if not n:
+                break
+        return bytes(data)
 
     def _emulate(self, gva: int, access: int, data: bytes | None) -> tuple[int, int]:
         gpa, hpa, status, error_code, fault_gpa, qualification = self._machine.emulate(gva, access, data)
@@ -194,6 +205,6 @@ def _pages_of(gva: int, data: bytes) -> list[tuple[int, bytes]]:
     parts, at = [], 0
     while at < len(data):
         size = min(len(data) - at, PAGE_SIZE - (gva + at) % PAGE_SIZE)
-        parts.append((gva + at, data[at:at + size]))
+        parts.append(((gva + at) % _LINEAR, data[at:at + size]))
         at += size
     return parts

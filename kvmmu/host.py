@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
-from kvmmu._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN
+from kvmmu._bits import MAXPHYADDR_MAX
+from kvmmu.arguments import check_bool, check_int, check_name
 
 __all__ = ["Host"]
 
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+_SWITCHES = ("mbec", "gmet", "ad", "pml", "nx_huge_pages", "eager_split", "l1tf")
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,16 @@ class Host:
     kernel: str = "7.3"
 
     def __post_init__(self) -> None:
-        if self.tdp not in ("ept", "npt", None):
-            raise ValueError(f"tdp: want 'ept', 'npt' or None, got {self.tdp!r}")
-        if not isinstance(self.maxphyaddr, int) or not _MAXPHYADDR_MIN <= self.maxphyaddr <= MAXPHYADDR_MAX:
-            raise ValueError(f"maxphyaddr: want {max(_MAXPHYADDR_MIN, MAXPHYADDR_MIN)} to {MAXPHYADDR_MAX}, "
-                             f"got {self.maxphyaddr!r}")
-        if self.max_page not in _LEVELS:
-            raise ValueError(f"max_page: want '4k', '2m' or '1g', got {self.max_page!r}")
+        check_name("tdp", self.tdp, ("ept", "npt", None))
+        object.__setattr__(self, "maxphyaddr", check_int("maxphyaddr", self.maxphyaddr, _MAXPHYADDR_MIN, MAXPHYADDR_MAX))
+        check_name("max_page", self.max_page, _LEVELS)
+        for name in _SWITCHES:
+            object.__setattr__(self, name, check_bool(name, getattr(self, name)))
         if self.pml and (self.tdp != "ept" or not self.ad):
             raise ValueError("pml: page-modification logging needs tdp='ept' and ad=True")
         if self.gmet and self.tdp != "npt":
             raise ValueError(f"gmet: is of NPT, got tdp={self.tdp!r}")
-        if self.kernel not in _KERNELS:
-            raise ValueError(f"kernel: want {' or '.join(map(repr, _KERNELS))}, got {self.kernel!r}")
+        check_name("kernel", self.kernel, _KERNELS)
 
     @property
     def role_bits(self) -> RoleBits:

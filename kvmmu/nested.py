@@ -2,16 +2,10 @@
 
 from dataclasses import dataclass
 
-from kvmmu._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, Cr0, Cr4
+from kvmmu._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, GPA_LIMIT, Cr0, Cr4
+from kvmmu.arguments import check_bool, check_pages, check_word
 
 __all__ = ["Ept", "Intercepts", "Npt", "Pml", "Stage"]
-
-_PML_PAGE = 0xFFF
-
-
-def _check_word(name: str, value: int, bits: int = 64) -> None:
-    if not isinstance(value, int) or not 0 <= value < 1 << bits:
-        raise ValueError(f"{name}: want an integer of {bits} bits, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -30,10 +24,8 @@ class Pml:
     index: int = 511
 
     def __post_init__(self) -> None:
-        _check_word("address", self.address, 52)
-        _check_word("index", self.index, 16)
-        if self.address & _PML_PAGE:
-            raise ValueError(f"address: {self.address:#x} is not page-aligned")
+        object.__setattr__(self, "address", check_pages("address", self.address, 0, GPA_LIMIT - 1))
+        object.__setattr__(self, "index", check_word("index", self.index, 16))
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,13 @@ class Intercepts:
     pfec_mask: int = 0
     pfec_match: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("exception_bitmap", "pfec_mask", "pfec_match"):
+            object.__setattr__(self, name, check_word(name, getattr(self, name), 32))
+
     def wants_page_fault(self, error_code: int) -> bool:
         """Whether a #PF with this error code exits to L1."""
+        error_code = check_word("error_code", error_code, 32)
         matches = error_code & self.pfec_mask == self.pfec_match
         return bool(self.exception_bitmap >> 14 & 1) == matches
 
@@ -85,7 +82,12 @@ class Ept:
     intercepts: Intercepts = Intercepts()
 
     def __post_init__(self) -> None:
-        _check_word("eptp", self.eptp)
+        object.__setattr__(self, "eptp", check_word("eptp", self.eptp))
+        for name in ("mbec", "execonly", "advanced_info", "page_2m"):
+            object.__setattr__(self, name, check_bool(name, getattr(self, name)))
+        if self.page_1g is not None:
+            object.__setattr__(self, "page_1g", check_bool("page_1g", self.page_1g))
+        _check_parts(self.pml, self.intercepts)
         if self.eptp & EPTP_MT not in (EPTP_MT_UC, EPTP_MT_WB):
             raise ValueError(f"eptp {self.eptp:#x}: memory type {self.eptp & EPTP_MT}, want {EPTP_MT_UC} or {EPTP_MT_WB}")
         if self.level not in (4, 5):
@@ -113,6 +115,7 @@ class Ept:
 
     def huge_page_level(self, gbpages: bool) -> int:
         """Largest page: 1 4K, 2 2M, 3 1G."""
+        gbpages = check_bool("gbpages", gbpages)
         if not self.page_2m:
             return 1
         return 3 if (gbpages if self.page_1g is None else self.page_1g) else 2
@@ -142,7 +145,9 @@ class Npt:
 
     def __post_init__(self) -> None:
         for name in ("ncr3", "cr4", "efer"):
-            _check_word(name, getattr(self, name))
+            object.__setattr__(self, name, check_word(name, getattr(self, name)))
+        object.__setattr__(self, "gmet", check_bool("gmet", self.gmet))
+        _check_parts(None, self.intercepts)
 
     @property
     def root(self) -> int:
@@ -152,5 +157,13 @@ class Npt:
     def cr0(self) -> int:
         """The CR0 that nested paging walks with, whatever L1's is."""
         return int(Cr0.PE | Cr0.WP | Cr0.PG)
+
+
+def _check_parts(pml: object, intercepts: object) -> None:
+    if not isinstance(pml, Pml | None):
+        raise TypeError(f"pml: want a Pml or None, got {type(pml).__name__}")
+    if not isinstance(intercepts, Intercepts):
+        raise TypeError(f"intercepts: want Intercepts, got {type(intercepts).__name__}")
+
 
 Stage = Ept | Npt

@@ -4,7 +4,6 @@ Sources: SDM vol. 3, "Control Registers", "Paging Modes and Control Bits", "Enab
 and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Feature Enable Register (EFER)".
 """
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from kvmmu._bits import (
     Cr4,
     Efer,
 )
+from kvmmu.arguments import check_bool, check_int, check_name, check_word, check_words
 from kvmmu.faults import GeneralProtection, InvalidOpcode
 
 __all__ = ["CpuModel", "Regs"]
@@ -33,6 +33,7 @@ class TableSpace(Protocol):
     def read_u64(self, gpa: int) -> int: ...
 
 
+_FEATURES = ("gbpages", "pse36", "la57", "nx", "smep", "smap", "pku", "pcid")
 _WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
 
 
@@ -69,12 +70,12 @@ class CpuModel:
     pcid: bool = True
 
     def __post_init__(self) -> None:
-        if self.vendor not in ("intel", "amd"):
-            raise ValueError(f"vendor: want 'intel' or 'amd', got {self.vendor!r}")
-        if self.conformance not in ("sdm", "kvm"):
-            raise ValueError(f"conformance: want 'sdm' or 'kvm', got {self.conformance!r}")
-        if not isinstance(self.maxphyaddr, int) or not MAXPHYADDR_MIN <= self.maxphyaddr <= MAXPHYADDR_MAX:
-            raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {self.maxphyaddr!r}")
+        check_name("vendor", self.vendor, ("intel", "amd"))
+        check_name("conformance", self.conformance, ("sdm", "kvm"))
+        width = check_int("maxphyaddr", self.maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX)
+        object.__setattr__(self, "maxphyaddr", width)
+        for name in _FEATURES:
+            object.__setattr__(self, name, check_bool(name, getattr(self, name)))
 
     @property
     def rsvd_gpa_bits(self) -> int:
@@ -108,21 +109,11 @@ class Regs:
     def __post_init__(self) -> None:
         for name, bits in _WIDTHS.items():
             value = getattr(self, name)
-            try:
-                value = operator.index(value)
-            except (TypeError, ValueError):
-                raise TypeError(f"{name}: want an integer, got {value!r}") from None
-            if not 0 <= value < 1 << bits:
-                raise ValueError(f"{name}: want {bits} bits, got {value:#x}")
-            object.__setattr__(self, name, value)
+            number = check_word(name, value, bits)
+            if number is not value:
+                object.__setattr__(self, name, number)
         if self.pdptrs is not None:
-            try:
-                pdptrs = tuple(operator.index(pdpte) for pdpte in self.pdptrs)
-            except TypeError:
-                raise TypeError(f"pdptrs: want four integers, got {self.pdptrs!r}") from None
-            if len(pdptrs) != 4 or not all(0 <= pdpte < 1 << 64 for pdpte in pdptrs):
-                raise ValueError(f"pdptrs: want four 64-bit values, got {self.pdptrs!r}")
-            object.__setattr__(self, "pdptrs", pdptrs)
+            object.__setattr__(self, "pdptrs", check_words("pdptrs", self.pdptrs, 4))
 
     @property
     def is_long_mode(self) -> bool:

@@ -1,18 +1,19 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
-import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
-from kvmmu._bits import CR3_NOFLUSH, Cr0, Cr4, Efer
+from kvmmu._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
 from kvmmu._contexts import SecondStage, VcpuArch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
 from kvmmu._tlb import Tlb
+from kvmmu.arguments import check_bool, check_choice, check_int, check_name, check_word
+from kvmmu.columns import check_one_access
 from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
 from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault
 from kvmmu.guest_accesses import GuestAccesses
@@ -24,6 +25,7 @@ from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
 
+_ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _MAKING = threading.Lock()
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
@@ -67,8 +69,7 @@ class Vcpu(GuestAccesses):
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
-        if tdp not in _TDP_KINDS:
-            raise ValueError(f"tdp: want 'ept', 'npt' or None, got {tdp!r}")
+        check_name("tdp", tdp, _TDP_KINDS)
         self._spaces = (mem, mem if smm_mem is None else smm_mem)
         self._tdp = tdp
         self._cpu = CpuModel() if cpu is None else _check_cpu(cpu)
@@ -164,7 +165,8 @@ class Vcpu(GuestAccesses):
 
     @smm.setter
     def smm(self, smm: bool) -> None:
-        changed, self._smm = self._smm != bool(smm), bool(smm)
+        smm = check_bool("smm", smm)
+        changed, self._smm = self._smm != smm, smm
         self.gva_walk.set_memory(self.mem)
         self.ngpa_walk.set_memory(self.mem)
         self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
@@ -207,10 +209,9 @@ class Vcpu(GuestAccesses):
         ValueError
             No such control register, or a value wider than the guest's operand.
         """
-        if n not in (0, 3, 4):
-            raise ValueError(f"mov_cr: want CR 0, 3 or 4, got {n!r}")
+        n, value = check_choice("n", n, (0, 3, 4)), check_word("value", value)
         before = self._regs
-        self._load(after_mov_cr(self._cpu, before, n, _check_bits("value", value, 64), self._table_space(self._second)))
+        self._load(after_mov_cr(self._cpu, before, n, value, self._table_space(self._second)))
         after = self._regs
         if self._made is not None:
             if n == 3:
@@ -232,7 +233,7 @@ class Vcpu(GuestAccesses):
             A reserved bit, or LME changed while paging; nothing changed.
         """
         before = self._regs
-        self._load(after_wrmsr_efer(self._cpu, before, _check_bits("value", value, 64)))
+        self._load(after_wrmsr_efer(self._cpu, before, check_word("value", value)))
         if (before.efer ^ self._regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
             self._machine.reset_context()
             self._flush_guest()
@@ -245,11 +246,11 @@ class Vcpu(GuestAccesses):
         InvalidOpcode
             CR4.PKE is clear.
         """
-        self._load(after_wrpkru(self._regs, _check_bits("value", value, 32)))
+        self._load(after_wrpkru(self._regs, check_word("value", value, 32)))
 
     def invlpg(self, gva: int) -> None:
         """INVLPG by the guest: translations of an address, of this PCID and global ones; a non-canonical one does nothing."""
-        gva = _check_bits("gva", gva, 64)
+        gva = check_word("gva", gva)
         if self._made is not None:
             self._machine.invlpg(gva)
 
@@ -261,10 +262,10 @@ class Vcpu(GuestAccesses):
         GeneralProtection
             No such type, a PCID other than 0 while CR4.PCIDE is clear, or a non-canonical address.
         """
-        pcid, gva = _check_bits("pcid", pcid, 12), _check_bits("gva", gva, 64)
+        type, pcid, gva = check_word("type", type), check_word("pcid", pcid, 12), check_word("gva", gva)
         width = 57 if self._regs.cr4 & Cr4.LA57 else 48
         top = gva >> (width - 1)
-        if type not in range(4) or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
+        if type > 3 or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
                 type == 0 and top not in (0, (1 << (65 - width)) - 1)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
         if self._made is not None:
@@ -284,11 +285,9 @@ class Vcpu(GuestAccesses):
             Of shadow page tables.
 
         """
-        if roots not in ("current", "all"):
-            raise ValueError(f"roots: want 'current' or 'all', got {roots!r}")
-        if walk is not self.gva_walk and walk is not self.ngpa_walk:
-            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
-        addr = _check_bits("addr", addr, 64)
+        check_name("roots", roots, ("current", "all"))
+        self._check_walk(walk)
+        addr = check_word("addr", addr)
         if self._made is None:
             return
         if walk is self.gva_walk:
@@ -451,6 +450,10 @@ class Vcpu(GuestAccesses):
         if stage is not None and stage.root & self._cpu.rsvd_gpa_bits:
             raise ValueError(f"root {stage.root:#x}: bits beyond MAXPHYADDR {self._cpu.maxphyaddr} are reserved")
 
+    def _check_walk(self, walk: PageWalk) -> None:
+        if walk is not self.gva_walk and walk is not self.ngpa_walk:
+            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
+
     def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:
         """A guest-physical address of a walk as L1 sees it: the identity, except for gva_walk under a second stage.
 
@@ -472,6 +475,9 @@ class Vcpu(GuestAccesses):
         ------
         NestedFault
         """
+        self._check_walk(walk)
+        gpa, access = check_word("gpa", gpa), check_one_access(access)
+        pte_access = check_int("pte_access", pte_access, 0, _ACC_ALL)
         if walk is not self.gva_walk or not self.mmu_is_nested:
             return gpa
         return self.ngpa_walk.second_stage_gpa(gpa, access, pte_access)
@@ -504,6 +510,8 @@ class Vcpu(GuestAccesses):
     def _deliver_page_fault(self, fault: GuestFault, from_hardware: int | None) -> ExceptionInjected | ExitToL1:
         if not isinstance(fault, PageFault):
             raise TypeError(f"fault: gva_walk delivers a PageFault, got {type(fault).__name__}")
+        if from_hardware is not None:
+            check_word("from_hardware", from_hardware)
         stage = None if self._second is None else self._second.stage
         event = deliver_page_fault(fault, stage, self._guest_mode, vendor=self._cpu.vendor)
         if isinstance(event, ExceptionInjected):
@@ -556,13 +564,3 @@ def _check_cpu(cpu: CpuModel) -> CpuModel:
     if not isinstance(cpu, CpuModel):
         raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
     return cpu
-
-
-def _check_bits(name: str, value: int, bits: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: want an integer, got {value!r}") from None
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name}: want {bits} bits, got {value:#x}")
-    return value

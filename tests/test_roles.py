@@ -139,7 +139,7 @@ def test_a_role_is_frozen_hashable_and_can_be_pickled():
 @pytest.mark.parametrize("word", [-1, 1 << 64])
 def test_a_role_word_has_64_bits(word):
     """ValueError naming the value."""
-    with pytest.raises(ValueError, match=f"{word:#x}"):
+    with pytest.raises(ValueError, match=f"word: .* got {word if word < 0 else hex(word)}"):
         CpuRole(word)
 
 
