@@ -7,8 +7,12 @@ import numpy as np
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu._bits cimport GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from kvmmu._bits cimport GPA_LIMIT, PAGE_SHIFT, PAGE_SIZE
 from kvmmu._memory cimport guest_mem, guest_page, guest_slot, hash_gfn
+
+from kvmmu.arguments import (
+    check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,
+)
 
 # Beyond so many pages outside the largest slot (64 MiB of index) look-ups search the slot table instead.
 cdef size_t MAX_INDEXED_PAGES = 1 << 20
@@ -102,19 +106,15 @@ class _Region:
 
 def _as_bytes(size_or_buffer):
     """A C-contiguous uint8 array: zeroed of the given size, or over the buffer without a copy."""
-    if isinstance(size_or_buffer, (int, np.integer)):
-        size = int(size_or_buffer)
-        _check_size(size, "size")
-        return np.zeros(size, np.uint8)
+    if isinstance(size_or_buffer, (int, np.generic)) or hasattr(type(size_or_buffer), "__index__") and not isinstance(
+            size_or_buffer, np.ndarray):
+        return np.zeros(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT), np.uint8)
     try:
-        view = memoryview(size_or_buffer)
+        data = check_bytes("size_or_buffer", size_or_buffer)
     except TypeError:
-        raise TypeError(
-            f"want a size in bytes or an object with the buffer protocol, got {type(size_or_buffer).__name__}") from None
-    if not view.c_contiguous:
-        raise ValueError("the buffer of a slot must be C-contiguous; numpy.ascontiguousarray() makes a copy that is")
-    _check_size(view.nbytes, "the buffer's size")
-    data = np.frombuffer(view, np.uint8)
+        raise TypeError("size_or_buffer: want a size in bytes or an object with the buffer protocol, got "
+                        f"{type(size_or_buffer).__name__}") from None
+    check_pages("size_or_buffer", data.size, PAGE_SIZE, GPA_LIMIT)
     if data.flags.writeable and data.ctypes.data % ENTRY_ALIGNMENT:
         raise ValueError(
             f"a writable buffer must be {ENTRY_ALIGNMENT}-byte aligned for atomic A/D updates, this one starts at "
@@ -122,16 +122,17 @@ def _as_bytes(size_or_buffer):
     return data
 
 
-def _check_size(size, what):
-    if size <= 0 or size & PAGE_OFFSET_MASK:
-        raise ValueError(f"{what} is {size:#x} bytes, want a positive multiple of {PAGE_SIZE:#x}")
-
-
-def _check_range(gpa, size):
-    if gpa < 0 or gpa & PAGE_OFFSET_MASK:
-        raise ValueError(f"gpa {gpa:#x} is not a multiple of {PAGE_SIZE:#x}")
-    if gpa + size > GPA_LIMIT:
-        raise ValueError(f"a slot at {gpa:#x} of {size:#x} bytes ends beyond 52 bits ({GPA_LIMIT:#x})")
+cdef bytes read_bytes(GuestMemory mem, gpa, n):
+    """The n bytes at gpa, both checked."""
+    pieces = list(mem._pieces(gpa, n))
+    try:
+        out = bytearray(n)
+    except MemoryError:
+        raise MemoryError(f"n: there is no memory for {n:#x} bytes") from None
+    for offset, length, data in pieces:
+        if data is not None:
+            out[offset:offset + length] = data.tobytes()
+    return bytes(out)
 
 
 cdef class GuestMemory:
@@ -158,7 +159,6 @@ cdef class GuestMemory:
 
     def __init__(self, size_or_buffer):
         data = _as_bytes(size_or_buffer)
-        _check_range(0, data.size)
         self.regions = []
         self._install([_Region(0, data, False)])
 
@@ -194,21 +194,21 @@ cdef class GuestMemory:
         ValueError
             Wrong shapes or dtypes, an address that is unaligned, repeated or beyond 52 bits.
         """
-        gpas = np.asarray(gpas)
+        gpas = check_integers("gpas", gpas, 0, GPA_LIMIT - PAGE_SIZE)
+        refuse_masked("pages", pages)
         pages = np.asarray(pages)
-        if gpas.ndim != 1 or gpas.size == 0 or gpas.dtype.kind not in "ui":
-            raise ValueError(f"gpas: want integers of shape (n,), n >= 1, got {gpas.dtype} {gpas.shape}")
+        if gpas.ndim != 1 or gpas.size == 0:
+            raise ValueError(f"gpas: want integers of shape (n,), n >= 1, got shape {gpas.shape}")
         if (pages.dtype, pages.shape) not in ((np.uint8, (gpas.size, 4096)), (np.uint64, (gpas.size, 512))):
             raise ValueError(
                 f"pages: want uint8 ({gpas.size}, 4096) or uint64 ({gpas.size}, 512), got {pages.dtype} {pages.shape}")
         order = np.argsort(gpas, kind="stable")
         gpas = gpas[order]
         data = np.ascontiguousarray(pages[order]).reshape(-1).view(np.uint8)
-        breaks = np.flatnonzero(np.diff(gpas.astype(np.uint64)) != PAGE_SIZE) + 1
+        breaks = np.flatnonzero(np.diff(gpas) != PAGE_SIZE) + 1
         regions = []
         for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), gpas.size]):
-            gpa = int(gpas[start])
-            _check_range(gpa, (stop - start) * PAGE_SIZE)
+            gpa = check_pages("gpas", int(gpas[start]))
             regions.append(_Region(gpa, data[start * PAGE_SIZE:stop * PAGE_SIZE], False))
         cdef GuestMemory self = cls.__new__(cls)
         self.regions = []
@@ -233,10 +233,11 @@ cdef class GuestMemory:
         ValueError
             Unaligned, beyond 52 bits, or overlapping another slot.
         """
+        gpa = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE)
+        readonly = check_bool("readonly", readonly)
         data = _as_bytes(size_or_buffer)
-        gpa = int(gpa)
-        _check_range(gpa, data.size)
-        self._install([_Region(gpa, data, bool(readonly))])
+        check_length("size_or_buffer", data.size, gpa)
+        self._install([_Region(gpa, data, readonly)])
 
     def remove_slot(self, gpa):
         """Remove the slot at gpa.
@@ -251,6 +252,7 @@ cdef class GuestMemory:
         ValueError
             No slot begins there, or it is the last one.
         """
+        gpa = check_gpa("gpa", gpa)
         gone = [region for region in self.regions if region.gpa == gpa]
         if not gone:
             raise ValueError(f"no slot begins at gpa {gpa:#x}; there are {', '.join(map(str, self.regions))}")
@@ -266,8 +268,6 @@ cdef class GuestMemory:
 
     def _pieces(self, gpa, size):
         """(offset into the request, the uint8 array there, or None for a hole) for [gpa, gpa + size)."""
-        if gpa < 0 or size < 0 or gpa + size > GPA_LIMIT:
-            raise ValueError(f"{size} ({size:#x}) bytes at gpa {gpa:#x} are not within 52 bits of guest-physical address")
         at = gpa
         first = max(bisect_right(self.starts, gpa) - 1, 0)
         for region in self.regions[first:bisect_right(self.starts, gpa + size)]:
@@ -284,16 +284,13 @@ cdef class GuestMemory:
 
     def read(self, gpa, n):
         """The n bytes at gpa; holes read as zero."""
-        pieces = list(self._pieces(int(gpa), n))
-        out = bytearray(n)
-        for offset, length, data in pieces:
-            if data is not None:
-                out[offset:offset + length] = data.tobytes()
-        return bytes(out)
+        gpa = check_gpa("gpa", gpa)
+        return read_bytes(self, gpa, check_length("n", n, gpa))
 
     def is_backed(self, gpa, n=1):
         """Whether all n bytes at gpa lie in slots."""
-        return all(data is not None for _, _, data in self._pieces(int(gpa), n))
+        gpa = check_gpa("gpa", gpa)
+        return all(data is not None for _, _, data in self._pieces(gpa, check_length("n", n, gpa)))
 
     def write(self, gpa, data):
         """Write bytes as the host does, read-only slots included; all or nothing.
@@ -303,8 +300,10 @@ cdef class GuestMemory:
         ValueError
             Part of the range is a hole, or lies over a buffer that is itself read-only.
         """
-        view = np.frombuffer(data, np.uint8)
-        pieces = list(self._pieces(int(gpa), view.size))
+        gpa = check_gpa("gpa", gpa)
+        view = check_bytes("data", data)
+        check_length("data", view.size, gpa)
+        pieces = list(self._pieces(gpa, view.size))
         for offset, length, target in pieces:
             if target is None:
                 raise ValueError(f"write to a hole: [{gpa + offset:#x}, {gpa + offset + length:#x}) has no slot")
@@ -315,13 +314,11 @@ cdef class GuestMemory:
 
     def read_u64(self, gpa):
         """The little-endian 64-bit word at gpa; 0 in a hole."""
-        return int.from_bytes(self.read(gpa, 8), "little")
+        return int.from_bytes(read_bytes(self, check_int("gpa", gpa, 0, GPA_LIMIT - 8), 8), "little")
 
     def write_u64(self, gpa, value):
         """Write a little-endian 64-bit word; errors as `write()`."""
-        if not 0 <= value < 1 << 64:
-            raise ValueError(f"value: want 64 bits, got {value:#x}")
-        self.write(gpa, int(value).to_bytes(8, "little"))
+        self.write(check_int("gpa", gpa, 0, GPA_LIMIT - 8), check_word("value", value).to_bytes(8, "little"))
 
     def __repr__(self):
         total = sum(region.size for region in self.regions)

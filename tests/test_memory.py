@@ -66,8 +66,8 @@ def test_neighbouring_slots_do_not_overlap():
 
 @pytest.mark.parametrize(("gpa", "size", "named"), [
     (1, PAGE, "0x1"), (PAGE + 8, PAGE, "0x1008"), (-PAGE, PAGE, "-0x1000"), (TOP, PAGE, "0x10000000000000"),
-    (TOP - PAGE, 2 * PAGE, "0xffffffffff000"), (PAGE, 0, "0x0"), (PAGE, -PAGE, "-0x1000"), (PAGE, 100, "0x64"),
-    (PAGE, PAGE + 1, "0x1001"), (1 << 64, PAGE, "0x10000000000000000")])
+    (TOP - PAGE, 2 * PAGE, "0xffffffffff000"), (PAGE, 0, "size_or_buffer: .*got 0"), (PAGE, -PAGE, "-0x1000"),
+    (PAGE, 100, "size_or_buffer: .*got 100"), (PAGE, PAGE + 1, "0x1001"), (1 << 64, PAGE, "0x10000000000000000")])
 def test_bad_slots_are_refused(gpa, size, named):
     """Unaligned, negative, beyond 52 bits, empty or odd: the value is in the message and nothing changed."""
     mem = GuestMemory(PAGE)
@@ -79,10 +79,11 @@ def test_bad_slots_are_refused(gpa, size, named):
 @pytest.mark.parametrize("size", [0, -1, 1, 4095, 4097])
 def test_bad_sizes_are_refused(size):
     """A positive multiple of 4096; as a size and as a buffer's."""
-    with pytest.raises(ValueError, match=f"{size:#x}"):
+    named = f"size_or_buffer: .*({size}|{size:#x})"
+    with pytest.raises(ValueError, match=named):
         GuestMemory(size)
     if size >= 0:
-        with pytest.raises(ValueError, match=f"{size:#x}"):
+        with pytest.raises(ValueError, match=named):
             GuestMemory(bytearray(size))
 
 
@@ -223,12 +224,12 @@ def test_writes_are_all_or_nothing():
 
 
 @pytest.mark.parametrize(("call", "named"), [
-    (lambda m: m.read(-1, 8), "-0x1"),
+    (lambda m: m.read(-1, 8), "gpa: .*-1"),
     (lambda m: m.read(TOP - 4, 8), "0xffffffffffffc"),
     (lambda m: m.read(TOP, 1), "0x10000000000000"),
     (lambda m: m.read(0, 1 << 53), "0x20000000000000"),
     (lambda m: m.read(0, -1), "-"),
-    (lambda m: m.write(-8, b"12345678"), "-0x8"),
+    (lambda m: m.write(-8, b"12345678"), "gpa: .*-8"),
     (lambda m: m.write(TOP - 1, b"12"), "0xfffffffffffff"),
     (lambda m: m.read_u64(TOP - 7), "0xffffffffffff9"),
     (lambda m: m.read_u64(1 << 64), "0x10000000000000000"),
@@ -260,14 +261,14 @@ def test_from_pages_makes_runs_into_slots():
 @pytest.mark.parametrize(("gpas", "pages", "named"), [
     ([], np.empty((0, 512), np.uint64), r"gpas.*\(0,\)"),
     ([[0]], np.zeros((1, 512), np.uint64), r"gpas.*\(1, 1\)"),
-    ([0.0], np.zeros((1, 512), np.uint64), "gpas.*float64"),
+    (np.zeros(1), np.zeros((1, 512), np.uint64), "gpas.*float64"),
     ([0], np.zeros((2, 512), np.uint64), r"pages.*\(2, 512\)"),
     ([0], np.zeros((1, 4096), np.uint64), r"pages.*\(1, 4096\)"),
     ([0], np.zeros((1, 512), np.int64), "pages.*int64"),
     ([0], np.zeros(512, np.uint64), r"pages.*\(512,\)"),
     ([8], np.zeros((1, 512), np.uint64), "0x8"),
     ([0, 0], np.zeros((2, 512), np.uint64), "overlap.*0x0"),
-    ([TOP], np.zeros((1, 512), np.uint64), "0x10000000000000"),
+    ([TOP], np.zeros((1, 512), np.uint64), "gpas: .*0x10000000000000"),
     ([-PAGE], np.zeros((1, 512), np.uint64), "-0x1000"),
 ])
 def test_from_pages_refuses_what_is_not_pages(gpas, pages, named):
