@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvmmu._bits import RetPf
 from kvmmu._roles import CpuRole
+from kvmmu.arguments import check_int
 from kvmmu.faults import error_code_text
 from kvmmu.host import Host, RoleBits
 from kvmmu.mmu._inspect import set_trace, trace_events
@@ -34,6 +35,7 @@ _FIELDS = {
     "kvm_mmu_walker_error": "pferr",
 }
 _NAMES = tuple(_FIELDS)
+_CAPACITY_MAX = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,16 @@ class Tracepoints:
     *names : str
         Names of tracepoints, all by default: kvm_mmu_set_spte, kvm_tdp_mmu_spte_changed, fast_page_fault, ...
     capacity : int
-        How many events are kept; the oldest go first.
+        How many events are kept, 1 to 2**32; the oldest go first.
     """
 
     names = _NAMES
 
     def __init__(self, *names: str, capacity: int = 1 << 16) -> None:
         for name in names:
-            if name not in _FIELDS:
-                raise ValueError(f"no tracepoint {name!r}; there are {', '.join(_NAMES)}")
-        if capacity < 1:
-            raise ValueError(f"capacity: want at least 1, got {capacity}")
+            if name not in _NAMES:
+                raise ValueError(f"names: {name!r} is no tracepoint; there are {', '.join(_NAMES)}")
+        capacity = check_int("capacity", capacity, 1, _CAPACITY_MAX)
         self.mask = sum(1 << _NAMES.index(name) for name in set(names or _NAMES))
         self.capacity = capacity
         self._kvm: Kvm | None = None

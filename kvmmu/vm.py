@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import PAGE_SIZE
+from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu._memory import GuestMemory
+from kvmmu.arguments import check_bool, check_bytes, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.host import Host
 from kvmmu.mmu._audit import audit
 from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Vm"]
 
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+_COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
 
 class Vm:
@@ -62,7 +64,8 @@ class Vm:
         self.smm_mem = mem if smm_mem is None else smm_mem
         self.cpu = CpuModel() if cpu is None else cpu
         self.host = Host() if host is None else host
-        self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing), slot_zap_all)
+        self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing),
+                       check_bool("slot_zap_all", slot_zap_all))
         self.vcpus: list[Any] = []
         self._trace: Tracepoints | None = None
 
@@ -106,7 +109,7 @@ class Vm:
             nobody writes the tables behind KVM's back, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        wrong = audit(self.kvm, guest_tables)
+        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
         for vcpu in self.vcpus:
             wrong += vcpu.audit_tlb()
         return wrong
@@ -132,6 +135,7 @@ class Vm:
 
     def add_slot(self, gpa: int, size_or_buffer: "int | Buffer", readonly: bool = False, dirty_log: bool = False) -> None:
         """Create a memslot; as `GuestMemory.add_slot()`."""
+        gpa, dirty_log = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE), check_bool("dirty_log", dirty_log)
         self.mem.add_slot(gpa, size_or_buffer, readonly)
         self.kvm.slots()
         if dirty_log:
@@ -145,6 +149,7 @@ class Vm:
 
     def move_slot(self, gpa: int, to: int) -> None:
         """Move the memslot that begins at gpa: its bytes, its dirty log, and whether it is read-only go with it."""
+        gpa, to = check_gpa("gpa", gpa), check_pages("to", to, 0, GPA_LIMIT - PAGE_SIZE)
         slot = next((slot for slot in self.slots if slot["gpa"] == gpa and slot["as_id"] == 0), None)
         spare = slot is not None and len(self.mem.slots) == 1
         if slot is None or spare:
@@ -172,7 +177,8 @@ class Vm:
         ValueError
             Part of the range is a hole, or read-only to the guest; nothing is written.
         """
-        size = memoryview(data).nbytes
+        gpa, size = check_gpa("gpa", gpa), check_bytes("data", data).size
+        check_length("data", size, gpa)
         for slot in self.slots:
             if slot["as_id"] == 0 and slot["readonly"] and slot["gpa"] < gpa + size and gpa < slot["gpa"] + slot["size"]:
                 raise ValueError(f"the slot at gpa {slot['gpa']:#x} is read-only to the guest")
@@ -183,7 +189,8 @@ class Vm:
 
     def host_write(self, gpa: int, data: "Buffer") -> None:
         """Write guest memory as the VMM's own process does: KVM learns of it only if the host has to give the page a copy."""
-        size = memoryview(data).nbytes
+        gpa, size = check_gpa("gpa", gpa), check_bytes("data", data).size
+        check_length("data", size, gpa)
         if size:
             self.kvm.note_write(gpa, size, dirty=False)
         self.mem.write(gpa, data)
@@ -193,17 +200,17 @@ class Vm:
 
         By default 2% of the pages of memory.
         """
-        if n < 1:
-            raise ValueError(f"n: want at least 1, got {n}")
-        self.kvm.set_nr_mmu_pages(n)
+        self.kvm.set_nr_mmu_pages(check_int("n", n, 1, _COUNT_MAX))
 
     def set_dirty_log(self, gpa: int, on: bool = True) -> None:
         """Start or stop the dirty log of the slot that holds gpa."""
+        gpa, on = check_gpa("gpa", gpa), check_bool("on", on)
         self._drain()
         self.kvm.set_dirty_log(gpa, on)
 
     def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
         """Frames of the slot that holds gpa written since the log was cleared, ascending; `clear` protects them again."""
+        gpa, clear = check_gpa("gpa", gpa), check_bool("clear", clear)
         self._drain()
         return self.kvm.dirty_log(gpa, clear)
 
@@ -215,7 +222,7 @@ class Vm:
 
     def set_backing(self, gpa: int, size: int, level: str) -> None:
         """Let the host have pages of another size ("4k", "2m", "1g") behind [gpa, gpa + size)."""
-        self.kvm.set_backing(gpa, size, _level("level", level))
+        self.kvm.set_backing(*_range(gpa, size), _level("level", level))
 
     def invalidate(self, gpa: int, size: int, how: str = "unmap") -> None:
         """The host takes pages away, and its mmu notifier tells KVM.
@@ -228,12 +235,12 @@ class Vm:
             "unmap": nothing is there until the next access, which finds the zero page or, writing, a page of its own;
             "move": other pages with the same contents; "protect": the same pages, read-only until a write copies them.
         """
-        self.kvm.invalidate(gpa, size, how)
+        self.kvm.invalidate(*_range(gpa, size), check_name("how", how, ("unmap", "move", "protect")))
 
     @contextmanager
     def invalidation(self, gpa: int, size: int) -> Iterator[None]:
         """An mmu notifier under way: within, faults on these pages come to RetPf.RETRY, and no access gets through."""
-        self.kvm.begin_invalidation(gpa, size)
+        self.kvm.begin_invalidation(*_range(gpa, size))
         try:
             yield
         finally:
@@ -241,11 +248,11 @@ class Vm:
 
     def age(self, gpa: int, size: int) -> bool:
         """Whether any of the pages was accessed since the last call; all are old then."""
-        return self.kvm.age(gpa, size, True)
+        return self.kvm.age(*_range(gpa, size), True)
 
     def test_age(self, gpa: int, size: int) -> bool:
         """Whether any of the pages was accessed since they were aged; changes nothing."""
-        return self.kvm.age(gpa, size, False)
+        return self.kvm.age(*_range(gpa, size), False)
 
     # ---- page tables -------------------------------------------------------------------------------------------------
 
@@ -255,11 +262,11 @@ class Vm:
 
     def recover_nx_huge_pages(self, ratio: int = 60) -> int:
         """One period of the recovery worker: zap the oldest 1/ratio of what the NX mitigation split; how many."""
-        return self.kvm.recover_nx_huge_pages(ratio)
+        return self.kvm.recover_nx_huge_pages(check_int("ratio", ratio, 1, _COUNT_MAX))
 
     def split_huge_pages(self, gpa: int, size: int, level: str = "4k") -> None:
         """Split huge mappings of [gpa, gpa + size) down to a level."""
-        self.kvm.split_huge_pages(gpa, size, _level("level", level))
+        self.kvm.split_huge_pages(*_range(gpa, size), _level("level", level))
 
     def recover_huge_pages(self) -> None:
         """Put huge mappings in the place of tables wherever slots and host allow them."""
@@ -270,6 +277,10 @@ class Vm:
 
 
 def _level(name: str, value: str) -> int:
-    if value not in _LEVELS:
-        raise ValueError(f"{name}: want '4k', '2m' or '1g', got {value!r}")
-    return _LEVELS[value]
+    return _LEVELS[check_name(name, value, _LEVELS)]
+
+
+def _range(gpa: int, size: int) -> tuple[int, int]:
+    """gpa and size, if they are whole pages within guest-physical memory."""
+    gpa = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE)
+    return gpa, check_length("size", check_pages("size", size, PAGE_SIZE, GPA_LIMIT), gpa)
