@@ -125,6 +125,8 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     source = _source(trace, vm, phase)
     if callable(progress):
         return _replay(source, vm, progress)
+    if not isinstance(progress, bool):
+        raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
         return _replay(source, vm, None)
     name = source.name if isinstance(source, Recording) else source.header.name

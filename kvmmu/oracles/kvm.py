@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvmmu.arguments import check_int, check_integers, check_pages, check_word
 from kvmmu.oracles.ioctls import FileDescriptors, GeneralRegs, MemoryRegion, Segment, Sregs, ioctl, load_cpuid, open_device
 
 INVALID_GPA = 2**64 - 1
@@ -94,8 +95,7 @@ class LiveKvm(FileDescriptors):
     """
 
     def __init__(self, size: int = 64 << 20) -> None:
-        if size <= 0 or size % mmap.PAGESIZE:
-            raise ValueError(f"size is {size}; it must be a positive multiple of {mmap.PAGESIZE}")
+        size = check_pages("size", size, mmap.PAGESIZE)
         super().__init__()
         try:
             self._vm_fd, self._vcpu_fd = self._create_vcpu()
@@ -130,7 +130,7 @@ class LiveKvm(FileDescriptors):
 
     def cpuid(self, function: int, index: int = 0) -> tuple[int, int, int, int]:
         """Return (eax, ebx, ecx, edx) of a CPUID leaf of the vCPU; zeros for a leaf that it does not have."""
-        return self._cpuid.get((function, index), (0, 0, 0, 0))
+        return self._cpuid.get((check_word("function", function, 32), check_word("index", index, 32)), (0, 0, 0, 0))
 
     def set_sregs(self, cr0: int, cr3: int, cr4: int, efer: int, cpl: int = 0) -> None:
         """Put the vCPU into 4-level long mode with these registers.
@@ -149,7 +149,9 @@ class LiveKvm(FileDescriptors):
         OSError
             If KVM refuses the registers, with EINVAL, or takes them but keeps others, with ENOTSUP.
         """
-        wanted = {"cr0": cr0, "cr3": cr3, "cr4": cr4, "efer": efer}
+        registers = {"cr0": cr0, "cr3": cr3, "cr4": cr4, "efer": efer}
+        wanted = {name: check_word(name, value) for name, value in registers.items()}
+        cpl = check_int("cpl", cpl, 0, 3)
         self._require_4_level(**wanted)
         sregs = Sregs()
         ioctl(self._vcpu_fd, "KVM_GET_SREGS", sregs)
@@ -182,6 +184,7 @@ class LiveKvm(FileDescriptors):
 
     def set_rflags(self, rflags: int) -> None:
         """Set RFLAGS; only AC (bit 18) matters to a translation."""
+        rflags = check_word("rflags", rflags)
         regs = GeneralRegs()
         ioctl(self._vcpu_fd, "KVM_GET_REGS", regs)
         regs.rflags = rflags | RFLAGS_FIXED
@@ -189,7 +192,7 @@ class LiveKvm(FileDescriptors):
 
     def _translate(self, gvas: ArrayLike) -> NDArray[Any]:
         """Issue KVM_TRANSLATE for every address and return the records that KVM filled in."""
-        gvas = np.asarray(gvas, dtype=np.uint64)
+        gvas = check_integers("gvas", gvas, 0, INVALID_GPA)
         records = np.zeros(gvas.size, dtype=TRANSLATION_DTYPE)
         records["linear_address"] = gvas.ravel()
         view, step = memoryview(records.view(np.uint8)), TRANSLATION_DTYPE.itemsize
@@ -213,7 +216,7 @@ class LiveKvm(FileDescriptors):
         valid, writeable, usermode : bool
             What KVM reports; the latter two are constants and say nothing about the page.
         """
-        record = self._translate([gva])[0]
+        record = self._translate(check_word("gva", gva))[0]
         return int(record["physical_address"]), bool(record["valid"]), bool(record["writeable"]), bool(record["usermode"])
 
     def translate_many(self, gvas: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:

@@ -27,12 +27,14 @@ from kvmmu import (
     Tracepoints,
     Vm,
 )
+from kvmmu.arguments import check_bool, check_word
 from kvmmu.oracles.events import event_text
 from kvmmu.oracles.guest_stub import FATAL, Stub
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
 PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
+_STATE = ("slots", "regs", "stub", "mem", "watch")
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 EINVAL = 22
 MIN_MMU_PAGES = 64
@@ -91,6 +93,8 @@ class ScenarioMachine:
     """
 
     def __init__(self, scenario: dict[str, Any], *, trace: bool = True) -> None:
+        _check_scenario(scenario, _STATE)
+        trace = check_bool("trace", trace)
         self._stub = Stub(scenario["stub"], scenario.get("mode"))
         stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
         self._slots = {slot["slot"]: _Slot(slot) for slot in (*scenario["slots"], stub)}
@@ -453,8 +457,16 @@ class ScenarioMachine:
         return None
 
 
+def _check_scenario(scenario: dict[str, Any], needed: tuple[str, ...]) -> None:
+    if not isinstance(scenario, dict):
+        raise TypeError(f"scenario: want a dict, got {type(scenario).__name__}")
+    for name in needed:
+        if name not in scenario:
+            raise ValueError(f"scenario: {name!r} is missing; want {', '.join(needed)}, got {', '.join(scenario) or 'none'}")
+
+
 def _number(value: "int | str") -> int:
-    return int(value, 16) if isinstance(value, str) else value
+    return check_word("number", int(value, 16) if isinstance(value, str) else value)
 
 
 def _operand(name: str, size: int, value: int) -> bytes:
@@ -484,6 +496,7 @@ def run_scenario(scenario: dict[str, Any], *, trace: bool = True) -> list[dict[s
         A record per operation, as a live KVM would give; fewer if the guest came to an end. It does so here, with the result
         ["code", bytes], when a fetch finds other code than that which comes back: no instructions are carried out.
     """
+    _check_scenario(scenario, (*_STATE, "ops"))
     machine, records = ScenarioMachine(scenario, trace=trace), []
     for op in scenario["ops"]:
         records.append(machine.apply(op))

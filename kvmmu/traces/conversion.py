@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from kvmmu._bits import Cr4, Op
+from kvmmu.arguments import check_int
 from kvmmu.traces._npz import Arrays, StrPath
 from kvmmu.traces.header import Header, RegisterSet, Stage
 from kvmmu.traces.parquet import ROW_GROUP, ParquetWriter
@@ -17,6 +18,7 @@ _CR3, _CR4, _INVLPG, _CR0, _WORLD_SWITCH = 1, 2, 3, 4, 7
 _LOADS = {_CR3: (Op.MOV_CR3, 1), _CR4: (Op.MOV_CR4, 4), _CR0: (Op.MOV_CR0, 3)}         # event, and column of ctx
 _GUEST, _CR4_COLUMN = 0, 4
 _PAGE = 4096
+_REPEAT_MAX = 1 << 32
 _TCG_PDPTE_ACCESSED = 1 << 5            # QEMU's TCG sets it in PDPTEs, where a CPU has it reserved
 _KEY = np.dtype([("pos", np.uint64), ("op", np.uint8), ("addr", np.uint64), ("value", np.uint64), ("size", np.uint8)])
 Progress = Callable[[int, int], object]
@@ -186,8 +188,7 @@ def recording_chunks(recording: Recording, repeat: int = 1) -> Iterator[Arrays]:
         How often its accesses come. Each time starts from the same registers, and in a dyn phase from the same memory
         (RESTART).
     """
-    if repeat < 1:
-        raise ValueError(f"repeat: want at least 1, got {repeat}")
+    repeat = check_int("repeat", repeat, 1, _REPEAT_MAX)
     yield from _memory(recording)
     events = _Events(recording)
     table = events.table()
@@ -259,6 +260,7 @@ def convert(recording: Recording, out: StrPath, *, repeat: int = 1, compression:
     int
         Accesses written.
     """
+    repeat = check_int("repeat", repeat, 1, _REPEAT_MAX)
     chunks = recording_chunks(recording, repeat)
     total = len(recording) * repeat
     with ParquetWriter(out, recording_header(recording), compression=compression) as writer:

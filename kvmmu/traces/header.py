@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from kvmmu.arguments import check_bool, check_word, check_words
+
 __all__ = ["Header", "RegisterSet", "Stage", "TraceError"]
 
 VERSION = 1
@@ -24,10 +26,14 @@ class TraceError(ValueError):
     report: Any = None
 
 
+_WORDS = ("ncr3", "cr4", "efer", "eptp")    # of a stage; its other parts are flags
+
+
 def _check_word(name: str, value: Any, bits: int) -> int:
-    if type(value) is not int or not 0 <= value < 1 << bits:
-        raise TraceError(f"{name}: is {value!r}; allowed is a number of {bits} bits")
-    return value
+    try:
+        return check_word(name, value, bits)
+    except ValueError:
+        raise TraceError(f"{name}: is {int(value):#x}; allowed is a number of {bits} bits") from None
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,8 @@ class Stage:
         for name, value in self.given().items():
             if name not in own:
                 raise TraceError(f"second_stage: {name} does not go with {own[0]}; allowed is {', '.join(own)}")
-            if name in ("ncr3", "cr4", "efer", "eptp"):
-                _check_word(f"second_stage.{name}", value, 64)
-            elif not isinstance(value, bool):
-                raise TraceError(f"second_stage.{name}: is {value!r}; allowed is true or false")
+            place = f"second_stage.{name}"
+            object.__setattr__(self, name, _check_word(place, value, 64) if name in _WORDS else check_bool(place, value))
 
     def given(self) -> dict[str, Any]:
         """What was given, by name."""
@@ -93,14 +97,13 @@ class RegisterSet:
     second_stage: Stage | None = None
 
     def __post_init__(self) -> None:
-        for name in ("cr0", "cr3", "cr4", "efer"):
-            _check_word(name, getattr(self, name), 64)
-        _check_word("pkru", self.pkru, 32)
+        for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32)):
+            object.__setattr__(self, name, _check_word(name, getattr(self, name), bits))
         if self.pdptrs is not None:
-            if len(self.pdptrs) != 4:
-                raise TraceError(f"pdptrs: are {self.pdptrs!r}; allowed are four numbers of 64 bits")
-            for pdpte in self.pdptrs:
-                _check_word("pdptrs", pdpte, 64)
+            try:
+                object.__setattr__(self, "pdptrs", check_words("pdptrs", self.pdptrs, 4))
+            except ValueError as error:
+                raise TraceError(f"{error}; allowed are four numbers of 64 bits") from None
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,10 @@ class Header:
             raise TraceError(f"registers: of {len(self.registers)} vCPUs; allowed are 1 to {MAX_VCPUS}")
         if self.tables_at not in ("start", "end"):
             raise TraceError(f"tables_at: is {self.tables_at!r}; allowed is 'start' or 'end'")
-        _check_word("pdpte_clear", self.pdpte_clear, 64)
+        object.__setattr__(self, "pdpte_clear", _check_word("pdpte_clear", self.pdpte_clear, 64))
         for name in ("accesses", "rows"):
             if getattr(self, name) is not None:
-                _check_word(name, getattr(self, name), 63)
+                object.__setattr__(self, name, _check_word(name, getattr(self, name), 63))
 
     @property
     def vcpus(self) -> int:
@@ -186,7 +189,7 @@ class Header:
         values["pdpte_clear"] = _number("pdpte_clear", values.get("pdpte_clear", 0))
         try:
             return cls(**values)
-        except TraceError as error:
+        except (TraceError, TypeError) as error:
             raise TraceError(f"header: {error}") from None
 
 
@@ -194,7 +197,7 @@ def _number(name: str, value: Any) -> int:
     """A number of 64 bits, as JSON number or hexadecimal string."""
     try:
         return _check_word(name, int(value, 16) if isinstance(value, str) else value, 64)
-    except ValueError:
+    except (TypeError, ValueError):
         raise TraceError(f"header: {name}: is {value!r}; allowed is a number of 64 bits or a hexadecimal string") from None
 
 
@@ -206,6 +209,17 @@ def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
         plain["second_stage"] = {name: value if isinstance(value, bool) else hex(value)
                                  for name, value in regs.second_stage.given().items()}
     return plain
+
+
+def _part_of_stage(place: str, name: str, value: Any) -> Any:
+    """A part of a second stage as JSON has it; null is the same as none."""
+    if value is None:
+        return None
+    if name in _WORDS:
+        return _number(place, value)
+    if not isinstance(value, bool):
+        raise TraceError(f"second_stage.{name}: is {value!r}; allowed is true or false")
+    return value
 
 
 def _registers_of(place: str, plain: Any) -> RegisterSet:
@@ -226,10 +240,8 @@ def _registers_of(place: str, plain: Any) -> RegisterSet:
         if stage is not None:
             if not isinstance(stage, dict) or stage.keys() - set(Stage.__dataclass_fields__):
                 raise TraceError(f"second_stage: is {stage!r}; allowed is an object of {', '.join(Stage.__dataclass_fields__)}")
-            given: dict[str, Any] = {
-                name: value if isinstance(value, bool) or value is None else _number(f"{place}.{name}", value)
-                for name, value in stage.items()}
-            values["second_stage"] = Stage(**given)
+            values["second_stage"] = Stage(**{name: _part_of_stage(f"{place}.{name}", name, value)
+                                              for name, value in stage.items()})
         return RegisterSet(**values)
     except TraceError as error:
         raise TraceError(f"header: {place}: {str(error).removeprefix('header: ')}") from None

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from kvmmu._bits import INVALID_GPA, Op
+from kvmmu.arguments import check_bool, check_threads
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
@@ -120,8 +121,8 @@ class ParquetTrace(Trace):
     def __init__(self, path: StrPath, *, decoders: int | None = None, lean: bool = True) -> None:
         self._pa = _arrow()
         self.path = Path(path)
-        self._lean = lean
-        self._decoders = min(4, os.cpu_count() or 1) if decoders is None else decoders
+        self._lean = check_bool("lean", lean)
+        self._decoders = min(4, os.cpu_count() or 1) if decoders is None else check_threads("decoders", decoders)
         self._local = threading.local()
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such trace")

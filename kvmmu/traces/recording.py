@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arguments import check_int
 from kvmmu.traces import _schema
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
 
@@ -208,7 +209,7 @@ class Recording:
         dict of str to ndarray
             `gva` and `gpa` uint64 (bytes), `kind`, `size`, `priv` and `io` uint8, `ctx` uint32; one row per access.
         """
-        rows = slice(start, stop)
+        rows = _slice(start, stop)
         pidx = self.pidx[rows]
         off = self.off[rows]
         return {"gva": self.pages_gva[pidx] + off, "gpa": self.pages_gpa[pidx] + off, "kind": self.kind[rows],
@@ -223,7 +224,7 @@ class Recording:
         ndarray of uint8
             WRITE 2 for a store, FETCH 16 for a fetch; USER 4 for a user access, AC 8 where SMAP does not apply.
         """
-        rows = slice(start, stop)
+        rows = _slice(start, stop)
         access: NDArray[np.uint8] = ACCESS_OF_KIND[self.kind[rows]] | ACCESS_OF_PRIV[self.priv[rows]]
         return access
 
@@ -241,6 +242,11 @@ class Recording:
     def kvm_translate(self) -> Arrays:
         """Read the KVM_TRANSLATE answers for the nested guest: `gva` and `gpa` uint64 (bytes), `valid` uint8."""
         return _read_answers(self.path, "kvm_translate.npz", _schema.KVM_TRANSLATE)
+
+
+def _slice(start: int, stop: int | None) -> slice:
+    last = (1 << 63) - 1
+    return slice(check_int("start", start, -last, last), None if stop is None else check_int("stop", stop, -last, last))
 
 
 def bundled() -> Path:

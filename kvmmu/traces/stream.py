@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu._bits import GPA_LIMIT, INVALID_GPA, PAGE_SIZE, Access, Op
+from kvmmu.arguments import check_word
 from kvmmu.traces._rows import scan
 from kvmmu.traces.header import Header, TraceError
 
@@ -85,7 +86,7 @@ class Chunk:
         TraceError
             The message names row, column and value.
         """
-        check = _RowCheck(columns, header, first)
+        check = _RowCheck(columns, header, check_word("first", first, 63))
         return cls(**check.run())
 
 
