@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 
-from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptQual, NpfInfo, Pferr, RetPf, Status
+from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
 from kvmmu._machine import ShadowMmu, TdpMmu
@@ -38,6 +38,7 @@ from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.registers import CpuModel, Regs
 from kvmmu.replay import replay
+from kvmmu.tables import Pager, PageTables
 from kvmmu.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vcpu import Vcpu
 from kvmmu.vm import Vm
@@ -45,9 +46,10 @@ from kvmmu.walker import Walker, get_include
 
 __all__ = [
     "Acc", "Access", "Accesses", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig",
-    "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
+    "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
-    "PageFault", "PageFormat", "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "RetPf",
+    "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
+    "ReplayInterrupted", "Report", "RetPf",
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",

@@ -28,6 +28,32 @@ class Acc(IntFlag):
     EXEC = ACC_EXEC_MASK
 
 
+class Pte(IntFlag):
+    """Flags of a paging-structure entry of guest page tables and NPTs; NX only in entries of 8 bytes."""
+
+    PRESENT = PT_PRESENT_MASK
+    WRITABLE = PT_WRITABLE_MASK
+    USER = PT_USER_MASK
+    ACCESSED = PT_ACCESSED_MASK
+    DIRTY = PT_DIRTY_MASK
+    PAGE_SIZE = PT_PAGE_SIZE_MASK
+    GLOBAL = PT_GLOBAL_MASK
+    NX = PT64_NX_MASK
+
+
+class EptPte(IntFlag):
+    """Flags of an EPT entry; WB is the memory type of a page."""
+
+    READABLE = EPT_READABLE_MASK
+    WRITABLE = EPT_WRITABLE_MASK
+    EXECUTABLE = EPT_EXECUTABLE_MASK
+    WB = EPT_MT_WB_MASK
+    PAGE_SIZE = PT_PAGE_SIZE_MASK
+    ACCESSED = EPT_ACCESSED_MASK
+    DIRTY = EPT_DIRTY_MASK
+    USER_EXECUTABLE = EPT_USER_EXECUTABLE_MASK
+
+
 class Pferr(IntFlag):
     """Page-fault error code."""
 
@@ -177,6 +203,9 @@ globals().update(
     EPTP_LEVEL_SHIFT=int(EPTP_LEVEL_SHIFT),
     EPTP_AD=int(EPTP_AD_MASK),
     PT_PRESENT=int(PT_PRESENT_MASK),
+    PT64_PKEY_SHIFT=int(PT64_PKEY_SHIFT),
+    PT64_PKEY=int(PT64_PKEY_MASK << PT64_PKEY_SHIFT),
+    GPA_BITS=int(GPA_BITS),
     PAE_PDPTE_RSVD=int(PAE_PDPTE_RSVD_MASK),
     RFLAGS_FIXED=int(RFLAGS_FIXED_MASK),
     RFLAGS_AC=int(RFLAGS_AC_MASK),

@@ -173,8 +173,9 @@ class Vcpu(GuestAccesses):
         if changed and self._made is not None:
             self._machine.reset_context()
 
-    def set_regs(self, **registers: Any) -> None:
-        """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.
+    def set_regs(self, regs: Regs | None = None, /, **registers: Any) -> None:
+        """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, or all of a `Regs`, as a VMM does: validated as a whole, all or
+        nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
         loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. Registers that change, and PDPTEs
@@ -185,8 +186,12 @@ class Vcpu(GuestAccesses):
         GeneralProtection
             The resulting state is illegal; nothing changed.
         TypeError
-            No such register.
+            No such register, or no Regs.
         """
+        if regs is not None:
+            if not isinstance(regs, Regs):
+                raise TypeError(f"regs: want a Regs, got {type(regs).__name__}")
+            registers = {each.name: getattr(regs, each.name) for each in fields(Regs)} | registers
         stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
         before = self._regs
         self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))

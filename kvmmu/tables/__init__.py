@@ -1,0 +1,8 @@
+"""How do I make guest page tables? Tables to order, for the addresses of a trace, and by demand paging."""
+
+from kvmmu.tables._page_set import PageSet
+from kvmmu.tables.frames import FreeFrames
+from kvmmu.tables.page_tables import PageTables
+from kvmmu.tables.pager import Pager
+
+__all__ = ["FreeFrames", "PageSet", "PageTables", "Pager"]

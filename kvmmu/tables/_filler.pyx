@@ -1,0 +1,240 @@
+"""PageFiller: demand paging over arrays, as a guest kernel's page-fault handler does it. `Pager` supplies the frames."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+
+from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_2M, PG_LEVEL_4K, PT64_BASE_ADDR_MASK
+from kvmmu._gpte cimport kvmmu_level_shift
+from kvmmu._memory cimport SlotTable
+from kvmmu.tables._builder cimport TableBuilder
+from kvmmu.tables._edit cimport BUILD_DONE, BUILD_NO_MEMORY, descend, find_page, map_row, read_entry
+
+cdef enum:
+    FIRST_CAPACITY = 1 << 10
+    NO_SMALL_FRAME = 100        # beside build_status
+    NO_LARGE_FRAME = 101
+
+OUT_OF_SMALL_FRAMES = int(NO_SMALL_FRAME)
+OUT_OF_LARGE_FRAMES = int(NO_LARGE_FRAME)
+
+# How often the pages of a region have been touched for the first time.
+cdef struct region_count:
+    uint64_t key                # number of the region + 1; 0: free
+    uint64_t count
+
+# Frames that are given out from the end.
+cdef struct frame_stack:
+    uint64_t *frames
+    size_t count
+    size_t capacity
+
+
+cdef bint push(frame_stack *s, uint64_t gpa) noexcept nogil:
+    cdef uint64_t *larger
+    if s.count == s.capacity:
+        larger = <uint64_t *>realloc(s.frames, (2 * s.capacity + FIRST_CAPACITY) * sizeof(uint64_t))
+        if larger is NULL:
+            return False
+        s.frames, s.capacity = larger, 2 * s.capacity + FIRST_CAPACITY
+    s.frames[s.count] = gpa
+    s.count += 1
+    return True
+
+
+cdef inline size_t place_of(uint64_t key, size_t mask) noexcept nogil:
+    return <size_t>((key * <uint64_t>0x9E3779B97F4A7C15ULL) >> 20) & mask
+
+
+cdef class PageFiller(TableBuilder):
+    """Page tables that fill as pages are touched.
+
+    Parameters
+    ----------
+    mem, format, levels, large_level, fixed_level, keeps_stores
+        As for `TableBuilder`.
+    level : int
+        Of the pages that a fault maps.
+    threshold : int
+        4K pages of a region of the next size that are touched before one page replaces them; 0: none ever does.
+    addr_bits : int
+        Width of linear addresses.
+    canonical : bool
+        Addresses that are not canonical are passed over; else the bits above the width do not count.
+    bits : int
+        The entry of a 4K page, without its address.
+
+    Attributes
+    ----------
+    faults, small_pages, large_pages, replaced : int
+        First touches; pages mapped now by `level`'s size and the next one; how often a large page replaced small ones.
+    """
+
+    cdef int level
+    cdef uint64_t threshold
+    cdef int unused_bits
+    cdef bint canonical
+    cdef uint64_t bits
+    cdef frame_stack small
+    cdef frame_stack large
+    cdef region_count *regions
+    cdef size_t region_mask
+    cdef size_t region_total
+    cdef readonly uint64_t faults
+    cdef readonly uint64_t small_pages
+    cdef readonly uint64_t large_pages
+    cdef readonly uint64_t replaced
+
+    def __cinit__(self, mem, format, levels, large_level, fixed_level, keeps_stores, int level, uint64_t threshold,
+                  int addr_bits, bint canonical, uint64_t bits):
+        if not 1 <= level <= large_level or threshold and level != 1 or not 32 <= addr_bits <= 64:
+            raise ValueError(f"no such pages: level {level}, threshold {threshold}, addresses of {addr_bits} bits")
+        self.level, self.threshold, self.canonical, self.bits = level, threshold, canonical, bits
+        self.unused_bits = 64 - addr_bits
+        self.regions = <region_count *>calloc(FIRST_CAPACITY, sizeof(region_count))
+        if self.regions is NULL:
+            raise MemoryError
+        self.region_mask = FIRST_CAPACITY - 1
+
+    def __dealloc__(self):
+        free(self.small.frames)
+        free(self.large.frames)
+        free(self.regions)
+
+    def supply_pages(self, const uint64_t[::1] frames not None, bint large):
+        """Add frames for pages; the last one is used first. IN large: for pages that replace those of a region."""
+        cdef Py_ssize_t i
+        for i in range(frames.shape[0]):
+            if not push(&self.large if large else &self.small, frames[i]):
+                raise MemoryError
+
+    def take_pages(self):
+        """List the frames for pages that are not used, which are none then."""
+        cdef size_t i
+        frames = [int(self.small.frames[i]) for i in range(self.small.count)]
+        self.small.count = 0
+        return frames
+
+    cdef bint double_regions(self) noexcept nogil:
+        cdef size_t capacity = 2 * (self.region_mask + 1), i, place
+        cdef region_count *regions = <region_count *>calloc(capacity, sizeof(region_count))
+        if regions is NULL:
+            return False
+        for i in range(self.region_mask + 1):
+            if self.regions[i].key:
+                place = place_of(self.regions[i].key, capacity - 1)
+                while regions[place].key:
+                    place = (place + 1) & (capacity - 1)
+                regions[place] = self.regions[i]
+        free(self.regions)
+        self.regions, self.region_mask = regions, capacity - 1
+        return True
+
+    cdef region_count *region_of(self, uint64_t addr) noexcept nogil:
+        """The counter of the region of addr, which may be new; NULL: no memory."""
+        cdef uint64_t key = (addr >> kvmmu_level_shift(self.b.format, PG_LEVEL_2M)) + 1
+        cdef size_t place
+        if 2 * self.region_total >= self.region_mask and not self.double_regions():
+            return NULL
+        place = place_of(key, self.region_mask)
+        while self.regions[place].key and self.regions[place].key != key:
+            place = (place + 1) & self.region_mask
+        if not self.regions[place].key:
+            self.regions[place].key = key
+            self.region_total += 1
+        return &self.regions[place]
+
+    cdef int fill(self, uint64_t addr) noexcept nogil:
+        """Map the page of an address that no page maps; returns a status."""
+        cdef region_count *region = NULL
+        cdef uint64_t step = <uint64_t>1 << kvmmu_level_shift(self.b.format, self.level)
+        cdef int status
+        if not self.small.count:
+            return NO_SMALL_FRAME
+        if self.threshold:
+            region = self.region_of(addr)
+            if region is NULL:
+                return BUILD_NO_MEMORY
+            if region.count + 1 >= self.threshold:
+                return self.fill_region(addr, region)
+        status = map_row(&self.b, addr & ~(step - 1), self.small.frames[self.small.count - 1], self.level, self.bits)
+        if status == BUILD_DONE:
+            self.small.count -= 1
+            self.small_pages += 1
+            if region is not NULL:
+                region.count += 1
+        return status
+
+    cdef int fill_region(self, uint64_t addr, region_count *region) noexcept nogil:
+        """Map the whole region of an address by one page; the frames of the small pages in it are free again."""
+        cdef int shift = kvmmu_level_shift(self.b.format, PG_LEVEL_2M)
+        cdef uint64_t start = addr >> shift << shift, entry, gpa = 0
+        cdef uint8_t *hva = NULL
+        cdef size_t i
+        cdef int status
+        if not self.large.count:
+            return NO_LARGE_FRAME
+        if descend(&self.b, start, PG_LEVEL_4K, False, &hva, &gpa) == BUILD_DONE:
+            for i in range(self.b.entries):
+                entry = read_entry(&self.b, hva + i * self.b.entry_bytes)
+                if entry & self.b.present_mask:
+                    if not push(&self.small, entry & PT64_BASE_ADDR_MASK):
+                        return BUILD_NO_MEMORY
+                    self.small_pages -= 1
+        status = map_row(&self.b, start, self.large.frames[self.large.count - 1], PG_LEVEL_2M, self.bits)
+        if status == BUILD_DONE:
+            self.large.count -= 1
+            self.large_pages += 1
+            self.replaced += region.count != 0
+            region.count = 0
+        return status
+
+    cdef int touch(self, uint64_t addr) noexcept nogil:
+        cdef int status
+        if self.canonical:
+            if <uint64_t>(<int64_t>(addr << self.unused_bits) >> self.unused_bits) != addr:
+                return BUILD_DONE
+        else:
+            addr = addr << self.unused_bits >> self.unused_bits
+        if find_page(&self.b, addr):
+            return BUILD_DONE
+        status = self.fill(addr)
+        self.faults += status == BUILD_DONE
+        return status
+
+    def touch_rows(self, const uint64_t[::1] gva not None, const uint8_t[::1] size, Py_ssize_t start):
+        """Touch addresses from row start on, and map the pages that are not mapped yet.
+
+        Parameters
+        ----------
+        gva : ndarray of uint64
+            Linear addresses (bytes).
+        size : ndarray of uint8, or None
+            Bytes of each access; one that reaches into the next page touches that too.
+
+        Returns
+        -------
+        int, int
+            Rows that are done, and the status of the row that stopped.
+        """
+        cdef Py_ssize_t i, n = gva.shape[0]
+        cdef int status = BUILD_DONE
+        cdef uint64_t addr, last = ~<uint64_t>0
+        cdef bint sized = size is not None
+        cdef SlotTable _table = self._begin_rows((not sized or size.shape[0] == n) and 0 <= start <= n)
+        i = start
+        with nogil:
+            while i < n:
+                addr = gva[i]
+                if addr >> PAGE_SHIFT != last:
+                    status = self.touch(addr)
+                    if status != BUILD_DONE:
+                        break
+                    last = addr >> PAGE_SHIFT
+                if sized and (addr & PAGE_OFFSET_MASK) + size[i] > PAGE_SIZE:
+                    status = self.touch((addr & ~PAGE_OFFSET_MASK) + PAGE_SIZE)
+                    if status != BUILD_DONE:
+                        break
+                    last = (addr >> PAGE_SHIFT) + 1
+                i += 1
+        return i, status
