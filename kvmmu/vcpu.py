@@ -8,10 +8,10 @@ from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
 from kvmmu._bits import CR3_NOFLUSH, Cr0, Cr4, Efer
-from kvmmu._contexts import SecondStage, VcpuArch
+from kvmmu._contexts import SecondStage, new_arch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
-from kvmmu._pagewalk import PageWalk
+from kvmmu._pagewalk import PageWalk, new_walk
 from kvmmu._tlb import Tlb
 from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
 from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault
@@ -75,11 +75,11 @@ class Vcpu(GuestAccesses):
         self._smm = False
         self._l1_regs: Regs | None = None
         self._regs = _RESET
-        self._arch = VcpuArch()
-        self.gva_walk = PageWalk(mem, self._arch, self._admit)
-        self.ngpa_walk = PageWalk(mem, self._arch, self._admit)
-        self.gva_walk.set_delivery(self._deliver_page_fault)
-        self.ngpa_walk.set_delivery(self._deliver_nested_fault)
+        self._arch = new_arch()
+        self.gva_walk = new_walk(mem, self._arch, self._admit)
+        self.ngpa_walk = new_walk(mem, self._arch, self._admit)
+        self.gva_walk._set_delivery(self._deliver_page_fault)
+        self.ngpa_walk._set_delivery(self._deliver_nested_fault)
         self.cr2 = 0
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
@@ -102,19 +102,19 @@ class Vcpu(GuestAccesses):
         """Put legal registers in force."""
         self._regs = regs
         self._arch.load(regs)
-        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
+        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
 
     def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
         second = self._second
-        self.gva_walk.set_cpu(self._cpu)
-        self.ngpa_walk.set_cpu(self._cpu)
+        self.gva_walk._set_cpu(self._cpu)
+        self.ngpa_walk._set_cpu(self._cpu)
         if second is None:
             return
         stage = second.stage
         if isinstance(stage, Ept) and stage.pml is not None and second.pml_index is not None:
             stage = replace(stage, pml=replace(stage.pml, index=second.pml_index))      # the log goes on where it is
-        self.gva_walk.set_second_stage(self.ngpa_walk.enter(stage))
+        self.gva_walk._set_second_stage(self.ngpa_walk._enter(stage))
 
     @property
     def mem(self) -> GuestMemory:
@@ -165,9 +165,9 @@ class Vcpu(GuestAccesses):
     @smm.setter
     def smm(self, smm: bool) -> None:
         changed, self._smm = self._smm != bool(smm), bool(smm)
-        self.gva_walk.set_memory(self.mem)
-        self.ngpa_walk.set_memory(self.mem)
-        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
+        self.gva_walk._set_memory(self.mem)
+        self.ngpa_walk._set_memory(self.mem)
+        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
         if changed and self._made is not None:
             self._machine.reset_context()
 
@@ -419,7 +419,7 @@ class Vcpu(GuestAccesses):
         before = self._second
         second = None
         if stage is not None:
-            second = self.ngpa_walk.enter(stage)
+            second = self.ngpa_walk._enter(stage)
         try:
             regs = self._admit(l2_regs, second)
         except GuestFault:
@@ -441,10 +441,10 @@ class Vcpu(GuestAccesses):
 
     def _use_second(self, second: SecondStage | None) -> None:
         if second is None:
-            self.ngpa_walk.leave()
+            self.ngpa_walk._leave()
         else:
-            second = self.ngpa_walk.enter(second.stage)
-        self.gva_walk.set_second_stage(second)
+            second = self.ngpa_walk._enter(second.stage)
+        self.gva_walk._set_second_stage(second)
 
     def _check_stage(self, stage: Stage | None) -> None:
         """What VM entry refuses of a root."""
@@ -474,7 +474,7 @@ class Vcpu(GuestAccesses):
         """
         if walk is not self.gva_walk or not self.mmu_is_nested:
             return gpa
-        return self.ngpa_walk.second_stage_gpa(gpa, access, pte_access)
+        return self.ngpa_walk._second_stage_gpa(gpa, access, pte_access)
 
     def inject(self, fault: GuestFault, from_hardware: int | None = None) -> ExceptionInjected | ExitToL1:
         """Deliver a fault of a translation by the walk that failed: a #PF by gva_walk, a fault of the second stage by ngpa_walk.
