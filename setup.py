@@ -18,7 +18,7 @@ KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_verdicts", "_rows", "_
           "mmu._zap", "mmu._shadow_range", "mmu._guest_tables", "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots",
           "mmu._track", "mmu._entry"]
 
-SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True}
+SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
     "boundscheck": False, "wraparound": False, "initializedcheck": False, "cdivision": True}
 
