@@ -11,25 +11,30 @@
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._blocks cimport drain_blocks, put_rows, put_run
-from kvmmu._columns cimport access_column, column, column_of
+from kvmmu._columns cimport access_column, aligned, check_apart, column, column_of, context_column
 from kvmmu._lanes cimport (
     KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
-from kvmmu._memory cimport kvmmu_cmpxchg64, kvmmu_read64
-from kvmmu._prefixes cimport TOUCHED_BYTES, WalkCache, is_marked
+from kvmmu._maker cimport check_maker, maker
+from kvmmu._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu._prefixes cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
-    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
+    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, context_of,
+    of_one_context, order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
 )
 from kvmmu._straight cimport go_straight
+from kvmmu._walk cimport kvm_pagewalk
 
-from kvmmu.columns import Translation, check_fields
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
 
 # Fewer rows than this are walked one by one.
 cdef size_t FEW_ROWS = 8
@@ -42,6 +47,18 @@ cdef size_t TRIAL = 32
 cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
 cdef size_t FIRST_REST = 128
 cdef size_t LAST_REST = 8192
+# Of the rows of a batch, for each thread: the faster ones take more of them.
+_PIECES = 8
+_BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
+# More threads than this count as so many.
+_MOST_THREADS = 64
+# A thread looks at the clock after so many rows at first: a few hundredths of a second if every row is of the slowest kind.
+cdef size_t FIRST_SLICE = 65536
+cdef size_t LAST_SLICE = 4194304
+# Nanoseconds that a slice should take, and after which Python may handle signals. 0.2 s is what a person takes for at once.
+cdef uint64_t SHORT_SLICE = 5000000
+cdef uint64_t LONG_SLICE = 20000000
+cdef uint64_t A_WHILE = 50000000
 
 cdef const kvmmu_lane_ops *OPS = NULL
 _INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -70,7 +87,12 @@ def instruction_sets():
     return [name for name in _INSTRUCTION_SETS if kvmmu_lane_ops_of(name.encode()) is not NULL]
 
 
-use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or instruction_sets()[0])
+def default_instruction_set():
+    """The best instruction set whose functions have run in tests: AVX-512 has to be chosen by name."""
+    return next(name for name in instruction_sets() if name != "avx512")
+
+
+use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or default_instruction_set())
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
@@ -102,9 +124,11 @@ cdef void put_all_waiting(batch *b) noexcept nogil:
 
 cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     """64 rows of several contexts, until there are enough of each. False: they go on at once."""
-    cdef const uint32_t *ctx = &b.ctx[start]
+    cdef uint32_t ctx[64]
     cdef waiting_rows *g
     cdef size_t i, changes = 0
+    for i in range(KVMMU_LANES):
+        ctx[i] = context_of(b, start + i)
     for i in range(1, KVMMU_LANES):
         changes += ctx[i] != ctx[i - 1]
     if b.more or changes < MANY_CHANGES:
@@ -144,14 +168,16 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
     cdef uint64_t room[64]
     cdef common_columns out = columns_from(b, start)
-    cdef const uint32_t *ctx = NULL if b.ctx is NULL else &b.ctx[start]
+    cdef const uint32_t *ctx = NULL
     cdef uint64_t misses, space = b.space
     cdef size_t row
     if out.gpa is NULL:
         out.gpa = room
-    if ctx is not NULL and of_one_context(ctx):
-        space += ctx[0]
-        ctx = NULL
+    if b.ctx is not NULL:
+        ctx = &b.ctx[start]
+        if of_one_context(ctx):
+            space += ctx[0]
+            ctx = NULL
     misses = b.ops.recall(b.tlb, &b.gva[start], accesses_from(b, start), ctx, space, out.gpa, out.level, out.status,
                           out.error_code)
     b.tried += 1
@@ -260,8 +286,9 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
 cdef class Workspace:
-    def __cinit__(self):
-        self.cache = WalkCache()
+    def __cinit__(self, mark=None, *args, **kwargs):
+        check_maker(mark, "a Workspace is made by a batch")
+        self.cache = new_walk_cache()
         self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
         self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_LANES_ALIGNMENT - 1) & ~(KVMMU_LANES_ALIGNMENT - 1))
         self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
@@ -277,8 +304,12 @@ cdef class Workspace:
         free(self.touched)
 
 
+cdef Workspace new_workspace():
+    return Workspace.__new__(Workspace, maker())
+
+
 # Those that no batch uses at the moment.
-_spare = []
+cdef list spare = []
 
 
 cdef dict places():
@@ -300,53 +331,126 @@ cdef dict places():
 cdef dict PLACES = places()
 
 
+cdef uint64_t now() noexcept nogil:
+    """Nanoseconds since some moment."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef Job new_job():
+    return Job.__new__(Job, maker())
+
+
 cdef class Job:
+    def __cinit__(self, mark=None, *args, **kwargs):
+        check_maker(mark, "a Job is made by PageWalk.translate()")
+
     cdef Py_ssize_t take_rows(self, gva, access) except -1:
         cdef column rows = column_of("", "gva", gva, sizeof(uint64_t), -1, False)
         cdef column accesses = access_column(access, rows.rows, &self.one_access)
-        self.gva, self.access = gva, access
+        if <uintptr_t>rows.data % sizeof(uint64_t):
+            gva = aligned(gva, sizeof(uint64_t))
+            rows = column_of("", "gva", gva, sizeof(uint64_t), -1, False)
+        self.gva, self.access, self.rows = gva, access, rows.rows
         self.whole.gva, self.whole.access = <const uint64_t *>rows.data, <const uint8_t *>accesses.data
         self.whole.access_stride = 1 if accesses.rows > 1 else 0
         return rows.rows
 
-    cdef object take_columns(self, out, fields, Py_ssize_t rows):
-        cdef tuple names = check_fields(fields)
-        cdef list arrays = []
+    cdef int take_columns(self, tuple names, list arrays, bint apart) except -1:
         cdef str name
-        cdef Py_ssize_t place, size
-        if out is None:
-            out = Translation.empty(rows, names)
-        elif not isinstance(out, Translation):
-            raise ValueError(f"out: want a Translation, got {type(out).__name__}")
-        for name in names:
-            array = getattr(out, name)
+        cdef Py_ssize_t i, place, size
+        for i in range(len(names)):
+            name = names[i]
             place, size = PLACES[name]
-            (<void **>(<char *>&self.columns + place))[0] = column_of("out.", name, array, size, rows, True).data
-            arrays.append(array)
+            (<void **>(<char *>&self.columns + place))[0] = column_of("out.", name, arrays[i], size, self.rows, True).data
+        if not apart:
+            check_apart(
+                [*("out." + name for name in names), "gva", "access", "ctx"],
+                [*arrays, self.gva, self.access, self.ctx], len(arrays))
         self.arrays = arrays
-        return out
+        return 0
 
-    cdef size_t take_piece(self, size_t piece) noexcept nogil:
+    cdef int take_contexts(self, ctx, uint64_t count) except -1:
+        ctx = aligned(ctx, sizeof(uint32_t))
+        self.whole.ctx = context_column(ctx, self.rows, count)
+        self.ctx = ctx
+        return 0
+
+    cdef void take_walks(self, walks, const kvm_pagewalk *first, uint64_t count, SlotTable table, bint set_ad):
+        self.walks, self.table = walks, table
+        self.whole.walks, self.whole.count, self.whole.set_ad = first, count, set_ad
+
+    cdef size_t take_piece(self) noexcept nogil:
         """The first row of a piece that nobody has."""
         cdef uint64_t start = kvmmu_read64(<const uint8_t *>&self.next_row)
-        while not kvmmu_cmpxchg64(&self.next_row, start, start + piece):
+        while start < self.rows and not kvmmu_cmpxchg64(&self.next_row, start, start + self.piece):
             start = kvmmu_read64(<const uint8_t *>&self.next_row)
         return start
 
-    def run(self, size_t rows, size_t piece):
+    cdef bint run_some(self, batch *part, place *at) noexcept nogil:
+        """Translate for a while. False: no rows are left, or the batch is to stop."""
+        cdef size_t stop
+        cdef uint64_t begun = 0, before = 0, after
+        while not kvmmu_load32(&self.stopped):
+            if at.row == at.stop:
+                at.row = self.take_piece()
+                if at.row >= self.rows:
+                    return False
+                at.stop = min(at.row + self.piece, self.rows)
+            if at.row == 0 and at.stop <= FIRST_SLICE:          # a small batch
+                translate_rows(part, 0, at.stop)
+                at.row = at.stop
+                continue
+            if not begun:
+                begun = before = now()
+            stop = min(at.stop, at.row + at.slice)
+            translate_rows(part, at.row, stop)
+            at.row = stop
+            after = now()
+            if after - before < SHORT_SLICE:
+                at.slice = min(2 * at.slice, LAST_SLICE)
+            elif after - before > LONG_SLICE:
+                at.slice = max(at.slice // 2, <size_t>KVMMU_LANES)
+            if after - begun > A_WHILE:
+                return True
+            before = after
+        return False
+
+    def run(self):
         """Translate pieces of the rows, until there are none left; other threads may do the same at the same time."""
         cdef batch part = self.whole
-        cdef size_t start
-        cdef Workspace work
-        try:
-            work = _spare.pop()
-        except IndexError:
-            work = Workspace()
+        cdef place at
+        cdef bint more = True
+        cdef Workspace work = spare.pop() if spare else new_workspace()
         part.out = &self.columns
+        at.row = at.stop = 0
+        at.slice = FIRST_SLICE
         with nogil:
-            begin_batch(&part, work, self.count, piece, False)
-            start = self.take_piece(piece)
-            while start < rows:
-                translate_rows(&part, start, min(start + piece, rows))
-                start = self.take_piece(piece)
-        _spare.append(work)
+            begin_batch(&part, work, self.whole.count, self.piece, False)
+        try:
+            while more:
+                with nogil:
+                    more = self.run_some(&part, &at)
+                if more:
+                    PyErr_CheckSignals()
+        finally:
+            spare.append(work)
+
+    cdef int run_all(self, threads) except -1:
+        threads = min(threads, _MOST_THREADS)
+        self.piece = self.rows
+        if threads == 1 or <Py_ssize_t>self.rows < threads * _BLOCK:
+            self.run()
+            return 0
+        self.piece = -(-<Py_ssize_t>self.rows // (threads * _PIECES) // _BLOCK) * _BLOCK
+        with ThreadPoolExecutor(threads - 1) as pool:
+            try:
+                others = [pool.submit(self.run) for _ in range(threads - 1)]
+                self.run()
+                for other in others:
+                    other.result()
+            except BaseException:
+                kvmmu_store32(&self.stopped, 1)         # they stop soon, whether somebody waits for them or not
+                raise
+        return 0

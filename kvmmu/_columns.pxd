@@ -1,4 +1,8 @@
-"""Columns that callers pass, on the way to C: one-dimensional arrays, checked without a detour over NumPy's attributes."""
+"""Columns that callers pass, on the way to C, in two steps.
+
+    plain      what Python code of the caller's may have a hand in (subclasses, conversions): an exact ndarray, or an integer
+    column     where the rows of an exact ndarray lie: no code of the caller's runs
+"""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -7,9 +11,19 @@ cdef struct column:
     void *data
     Py_ssize_t rows
 
-# IN prefix: before the name in messages; itemsize: bytes of an unsigned integer; rows: how many there must be, -1: any
+# A column by itself: an exact ndarray for one, anything else as it is
+cdef object plain_column(array)
+# An access: an exact ndarray, or an Access for all rows as an exact int
+cdef object plain_access(access)
+# IN prefix: before the name in messages; array: plain; itemsize: bytes of an unsigned integer; rows: how many there must be, -1:
+# any
 cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize_t rows, bint writable) except *
-# The access column; all bytes are modelled accesses. An Access for all rows: one row, in *one.
+# An input column itself, or a copy whose rows are aligned. IN array: plain
+cdef object aligned(array, Py_ssize_t itemsize)
+# The access column; all bytes are modelled accesses. IN access: plain; an Access for all rows: one row, in *one.
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *
-# Which of count register sets each row uses; NULL where one serves all rows.
+# Which of count register sets each row uses; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
+# ValueError if any of the first `written` columns shares memory with another one. IN arrays: plain, some None; names: for
+# messages
+cdef int check_apart(list names, list arrays, Py_ssize_t written) except -1

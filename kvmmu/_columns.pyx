@@ -13,21 +13,45 @@ from kvmmu.arguments import is_masked
 from kvmmu.columns import check_access, check_array
 
 cdef object ndarray = np.ndarray
-cdef dict DTYPES = {n: np.dtype(f"u{n}") for n in (1, 4, 8)}
+cdef object asarray = np.asarray
+cdef enum:
+    MOST_COLUMNS = 16                   # of one batch
+cdef dict DTYPES = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
+
+
+cdef object plain_column(array):
+    if type(array) is not ndarray and isinstance(array, ndarray) and not is_masked(array):
+        return asarray(array)
+    return array
+
+
+cdef object plain_access(access):
+    cdef long value = -1
+    if isinstance(access, ndarray):
+        return plain_column(access)
+    if PyLong_Check(access) and not PyBool_Check(access):
+        try:
+            value = PyLong_AsLong(access)
+        except OverflowError:
+            pass
+    if value & ~<long>ACCESS_VALID_MASK:
+        value = check_access(access, 1)[0]              # raises, but for NumPy's integers
+    return value
 
 
 cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize_t rows, bint writable) except *:
     cdef Py_buffer view
     cdef column found
     cdef bint good = False
-    if type(array) is ndarray or isinstance(array, ndarray) and not is_masked(array):
+    if type(array) is ndarray:
         try:
             PyObject_GetBuffer(array, &view, PyBUF_FORMAT | PyBUF_STRIDES)
         except (BufferError, ValueError):               # no plain numbers
             pass
         else:
-            good = (view.ndim == 1 and view.itemsize == itemsize and view.format[0] in b"BILQ" and view.format[1] == 0 and
-                    (view.strides[0] == itemsize or view.shape[0] < 2) and not (writable and view.readonly))
+            good = (view.ndim == 1 and view.itemsize == itemsize and view.format[0] in b"BHILQ" and view.format[1] == 0 and
+                    (view.strides[0] == itemsize or view.shape[0] < 2) and not (writable and view.readonly) and
+                    not (writable and <uintptr_t>view.buf % <uintptr_t>itemsize))
             found.data = view.buf
             found.rows = view.shape[0] if view.ndim == 1 else 0
             PyBuffer_Release(&view)
@@ -37,8 +61,24 @@ cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize
     check_array(name, array, DTYPES[itemsize], rows if rows >= 0 else None)
     if writable and not array.flags.writeable:
         raise ValueError(f"{name}: the array is read-only")
+    if writable and not array.flags.aligned:
+        raise ValueError(f"{name}: its rows are not aligned to {itemsize} bytes; those of a copy are")
     found.data, found.rows = <void *><uintptr_t>array.ctypes.data, array.size
     return found
+
+
+cdef object aligned(array, Py_ssize_t itemsize):
+    cdef Py_buffer view
+    cdef bint good
+    if type(array) is not ndarray:
+        return array
+    try:
+        PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    except (BufferError, ValueError):
+        return array
+    good = <uintptr_t>view.buf % <uintptr_t>itemsize == 0
+    PyBuffer_Release(&view)
+    return array if good else array.copy()
 
 
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
@@ -46,8 +86,7 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
     cdef const uint8_t *data
     cdef Py_ssize_t i
     cdef uint8_t seen = 0
-    cdef long value = -1
-    if isinstance(access, ndarray):
+    if type(access) is ndarray:
         found = column_of("", "access", access, sizeof(uint8_t), rows, False)
         data = <const uint8_t *>found.data
         with nogil:
@@ -55,15 +94,9 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
                 seen |= data[i]
         if seen & ~<uint8_t>ACCESS_VALID_MASK:
             check_access(access, rows)
+            raise ValueError("access: somebody changed it while it was checked")
         return found
-    if PyLong_Check(access) and not PyBool_Check(access):
-        try:
-            value = PyLong_AsLong(access)
-        except OverflowError:
-            pass
-    if value & ~<long>ACCESS_VALID_MASK:
-        value = check_access(access, rows)[0]           # raises, but for NumPy's integers
-    one[0] = <uint8_t>value
+    one[0] = <uint8_t>(<long>access)
     found.data, found.rows = one, 1
     return found
 
@@ -86,3 +119,24 @@ cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except
     if rows and highest >= count:
         raise ValueError(f"ctx: {highest} is beyond the {count} register sets of regs")
     return data if rows and count > 1 else NULL
+
+
+cdef int check_apart(list names, list arrays, Py_ssize_t written) except -1:
+    cdef uintptr_t first[MOST_COLUMNS]
+    cdef uintptr_t last[MOST_COLUMNS]
+    cdef Py_ssize_t i, k, count = len(arrays)
+    cdef Py_buffer view
+    if count > MOST_COLUMNS:
+        raise ValueError(f"{count} columns, want {int(MOST_COLUMNS)} at most")
+    for i in range(count):
+        first[i] = last[i] = 0
+        if type(arrays[i]) is ndarray:
+            PyObject_GetBuffer(arrays[i], &view, PyBUF_STRIDES)     # contiguous: checked
+            first[i] = <uintptr_t>view.buf
+            last[i] = first[i] + <uintptr_t>view.len
+            PyBuffer_Release(&view)
+    for i in range(written):
+        for k in range(i + 1, count):
+            if first[i] < last[k] and first[k] < last[i]:
+                raise ValueError(f"{names[i]} and {names[k]} share memory: what is written to the one changes the other")
+    return 0

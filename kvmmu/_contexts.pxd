@@ -4,13 +4,14 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._bits cimport PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
 from kvmmu._format cimport PageFormat
-from kvmmu._memory cimport GuestMemory
+from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
 
 
 cdef class VcpuArch:
     """The registers of one vCPU as the walks read them."""
     cdef vcpu_arch arch
+    cdef uint64_t loads             # how often they were loaded
 
 
 cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
@@ -19,30 +20,68 @@ cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
 
 
 cdef class SecondStage:
-    """A second stage (Ept or Npt) ready to walk."""
+    """A second stage (Ept or Npt). Nothing of it changes but the log, and the memory of the one whom `use_memory()` serves."""
     cdef kvm_pagewalk n
     cdef vcpu_arch arch             # holds the root
     cdef pml_log pml
     cdef readonly PageFormat fmt
     cdef readonly object stage
-    cdef list tables                # slot tables that n points to, or pointed to while a batch ran
-    cdef void use_memory(self, GuestMemory mem)
+    cdef SlotTable table
+    # For a walker that has the second stage to itself
+    cdef int use_memory(self, GuestMemory mem) except -1
+
+
+cdef class WalkCopy:
+    """A walk as it was at one moment, with all that its pointers lead to but the table of slots. Immutable.
+
+    Lifetime: who walks it keeps it, and the table with the number `table`.
+    """
+    cdef kvm_pagewalk w
+    cdef kvm_pagewalk n             # the second stage
+    cdef vcpu_arch arch
+    cdef PageFormat fmt
+    cdef SecondStage second
+    cdef uint64_t loads             # of the registers, when it was made
+    cdef uint64_t table
+
+# IN w: but for the memory; second: under it, or itself, or None
+cdef WalkCopy copy_walk(const kvm_pagewalk *w, VcpuArch vcpu, PageFormat fmt, SecondStage second, SlotTable table)
+
+
+cdef class ContextWalks:
+    """The walks of register sets over one table of slots, with all that their pointers lead to but that table.
+
+    Nobody changes them while somebody else has a reference. Lifetime: as of a WalkCopy.
+    """
+    cdef vcpu_arch *arches
+    cdef kvm_pagewalk *walks        # one per register set
+    cdef kvm_pagewalk *stages       # their second stages, each once
+    cdef Py_ssize_t count, stage_count
+    cdef list formats, seconds      # PageFormat; SecondStage or None, by the number in `second` of a walk
+    cdef uint64_t table
+    cdef ContextWalks copy(self)
+    cdef void use_table(self, SlotTable table)
 
 
 cdef class Contexts:
     """Register sets prepared for translate(regs=...): one walk each, formats shared by role."""
-    cdef vcpu_arch *arches
-    cdef kvm_pagewalk *walks
-    cdef list formats
-    cdef list seconds               # SecondStage or None of each row
-    cdef list tables                # slot tables that walks point to, or pointed to while a batch ran
+    cdef ContextWalks walks
+    cdef object cpu                 # the processor model that they were made for
+    cdef bint takes_second          # some set runs under the second stage that was in force
+    cdef SecondStage second         # that one, or None
     cdef readonly Py_ssize_t count
-    cdef void use_memory(self, GuestMemory mem)
+    # The walks over a table, for as long as the table is kept
+    cdef ContextWalks walks_over(self, SlotTable table)
+    cdef ContextWalks own_walks(self)
+    # ValueError unless they are for walks of a processor model, under a second stage or without one
+    cdef int check(self, cpu, SecondStage under) except -1
+    cdef SecondStage second_of(self, Py_ssize_t i)
     cdef int reload(self, Py_ssize_t i, legal) except -1
     cdef object widths(self)
 
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
 cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
 cdef SecondStage second_stage(stage, const cpu_caps *caps)
-# IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; second: of rows without one
-cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps, SecondStage second)
+# IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
+# second: of rows without one
+cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, SecondStage second)

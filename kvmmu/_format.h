@@ -12,7 +12,7 @@
 #define KVMMU_INLINE static inline __attribute__((always_inline))
 #endif
 
-#define KVMMU_ACCESS_BYTES 64 /* an access byte without SHADOW_STACK */
+#define KVMMU_ACCESS_BYTES 64 /* an access byte without SHADOW_STACK; a power of two */
 #define KVMMU_LOOK_ACCESS_SHIFT 16
 
 struct kvm_page_format {
@@ -41,11 +41,12 @@ struct kvm_page_format {
           EPT_MT_XWR_MASK) &                                                                                               \
      1)
 
-/* An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it. */
+/* An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it. The result is below
+ * KVMMU_ACCESS_BYTES whatever the byte is, which somebody may have changed since it was checked. */
 KVMMU_INLINE uint32_t kvmmu_explicit_access(uint32_t access)
 {
     uint32_t implicit = -(uint32_t)((access & (uint32_t)ACCESS_IMPLICIT_MASK) != 0);
-    return access & ~(implicit & (uint32_t)(ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
+    return access & (KVMMU_ACCESS_BYTES - 1) & ~(implicit & (uint32_t)(ACCESS_AC_MASK | ACCESS_USER_MASK | ACCESS_IMPLICIT_MASK));
 }
 
 KVMMU_INLINE uint64_t kvmmu_pkey_denied(uint64_t pkru_mask, uint64_t pkru, uint64_t pte_access, uint64_t pte_pkey, uint64_t access)

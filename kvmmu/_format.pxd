@@ -4,7 +4,7 @@ The tables are built in `_format.pyx` in plain, slow code. The tests are C (`_fo
 side by side. One format serves the entries of a guest and those of the host alike.
 """
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRESENT_MASK
 
@@ -53,6 +53,11 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
 cdef inline uint32_t explicit_access(uint32_t access) noexcept nogil:
     """An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it."""
     return kvmmu_explicit_access(access)
+
+
+cdef inline uint32_t look_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
+    """What `looks` says of an access byte, which somebody may have changed since it was checked."""
+    return fmt.looks[access & (KVMMU_ACCESS_BYTES - 1)]
 
 
 cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey,

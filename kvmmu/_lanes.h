@@ -173,7 +173,7 @@ KVMMU_INLINE void judge_body(int format, enum lane_levels levels, int keys, uint
     memcpy(rsvd, fmt->rsvd_bits_mask, sizeof rsvd);
     for (size_t i = 0; i < KVMMU_LANES; i++) {
         l->pte[i] = kvmmu_read_entry(format, l->entry[i]);
-        l->look[i] = fmt->looks[access_bytes[i]];
+        l->look[i] = fmt->looks[access_bytes[i] & (KVMMU_ACCESS_BYTES - 1)]; /* as checked, unless somebody writes there */
         KVMMU_BY_ITSELF();
     }
     EACH_VECTOR(i)

@@ -51,8 +51,8 @@ cdef class MachineModes:
 
     cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1:
         cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
-        if self.table is not mem.table:
-            self.table = mem.table
+        if self.table is not mem.current():
+            self.table = mem.current()
             self.m.sw.mem = &self.table.mem
         if role != self.m.sw.cpu_role:
             init_pagewalk(&self.m.sw, role, &self.kvm_caps)

@@ -1,4 +1,4 @@
-/* Compare-and-set on guest memory: what an accessed/dirty update of a page walk needs. */
+/* Compare-and-set on guest memory: what an accessed/dirty update of a page walk needs; and words that threads share. */
 #ifndef KVMMU_MEMORY_H
 #define KVMMU_MEMORY_H
 
@@ -15,7 +15,25 @@ static inline int kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
 {
     return _InterlockedCompareExchange((volatile long *)p, (long)val, (long)old) == (long)old;
 }
+static inline void kvmmu_lock(uint32_t *lock)
+{
+    while (_InterlockedExchange((volatile long *)lock, 1))
+        ;
+}
+static inline void kvmmu_unlock(uint32_t *lock)
+{
+    _InterlockedExchange((volatile long *)lock, 0);
+}
+static inline uint32_t kvmmu_load32(const uint32_t *p)
+{
+    return *(const volatile uint32_t *)p;
+}
+static inline void kvmmu_store32(uint32_t *p, uint32_t v)
+{
+    *(volatile uint32_t *)p = v;
+}
 #else
+#include <sched.h>
 static inline int kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
 {
     return __atomic_compare_exchange_n((uint64_t *)p, &old, val, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
@@ -23,6 +41,24 @@ static inline int kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
 static inline int kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
 {
     return __atomic_compare_exchange_n((uint32_t *)p, &old, val, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+/* for a few instructions at a time, without the GIL or with it: nobody who holds it waits for anything */
+static inline void kvmmu_lock(uint32_t *lock)
+{
+    while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE))
+        sched_yield();
+}
+static inline void kvmmu_unlock(uint32_t *lock)
+{
+    __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
+}
+static inline uint32_t kvmmu_load32(const uint32_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+static inline void kvmmu_store32(uint32_t *p, uint32_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_RELAXED);
 }
 #endif
 

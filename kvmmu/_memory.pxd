@@ -13,6 +13,10 @@ cdef extern from "_memory.h" nogil:
     uint64_t kvmmu_read64(const void *p)
     void kvmmu_write64(void *p, uint64_t v)
     uint32_t kvmmu_read32(const void *p)
+    void kvmmu_lock(uint32_t *lock)
+    void kvmmu_unlock(uint32_t *lock)
+    uint32_t kvmmu_load32(const uint32_t *p)
+    void kvmmu_store32(uint32_t *p, uint32_t v)
 
 cdef struct guest_slot:
     uint64_t gpa
@@ -53,16 +57,30 @@ cdef inline uint8_t *gpa_to_hva(const guest_mem *mem, uint64_t gpa, bint *readon
     return slot.hva + offset
 
 
+# Numbers of slot tables: of a memory that has none at the moment, and of what has not seen any. Tables have numbers from 2 on.
+cdef enum:
+    NO_TABLE = 0
+    NEVER_SEEN = 1
+
+
 cdef class SlotTable:
-    """The C arrays behind one state of a GuestMemory. Immutable; kernels keep it alive while they run."""
+    """The C arrays behind one state of a GuestMemory. Immutable.
+
+    Lifetime: it keeps the buffers of its slots, and their exports. Who walks one without the GIL, or runs Python code between
+    two walks, has a reference to it; who only remembers which one it walked last has its number, and compares that first.
+    """
     cdef guest_mem mem
     cdef guest_slot *slots
     cdef guest_page *pages
+    cdef list regions               # of the slots, ascending
+    cdef uint64_t number            # of no other table
 
 
 cdef class GuestMemory:
-    cdef SlotTable table
-    cdef list regions
-    cdef list starts
-    cdef _install(self, list regions)
-    cdef _set(self, list regions)
+    cdef SlotTable table            # None: slots changed, and nobody has walked since
+    cdef uint64_t number            # of table, or NO_TABLE
+    cdef uint64_t changes           # of slots
+    cdef object regions             # _Regions
+    # The table of the slots as they are now. RuntimeError without slots
+    cdef SlotTable current(self)
+    cdef int forget_table(self) except -1

@@ -4,11 +4,13 @@ from bisect import bisect_right
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu._bits cimport GPA_LIMIT, PAGE_SHIFT, PAGE_SIZE
-from kvmmu._memory cimport guest_mem, guest_page, guest_slot, hash_gfn
+from kvmmu._maker cimport check_maker, maker
+from kvmmu._memory cimport NEVER_SEEN, NO_TABLE, guest_mem, guest_page, guest_slot, hash_gfn
 
 from kvmmu.arguments import (
     check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,
@@ -17,6 +19,9 @@ from kvmmu.arguments import (
 # Beyond so many pages outside the largest slot (64 MiB of index) look-ups search the slot table instead.
 cdef size_t MAX_INDEXED_PAGES = 1 << 20
 cdef int ENTRY_ALIGNMENT = 8
+cdef uint64_t last_number = NEVER_SEEN          # of slot tables
+_BUCKET = 512                                   # regions that lie in one list
+_NAMED = 8                                      # slots that a message lists
 
 
 cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept nogil:
@@ -43,16 +48,19 @@ cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept no
 
 
 cdef class SlotTable:
-    def __cinit__(self, list regions):
-        """regions: _Region objects, ascending by gpa; at least one."""
+    def __cinit__(self, mark=None, regions=None, *args, **kwargs):
+        """regions: list of _Region objects, ascending by gpa; at least one."""
+        global last_number
         cdef size_t i, total = 0, capacity = 1
         cdef uint64_t page, h
+        check_maker(mark, "a SlotTable is made by a GuestMemory")
         cdef size_t count = len(regions)
-        largest = max(regions, key=lambda region: region.size)
-        ordered = [largest] + [region for region in regions if region is not largest]
+        self.regions = regions
         self.slots = <guest_slot *>calloc(count, sizeof(guest_slot))
         if self.slots is NULL:
             raise MemoryError
+        largest = max(regions, key=_size_of)
+        ordered = [largest] + [region for region in regions if region is not largest]
         for i, region in enumerate(ordered):
             self.slots[i].gpa = region.gpa
             self.slots[i].size = region.size
@@ -62,6 +70,8 @@ cdef class SlotTable:
                 total += <size_t>(self.slots[i].size >> PAGE_SHIFT)
         self.mem.slots = self.slots
         self.mem.count = count
+        last_number += 1
+        self.number = last_number
         if count == 1 or total > MAX_INDEXED_PAGES:
             return
         while capacity < 2 * total:
@@ -85,16 +95,20 @@ cdef class SlotTable:
 
 
 class _Region:
-    """One memslot as Python sees it: its place, its bytes (a uint8 array over the caller's buffer) and its rights."""
+    """One memslot as Python sees it: its place, its bytes (a uint8 array over the caller's buffer) and its rights.
 
-    __slots__ = ("address", "data", "gpa", "readonly", "size")
+    `export` is the buffer as it was exported for this region. As long as that is there, its owner cannot resize or close it.
+    """
 
-    def __init__(self, gpa, data, readonly):
+    __slots__ = ("address", "data", "export", "gpa", "readonly", "size")
+
+    def __init__(self, gpa, data, export, readonly):
         self.gpa = gpa
         self.data = data
+        self.export = export
         self.size = data.size
         self.readonly = readonly or not data.flags.writeable
-        self.address = data.ctypes.data
+        self.address = _address_of(data)
 
     @property
     def end(self):
@@ -104,22 +118,106 @@ class _Region:
         return f"[{self.gpa:#x}, {self.end:#x}){' read-only' if self.readonly else ''}"
 
 
+def _size_of(region):
+    return region.size
+
+
+def _address_of(data):
+    """Where the bytes of an array lie."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    address = <uintptr_t>view.buf
+    PyBuffer_Release(&view)
+    return address
+
+
+class _Regions:
+    """The regions of a memory in the order of their addresses, in lists of limited length: one more costs the same however many
+    there are."""
+
+    __slots__ = ("buckets", "count", "firsts", "starts")
+
+    def __init__(self):
+        self.buckets, self.starts = [], []      # the regions; their first addresses
+        self.firsts = []                        # first address of each bucket
+        self.count = 0
+
+    def __iter__(self):
+        for bucket in self.buckets:
+            yield from bucket
+
+    def place(self, gpa):
+        """(bucket, number in it) of the last region that begins at gpa or before; (0, -1) without one."""
+        bucket = max(bisect_right(self.firsts, gpa) - 1, 0)
+        return bucket, bisect_right(self.starts[bucket], gpa) - 1 if self.starts else -1
+
+    def following(self, gpa):
+        """The regions from the one that gpa may lie in on, ascending."""
+        first, number = self.place(gpa)
+        number = max(number, 0)
+        for bucket in self.buckets[first:]:
+            yield from bucket[number:]
+            number = 0
+
+    def find(self, gpa):
+        """The region that begins at gpa, or None."""
+        bucket, number = self.place(gpa)
+        if number < 0 or self.starts[bucket][number] != gpa:
+            return None
+        return self.buckets[bucket][number]
+
+    def add(self, region):
+        """Raises ValueError if it overlaps another one."""
+        bucket, number = self.place(region.gpa)
+        if not self.buckets:
+            self.buckets, self.starts, self.firsts = [[]], [[]], [region.gpa]
+        here = self.buckets[bucket]
+        if number >= 0 and here[number].end > region.gpa:
+            raise ValueError(f"slots overlap: {here[number]} and {region}")
+        upper = here[number + 1] if number + 1 < len(here) else (
+            self.buckets[bucket + 1][0] if bucket + 1 < len(self.buckets) else None)
+        if upper is not None and region.end > upper.gpa:
+            raise ValueError(f"slots overlap: {region} and {upper}")
+        here.insert(number + 1, region)
+        self.starts[bucket].insert(number + 1, region.gpa)
+        self.count += 1
+        self.firsts[bucket] = self.starts[bucket][0]
+        if len(here) > _BUCKET:
+            half = _BUCKET // 2
+            self.buckets[bucket:bucket + 1] = [here[:half], here[half:]]
+            starts = self.starts[bucket]
+            self.starts[bucket:bucket + 1] = [starts[:half], starts[half:]]
+            self.firsts.insert(bucket + 1, starts[half])
+
+    def remove(self, region):
+        """IN region: one of them."""
+        bucket, number = self.place(region.gpa)
+        del self.buckets[bucket][number], self.starts[bucket][number]
+        self.count -= 1
+        if self.buckets[bucket]:
+            self.firsts[bucket] = self.starts[bucket][0]
+        else:
+            del self.buckets[bucket], self.starts[bucket], self.firsts[bucket]
+
+
 def _as_bytes(size_or_buffer):
-    """A C-contiguous uint8 array: zeroed of the given size, or over the buffer without a copy."""
+    """(a C-contiguous uint8 array: zeroed of the given size, or over the buffer without a copy; the export of its bytes)."""
     if isinstance(size_or_buffer, (int, np.generic)) or hasattr(type(size_or_buffer), "__index__") and not isinstance(
             size_or_buffer, np.ndarray):
-        return np.zeros(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT), np.uint8)
+        own = np.zeros(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT), np.uint8)
+        return own[:], memoryview(own)              # a view of an array cannot be resized
     try:
         data = check_bytes("size_or_buffer", size_or_buffer)
     except TypeError:
         raise TypeError("size_or_buffer: want a size in bytes or an object with the buffer protocol, got "
                         f"{type(size_or_buffer).__name__}") from None
+    view = memoryview(size_or_buffer)
     check_pages("size_or_buffer", data.size, PAGE_SIZE, GPA_LIMIT)
-    if data.flags.writeable and data.ctypes.data % ENTRY_ALIGNMENT:
+    if data.flags.writeable and _address_of(data) % ENTRY_ALIGNMENT:
         raise ValueError(
             f"a writable buffer must be {ENTRY_ALIGNMENT}-byte aligned for atomic A/D updates, this one starts at "
-            f"{data.ctypes.data:#x}; pass it read-only (memoryview.toreadonly()) or copy it")
-    return data
+            f"{_address_of(data):#x}; pass it read-only (memoryview.toreadonly()) or copy it")
+    return data, view
 
 
 cdef bytes read_bytes(GuestMemory mem, gpa, n):
@@ -154,25 +252,46 @@ cdef class GuestMemory:
     Notes
     -----
     Little-endian hosts only. A hole reads as zero, which is a not-present entry in every format. Walks that run in other
-    threads while a slot is added finish on the slots that they started with.
+    threads while a slot is added or removed finish on the slots that they started with.
+
+    The memory exports its buffers: a bytearray cannot be resized, an mmap not closed, before `remove_slot()` and the end of
+    the walks that read it. What no export holds off is undefined: a file under an mmap that somebody truncates ends the
+    process (SIGBUS) when a walk or `read()` comes to the missing part, and `ndarray.resize(refcheck=False)` frees bytes that
+    are in use.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        self.regions = _Regions()
+
     def __init__(self, size_or_buffer):
-        data = _as_bytes(size_or_buffer)
-        self.regions = []
-        self._install([_Region(0, data, False)])
-
-    cdef _install(self, list regions):
-        regions = sorted(self.regions + regions, key=lambda region: region.gpa)
-        for lower, upper in zip(regions, regions[1:]):
-            if lower.end > upper.gpa:
-                raise ValueError(f"slots overlap: {lower} and {upper}")
-        self._set(regions)
-
-    cdef _set(self, list regions):
-        self.table = SlotTable(regions)
+        data, export = _as_bytes(size_or_buffer)
+        regions = _Regions()
+        regions.add(_Region(0, data, export, False))
         self.regions = regions
-        self.starts = [region.gpa for region in regions]
+        self.forget_table()
+
+    cdef SlotTable current(self):
+        cdef SlotTable table
+        cdef uint64_t changes
+        while self.table is None:
+            if not self.regions.count:
+                raise RuntimeError("this GuestMemory has no slots: a subclass with an __init__() of its own has to call "
+                                   "super().__init__()")
+            changes = self.changes
+            table = SlotTable.__new__(SlotTable, maker(), list(self.regions))
+            if changes == self.changes:         # else somebody changed slots while Python collected garbage
+                self.table, self.number = table, table.number
+        return self.table
+
+    cdef int forget_table(self) except -1:
+        """Slots have changed. Whoever walks the table that was keeps it."""
+        self.changes += 1
+        self.table, self.number = None, NO_TABLE
+        return 0
+
+    def __reduce__(self):
+        raise TypeError("a GuestMemory cannot be copied or pickled: the bytes of its slots are its caller's; make another one, "
+                        "with buffers of its own")
 
     @classmethod
     def from_pages(cls, gpas, pages):
@@ -206,13 +325,13 @@ cdef class GuestMemory:
         gpas = gpas[order]
         data = np.ascontiguousarray(pages[order]).reshape(-1).view(np.uint8)
         breaks = np.flatnonzero(np.diff(gpas) != PAGE_SIZE) + 1
-        regions = []
+        regions = _Regions()
         for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), gpas.size]):
             gpa = check_pages("gpas", int(gpas[start]))
-            regions.append(_Region(gpa, data[start * PAGE_SIZE:stop * PAGE_SIZE], False))
+            part = data[start * PAGE_SIZE:stop * PAGE_SIZE]
+            regions.add(_Region(gpa, part, memoryview(part), False))
         cdef GuestMemory self = cls.__new__(cls)
-        self.regions = []
-        self._install(regions)
+        self.regions = regions
         return self
 
     def add_slot(self, gpa, size_or_buffer, readonly=False):
@@ -235,9 +354,10 @@ cdef class GuestMemory:
         """
         gpa = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE)
         readonly = check_bool("readonly", readonly)
-        data = _as_bytes(size_or_buffer)
+        data, export = _as_bytes(size_or_buffer)
         check_length("size_or_buffer", data.size, gpa)
-        self._install([_Region(gpa, data, readonly)])
+        self.regions.add(_Region(gpa, data, export, readonly))
+        self.forget_table()
 
     def remove_slot(self, gpa):
         """Remove the slot at gpa.
@@ -253,13 +373,17 @@ cdef class GuestMemory:
             No slot begins there, or it is the last one.
         """
         gpa = check_gpa("gpa", gpa)
-        gone = [region for region in self.regions if region.gpa == gpa]
-        if not gone:
-            raise ValueError(f"no slot begins at gpa {gpa:#x}; there are {', '.join(map(str, self.regions))}")
-        if len(self.regions) == 1:
-            raise ValueError(f"the slot {gone[0]} is the last one: memory without slots is none")
-        self._set([region for region in self.regions if region is not gone[0]])
-        return gone[0].data
+        region = self.regions.find(gpa)
+        if region is None:
+            slots = [str(region) for region, _ in zip(self.regions, range(_NAMED))]
+            if self.regions.count > _NAMED:
+                slots.append(f"{self.regions.count - _NAMED} more")
+            raise ValueError(f"no slot begins at gpa {gpa:#x}; there are {', '.join(slots)}")
+        if self.regions.count == 1:
+            raise ValueError(f"the slot {region} is the last one: memory without slots is none")
+        self.regions.remove(region)
+        self.forget_table()
+        return region.data
 
     @property
     def slots(self):
@@ -269,9 +393,10 @@ cdef class GuestMemory:
     def _pieces(self, gpa, size):
         """(offset into the request, the uint8 array there, or None for a hole) for [gpa, gpa + size)."""
         at = gpa
-        first = max(bisect_right(self.starts, gpa) - 1, 0)
-        for region in self.regions[first:bisect_right(self.starts, gpa + size)]:
-            if region.end <= at or region.gpa >= gpa + size:
+        for region in self.regions.following(gpa):
+            if region.gpa >= gpa + size:
+                break
+            if region.end <= at:
                 continue
             if region.gpa > at:
                 yield at - gpa, region.gpa - at, None
@@ -322,4 +447,4 @@ cdef class GuestMemory:
 
     def __repr__(self):
         total = sum(region.size for region in self.regions)
-        return f"GuestMemory({len(self.regions)} slot{'s' if len(self.regions) != 1 else ''}, {total:#x} bytes)"
+        return f"GuestMemory({self.regions.count} slot{'s' if self.regions.count != 1 else ''}, {total:#x} bytes)"

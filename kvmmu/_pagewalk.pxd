@@ -2,28 +2,32 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch
+from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
 from kvmmu._format cimport PageFormat
 from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._plain cimport plain_walk
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk
 
 
 cdef class PageWalk:
-    cdef kvm_pagewalk w
-    cdef plain_walk plain
+    cdef kvm_pagewalk w                 # but for the memory
+    cdef plain_walk plain               # over the table with the number `table`, which the memory keeps while it is in force
+    cdef uint64_t table
+    cdef WalkCopy copy                  # the last one; None: something of the walk has changed since
     cdef cpu_caps caps
+    cdef object cpu                     # the processor model
     cdef VcpuArch vcpu
-    cdef SlotTable table
     cdef object admit
     cdef object deliver
     cdef readonly SecondStage second    # of a nested guest: under this walk, or this walk itself
     cdef readonly GuestMemory mem
-    cdef readonly PageFormat fmt
+    cdef PageFormat format
     cdef readonly uint64_t init_count
-    cdef const kvm_pagewalk *current(self) except NULL
+    # The walk as it is now, over a table of its memory. RuntimeError if it is not in use
+    cdef WalkCopy now(self, SlotTable table)
+    cdef int changed(self) except -1
+    cdef int check_in_use(self) except -1
+    cdef int use_memory(self) except -1
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)
-    cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access)
-    cdef object second_record(self, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access)
-    cdef object rule_of(self, const walk_result *r, uint32_t access)
+    cdef int check_contexts(self, Contexts contexts) except -1
     cdef object widths(self, Contexts contexts, ctx)

@@ -1,39 +1,41 @@
 """PageWalk (kvm_pagewalk): one set of guest tables, walked for one address, for arrays, or for a record."""
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-
 import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu._batch cimport Job
-from kvmmu._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA, PAGE_SIZE, ROLE_DIRECT_MASK,
-    ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+from kvmmu._batch cimport Job, new_job
+from kvmmu._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
+from kvmmu._columns cimport plain_access, plain_column
+from kvmmu._contexts cimport (
+    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, prepare_contexts, rflags_ac, role_of,
+    second_stage,
 )
-from kvmmu._columns cimport context_column
-from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, rflags_ac, role_of, second_stage
-from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
-from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
-from kvmmu._lanes cimport KVMMU_LANES
-from kvmmu._memory cimport GuestMemory
+from kvmmu._explain cimport fault_behind, record_of
+from kvmmu._format cimport PageFormat, explicit_access
+from kvmmu._maker cimport check_maker, maker
+from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch, walk_result
+from kvmmu._walk cimport translate_nested_gpa, walk_result
 from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
 
-from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole
 from kvmmu.arguments import check_bool, check_int, check_threads
-from kvmmu.columns import Span, check_access, check_array, check_one_size, check_size
-from kvmmu.faults import fault_of, nested_fault_of
-from kvmmu.nested import Ept
-from kvmmu.record import WalkRecord
+from kvmmu.columns import Span, Translation, check_access, check_array, check_fields, check_one_size, check_size
+from kvmmu.nested import Ept, Npt
+from kvmmu.registers import CpuModel
 
 _PAGE = int(PAGE_SIZE)
-_BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
-_PIECES = 8                             # of the rows of a batch, for each thread: the faster ones take more of them
+
+
+def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
+    """A walk of a vCPU. IN admit: maps (Regs, SecondStage or None) to a `Regs` that is legal, with PDPTEs loaded, or raises
+    GeneralProtection."""
+    cdef PageWalk walk = PageWalk.__new__(PageWalk, maker())
+    walk.mem, walk.vcpu, walk.admit = mem, vcpu, admit
+    walk.w.vcpu = &vcpu.arch
+    return walk
 
 
 cdef class PageWalk:
@@ -49,101 +51,171 @@ cdef class PageWalk:
         How often the role changed and the format was built again.
     """
 
-    def __init__(self, GuestMemory mem, VcpuArch vcpu, admit):
-        """admit: maps a `Regs` to one that is legal, with PDPTEs loaded, or raises GeneralProtection."""
-        self.mem = mem
-        self.vcpu = vcpu
-        self.admit = admit
-        self.fmt = PageFormat()
-        self.w.vcpu = &vcpu.arch
-        self.w.fmt = &self.fmt.fmt
+    def __cinit__(self, mark=None, *args, **kwargs):
+        check_maker(mark, "a PageWalk is made by a Vcpu, as its gva_walk and its ngpa_walk")
+        self.table = NEVER_SEEN
+        self.format = PageFormat()
+        self.w.fmt = &self.format.fmt
         self.w.cpu_role = 0                         # not valid: equal to no role
+        self.caps.maxphyaddr = MAXPHYADDR_MIN
         init_plain_walk(&self.plain, &self.w)
 
-    def set_cpu(self, cpu):
-        """Take a processor model; the next `init()` builds the format anew."""
+    # ---- for the vCPU --------------------------------------------------------------------------------------------------
+
+    cdef int changed(self) except -1:
+        """What was derived from the walk counts no more."""
+        self.table = NEVER_SEEN
+        init_plain_walk(&self.plain, &self.w)
+        self.copy = None
+        return 0
+
+    def _set_cpu(self, cpu not None):
+        """Take a processor model; the next `_init()` builds the format anew."""
+        if not isinstance(cpu, CpuModel):
+            raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
         self.caps.maxphyaddr = cpu.maxphyaddr
         self.caps.gbpages = cpu.gbpages
         self.caps.pse36 = cpu.pse36
         self.caps.amd = cpu.vendor == "amd"
         self.caps.kvm = cpu.conformance == "kvm"
+        self.cpu = cpu
         self.w.cpu_role = 0
-        init_plain_walk(&self.plain, &self.w)
+        self.changed()
 
-    def init(self, *, smm=False, guest_mode=False):
+    def _init(self, *, smm=False, guest_mode=False):
         """Take the role of the vCPU's registers; no work if it is the one in force."""
         cdef uint64_t role = role_of(&self.vcpu.arch, check_bool("smm", smm), check_bool("guest_mode", guest_mode))
+        cdef PageFormat fmt
         if role == self.w.cpu_role:
             return
         self.init_count += 1
-        init_pagewalk(&self.w, role, &self.caps)
         if not role & ROLE_DIRECT_MASK:
-            fill_format(self.fmt, role, &self.caps, False)
-        init_plain_walk(&self.plain, &self.w)
+            fmt = PageFormat()                      # copies of the walk may have the one before
+            fill_format(fmt, role, &self.caps, False)
+            self.w.fmt = &fmt.fmt
+            self.format = fmt
+        init_pagewalk(&self.w, role, &self.caps)
+        self.w.vcpu = &self.vcpu.arch
+        self.changed()
 
-    def set_second_stage(self, SecondStage second):
+    def _set_second_stage(self, SecondStage second):
         """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
-        self.second = second
+        if self.w.is_nested:
+            raise RuntimeError("this walk is a second stage: there is none under it")
         self.w.ngpa = NULL if second is None else &second.n
-        init_plain_walk(&self.plain, &self.w)
+        self.second = second
+        self.changed()
 
-    def enter(self, stage):
+    def _enter(self, stage not None):
         """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
 
         Returns
         -------
         SecondStage
         """
+        if not isinstance(stage, (Ept, Npt)):
+            raise TypeError(f"stage: want an Ept or an Npt, got {type(stage).__name__}")
         if self.second is not None and stage == self.second.stage and self.w.cpu_role:
             return self.second
         cdef SecondStage second = second_stage(stage, &self.caps)
         self.init_count += self.second is None or second.n.cpu_role != self.w.cpu_role
-        self.second = second
-        self.fmt = second.fmt
         init_second_stage_face(&self.w, &second.n)
-        init_plain_walk(&self.plain, &self.w)
+        self.format = second.fmt
+        self.second = second
+        self.changed()
         return second
 
-    def leave(self):
+    def _leave(self):
         """Be no walk any more."""
-        self.second = None
         self.w.cpu_role = 0
-        init_plain_walk(&self.plain, &self.w)
+        self.w.is_nested = False
+        self.w.ngpa, self.w.vcpu = NULL, &self.vcpu.arch
+        self.second = None
+        self.changed()
 
-    def set_memory(self, GuestMemory mem):
+    def _set_memory(self, GuestMemory mem not None):
         """Walk in another address space (SMM)."""
         self.mem = mem
+        self.changed()
 
-    cdef const kvm_pagewalk *current(self) except NULL:
-        """The walk over the slots of this moment."""
+    def _set_delivery(self, deliver):
+        """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
+        self.deliver = deliver
+
+    def _reload(self, Contexts contexts not None, Py_ssize_t i, regs not None):
+        """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
+        self.check_contexts(contexts)
+        contexts.reload(i, self.admit(regs, contexts.second_of(i)))
+
+    def _second_stage_gpa(self, gpa, access, pte_access, final=True):
+        """This second stage for an access that the first stage granted with rights pte_access; see `Vcpu.translate_gpa()`.
+
+        final False: an access to a paging-structure entry of the first stage.
+        """
+        cdef uint64_t addr = check_scalar_word("gpa", gpa)
+        cdef uint32_t a = check_scalar_access(access), rights = check_int("pte_access", pte_access, 0, ACC_ALL)
+        cdef bint last = check_bool("final", final)
+        cdef SlotTable table = self.mem.current()
+        cdef WalkCopy walk = self.now(table)
+        cdef walk_result r
+        if walk.second is None:
+            raise RuntimeError("this walk has no second stage")
+        r.refs = 0
+        r.error_code = 0
+        r.status = translate_nested_gpa(&walk.n, addr, explicit_access(a), last, rights, True, &r.gpa, &r)
+        if r.status != STATUS_OK:
+            raise fault_behind(walk, &r, addr, a)
+        return r.gpa
+
+    # ---- what it is ----------------------------------------------------------------------------------------------------
+
+    cdef int check_in_use(self) except -1:
         if not self.w.cpu_role:
             raise RuntimeError("this walk is not in use: no registers make it one")
-        if self.table is not self.mem.table:
-            self.table = self.mem.table
-            self.w.mem = &self.table.mem
-            use_plain_memory(&self.plain, self.w.mem)
-        if self.second is not None:
-            self.second.use_memory(self.mem)
-        return &self.w
+        return 0
+
+    cdef WalkCopy now(self, SlotTable table):
+        cdef WalkCopy copy = self.copy
+        if copy is None or copy.loads != self.vcpu.loads or copy.table != table.number:
+            self.check_in_use()
+            copy = copy_walk(&self.w, self.vcpu, self.format, self.second, table)
+            self.copy = copy
+        return copy
+
+    cdef int use_memory(self) except -1:
+        """Let the short cut go by the slots of this moment."""
+        cdef SlotTable table
+        self.check_in_use()
+        table = self.mem.current()
+        self.table = table.number
+        use_plain_memory(&self.plain, &table.mem)
+        return 0
 
     @property
     def cpu_role(self):
         return CpuRole(int(self.w.cpu_role))
 
-    def set_delivery(self, deliver):
-        """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
-        self.deliver = deliver
+    @property
+    def fmt(self):
+        if not self.w.cpu_role:
+            self.check_in_use()
+        return self.format
 
     def inject_page_fault(self, fault, from_hardware=None):
         """What a fault of this walk leads to, as `Vcpu.inject()` describes it."""
         return self.deliver(fault, from_hardware)
 
+    def __reduce__(self):
+        raise TypeError("a PageWalk cannot be copied or pickled: it is part of its Vcpu")
+
     def get_guest_pgd(self):
         """The root as it stands: CR3, EPTP or nested CR3."""
+        self.check_in_use()
         return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
 
     def get_pdptr(self, i):
         """PDPTE i, 0 to 3: a register, or in a second stage a word in memory. Meaningful under PAE paging only."""
+        self.check_in_use()
         i = check_int("i", i, 0, 3)
         if self.w.is_nested:
             return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
@@ -166,7 +238,8 @@ cdef class PageWalk:
         uint32 or ndarray of uint32
             0 if allowed, else P, with PK where the key forbids it.
         """
-        return self.fmt.permission_fault(pte_access, pkey, access, self.vcpu.arch.pkru)
+        self.check_in_use()
+        return self.format.permission_fault(pte_access, pkey, access, self.vcpu.arch.pkru)
 
     def prepare(self, regs):
         """Check and prepare register sets for repeated `translate(regs=...)` calls.
@@ -186,18 +259,21 @@ cdef class PageWalk:
         GeneralProtection
             A set is illegal; the message names its row.
         """
+        self.check_in_use()
         if self.w.is_nested:
             raise ValueError("regs: register sets make a first stage; translate them through gva_walk")
         try:
             rows = list(regs)
         except TypeError:
             raise TypeError(f"regs: want a sequence of Regs, got {regs!r}") from None
-        return prepare_contexts(rows, self.admit, &self.caps, self.second)
+        return prepare_contexts(rows, self.admit, self.cpu, &self.caps, self.second)
 
-    def reload(self, Contexts contexts, i, regs):
-        """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
-        i = check_int("i", i, 0, max(len(contexts), 1) - 1)
-        contexts.reload(i, self.admit(regs, contexts.seconds[i]))
+    cdef int check_contexts(self, Contexts contexts) except -1:
+        """Register sets are for walks like the one that prepared them."""
+        self.check_in_use()
+        if self.w.is_nested:
+            raise ValueError("regs: register sets make a first stage; translate them through gva_walk")
+        return contexts.check(self.cpu, self.second)
 
     def translate(self, gva, access=0, *, regs=None, ctx=None, fields=("gpa", "status", "error_code"), set_ad=True, threads=1,
                   out=None):
@@ -219,7 +295,7 @@ cdef class PageWalk:
         set_ad : bool
             False suppresses the stores of accessed and dirty bits, and nothing else.
         threads : int
-            Threads to share the rows among, 1 to 1024.
+            Threads to share the rows among, 1 to 1,024; more than 64 are not made.
         out : Translation, optional
             Columns to reuse: those of `fields`, n rows each.
 
@@ -230,57 +306,60 @@ cdef class PageWalk:
         Raises
         ------
         ValueError
-            Wrong dtype, shape or contiguity, a bit in `access` that is not modelled, a `ctx` out of range.
+            Wrong dtype, shape or contiguity, a bit in `access` that is not modelled, a `ctx` out of range; a column of `out` that
+            shares memory with another one or with an argument; `Contexts` of another processor model or second stage.
         GeneralProtection
             A register set of `regs` is illegal.
+        RuntimeError
+            The walk is not in use.
 
         Notes
         -----
-        Guest faults are data, not exceptions. Rows are unordered; registers and roles are taken once, at entry. Sets A/D
+        Guest faults are data, not exceptions. Ctrl-C ends a batch between two rows: the columns then have what was done so far.
+        Rows are unordered; registers and roles are taken once, at entry. Sets A/D
         bits: yes, unless set_ad is False. Releases the GIL: yes.
 
         Source: SDM vol. 3, "4-Level Paging and 5-Level Paging", "Access Rights", "Page-Fault Exceptions".
         """
-        cdef Job job = Job()
-        cdef Py_ssize_t n = job.take_rows(gva, access)
+        cdef bint sets_ad = True if set_ad is True else check_bool("set_ad", set_ad), fresh = out is None
+        cdef tuple names = check_fields(fields)
+        cdef list arrays = []
         cdef Contexts contexts = None
-        cdef kvm_pagewalk own
-        cdef vcpu_arch arch
-        cdef kvm_page_format fmt
-        cdef const kvm_pagewalk *walks = &own
-        cdef const uint32_t *ctx_data = NULL
-        self.current()
+        cdef ContextWalks many
+        cdef WalkCopy one
+        cdef SlotTable table
+        cdef Job job
+        cdef Py_ssize_t n
+        gva, access = plain_column(gva), plain_access(access)
         if type(threads) is not int or threads != 1:            # small batches do not pay for checks of the defaults
             threads = check_threads("threads", threads)
-        if set_ad is not True:
-            set_ad = check_bool("set_ad", set_ad)
         if regs is not None:
             contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
-            ctx_data = context_column(ctx, n, contexts.count)
-            contexts.use_memory(self.mem)
-            walks = contexts.walks
+            self.check_contexts(contexts)
+            ctx = plain_column(ctx)
         elif ctx is not None:
             raise ValueError("ctx: needs regs, the register sets that it indexes")
+        if not fresh:
+            if not isinstance(out, Translation):
+                raise ValueError(f"out: want a Translation, got {type(out).__name__}")
+            arrays = [plain_column(getattr(out, name)) for name in names]
+        # from here to the walk no code of the caller's runs
+        job = new_job()
+        n = job.take_rows(gva, access)
+        if fresh:
+            out = Translation.empty(n, names)
+            arrays = [getattr(out, name) for name in names]
+        table = self.mem.current()
+        if contexts is not None:
+            job.take_contexts(ctx, contexts.count)
+            many = contexts.walks_over(table)
+            job.take_walks(many, many.walks, many.count, table, sets_ad)
         else:
-            own = self.current()[0]                 # a snapshot: other threads may load registers meanwhile
-            arch, fmt = own.vcpu[0], own.fmt[0]
-            own.vcpu, own.fmt = &arch, &fmt
-
-        out = job.take_columns(out, fields, n)
-        if n == 0:
-            return out
-        job.alive = (self.mem.table, contexts, self.second, ctx)
-        job.whole.walks, job.whole.ctx, job.whole.set_ad = walks, ctx_data, set_ad
-        job.count = contexts.count if contexts is not None else 1
-        if threads == 1 or n < threads * _BLOCK:
-            job.run(n, n)
-        else:
-            piece = -(-n // (threads * _PIECES) // _BLOCK) * _BLOCK
-            with ThreadPoolExecutor(threads - 1) as pool:
-                others = [pool.submit(job.run, n, piece) for _ in range(threads - 1)]
-                job.run(n, piece)
-                for other in others:
-                    other.result()
+            one = self.now(table)
+            job.take_walks(one, &one.w, 1, table, sets_ad)
+        job.take_columns(names, arrays, fresh)
+        if n:
+            job.run_all(threads)
         return out
 
     def gva_to_gpa(self, gva, access=0):
@@ -308,26 +387,19 @@ cdef class PageWalk:
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
         cdef kvmmu_translation t
-        if not self.w.cpu_role or self.table is not self.mem.table:
-            self.current()
+        if not self.w.cpu_role or self.table != self.mem.number:
+            self.use_memory()
         t = translate_plainly(&self.plain, self.w.vcpu, addr, a)
         return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
-        cdef walk_result r                          # the short cut did not succeed
-        self.current().gva_to_gpa(&self.w, gva, explicit_access(access), True, &r)
+        cdef SlotTable table = self.mem.current()   # the short cut did not succeed
+        cdef WalkCopy walk = self.now(table)
+        cdef walk_result r
+        walk.w.gva_to_gpa(&walk.w, gva, explicit_access(access), True, &r)
         if r.status != STATUS_OK:
-            raise self.fault(&r, gva & self.w.gva_mask, access)
+            raise fault_behind(walk, &r, gva & walk.w.gva_mask, access)
         return r.gpa
-
-    cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access):
-        """The exception behind a result."""
-        details = {"address": int(addr), "access": Access(access), "level": int(r.level), "entry": int(r.pte),
-                   "entry_gpa": int(r.pte_gpa) if r.pte_gpa != INVALID_GPA else None, "rule": self.rule_of(r, access)}
-        if r.status in (STATUS_PAGE_FAULT, STATUS_NON_CANONICAL):
-            return fault_of(r.status, error_code=int(r.error_code), **details)
-        return nested_fault_of(
-            r.status, fault_gpa=int(r.fault_gpa), exit_qualification=int(r.exit_qualification), **details)
 
     def span(self, gva, size, access=0):
         """Translate one access of size bytes, which may cross into the next page: that page is walked second.
@@ -403,18 +475,6 @@ cdef class PageWalk:
         masks = contexts.widths()
         return masks[0] if ctx is None else masks[ctx]
 
-    cdef object rule_of(self, const walk_result *r, uint32_t access):
-        """The rule behind a fault, as one word."""
-        if r.status == STATUS_NON_CANONICAL:
-            return "non-canonical"
-        if r.status == STATUS_PAGE_FAULT:
-            return entry_rule(self.fmt, r, r.error_code, access)
-        if r.status == STATUS_EPT_MISCONFIG:
-            return "misconfig"
-        if r.status == STATUS_PML_FULL:
-            return "pml-full"
-        return second_stage_rule(self.second.fmt, r, access)
-
     def walk_record(self, gva, access=0):
         """The whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.
 
@@ -431,64 +491,9 @@ cdef class PageWalk:
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
-        cdef const kvm_pagewalk *w = self.current()
-        if self.w.is_nested:
-            return self.second_record(addr, a & ~<uint32_t>ACCESS_AC_MASK, True, a)
-        cdef walk_result r
-        w.gva_to_gpa(w, addr, explicit_access(a), False, &r)
-        addr &= w.gva_mask
-        steps = walk_steps(w, addr, explicit_access(a))
-        final = None
-        if self.second is not None:
-            table_access = self.second.n.table_access | <uint32_t>ACCESS_USER_MASK
-            steps = [replace(step, nested=self.second_record(step.gpa, table_access, False, 0)) if step.gpa is not None else step
-                     for step in steps]
-            if r.ngpa != INVALID_GPA:
-                final = self.second_record(r.ngpa, explicit_access(a), True, r.pte_access if r.status == STATUS_OK else (
-                    steps[-1].pte_access if steps else int(ACC_ALL)))
-        return WalkRecord(
-            gva=int(addr), access=Access(a), status=Status(r.status), gpa=int(r.gpa) if r.status == STATUS_OK else None,
-            error_code=int(r.error_code), level=int(r.level), rule=None if r.status == STATUS_OK else self.rule_of(&r, a),
-            steps=tuple(steps), mode_bits=32 if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else 64, refs=int(r.refs), final=final,
-            ngpa=int(r.ngpa) if self.second is not None and r.ngpa != INVALID_GPA else None,
-            exit_qualification=int(r.exit_qualification))
-
-    def second_stage_gpa(self, gpa, access, pte_access, final=True):
-        """This second stage for an access that the first stage granted with rights pte_access; see `Vcpu.translate_gpa()`.
-
-        final False: an access to a paging-structure entry of the first stage.
-        """
-        cdef uint64_t addr = check_scalar_word("gpa", gpa)
-        cdef uint32_t a = check_scalar_access(access), rights = check_int("pte_access", pte_access, 0, ACC_ALL)
-        cdef bint is_final = check_bool("final", final)
-        cdef walk_result r
-        self.current()
-        r.refs = 0
-        r.error_code = 0
-        r.status = translate_nested_gpa(&self.second.n, addr, explicit_access(a), is_final, rights, True, &r.gpa, &r)
-        if r.status != STATUS_OK:
-            raise self.fault(&r, addr, a)
-        return r.gpa
-
-    cdef object second_record(self, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access):
-        """The record of one walk of the second stage."""
-        cdef const kvm_pagewalk *n = &self.second.n
-        cdef walk_result r
-        cdef uint64_t gpa = 0
-        if self.w.is_nested:                    # by itself: U says whether the first stage would grant the page to users
-            pte_access = <uint32_t>(ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK)
-        r.refs = 0
-        r.error_code = 0
-        status = translate_nested_gpa(n, ngpa, access, final, pte_access, False, &gpa, &r)
-        r.status = status
-        steps = walk_steps(n, ngpa & n.gva_mask, second_stage_access(n, access, final, pte_access))
-        if isinstance(self.second.stage, Ept):
-            steps = [replace(step, ept=True) for step in steps]
-        return WalkRecord(
-            gva=int(ngpa), access=Access(access), status=Status(status), gpa=int(gpa) if status == STATUS_OK else None,
-            error_code=0, level=steps[-1].level if steps else 0, rule=None if status == STATUS_OK else self.rule_of(&r, access),
-            steps=tuple(steps), mode_bits=32 if n.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else 64, refs=int(r.refs),
-            exit_qualification=int(r.exit_qualification) if status != STATUS_OK else 0)
+        cdef SlotTable table = self.mem.current()
+        cdef WalkCopy walk = self.now(table)
+        return record_of(walk, addr, a)
 
     def __repr__(self):
         return f"<PageWalk level {self.cpu_role.level} of {self.mem!r}>"

@@ -135,3 +135,5 @@ cdef class WalkCache:
     # Names for count walks, used by nobody before; 0: too many. Nothing that was remembered counts any more.
     cdef uint32_t take_asids(self, uint64_t count) noexcept nogil
     cdef uint32_t take_spaces(self, uint64_t count) noexcept nogil
+
+cdef WalkCache new_walk_cache()

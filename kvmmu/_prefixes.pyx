@@ -20,6 +20,7 @@ from kvmmu._lanes cimport (
     TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_place_of, kvmmu_prefix_slot, kvmmu_prefix_tag,
     kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry, kvmmu_use_tables,
 )
+from kvmmu._maker cimport check_maker, maker
 from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
@@ -233,10 +234,15 @@ cdef void forget_all(walk_tables *tables) noexcept nogil:
     memset(tables.tlb, 0, sizeof(kvmmu_tlb_entry) << TLB_BITS)
 
 
+cdef WalkCache new_walk_cache():
+    return WalkCache.__new__(WalkCache, maker())
+
+
 cdef class WalkCache:
-    def __cinit__(self):
+    def __cinit__(self, mark=None, *args, **kwargs):
         cdef int stage
         cdef bint whole = True
+        check_maker(mark, "a WalkCache is made by a batch")
         for stage in range(2):
             self.tables.prefixes[stage] = <kvmmu_prefix *>calloc(1 << PREFIX_BITS, sizeof(kvmmu_prefix))
             whole = whole and self.tables.prefixes[stage] is not NULL
@@ -260,7 +266,7 @@ cdef class WalkCache:
                 memset(self.tables.prefixes[stage], 0, sizeof(kvmmu_prefix) << PREFIX_BITS)
             self.next_asid = 1
         first = self.next_asid
-        self.next_asid += <uint32_t>count
+        self.next_asid = first + <uint32_t>count
         return first
 
     cdef uint32_t take_spaces(self, uint64_t count) noexcept nogil:
@@ -271,5 +277,5 @@ cdef class WalkCache:
             memset(self.tables.tlb, 0, sizeof(kvmmu_tlb_entry) << TLB_BITS)
             self.next_space = 1
         first = self.next_space
-        self.next_space += <uint32_t>count
+        self.next_space = first + <uint32_t>count
         return first

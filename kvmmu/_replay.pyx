@@ -1,207 +1,40 @@
-"""The inner loop of replay: blocks of rows in, counters and mismatches out.
+"""The loops of replay: the rows of recordings and of traces, cut into blocks; see `_replay_blocks.pxd`."""
 
-Both loops, that of recordings and that of traces, cut their rows into blocks within which neither tables nor registers
-change. A block is translated by one call and then compared with the recorded addresses.
-"""
+import numpy as np
 
+from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
-from kvmmu._batch cimport Workspace, begin_batch, depends_on, translate_rows
-from kvmmu._bits cimport (
-    INVALID_GPA, OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M,
-    PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
-)
-from kvmmu._contexts cimport Contexts
-from kvmmu._memory cimport gpa_to_hva
+from kvmmu._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT
+from kvmmu._columns cimport aligned, column, column_of, plain_column
+from kvmmu._contexts cimport Contexts, ContextWalks
+from kvmmu._maker cimport maker
+from kvmmu._memory cimport NEVER_SEEN, SlotTable
 from kvmmu._pagewalk cimport PageWalk
-from kvmmu._rows cimport batch, batch_columns
+from kvmmu._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu._walk cimport kvm_pagewalk
 
+from kvmmu.columns import check_access, check_array
+
+_COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access": np.dtype(np.uint8), "gpa": np.dtype(np.uint64),
+                 "size": np.dtype(np.uint8), "vcpu": np.dtype(np.uint16), "value": np.dtype(np.uint64)}
+
 cdef enum:
-    BLOCK = 8192                    # rows whose scratch columns stay in the second-level cache
-    LEVELS = 4                      # of leaves: paging off, 4K, 2M or 4M, 1G
-    STATUSES = 7
-    ERROR_CODES = 128               # P to SS
+    SHORT_PIDX = 1 << 16            # values of a page number of two bytes, or of a vCPU
+    KIND_PRIVS = 3 * 255 + 255 + 1  # of any two bytes
 
 ctypedef fused page_index:
     uint16_t
     uint32_t
 
-# What a block of rows came to, row by row.
-cdef struct block_result:
-    uint64_t gpa[BLOCK]
-    uint8_t level[BLOCK]
-    uint8_t status[BLOCK]
-    uint32_t error_code[BLOCK]
 
-cdef struct replay_counters:
-    uint64_t levels[LEVELS]         # walks that ended as recorded, by level of their leaf
-    uint64_t verified
-    uint64_t unchecked              # walked, without a recorded address
-    uint64_t mismatches
-    uint64_t writes
-    uint64_t kinds[3]
-    uint64_t mmio
-    uint64_t statuses[STATUSES]     # of unchecked rows
-    uint64_t error_codes[ERROR_CODES]   # of unchecked rows that end in a #PF
-
-
-cdef class BlockWalker:
-    """Walks blocks, compares and counts. The loops are made from it.
-
-    Attributes
-    ----------
-    explain : int
-        How many mismatches are still wanted one by one; the loop stops behind a block that has some, until then.
-    """
-
-    cdef PageWalk walk
-    cdef block_result result
-    cdef batch_columns columns
-    cdef batch rows_under_way       # goes on from block to block until tables or walks change
-    cdef bint begun
-    cdef Workspace work
-    cdef replay_counters counters
-    cdef uint32_t bad[BLOCK]
-    cdef Py_ssize_t bad_count
-    cdef readonly Py_ssize_t explain
-
-    def __cinit__(self, *args):
-        memset(&self.counters, 0, sizeof(self.counters))
-        memset(&self.columns, 0, sizeof(self.columns))
-        self.columns.gpa = self.result.gpa
-        self.columns.level = self.result.level
-        memset(&self.rows_under_way, 0, sizeof(self.rows_under_way))
-        self.begun = False
-        self.work = Workspace()
-        self.rows_under_way.out = &self.columns
-        self.rows_under_way.access_stride = 1
-        self.rows_under_way.set_ad = True
-        self.bad_count = self.explain = 0
-
-    @property
-    def page_sizes(self):
-        """Verified and unchecked accesses by level of their leaf: a list of four, from paging off to 1G."""
-        return [int(self.counters.levels[level]) for level in range(PG_LEVEL_NONE, PG_LEVEL_1G + 1)]
-
-    @property
-    def verified(self):
-        """Accesses whose walk ended at the recorded address."""
-        return int(self.counters.verified)
-
-    @property
-    def unchecked(self):
-        """Accesses without a recorded address."""
-        return int(self.counters.unchecked)
-
-    @property
-    def mismatches(self):
-        """Accesses whose walk did not end at the recorded address."""
-        return int(self.counters.mismatches)
-
-    @property
-    def writes(self):
-        """Table writes applied so far."""
-        return int(self.counters.writes)
-
-    @property
-    def kinds(self):
-        """Loads, stores and fetches of a trace, a list of three."""
-        return [int(self.counters.kinds[kind]) for kind in range(3)]
-
-    @property
-    def mmio(self):
-        """Accesses of a trace that are marked as MMIO."""
-        return int(self.counters.mmio)
-
-    @property
-    def statuses(self):
-        """Unchecked accesses by Status, a list."""
-        return [int(self.counters.statuses[status]) for status in range(STATUSES)]
-
-    @property
-    def error_codes(self):
-        """Unchecked accesses that end in a page fault, by error code: a dict."""
-        return {code: int(self.counters.error_codes[code]) for code in range(ERROR_CODES) if self.counters.error_codes[code]}
-
-    def take_mismatches(self):
-        """Rows of the last block whose walk did not end as recorded, as far as they are to be explained: a list."""
-        rows = [int(self.bad[i]) for i in range(self.bad_count)]
-        self.bad_count = 0
-        self.explain -= len(rows)
-        return rows
-
-    cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
-                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
-        """Walk n <= BLOCK rows whose columns start at the pointers; first: number of the first of them, for mismatches.
-
-        IN count: of walks; all_known: no truth is INVALID_GPA, which means that the address was not recorded.
-        """
-        cdef block_result *r = &self.result
-        cdef uint64_t wrong = 0
-        cdef uint32_t level_4k = 0, level_2m = 0, level_1g = 0, level_none = 0
-        cdef size_t i
-        self.columns.status = NULL if all_known else r.status
-        self.columns.error_code = NULL if all_known else r.error_code
-        self.rows_under_way.walks, self.rows_under_way.ctx = walks, ctx
-        self.rows_under_way.gva, self.rows_under_way.access = gva, access
-        if not self.begun:
-            begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
-            self.begun = True
-        translate_rows(&self.rows_under_way, 0, n)
-        for i in range(n):                                  # a walk that fails ends at INVALID_GPA, which no truth is
-            wrong |= r.gpa[i] ^ truth[i]
-        for i in range(n):
-            level_4k += r.level[i] == PG_LEVEL_4K
-        for i in range(n):
-            level_2m += r.level[i] == PG_LEVEL_2M
-        if level_4k + level_2m != n:
-            for i in range(n):
-                level_1g += r.level[i] == PG_LEVEL_1G
-                level_none += r.level[i] == PG_LEVEL_NONE
-        self.counters.levels[PG_LEVEL_4K] += level_4k
-        self.counters.levels[PG_LEVEL_2M] += level_2m
-        self.counters.levels[PG_LEVEL_1G] += level_1g
-        self.counters.levels[PG_LEVEL_NONE] += level_none
-        self.counters.verified += n
-        if wrong or not all_known:
-            self.judge_rows(truth, first, n)
-
-    cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n) noexcept nogil:
-        """Take back from the counters what is no verified walk of a block, and note it."""
-        cdef block_result *r = &self.result
-        cdef size_t i
-        for i in range(n):
-            if r.gpa[i] == truth[i] != INVALID_GPA:
-                continue
-            self.counters.verified -= 1
-            if truth[i] != INVALID_GPA:
-                self.counters.mismatches += 1
-                if self.bad_count < self.explain:
-                    self.bad[self.bad_count] = <uint32_t>(first + i)
-                    self.bad_count += 1
-                if r.level[i] < LEVELS:
-                    self.counters.levels[r.level[i]] -= 1
-                continue
-            self.counters.unchecked += 1
-            self.counters.statuses[r.status[i]] += 1
-            if r.status[i] == STATUS_PAGE_FAULT:
-                self.counters.error_codes[r.error_code[i] & (ERROR_CODES - 1)] += 1
-            if r.status[i] != STATUS_OK and r.level[i] < LEVELS:
-                self.counters.levels[r.level[i]] -= 1
-
-    cdef bint write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil:
-        """Store the low bytes of a value, aligned to its size of at most 8; False where the guest has no memory."""
-        cdef bint readonly = False
-        cdef uint8_t *hva = gpa_to_hva(w.mem, gpa, &readonly)
-        if hva is NULL or readonly:
-            return False
-        memcpy(hva, &value, size)
-        self.counters.writes += 1
-        if self.begun and depends_on(&self.rows_under_way, hva):
-            self.begun = False
-        return True
+cdef column checked_column(str name, array, Py_ssize_t itemsize, Py_ssize_t rows, list kept) except *:
+    """A column that a caller may have made. IN rows: how many there must be, -1: any; kept: takes the array to be kept."""
+    plain = aligned(plain_column(array), itemsize)
+    kept.append(plain)
+    return column_of("", name, plain, itemsize, rows, False)
 
 
 cdef class Replayer(BlockWalker):
@@ -221,17 +54,23 @@ cdef class Replayer(BlockWalker):
     """
 
     cdef Contexts contexts
-    cdef object pidx
-    cdef const uint64_t[::1] page_gva
-    cdef const uint64_t[::1] page_gpa
-    cdef const uint32_t[::1] page_ctx
-    cdef const uint16_t[::1] off
-    cdef const uint8_t[::1] kind
-    cdef const uint8_t[::1] priv
-    cdef const uint8_t[::1] access_of
-    cdef const uint64_t[::1] w_pos
-    cdef const uint64_t[::1] w_gpa
-    cdef const uint64_t[::1] w_val
+    cdef list kept                  # the arrays behind the pointers
+    cdef const void *pidx           # of two bytes, or of four
+    cdef bint short_pidx
+    cdef Py_ssize_t rows
+    cdef const uint16_t *off
+    cdef const uint8_t *kind
+    cdef const uint8_t *priv
+    # by page number; so many that there is one for each number of two bytes
+    cdef uint64_t *page_gva
+    cdef uint64_t *page_gpa
+    cdef uint32_t *page_ctx
+    cdef uint32_t last_page
+    cdef uint8_t access_of[KIND_PRIVS]
+    cdef const uint64_t *w_pos
+    cdef const uint64_t *w_gpa
+    cdef const uint64_t *w_val
+    cdef size_t writes
     cdef size_t next_write
     # the rows of a block as plain columns
     cdef uint64_t gva[BLOCK]
@@ -239,12 +78,59 @@ cdef class Replayer(BlockWalker):
     cdef uint32_t ctx[BLOCK]
     cdef uint8_t access[BLOCK]
 
-    def __init__(self, PageWalk walk, Contexts contexts, recording, access_of, Py_ssize_t explain=0):
-        self.walk, self.contexts, self.explain = walk, contexts, explain
-        self.page_gva, self.page_gpa, self.page_ctx = recording.pages_gva, recording.pages_gpa, recording.pages_ctx
-        self.pidx, self.off, self.kind, self.priv = recording.pidx, recording.off, recording.kind, recording.priv
-        self.w_pos, self.w_gpa, self.w_val = recording.writes.pos, recording.writes.gpa, recording.writes.val
-        self.access_of = access_of
+    def __cinit__(self, mark=None, walk=None, contexts=None, recording=None, access_of=None, explain=0, *args, **kwargs):
+        self.walk, self.contexts, self.explain, self.kept = walk, contexts, explain, []
+        self.take_accesses(recording, access_of)
+        self.take_pages(recording)
+        self.take_writes(recording.writes)
+
+    cdef int take_accesses(self, recording, access_of) except -1:
+        cdef Py_ssize_t i
+        cdef column pidx
+        self.short_pidx = isinstance(recording.pidx, np.ndarray) and recording.pidx.dtype.itemsize == sizeof(uint16_t)
+        pidx = checked_column("pidx", recording.pidx, sizeof(uint16_t) if self.short_pidx else sizeof(uint32_t), -1, self.kept)
+        self.rows, self.pidx = pidx.rows, pidx.data
+        self.off = <const uint16_t *>checked_column("off", recording.off, sizeof(uint16_t), self.rows, self.kept).data
+        self.kind = <const uint8_t *>checked_column("kind", recording.kind, sizeof(uint8_t), self.rows, self.kept).data
+        self.priv = <const uint8_t *>checked_column("priv", recording.priv, sizeof(uint8_t), self.rows, self.kept).data
+        for name in ("kind", "priv"):
+            check_below(name, getattr(recording, name), 3)
+        access_of = check_access(np.asarray(access_of), 9)
+        for i in range(9):
+            self.access_of[i] = access_of[i]
+        return 0
+
+    cdef int take_pages(self, recording) except -1:
+        """Copies of what is known by page number."""
+        cdef Py_ssize_t pages = len(recording.pages_gva), room
+        check_below("pidx", recording.pidx, pages)
+        check_below("pages_ctx", recording.pages_ctx, self.contexts.count)
+        room = max(pages, <Py_ssize_t>SHORT_PIDX)
+        self.last_page = <uint32_t>(room - 1)
+        self.page_gva = <uint64_t *>calloc(room, sizeof(uint64_t))
+        self.page_gpa = <uint64_t *>calloc(room, sizeof(uint64_t))
+        self.page_ctx = <uint32_t *>calloc(room, sizeof(uint32_t))
+        if self.page_gva is NULL or self.page_gpa is NULL or self.page_ctx is NULL:
+            raise MemoryError
+        memcpy(self.page_gva, checked_column("pages_gva", recording.pages_gva, sizeof(uint64_t), pages, self.kept).data,
+               pages * sizeof(uint64_t))
+        memcpy(self.page_gpa, checked_column("pages_gpa", recording.pages_gpa, sizeof(uint64_t), pages, self.kept).data,
+               pages * sizeof(uint64_t))
+        memcpy(self.page_ctx, checked_column("pages_ctx", recording.pages_ctx, sizeof(uint32_t), pages, self.kept).data,
+               pages * sizeof(uint32_t))
+        return 0
+
+    cdef int take_writes(self, writes) except -1:
+        cdef column pos = checked_column("writes.pos", writes.pos, sizeof(uint64_t), -1, self.kept)
+        self.writes, self.w_pos = pos.rows, <const uint64_t *>pos.data
+        self.w_gpa = <const uint64_t *>checked_column("writes.gpa", writes.gpa, sizeof(uint64_t), pos.rows, self.kept).data
+        self.w_val = <const uint64_t *>checked_column("writes.val", writes.val, sizeof(uint64_t), pos.rows, self.kept).data
+        return 0
+
+    def __dealloc__(self):
+        free(self.page_gva)
+        free(self.page_gpa)
+        free(self.page_ctx)
 
     def settle(self, uint64_t pos):
         """Apply the table writes made by accesses before pos.
@@ -254,16 +140,18 @@ cdef class Replayer(BlockWalker):
         ValueError
             A write lies outside guest memory.
         """
-        self.contexts.use_memory(self.walk.mem)
-        if not self.apply_writes(pos):
+        cdef SlotTable table = self.walk.mem.current()
+        cdef ContextWalks walks = self.contexts.walks_over(table)
+        self.check_idle()
+        if not self.apply_writes(walks.walks, pos):
             gpa = int(self.w_gpa[self.next_write])
             raise ValueError(f"table write {self.next_write} goes to gpa {gpa:#x}, which is no table page")
 
-    cdef bint apply_writes(self, uint64_t pos) noexcept nogil:
-        while self.next_write < <size_t>self.w_pos.shape[0] and self.w_pos[self.next_write] < pos:
-            if not self.write_guest(self.contexts.walks, self.w_gpa[self.next_write], self.w_val[self.next_write], 8):
+    cdef bint apply_writes(self, const kvm_pagewalk *w, uint64_t pos) noexcept nogil:
+        while self.next_write < self.writes and self.w_pos[self.next_write] < pos:
+            if self.write_guest(w, self.w_gpa[self.next_write], self.w_val[self.next_write], 8) != WRITTEN:
                 return False
-            self.next_write += 1
+            self.next_write = self.next_write + 1
         return True
 
     def run(self, size_t start, size_t stop):
@@ -277,43 +165,58 @@ cdef class Replayer(BlockWalker):
         Raises
         ------
         ValueError
-            A write lies outside guest memory.
+            A write lies outside guest memory, or a page has no address.
         """
-        if not start <= stop <= <size_t>self.off.shape[0]:
-            raise ValueError(f"rows {start} to {stop} are not within the {self.off.shape[0]} accesses")
-        self.contexts.use_memory(self.walk.mem)
+        cdef SlotTable table
+        cdef ContextWalks walks
+        cdef size_t row
+        if not start <= stop <= <size_t>self.rows:
+            raise ValueError(f"rows {start} to {stop} are not within the {self.rows} accesses")
+        self.check_idle()
+        table = self.walk.mem.current()
+        walks = self.contexts.walks_over(table)
         self.begun = False                      # PDPTEs may have been loaded
-        if self.pidx.dtype.itemsize == 2:
-            row = self.run_rows[uint16_t](self.pidx, start, stop)
-        else:
-            row = self.run_rows[uint32_t](self.pidx, start, stop)
+        self.running = True
+        with nogil:
+            if self.short_pidx:
+                row = self.run_rows(<const uint16_t *>self.pidx, walks.walks, walks.count, start, stop)
+            else:
+                row = self.run_rows(<const uint32_t *>self.pidx, walks.walks, walks.count, start, stop)
+        self.running = False
+        if self.broken:
+            raise ValueError("pages_gpa: a page has no address below 2**52")
         self.settle(row)                        # raises if it was a write that stopped the loop
         return row
 
-    cdef size_t run_rows(self, const page_index[::1] pidx, size_t start, size_t stop):
+    cdef size_t run_rows(self, const page_index *pidx, const kvm_pagewalk *walks, uint64_t count, size_t start,
+                         size_t stop) noexcept nogil:
         cdef size_t i = start, k, n
         cdef uint32_t row, context, other
-        cdef size_t writes = self.w_pos.shape[0]
-        with nogil:
-            while i < stop and not self.bad_count:
-                if not self.apply_writes(i):
-                    break
-                n = min(stop - i, <size_t>BLOCK)
-                if self.next_write < writes:        # a store takes effect behind its access
-                    n = min(n, <size_t>(self.w_pos[self.next_write] - i + 1))
-                context = self.page_ctx[pidx[i]]
-                other = 0
-                for k in range(n):
-                    row = pidx[i + k]
-                    self.gva[k] = self.page_gva[row] + self.off[i + k]
-                    self.truth[k] = self.page_gpa[row] + self.off[i + k]
-                    self.ctx[k] = self.page_ctx[row]
-                    other |= self.page_ctx[row] ^ context
-                    self.access[k] = self.access_of[self.kind[i + k] * 3 + self.priv[i + k]]
-                self.walk_block(self.contexts.walks, self.ctx if other or context else NULL, self.gva, self.access, self.truth,
-                                i, n, self.contexts.count, True)
-                i += n
+        while i < stop and not self.bad_count and not self.broken:
+            if not self.apply_writes(walks, i):
+                break
+            n = min(stop - i, <size_t>BLOCK)
+            if self.next_write < self.writes:       # a store takes effect behind its access
+                n = min(n, <size_t>(self.w_pos[self.next_write] - i + 1))
+            context = self.page_ctx[self.page_of(pidx, i)]
+            other = 0
+            for k in range(n):
+                row = self.page_of(pidx, i + k)
+                self.gva[k] = self.page_gva[row] + self.off[i + k]
+                self.truth[k] = self.page_gpa[row] + self.off[i + k]
+                self.ctx[k] = self.page_ctx[row]
+                other |= self.page_ctx[row] ^ context
+                self.access[k] = self.access_of[self.kind[i + k] * 3 + self.priv[i + k]]
+            self.walk_block(walks, self.ctx if other or context else NULL, self.gva, self.access, self.truth, i, n, count, True)
+            i += n
         return i
+
+    cdef inline uint32_t page_of(self, const page_index *pidx, size_t row) noexcept nogil:
+        """The page number of a row, within the copies: somebody may have changed it since it was checked."""
+        if page_index is uint16_t:
+            return pidx[row]
+        else:
+            return min(pidx[row], self.last_page)
 
 
 cdef class RowLoop(BlockWalker):
@@ -328,9 +231,10 @@ cdef class RowLoop(BlockWalker):
         How many mismatches are wanted one by one.
     """
 
-    cdef list owners                # Contexts in force, by vCPU: keeps alive what walks points to
-    cdef bytearray storage
+    cdef list owners                # Contexts in force, by vCPU
+    cdef list bound                 # their walks over the table with the number `table`: own what walks points to
     cdef kvm_pagewalk *walks        # one per vCPU
+    cdef uint64_t table
     cdef Py_ssize_t vcpus
     cdef const uint8_t[::1] op
     cdef const uint64_t[::1] addr
@@ -339,51 +243,99 @@ cdef class RowLoop(BlockWalker):
     cdef const uint8_t[::1] size    # these three: of no rows where the chunk does not have them
     cdef const uint16_t[::1] vcpu
     cdef const uint64_t[::1] value
+    cdef bint writes                # there are the columns of events
     cdef bint all_known
     cdef size_t rows
     cdef uint32_t ctx[BLOCK]
 
-    def __init__(self, PageWalk walk, Py_ssize_t vcpus, Py_ssize_t explain=0):
-        if vcpus < 1:
-            raise ValueError(f"vcpus: want at least 1, got {vcpus}")
+    def __cinit__(self, mark=None, walk=None, vcpu_count=0, explain=0, *args, **kwargs):
+        cdef Py_ssize_t vcpus = vcpu_count
+        if not 1 <= vcpus <= SHORT_PIDX:
+            raise ValueError(f"vcpus: want 1 to {int(SHORT_PIDX)}, got {vcpus}")
         self.walk, self.vcpus, self.explain = walk, vcpus, explain
-        self.owners = [None] * vcpus
-        self.storage = bytearray(vcpus * sizeof(kvm_pagewalk))
-        self.walks = <kvm_pagewalk *><char *>self.storage
+        self.owners, self.bound = [None] * vcpus, [None] * vcpus
+        self.walks = <kvm_pagewalk *>calloc(vcpus, sizeof(kvm_pagewalk))
+        if self.walks is NULL:
+            raise MemoryError
+        self.table = NEVER_SEEN
         self.rows = 0
 
-    def use(self, Py_ssize_t vcpu, Contexts contexts):
+    def __dealloc__(self):
+        free(self.walks)
+
+    def use(self, Py_ssize_t vcpu, Contexts contexts not None):
         """Put the first register set of `contexts` in force on a vCPU."""
         if not 0 <= vcpu < self.vcpus or contexts.count < 1:
             raise ValueError(f"vCPU {vcpu} of {self.vcpus}, with {contexts.count} register sets")
-        contexts.use_memory(self.walk.mem)
+        self.check_idle()
         self.owners[vcpu] = contexts
-        self.walks[vcpu] = contexts.walks[0]
-        self.walks[vcpu].second = <uint32_t>vcpu
+        self.begun = False
+        self.bind(vcpu, self.walk.mem.current())
+
+    cdef int bind(self, Py_ssize_t vcpu, SlotTable table) except -1:
+        """Walk a vCPU's register set over a table; all of them if it is another table than before."""
+        cdef Contexts contexts
+        cdef ContextWalks walks
+        cdef Py_ssize_t i, first = vcpu, stop = vcpu + 1
+        if table.number != self.table:
+            first, stop = 0, self.vcpus
+            self.table = NEVER_SEEN                 # until all are
+        for i in range(first, stop):
+            contexts = self.owners[i]
+            if contexts is not None:
+                walks = contexts.walks_over(table)
+                self.walks[i] = walks.walks[0]
+                self.walks[i].second = <uint32_t>i
+                self.bound[i] = walks
+        self.table = table.number
+        return 0
+
+    def forget(self):
+        """Remember no translation of the rows so far: somebody may have written the tables since."""
+        self.check_idle()
         self.begun = False
 
     def load(self, chunk):
-        """Take the columns of a checked chunk: `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
+        """Take the columns of a chunk: `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
 
         Raises
         ------
         ValueError
-            Columns of different lengths, a vCPU without registers, or a chunk with events that lacks their columns.
+            Columns of other types or of different lengths, a vCPU without registers, or a chunk with events that lacks their
+            columns.
         """
-        self.op, self.addr, self.access, self.gpa = chunk.op, chunk.addr, chunk.access, chunk.gpa
-        self.rows = self.op.shape[0]
+        cdef uint16_t highest = 0
+        cdef Py_ssize_t i
+        self.check_idle()
+        self.rows = 0
+        columns = {}
+        for name, dtype in _COLUMN_TYPES.items():
+            array = getattr(chunk, name)
+            if array is not None or name not in ("vcpu", "size", "value"):
+                check_array(name, array, dtype)
+            columns[name] = aligned(plain_column(array), dtype.itemsize)
+        self.op, self.addr, self.access, self.gpa = (columns[name] for name in ("op", "addr", "access", "gpa"))
         lengths = {self.addr.shape[0], self.access.shape[0], self.gpa.shape[0], self.op.shape[0]}
-        self.vcpu, self.size, self.value = chunk.vcpu, chunk.size, chunk.value
-        for column in (chunk.vcpu, chunk.size, chunk.value):
-            if column is not None:
-                lengths.add(column.shape[0])
+        self.vcpu, self.size, self.value = (columns[name] for name in ("vcpu", "size", "value"))
+        if self.vcpu is not None:
+            lengths.add(self.vcpu.shape[0])
+        if self.size is not None:
+            lengths.add(self.size.shape[0])
+        if self.value is not None:
+            lengths.add(self.value.shape[0])
         if len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} rows, want one length")
-        if chunk.has_events and (chunk.size is None or chunk.value is None):
+        self.writes = self.size is not None and self.value is not None
+        if chunk.has_events and not self.writes:
             raise ValueError("a chunk with events has no size or no value column")
-        if None in self.owners or chunk.vcpus > self.vcpus:
-            raise ValueError(f"rows of {chunk.vcpus} vCPUs, registers of {self.vcpus - self.owners.count(None)}")
+        if self.vcpu is not None and self.vcpus > 1:
+            for i in range(self.vcpu.shape[0]):
+                highest = max(highest, self.vcpu[i])
+        if None in self.owners or highest >= self.vcpus or chunk.vcpus > self.vcpus:
+            vcpus = max(highest + 1, chunk.vcpus)
+            raise ValueError(f"rows of {vcpus} vCPUs, registers of {self.vcpus - self.owners.count(None)}")
         self.all_known = chunk.all_known
+        self.rows = self.op.shape[0]
 
     def run(self, size_t start):
         """Walk the chunk's rows from start up to an event that is the caller's, the end, or a block with mismatches.
@@ -392,24 +344,54 @@ cdef class RowLoop(BlockWalker):
         -------
         int
             The first row that was not consumed. If it is a GUEST_WRITE, it goes to where the guest has no memory.
+
+        Raises
+        ------
+        ValueError
+            The chunk is not what it says it is.
         """
-        cdef size_t i = start, stop
-        cdef bint one_vcpu = self.vcpu is None or self.vcpus == 1
+        cdef size_t i = start
+        cdef int written = WRITTEN
+        cdef SlotTable table
         if start > self.rows:
             raise ValueError(f"row {start} is not within the {self.rows} rows")
+        self.check_idle()
+        table = self.walk.mem.current()
+        if table.number != self.table:
+            self.begun = False
+            self.bind(0, table)
+        self.running = True
         with nogil:
-            while i < self.rows and not self.bad_count:
-                if self.op[i] < OP_EVENT:
-                    stop = self.end_of_accesses(i)
-                    self.walk_rows(i, stop, one_vcpu)
-                    i = stop
-                elif self.op[i] == OP_GUEST_WRITE:
-                    if not self.write_guest(self.walks, self.addr[i], self.value[i], self.size[i]):
-                        break
-                    i += 1
-                else:
-                    break
+            written = self.run_rows(&i)
+        self.running = False
+        if self.broken:
+            raise ValueError("a chunk says that it has the address of each access, and has not")
+        if written == WRITE_MALFORMED:
+            size = self.size[i] if self.writes else 0
+            raise ValueError(f"row {i}: a write of {size} bytes to {self.addr[i]:#x}; want 1, 2, 4 or 8 bytes, aligned")
         return i
+
+    cdef int run_rows(self, size_t *row) noexcept nogil:
+        """IN/OUT row: where to begin; the first row that was not consumed. Returns what became of the last write."""
+        cdef size_t i = row[0], stop
+        cdef bint one_vcpu = self.vcpu is None or self.vcpus == 1
+        cdef int written = WRITTEN
+        while i < self.rows and not self.bad_count and not self.broken:
+            if self.op[i] < OP_EVENT:
+                stop = self.end_of_accesses(i)
+                self.walk_rows(i, stop, one_vcpu)
+                i = stop
+            elif self.op[i] == OP_GUEST_WRITE:
+                written = WRITE_MALFORMED
+                if self.writes:
+                    written = self.write_guest(self.walks, self.addr[i], self.value[i], self.size[i])
+                if written != WRITTEN:
+                    break
+                i += 1
+            else:
+                break
+        row[0] = i
+        return written
 
     cdef size_t end_of_accesses(self, size_t start) noexcept nogil:
         """First event from start on, at most a block away; counts the accesses up to there by kind."""
@@ -417,6 +399,7 @@ cdef class RowLoop(BlockWalker):
         cdef const uint8_t *op = &self.op[0]
         cdef uint32_t stores = 0, fetches = 0, mmio = 0
         cdef uint8_t seen
+        cdef replay_counters *c = &self.counters
         while i + 64 <= limit:
             seen = 0
             for k in range(64):
@@ -432,22 +415,42 @@ cdef class RowLoop(BlockWalker):
             fetches += (op[k] & OP_KIND_MASK) >> 1
         for k in range(start, i):
             mmio += (op[k] >> OP_MMIO_SHIFT) & 1
-        self.counters.kinds[0] += i - start - stores - fetches
-        self.counters.kinds[1] += stores
-        self.counters.kinds[2] += fetches
-        self.counters.mmio += mmio
+        c.kinds[0] += i - start - stores - fetches
+        c.kinds[1] += stores
+        c.kinds[2] += fetches
+        c.mmio += mmio
         return i
 
     cdef void walk_rows(self, size_t start, size_t stop, bint one_vcpu) noexcept nogil:
         cdef size_t k, n = stop - start
-        cdef uint32_t first, other = 0
+        cdef uint32_t first = 0, other = 0, last = <uint32_t>(self.vcpus - 1)
         cdef const uint32_t *ctx = NULL
-        first = 0 if one_vcpu else self.vcpu[start]
         if not one_vcpu:
-            for k in range(n):
-                self.ctx[k] = self.vcpu[start + k]
+            first = self.vcpu[start]
+            for k in range(n):                      # in range, whoever has written there since
+                self.ctx[k] = min(<uint32_t>self.vcpu[start + k], last)
                 other |= self.ctx[k] ^ first
             if other or first:
                 ctx = self.ctx
         self.walk_block(self.walks, ctx, &self.addr[start], &self.access[start], &self.gpa[start], start, n, self.vcpus,
                         self.all_known)
+
+
+# ---- from Python -------------------------------------------------------------------------------------------------------
+
+cdef int check_below(str name, array, limit) except -1:
+    """IN array: a checked column."""
+    highest = int(np.max(array)) if len(array) else -1
+    if highest >= limit:
+        raise ValueError(f"{name}: {highest} is beyond the last, {limit - 1}")
+    return 0
+
+
+def new_replayer(PageWalk walk not None, Contexts contexts not None, recording, access_of, Py_ssize_t explain=0):
+    """A Replayer; its columns are checked here, whoever made the recording."""
+    return Replayer.__new__(Replayer, maker(), walk, contexts, recording, access_of, explain)
+
+
+def new_row_loop(PageWalk walk not None, Py_ssize_t vcpus, Py_ssize_t explain=0):
+    """A RowLoop without registers."""
+    return RowLoop.__new__(RowLoop, maker(), walk, vcpus, explain)

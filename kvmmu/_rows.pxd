@@ -120,8 +120,13 @@ cdef bint judge_row(batch *b, walk_spaces *m, size_t i, uint64_t ref, uint64_t e
 cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
 
 
+cdef inline uint32_t context_of(const batch *b, size_t i) noexcept nogil:
+    """The context of a row of a batch that has some: in range, whoever has written to the column since it was checked."""
+    return <uint32_t>min(<uint64_t>b.ctx[i], b.count - 1)
+
+
 cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:
-    return b.walks if b.ctx is NULL else &b.walks[b.ctx[i]]
+    return b.walks if b.ctx is NULL else &b.walks[context_of(b, i)]
 
 
 cdef inline bint order_shows(const kvm_pagewalk *w) noexcept nogil:

@@ -15,7 +15,7 @@ from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_OK, find_prefix, forget_all, forget_upper, init_space, is_canonical, judge_one, judged_entry,
     mark_word, prefix_of, start_patience,
 )
-from kvmmu._rows cimport ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, walk_of, walk_spaces, write_row
+from kvmmu._rows cimport ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, context_of, walk_of, walk_spaces, write_row
 from kvmmu._verdicts cimport set_leaf_bits
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 
@@ -45,7 +45,7 @@ cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nog
     if gpa >= GPA_LIMIT:
         return
     if b.ctx is not NULL:
-        space += b.ctx[i]
+        space += context_of(b, i)
     e = &b.tlb[kvmmu_tlb_slot(page, space)]
     tag = page << TLB_ASID_BITS | space
     if e.tag == tag:
@@ -59,7 +59,7 @@ cdef bint recall_row(const batch *b, size_t i) noexcept nogil:
     cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, space = b.space
     cdef const kvmmu_tlb_entry *e
     if b.ctx is not NULL:
-        space += b.ctx[i]
+        space += context_of(b, i)
     e = &b.tlb[kvmmu_tlb_slot(page, space)]
     if e.tag != (page << TLB_ASID_BITS | space):
         return False

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu._bits cimport STATUS_OK
-from kvmmu._format cimport explicit_access
+from kvmmu._format cimport explicit_access, look_of
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
 from kvmmu._prefixes cimport is_resting, judged_entry, lane_space, rest_longer, start_patience
 from kvmmu._rows cimport (
@@ -64,7 +64,7 @@ cdef bint pass_block(batch *b, walk_spaces *m, size_t first) noexcept nogil:
         if w.ngpa is not NULL or kvmmu_count_bits(odd & ~slow) > FEW_ODD:
             return False
         for lane in range(KVMMU_LANES):                     # their addresses are right already
-            lanes.look[lane] = w.fmt.looks[access[lane]]
+            lanes.look[lane] = look_of(w.fmt, access[lane])
         odd = (odd & ~slow) | set_bits_of(&m.first, lanes, slow)
     while odd:
         lane = kvmmu_first_bit(odd)

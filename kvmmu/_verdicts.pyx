@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
-from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT
+from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, look_of
 from kvmmu._gpte cimport KVMMU_FORMAT_32
 from kvmmu._lanes cimport (
     PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
@@ -82,7 +82,7 @@ cdef void judge_own(lane_space *s, kvmmu_lanes *l, size_t lane, const uint64_t *
             return
         kvmmu_set_prefix(s.w.format, l, lane, addr, ref)
     judged.gpa = 0
-    l.look[lane] = s.lane.fmt.looks[access[lane]]
+    l.look[lane] = look_of(s.lane.fmt, access[lane])
     said = judge_one(s, l.ref[lane], l.entry[lane], addr, <uint32_t>l.look[lane], &judged)
     l.pte[lane], l.pte_access[lane], l.error[lane] = judged.pte, judged.pte_access, judged.error
     gpa[lane] = judged.gpa

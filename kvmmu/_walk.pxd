@@ -45,6 +45,7 @@ cdef struct cpu_caps:
 cdef struct pml_log:
     uint64_t address            # guest-physical, of a page of 512 addresses
     uint16_t index              # next entry to fill, counting down; beyond 511: full
+    uint32_t lock               # held while an entry is filled and the dirty bit behind it is set
 
 cdef struct walk_result:
     uint64_t gpa                # INVALID_GPA on a fault

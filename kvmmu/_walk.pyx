@@ -1,6 +1,6 @@
 """The walk of guest page tables. The steps are listed in `_walk.pxd`."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
@@ -16,7 +16,7 @@ from kvmmu._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
     guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
-from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_read64, kvmmu_write64
+from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
 
 # What a walk came to, beside STATUS_*.
@@ -77,30 +77,25 @@ cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t
 
 
 cdef inline void log_dirty(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
-    """Log a page that is about to become dirty in L1's page-modification log, which was not full a moment ago."""
-    cdef uint8_t *hva
+    """Write a page that is about to become dirty to the next entry of L1's page-modification log, which is not full."""
     cdef bint readonly = False
-    cdef uint16_t index = w.pml.index
-    if index >= PML_ENTITY_NUM:                     # another thread took the last entry
-        return
-    hva = gpa_to_hva(w.mem, w.pml.address + index * sizeof(uint64_t), &readonly)
+    cdef uint8_t *hva = gpa_to_hva(w.mem, w.pml.address + w.pml.index * sizeof(uint64_t), &readonly)
     if hva is not NULL and not readonly:
         kvmmu_write64(hva, gpa & ~PAGE_OFFSET_MASK)
-    w.pml.index = index - 1
 
 
 # ---- the walk ----------------------------------------------------------------------------------------------------------
 
-cdef inline uint8_t update_accessed_dirty_bits(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, bint write,
-                                               bint set_ad, walk_result *r) noexcept nogil:
-    """Step 7. Sets A on every entry of the walk and, for a write, D on the leaf; entries in read-only slots are skipped."""
+cdef inline uint8_t set_accessed_dirty_bits(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, bint write, bint logs,
+                                            bint set_ad, walk_result *r) noexcept nogil:
+    """Sets A on every entry of the walk and, for a write, D on the leaf; entries in read-only slots are skipped.
+
+    IN logs: the leaf's D is clear, and a log has room for the page.
+    """
     cdef int level
     cdef uint64_t pte, wanted, gpa
     cdef uint8_t status, refs = r.refs             # the check of a write right reads no entry again
     cdef bint leaf_dirties
-    if write and w.pml is not NULL and w.pml.index >= PML_ENTITY_NUM:      # before any bit changes
-        if not walker.ptes[walker.level - 1] & (w.accessed_mask << 1):
-            return STATUS_PML_FULL
     for level in range(walker.top_level, walker.level - 1, -1):
         pte = walker.ptes[level - 1]
         wanted = pte | w.accessed_mask
@@ -117,18 +112,34 @@ cdef inline uint8_t update_accessed_dirty_bits(guest_walker *walker, const kvm_p
                 return status
         if not set_ad:
             continue
-        if leaf_dirties and w.pml is not NULL:
+        if leaf_dirties and logs:
             log_dirty(w, addr)
+        if walker.pte_hva[level - 1] is not NULL and not cmpxchg_gpte(walker, walker.pte_hva[level - 1], pte, wanted):
+            return WALK_RACE_LOST
+        if leaf_dirties and logs:                   # now the entry counts
+            w.pml.index -= 1
         if walker.pte_hva[level - 1] is NULL:
             continue
-        if not cmpxchg_gpte(walker, walker.pte_hva[level - 1], pte, wanted):
-            return WALK_RACE_LOST
         if wanted & ~pte & w.accessed_mask:
             walker.accessed_set |= 1 << level
         if wanted & ~pte & (w.accessed_mask << 1):
             walker.dirty_set = True
         walker.ptes[level - 1] = wanted
     return STATUS_OK
+
+
+cdef inline uint8_t update_accessed_dirty_bits(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, bint write,
+                                               bint set_ad, walk_result *r) noexcept nogil:
+    """Step 7. A page that becomes dirty takes an entry of the log, if there is one; a full log stops it before any bit is set."""
+    cdef uint8_t status
+    if not write or w.pml is NULL or walker.ptes[walker.level - 1] & (w.accessed_mask << 1):
+        return set_accessed_dirty_bits(walker, w, addr, write, False, set_ad, r)
+    kvmmu_lock(&w.pml.lock)                         # one page at a time, so that each has an entry of its own
+    status = STATUS_PML_FULL
+    if w.pml.index < PML_ENTITY_NUM:
+        status = set_accessed_dirty_bits(walker, w, addr, write, True, set_ad, r)
+    kvmmu_unlock(&w.pml.lock)
+    return status
 
 
 cdef inline uint8_t final_gpa(guest_walker *walker, const kvm_pagewalk *w, uint32_t access, bint set_ad,

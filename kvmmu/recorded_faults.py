@@ -69,7 +69,7 @@ def npt_fault(vcpu: Vcpu, stage: Npt, gpa: int, info: int) -> tuple[int, int] | 
     vcpu.leave_nested()
     vcpu.enter_nested(stage, cr0=0x11, cr4=0, efer=0)
     try:
-        vcpu.ngpa_walk.second_stage_gpa(
+        vcpu.ngpa_walk._second_stage_gpa(
             gpa, info & (Access.WRITE | Access.USER | Access.FETCH), 15, final=bool(info & NpfInfo.GUEST_FINAL))
     except NestedFault as fault:
         return fault.exit_qualification, fault.fault_gpa

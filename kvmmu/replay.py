@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvmmu._memory import GuestMemory
-from kvmmu._replay import Replayer
+from kvmmu._replay import new_replayer
 from kvmmu.faults import access_text, error_code_text, npf_info_text
 from kvmmu.nested import Npt
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
@@ -176,7 +176,7 @@ class _Run:
         self.vcpu.leave_nested()                        # so that contexts of L1 walk one stage
         self.contexts = self.walk.prepare(self.regs)
         access_of = (ACCESS_OF_KIND[:, None] | ACCESS_OF_PRIV).ravel()
-        self.replayer = Replayer(self.walk, self.contexts, recording, access_of, EXPLAINED)
+        self.replayer = new_replayer(self.walk, self.contexts, recording, access_of, EXPLAINED)
         kinds = np.bincount(recording.kind, minlength=3).tolist()
         self.report = Report(
             name=recording.name, phase=recording.phase, mode=recording.mode, accesses=len(recording),
@@ -254,7 +254,9 @@ class _Run:
 
     def _explain(self, gva: int, access: int, ctx: int) -> str:
         use_context(self.vcpu, self.regs[ctx])
-        return str(self.walk.walk_record(gva, access))
+        text = str(self.walk.walk_record(gva, access))
+        self.vcpu.leave_nested()                        # the register sets were prepared so
+        return text
 
     def _reload_pdptrs(self, cr3: int) -> None:
         """A CR3 load under PAE paging: the contexts with this CR3 take the PDPTEs as they are in memory now."""
@@ -262,7 +264,7 @@ class _Run:
             if isinstance(regs, Regs) and regs.cr3 == cr3:
                 loaded = replace(regs, pdptrs=pdptrs_at(self.vcpu.mem, self.vcpu.cpu, cr3, _PDPTE_ACCESSED))
                 self.regs[i] = loaded
-                self.walk.reload(self.contexts, i, loaded)
+                self.walk._reload(self.contexts, i, loaded)
 
     def _check_fault(self, number: int) -> None:
         """Hold the walk against a recorded page fault; the tables stand as they were when it was taken."""

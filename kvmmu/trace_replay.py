@@ -11,7 +11,7 @@ import numpy as np
 from kvmmu._bits import CR3_NOFLUSH, Cr0, Cr4, Efer, Op, Status
 from kvmmu._contexts import Contexts
 from kvmmu._memory import GuestMemory
-from kvmmu._replay import RowLoop
+from kvmmu._replay import RowLoop, new_row_loop
 from kvmmu.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
@@ -25,7 +25,7 @@ from kvmmu.recorded_faults import (
     use_context,
 )
 from kvmmu.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru
-from kvmmu.traces import Chunk, Header, RegisterSet, Trace, TraceError
+from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vcpu import Vcpu
 
@@ -56,7 +56,9 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
     ReplayInterrupted
         Ctrl-C; its `report` likewise.
     """
-    run = _TraceRun(trace.header, vcpu, progress)
+    # A program that makes chunks, or looks on, may write the tables meanwhile: those of a vCPU that it has
+    alone = vcpu is None or (type(trace) is ParquetTrace and progress is None)
+    run = _TraceRun(trace.header, vcpu, progress, alone)
     try:
         with closing(trace.chunks()) as chunks:
             while True:
@@ -154,8 +156,8 @@ def _memory_of(blocks: list[tuple[int, np.ndarray]]) -> GuestMemory:
 class _TraceRun:
     """One replay under way."""
 
-    def __init__(self, header: Header, vcpu: Vcpu | None, progress: Progress | None) -> None:
-        self.header, self.progress = header, progress
+    def __init__(self, header: Header, vcpu: Vcpu | None, progress: Progress | None, alone: bool) -> None:
+        self.header, self.progress, self.alone = header, progress, alone
         self.given = vcpu
         self.started = time.perf_counter()
         self.waited = 0.0
@@ -186,7 +188,7 @@ class _TraceRun:
             self.vcpu.leave_nested()
         self.mem, self.cpu, self.walk = self.vcpu.mem, self.vcpu.cpu, self.vcpu.gva_walk
         self.sets = [self._context(regs) for regs in self.header.contexts]
-        self.loop = RowLoop(self.walk, self.header.vcpus, EXPLAINED)
+        self.loop = new_row_loop(self.walk, self.header.vcpus, EXPLAINED)
         self.states: list[Context] = [Regs(0, 0, 0, 0)] * self.header.vcpus
         self.in_force: list[Contexts | None] = [None] * self.header.vcpus
         self.stages: list[Stage | None] = [None] * self.header.vcpus
@@ -244,6 +246,8 @@ class _TraceRun:
         loop = self.loop
         assert loop is not None
         loop.load(chunk)
+        if not self.alone:
+            loop.forget()
         while True:
             row = loop.run(row)
             stopped = loop.take_mismatches()

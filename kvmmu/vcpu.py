@@ -7,10 +7,10 @@ from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
 from kvmmu._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
-from kvmmu._contexts import SecondStage, VcpuArch
+from kvmmu._contexts import SecondStage, new_arch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
-from kvmmu._pagewalk import PageWalk
+from kvmmu._pagewalk import PageWalk, new_walk
 from kvmmu._tlb import Tlb
 from kvmmu.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.columns import check_one_access
@@ -76,11 +76,11 @@ class Vcpu(GuestAccesses):
         self._smm = False
         self._l1_regs: Regs | None = None
         self._regs = _RESET
-        self._arch = VcpuArch()
-        self.gva_walk = PageWalk(mem, self._arch, self._admit)
-        self.ngpa_walk = PageWalk(mem, self._arch, self._admit)
-        self.gva_walk.set_delivery(self._deliver_page_fault)
-        self.ngpa_walk.set_delivery(self._deliver_nested_fault)
+        self._arch = new_arch()
+        self.gva_walk = new_walk(mem, self._arch, self._admit)
+        self.ngpa_walk = new_walk(mem, self._arch, self._admit)
+        self.gva_walk._set_delivery(self._deliver_page_fault)
+        self.ngpa_walk._set_delivery(self._deliver_nested_fault)
         self.cr2 = 0
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
@@ -103,19 +103,19 @@ class Vcpu(GuestAccesses):
         """Put legal registers in force."""
         self._regs = regs
         self._arch.load(regs)
-        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
+        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
 
     def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
         second = self._second
-        self.gva_walk.set_cpu(self._cpu)
-        self.ngpa_walk.set_cpu(self._cpu)
+        self.gva_walk._set_cpu(self._cpu)
+        self.ngpa_walk._set_cpu(self._cpu)
         if second is None:
             return
         stage = second.stage
         if isinstance(stage, Ept) and stage.pml is not None and second.pml_index is not None:
             stage = replace(stage, pml=replace(stage.pml, index=second.pml_index))      # the log goes on where it is
-        self.gva_walk.set_second_stage(self.ngpa_walk.enter(stage))
+        self.gva_walk._set_second_stage(self.ngpa_walk._enter(stage))
 
     @property
     def mem(self) -> GuestMemory:
@@ -167,9 +167,9 @@ class Vcpu(GuestAccesses):
     def smm(self, smm: bool) -> None:
         smm = check_bool("smm", smm)
         changed, self._smm = self._smm != smm, smm
-        self.gva_walk.set_memory(self.mem)
-        self.ngpa_walk.set_memory(self.mem)
-        self.gva_walk.init(smm=self._smm, guest_mode=self._guest_mode)
+        self.gva_walk._set_memory(self.mem)
+        self.ngpa_walk._set_memory(self.mem)
+        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
         if changed and self._made is not None:
             self._machine.reset_context()
 
@@ -423,7 +423,7 @@ class Vcpu(GuestAccesses):
         before = self._second
         second = None
         if stage is not None:
-            second = self.ngpa_walk.enter(stage)
+            second = self.ngpa_walk._enter(stage)
         try:
             regs = self._admit(l2_regs, second)
         except GuestFault:
@@ -445,10 +445,10 @@ class Vcpu(GuestAccesses):
 
     def _use_second(self, second: SecondStage | None) -> None:
         if second is None:
-            self.ngpa_walk.leave()
+            self.ngpa_walk._leave()
         else:
-            second = self.ngpa_walk.enter(second.stage)
-        self.gva_walk.set_second_stage(second)
+            second = self.ngpa_walk._enter(second.stage)
+        self.gva_walk._set_second_stage(second)
 
     def _check_stage(self, stage: Stage | None) -> None:
         """What VM entry refuses of a root."""
@@ -485,7 +485,7 @@ class Vcpu(GuestAccesses):
         pte_access = check_int("pte_access", pte_access, 0, _ACC_ALL)
         if walk is not self.gva_walk or not self.mmu_is_nested:
             return gpa
-        return self.ngpa_walk.second_stage_gpa(gpa, access, pte_access)
+        return self.ngpa_walk._second_stage_gpa(gpa, access, pte_access)
 
     def inject(self, fault: GuestFault, from_hardware: int | None = None) -> ExceptionInjected | ExitToL1:
         """Deliver a fault of a translation by the walk that failed: a #PF by gva_walk, a fault of the second stage by ngpa_walk.

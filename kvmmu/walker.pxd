@@ -20,8 +20,9 @@ A handle is what translations need of one walk, copied at one moment: registers,
 What changes afterwards (`Vcpu.set_regs()`, `GuestMemory.add_slot()`, nested entries and exits ...) counts from the next
 `Walker.refresh()` on. The bytes of guest memory are no copy: entries are read where the walk finds them, each time.
 
-Lifetime: a handle is valid as long as its Walker, which keeps the memory and the second stage alive. `refresh()` needs the
-GIL and leaves the handle where it is.
+Lifetime: a handle is valid as long as its Walker, which keeps the buffers of the memory slots (also of a slot that was removed
+since) and the second stage alive. `refresh()` needs the GIL and leaves the handle where it is. The handle of a Walker whose
+`__init__()` did not run walks an empty memory: every address faults.
 
 Threads: any number may translate through one handle at a time, with or without the GIL; accessed and dirty bits are set by
 compare-and-set. None may while `refresh()` runs.
@@ -34,7 +35,9 @@ from kvmmu._bits cimport (
     ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
     STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._format cimport explicit_access, kvm_page_format
+from kvmmu._contexts cimport WalkCopy
+from kvmmu._format cimport explicit_access
+from kvmmu._memory cimport SlotTable
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._plain cimport kvmmu_translation, plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
@@ -79,8 +82,7 @@ cdef class Walker:
     cdef readonly PageWalk walk
     cdef walk_handle handle
     cdef walk_state state
-    cdef kvm_pagewalk n                         # the second stage
-    cdef vcpu_arch arch, n_arch
-    cdef kvm_page_format fmt, n_fmt
-    cdef object alive                           # what the pointers in state and n lead to
+    cdef vcpu_arch arch                         # of a handle that was never refreshed
+    cdef WalkCopy copy                          # these own what the pointers in state lead to
+    cdef SlotTable table
     cpdef refresh(self)

@@ -4,11 +4,22 @@ import os
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport SecondStage
+from kvmmu._bits cimport PG_LEVEL_512G, PT_PRESENT_MASK
+from kvmmu._contexts cimport WalkCopy
+from kvmmu._format cimport PageFormat
+from kvmmu._gpte cimport KVMMU_FORMAT_64
+from kvmmu._memory cimport SlotTable, guest_mem, guest_slot
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._plain cimport init_plain_walk
-from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu._walk cimport WALK_TABLES, kvm_pagewalk, use_walker, walk_result
 from kvmmu.walker cimport translate_fully, translation, walk_handle
+
+
+# What a handle walks that was never refreshed: one slot of no bytes.
+cdef guest_slot NO_SLOT
+cdef guest_mem NO_MEMORY
+cdef PageFormat NO_FORMAT = PageFormat()
+NO_MEMORY.slots, NO_MEMORY.count = &NO_SLOT, 1
 
 
 def get_include():
@@ -51,10 +62,18 @@ cdef class Walker:
     Registers, formats, second stage and memory slots are those of the moment that the Walker was made in, or refreshed.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        cdef kvm_pagewalk *w = &self.state.w
+        w.mem, w.vcpu, w.fmt = &NO_MEMORY, &self.arch, &NO_FORMAT.fmt
+        w.kind, w.format, w.level = WALK_TABLES, KVMMU_FORMAT_64, PG_LEVEL_512G
+        w.gva_mask, w.present_mask = ~<uint64_t>0, PT_PRESENT_MASK
+        use_walker(w)
+        init_plain_walk(&self.state.plain, w)
+        self.handle = &self.state
+
     def __init__(self, PageWalk walk not None):
         self.walk = walk
         self.refresh()
-        self.handle = &self.state
 
     cpdef refresh(self):
         """Take registers, formats, second stage and memory slots as they are now.
@@ -66,19 +85,18 @@ cdef class Walker:
         RuntimeError
             The walk is not in use any more; the handle stays as it was.
         """
-        cdef const kvm_pagewalk *current = self.walk.current()
-        cdef kvm_pagewalk *w = &self.state.w
-        cdef SecondStage second = self.walk.second
-        w[0] = current[0]
-        self.arch, self.fmt = w.vcpu[0], w.fmt[0]
-        w.vcpu, w.fmt = &self.arch, &self.fmt
-        if second is not None:
-            self.n = second.n
-            self.n_arch, self.n_fmt = self.n.vcpu[0], self.n.fmt[0]
-            self.n.vcpu, self.n.fmt = &self.n_arch, &self.n_fmt
-            w.ngpa = &self.n
-        init_plain_walk(&self.state.plain, w)
-        self.alive = (self.walk.table, second)
+        cdef SlotTable table
+        cdef WalkCopy copy
+        if self.walk is None:
+            raise RuntimeError("this Walker has no walk: a subclass with an __init__() of its own has to call super().__init__()")
+        table = self.walk.mem.current()
+        copy = self.walk.now(table)
+        self.state.w = copy.w
+        init_plain_walk(&self.state.plain, &self.state.w)
+        self.copy, self.table = copy, table
+
+    def __reduce__(self):
+        raise TypeError("a Walker cannot be copied or pickled: make another one of its walk")
 
     def __repr__(self):
         return f"<Walker of {self.walk!r}>"

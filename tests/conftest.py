@@ -6,7 +6,7 @@ import os
 import pytest
 import shadow_guests
 
-from kvmmu._batch import instruction_sets, use_instruction_set
+from kvmmu._batch import default_instruction_set, use_instruction_set
 
 
 @pytest.fixture(autouse=True)
@@ -22,4 +22,4 @@ def audited():
 def same_instruction_set():
     """The instruction set that batches used before."""
     yield
-    use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or instruction_sets()[0])
+    use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or default_instruction_set())

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """translate() over arrays: its arguments, and that a row's answer depends on nothing but the row."""
 
+import os
+import subprocess
+import sys
 import threading
 from functools import lru_cache
 
@@ -10,6 +13,7 @@ from builders import PageTables, random_tables, words_to_pages
 from machines import ACCESSES, ALL_FIELDS, NXE, PKE, SMAP, SMEP, WP, A, D, assert_same_columns, columns, snapshot, vcpu_over
 
 from kvmmu import INVALID_GPA, Access, Contexts, CpuModel, GeneralProtection, GuestMemory, Regs, Status, Translation, Vcpu
+from kvmmu._batch import default_instruction_set, instruction_sets
 
 GVA, GPA = 0x40201000, 0x7654000
 MODES = ("32", "pae", "4l", "5l")
@@ -89,14 +93,26 @@ def test_fields(walk, fields):
         assert np.array_equal(getattr(expected, name), getattr(t, name))
 
 
-def test_read_only_and_unaligned_inputs(walk):
-    """The gva array may be read-only; out is filled by row even if it is the gva array itself."""
+def test_read_only_inputs(walk):
+    """The gva array may be read-only; it cannot be a column of out, too."""
     gva = GVAS.copy()
     gva.flags.writeable = False
     assert GPA == walk.translate(gva).gpa[0]
     in_place = GVAS.copy()
-    walk.translate(in_place, fields=("gpa",), out=Translation(gpa=in_place))
-    assert [GPA, INVALID_GPA, INVALID_GPA] == in_place.tolist()
+    with pytest.raises(ValueError, match=r"out\.gpa and gva"):
+        walk.translate(in_place, fields=("gpa",), out=Translation(gpa=in_place))
+    assert GVAS.tolist() == in_place.tolist()
+
+
+def test_instruction_sets_that_never_ran_are_not_chosen():
+    """AVX-512 is there by name, where the processor has it; the best of the others is the default."""
+    assert default_instruction_set() in ("avx2", "portable")
+    assert default_instruction_set() == next(name for name in instruction_sets() if name != "avx512")
+    code = "from kvmmu import _batch; print(_batch.default_instruction_set())"
+    for name in instruction_sets():
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KVMMU_INSTRUCTION_SET": name}, capture_output=True,
+                              text=True, check=True)
+        assert default_instruction_set() == done.stdout.strip()
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------

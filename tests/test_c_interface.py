@@ -272,6 +272,38 @@ def test_a_walker_keeps_alive_what_it_needs(extension):
     assert expected == extension.one(walker, 0x7000_1000, int(Access.USER))
 
 
+def test_a_handle_outlives_its_slots(extension):
+    """The slots that a handle was made over may go, and their buffers with them as far as Python can tell: it walks them on."""
+    mem = GuestMemory(0x4000000)                                        # large enough to be unmapped when it is freed
+    for gpa, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4000, 0x5067)):
+        mem.write_u64(gpa, entry)
+    mem.add_slot(1 << 32, 0x1000)
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+    walker = Walker(vcpu.gva_walk)
+    mem.remove_slot(0)
+    gc.collect()
+    assert (0, 0x5000) == extension.one(walker, 0)
+    walker.refresh()
+    assert 1 == extension.one(walker, 0)[0]
+
+
+def test_a_handle_without_a_walk(extension):
+    """Of a Walker whose __init__() did not run: every address faults."""
+    class Forgetful(Walker):
+        def __init__(self):
+            pass
+
+    for walker in (Walker.__new__(Walker), Forgetful()):
+        for gva in (0, 0x123456789000, 2**64 - 1):
+            assert (Status.PAGE_FAULT, 2**64 - 1) == extension.one(walker, gva)
+        gvas = np.arange(300, dtype=np.uint64) << np.uint64(30)
+        assert {1} == set(in_c(extension, walker, gvas, np.zeros(300, np.uint8)).status.tolist())
+        with pytest.raises(RuntimeError, match=r"super\(\).__init__\(\)"):
+            walker.refresh()
+        assert "Walker" in repr(walker)
+
+
 def test_threads_share_a_handle(extension):
     """Rows translated from several threads at once, A/D bits set: the answers of one thread."""
     vcpu = identity(tuple(0x1000 * n for n in range(1, 5)))

@@ -381,3 +381,60 @@ def test_remove_slot_gives_the_bytes_back():
     mem.remove_slot(0)
     with pytest.raises(ValueError, match="the last one"):
         mem.remove_slot(0x40000)
+
+
+def test_many_slots_in_any_order():
+    """Slots added and removed at random are those of a plain list; overlaps are found wherever they are."""
+    rng = np.random.default_rng(5)
+    mem, model = GuestMemory(PAGE), {0: PAGE}
+    places = (rng.permutation(4000) + 1) * 4 * PAGE
+    for number, gpa in enumerate(places.tolist()):
+        size = PAGE * int(rng.integers(1, 5))
+        mem.add_slot(gpa, size)
+        model[gpa] = size
+        if number % 3 == 0:
+            gone = list(model)[int(rng.integers(len(model)))]
+            assert model.pop(gone) == mem.remove_slot(gone).size
+        if number % 500 == 0:
+            assert [(gpa, model[gpa], False) for gpa in sorted(model)] == mem.slots
+            for taken in rng.choice(sorted(model), 20).tolist():
+                for start, pages in ((taken, 1), (taken + model[taken] - PAGE, 9), (max(taken - PAGE, 0), 3)):
+                    with pytest.raises(ValueError, match="overlap"):
+                        mem.add_slot(start, pages * PAGE)
+                assert mem.is_backed(taken, model[taken])
+                assert not mem.is_backed(taken, 5 * PAGE) or taken + 4 * PAGE in model
+    assert [(gpa, model[gpa], False) for gpa in sorted(model)] == mem.slots
+    assert f"{len(model)} slots, {sum(model.values()):#x} bytes" in repr(mem)
+    with pytest.raises(ValueError, match=rf"0x1000; there are .*, {len(model) - 8} more"):
+        mem.remove_slot(0x1000)
+
+
+def test_slots_one_by_one_cost_the_same_however_many_there_are():
+    """100,000 of them: with work for each that grows with their number this would take hours."""
+    mem = GuestMemory(PAGE)
+    buffer = np.zeros(PAGE, np.uint8)
+    for number in range(1, 100_000):
+        mem.add_slot(2 * number * PAGE, buffer)
+    mem.write_u64(2 * 77_777 * PAGE, 0x23)                                          # 2-level: points to page 0
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(cr0=0x80000001, cr3=2 * 77_777 * PAGE, cr4=0x10, efer=0)
+    assert [0x23, 0] == [step.entry for step in vcpu.gva_walk.walk_record(0).steps]
+    for number in range(1, 100_000):
+        mem.remove_slot(2 * number * PAGE)
+    assert [(0, PAGE, False)] == mem.slots
+
+
+def test_a_subclass_that_forgets_its_memory():
+    """Without super().__init__() there are no slots: nothing to read, and a walk says what to do."""
+    class Forgetful(GuestMemory):
+        def __init__(self):
+            pass
+
+    for mem in (Forgetful(), GuestMemory.__new__(GuestMemory)):
+        assert (bytes(8), [], "GuestMemory(0 slots, 0x0 bytes)") == (mem.read(0, 8), mem.slots, repr(mem))
+        vcpu = Vcpu(mem)
+        for call in (vcpu.gva_walk.gva_to_gpa, vcpu.gva_walk.walk_record, vcpu.access):
+            with pytest.raises(RuntimeError, match=r"super\(\).__init__\(\)"):
+                call(0)
+        mem.add_slot(0, PAGE)
+        assert 5 == vcpu.gva_walk.gva_to_gpa(5)

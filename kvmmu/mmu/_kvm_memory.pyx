@@ -100,12 +100,12 @@ cdef class KvmMemory:
         cdef GuestMemory mem
         cdef bint same = True
         for as_id, mem in enumerate(self.spaces):
-            same = same and self.tables[as_id] is mem.table
+            same = same and self.tables[as_id] is mem.current()
         if same:
             return 0
         wanted = {}
         for as_id, mem in enumerate(self.spaces):
-            for region in mem.regions:
+            for region in mem.current().regions:
                 wanted[as_id, region] = None
         gone = [key for key in self.slots_by_region if key not in wanted]
         self._delete(gone)
@@ -113,7 +113,7 @@ cdef class KvmMemory:
             if key not in self.slots_by_region:
                 self._create(key)
         for as_id, mem in enumerate(self.spaces):
-            self.tables[as_id] = mem.table
+            self.tables[as_id] = mem.current()
         self.rebuild_ram()
         return 0
 

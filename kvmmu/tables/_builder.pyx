@@ -115,7 +115,7 @@ cdef class TableBuilder:
 
     cdef SlotTable _begin(self):
         """Look at memory as it is now: slots and entries may have changed since the last call. Returns what keeps it alive."""
-        cdef SlotTable table = self.mem.table
+        cdef SlotTable table = self.mem.current()
         self.b.mem = &table.mem
         self.b.path_level = self.b.levels
         self.b.path_gpa[self.b.levels] = self.b.root

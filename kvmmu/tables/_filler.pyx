@@ -8,7 +8,7 @@ from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_2M, P
 from kvmmu._gpte cimport kvmmu_level_shift
 from kvmmu._memory cimport SlotTable
 from kvmmu.tables._builder cimport TableBuilder
-from kvmmu.tables._edit cimport BUILD_DONE, BUILD_NO_MEMORY, descend, find_page, map_row, read_entry
+from kvmmu.tables._edit cimport BUILD_DONE, BUILD_NO_MEMORY, builder, descend, find_page, map_row, read_entry
 
 cdef enum:
     FIRST_CAPACITY = 1 << 10
@@ -30,6 +30,25 @@ cdef struct frame_stack:
     size_t capacity
 
 
+# Demand paging of one set of tables.
+cdef struct filler:
+    builder *b
+    int level                   # of the pages that a fault maps
+    uint64_t threshold
+    int unused_bits             # of a linear address, at its upper end
+    bint canonical
+    uint64_t bits               # the entry of a page, without its address
+    frame_stack small
+    frame_stack large
+    region_count *regions       # an open-addressing table, at most half full
+    size_t region_mask
+    size_t region_total
+    uint64_t faults
+    uint64_t small_pages
+    uint64_t large_pages
+    uint64_t replaced
+
+
 cdef bint push(frame_stack *s, uint64_t gpa) noexcept nogil:
     cdef uint64_t *larger
     if s.count == s.capacity:
@@ -44,6 +63,98 @@ cdef bint push(frame_stack *s, uint64_t gpa) noexcept nogil:
 
 cdef inline size_t place_of(uint64_t key, size_t mask) noexcept nogil:
     return <size_t>((key * <uint64_t>0x9E3779B97F4A7C15ULL) >> 20) & mask
+
+
+cdef bint double_regions(filler *f) noexcept nogil:
+    cdef size_t capacity = 2 * (f.region_mask + 1), i, place
+    cdef region_count *regions = <region_count *>calloc(capacity, sizeof(region_count))
+    if regions is NULL:
+        return False
+    for i in range(f.region_mask + 1):
+        if f.regions[i].key:
+            place = place_of(f.regions[i].key, capacity - 1)
+            while regions[place].key:
+                place = (place + 1) & (capacity - 1)
+            regions[place] = f.regions[i]
+    free(f.regions)
+    f.regions, f.region_mask = regions, capacity - 1
+    return True
+
+
+cdef region_count *region_of(filler *f, uint64_t addr) noexcept nogil:
+    """The counter of the region of addr, which may be new; NULL: no memory."""
+    cdef uint64_t key = (addr >> kvmmu_level_shift(f.b.format, PG_LEVEL_2M)) + 1
+    cdef size_t place
+    if 2 * f.region_total >= f.region_mask and not double_regions(f):
+        return NULL
+    place = place_of(key, f.region_mask)
+    while f.regions[place].key and f.regions[place].key != key:
+        place = (place + 1) & f.region_mask
+    if not f.regions[place].key:
+        f.regions[place].key = key
+        f.region_total += 1
+    return &f.regions[place]
+
+
+cdef int fill_region(filler *f, uint64_t addr, region_count *region) noexcept nogil:
+    """Map the whole region of an address by one page; the frames of the small pages in it are free again."""
+    cdef int shift = kvmmu_level_shift(f.b.format, PG_LEVEL_2M)
+    cdef uint64_t start = addr >> shift << shift, entry, gpa = 0
+    cdef uint8_t *hva = NULL
+    cdef size_t i
+    cdef int status
+    if not f.large.count:
+        return NO_LARGE_FRAME
+    if descend(f.b, start, PG_LEVEL_4K, False, &hva, &gpa) == BUILD_DONE:
+        for i in range(f.b.entries):
+            entry = read_entry(f.b, hva + i * f.b.entry_bytes)
+            if entry & f.b.present_mask:
+                if not push(&f.small, entry & PT64_BASE_ADDR_MASK):
+                    return BUILD_NO_MEMORY
+                f.small_pages -= 1
+    status = map_row(f.b, start, f.large.frames[f.large.count - 1], PG_LEVEL_2M, f.bits)
+    if status == BUILD_DONE:
+        f.large.count -= 1
+        f.large_pages += 1
+        f.replaced += region.count != 0
+        region.count = 0
+    return status
+
+
+cdef int fill(filler *f, uint64_t addr) noexcept nogil:
+    """Map the page of an address that no page maps; returns a status."""
+    cdef region_count *region = NULL
+    cdef uint64_t step = <uint64_t>1 << kvmmu_level_shift(f.b.format, f.level)
+    cdef int status
+    if not f.small.count:
+        return NO_SMALL_FRAME
+    if f.threshold:
+        region = region_of(f, addr)
+        if region is NULL:
+            return BUILD_NO_MEMORY
+        if region.count + 1 >= f.threshold:
+            return fill_region(f, addr, region)
+    status = map_row(f.b, addr & ~(step - 1), f.small.frames[f.small.count - 1], f.level, f.bits)
+    if status == BUILD_DONE:
+        f.small.count -= 1
+        f.small_pages += 1
+        if region is not NULL:
+            region.count += 1
+    return status
+
+
+cdef int touch(filler *f, uint64_t addr) noexcept nogil:
+    cdef int status
+    if f.canonical:
+        if <uint64_t>(<int64_t>(addr << f.unused_bits) >> f.unused_bits) != addr:
+            return BUILD_DONE
+    else:
+        addr = addr << f.unused_bits >> f.unused_bits
+    if find_page(f.b, addr):
+        return BUILD_DONE
+    status = fill(f, addr)
+    f.faults += status == BUILD_DONE
+    return status
 
 
 cdef class PageFiller(TableBuilder):
@@ -70,137 +181,54 @@ cdef class PageFiller(TableBuilder):
         First touches; pages mapped now by `level`'s size and the next one; how often a large page replaced small ones.
     """
 
-    cdef int level
-    cdef uint64_t threshold
-    cdef int unused_bits
-    cdef bint canonical
-    cdef uint64_t bits
-    cdef frame_stack small
-    cdef frame_stack large
-    cdef region_count *regions
-    cdef size_t region_mask
-    cdef size_t region_total
-    cdef readonly uint64_t faults
-    cdef readonly uint64_t small_pages
-    cdef readonly uint64_t large_pages
-    cdef readonly uint64_t replaced
+    cdef filler f
 
     def __cinit__(self, mem, format, levels, large_level, fixed_level, keeps_stores, int level, uint64_t threshold,
                   int addr_bits, bint canonical, uint64_t bits):
         if not 1 <= level <= large_level or threshold and level != 1 or not 32 <= addr_bits <= 64:
             raise ValueError(f"no such pages: level {level}, threshold {threshold}, addresses of {addr_bits} bits")
-        self.level, self.threshold, self.canonical, self.bits = level, threshold, canonical, bits
-        self.unused_bits = 64 - addr_bits
-        self.regions = <region_count *>calloc(FIRST_CAPACITY, sizeof(region_count))
-        if self.regions is NULL:
+        self.f.b = &self.b
+        self.f.level, self.f.threshold, self.f.canonical, self.f.bits = level, threshold, canonical, bits
+        self.f.unused_bits = 64 - addr_bits
+        self.f.regions = <region_count *>calloc(FIRST_CAPACITY, sizeof(region_count))
+        if self.f.regions is NULL:
             raise MemoryError
-        self.region_mask = FIRST_CAPACITY - 1
+        self.f.region_mask = FIRST_CAPACITY - 1
 
     def __dealloc__(self):
-        free(self.small.frames)
-        free(self.large.frames)
-        free(self.regions)
+        free(self.f.small.frames)
+        free(self.f.large.frames)
+        free(self.f.regions)
+
+    @property
+    def faults(self):
+        return int(self.f.faults)
+
+    @property
+    def small_pages(self):
+        return int(self.f.small_pages)
+
+    @property
+    def large_pages(self):
+        return int(self.f.large_pages)
+
+    @property
+    def replaced(self):
+        return int(self.f.replaced)
 
     def supply_pages(self, const uint64_t[::1] frames not None, bint large):
         """Add frames for pages; the last one is used first. IN large: for pages that replace those of a region."""
         cdef Py_ssize_t i
         for i in range(frames.shape[0]):
-            if not push(&self.large if large else &self.small, frames[i]):
+            if not push(&self.f.large if large else &self.f.small, frames[i]):
                 raise MemoryError
 
     def take_pages(self):
         """List the frames for pages that are not used, which are none then."""
         cdef size_t i
-        frames = [int(self.small.frames[i]) for i in range(self.small.count)]
-        self.small.count = 0
+        frames = [int(self.f.small.frames[i]) for i in range(self.f.small.count)]
+        self.f.small.count = 0
         return frames
-
-    cdef bint double_regions(self) noexcept nogil:
-        cdef size_t capacity = 2 * (self.region_mask + 1), i, place
-        cdef region_count *regions = <region_count *>calloc(capacity, sizeof(region_count))
-        if regions is NULL:
-            return False
-        for i in range(self.region_mask + 1):
-            if self.regions[i].key:
-                place = place_of(self.regions[i].key, capacity - 1)
-                while regions[place].key:
-                    place = (place + 1) & (capacity - 1)
-                regions[place] = self.regions[i]
-        free(self.regions)
-        self.regions, self.region_mask = regions, capacity - 1
-        return True
-
-    cdef region_count *region_of(self, uint64_t addr) noexcept nogil:
-        """The counter of the region of addr, which may be new; NULL: no memory."""
-        cdef uint64_t key = (addr >> kvmmu_level_shift(self.b.format, PG_LEVEL_2M)) + 1
-        cdef size_t place
-        if 2 * self.region_total >= self.region_mask and not self.double_regions():
-            return NULL
-        place = place_of(key, self.region_mask)
-        while self.regions[place].key and self.regions[place].key != key:
-            place = (place + 1) & self.region_mask
-        if not self.regions[place].key:
-            self.regions[place].key = key
-            self.region_total += 1
-        return &self.regions[place]
-
-    cdef int fill(self, uint64_t addr) noexcept nogil:
-        """Map the page of an address that no page maps; returns a status."""
-        cdef region_count *region = NULL
-        cdef uint64_t step = <uint64_t>1 << kvmmu_level_shift(self.b.format, self.level)
-        cdef int status
-        if not self.small.count:
-            return NO_SMALL_FRAME
-        if self.threshold:
-            region = self.region_of(addr)
-            if region is NULL:
-                return BUILD_NO_MEMORY
-            if region.count + 1 >= self.threshold:
-                return self.fill_region(addr, region)
-        status = map_row(&self.b, addr & ~(step - 1), self.small.frames[self.small.count - 1], self.level, self.bits)
-        if status == BUILD_DONE:
-            self.small.count -= 1
-            self.small_pages += 1
-            if region is not NULL:
-                region.count += 1
-        return status
-
-    cdef int fill_region(self, uint64_t addr, region_count *region) noexcept nogil:
-        """Map the whole region of an address by one page; the frames of the small pages in it are free again."""
-        cdef int shift = kvmmu_level_shift(self.b.format, PG_LEVEL_2M)
-        cdef uint64_t start = addr >> shift << shift, entry, gpa = 0
-        cdef uint8_t *hva = NULL
-        cdef size_t i
-        cdef int status
-        if not self.large.count:
-            return NO_LARGE_FRAME
-        if descend(&self.b, start, PG_LEVEL_4K, False, &hva, &gpa) == BUILD_DONE:
-            for i in range(self.b.entries):
-                entry = read_entry(&self.b, hva + i * self.b.entry_bytes)
-                if entry & self.b.present_mask:
-                    if not push(&self.small, entry & PT64_BASE_ADDR_MASK):
-                        return BUILD_NO_MEMORY
-                    self.small_pages -= 1
-        status = map_row(&self.b, start, self.large.frames[self.large.count - 1], PG_LEVEL_2M, self.bits)
-        if status == BUILD_DONE:
-            self.large.count -= 1
-            self.large_pages += 1
-            self.replaced += region.count != 0
-            region.count = 0
-        return status
-
-    cdef int touch(self, uint64_t addr) noexcept nogil:
-        cdef int status
-        if self.canonical:
-            if <uint64_t>(<int64_t>(addr << self.unused_bits) >> self.unused_bits) != addr:
-                return BUILD_DONE
-        else:
-            addr = addr << self.unused_bits >> self.unused_bits
-        if find_page(&self.b, addr):
-            return BUILD_DONE
-        status = self.fill(addr)
-        self.faults += status == BUILD_DONE
-        return status
 
     def touch_rows(self, const uint64_t[::1] gva not None, const uint8_t[::1] size, Py_ssize_t start):
         """Touch addresses from row start on, and map the pages that are not mapped yet.
@@ -221,18 +249,19 @@ cdef class PageFiller(TableBuilder):
         cdef int status = BUILD_DONE
         cdef uint64_t addr, last = ~<uint64_t>0
         cdef bint sized = size is not None
+        cdef filler *f = &self.f
         cdef SlotTable _table = self._begin_rows((not sized or size.shape[0] == n) and 0 <= start <= n)
         i = start
         with nogil:
             while i < n:
                 addr = gva[i]
                 if addr >> PAGE_SHIFT != last:
-                    status = self.touch(addr)
+                    status = touch(f, addr)
                     if status != BUILD_DONE:
                         break
                     last = addr >> PAGE_SHIFT
                 if sized and (addr & PAGE_OFFSET_MASK) + size[i] > PAGE_SIZE:
-                    status = self.touch((addr & ~PAGE_OFFSET_MASK) + PAGE_SIZE)
+                    status = touch(f, (addr & ~PAGE_OFFSET_MASK) + PAGE_SIZE)
                     if status != BUILD_DONE:
                         break
                     last = (addr >> PAGE_SHIFT) + 1

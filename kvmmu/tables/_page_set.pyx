@@ -12,44 +12,72 @@ cdef enum:
     FIRST_CAPACITY = 1 << 12
 
 
+cdef struct page_table:
+    uint64_t *keys              # page number + 1; 0: free
+    size_t mask
+    size_t count
+    uint64_t last               # key of the address before
+
+
 cdef inline size_t place_of(uint64_t page, size_t mask) noexcept nogil:
     return <size_t>((page * <uint64_t>0x9E3779B97F4A7C15ULL) >> 20) & mask
+
+
+cdef bint double_size(page_table *t) noexcept nogil:
+    cdef size_t capacity = 2 * (t.mask + 1), i, place
+    cdef uint64_t *keys = <uint64_t *>calloc(capacity, sizeof(uint64_t))
+    if keys is NULL:
+        return False
+    for i in range(t.mask + 1):
+        if t.keys[i]:
+            place = place_of(t.keys[i], capacity - 1)
+            while keys[place]:
+                place = (place + 1) & (capacity - 1)
+            keys[place] = t.keys[i]
+    free(t.keys)
+    t.keys, t.mask = keys, capacity - 1
+    return True
+
+
+cdef bint add_rows(page_table *t, const uint64_t *addr, size_t rows) noexcept nogil:
+    cdef size_t i, place
+    cdef uint64_t key
+    for i in range(rows):
+        key = (addr[i] >> PAGE_SHIFT) + 1
+        if key == t.last:
+            continue
+        place = place_of(key, t.mask)
+        while t.keys[place] and t.keys[place] != key:
+            place = (place + 1) & t.mask
+        if not t.keys[place]:
+            if 2 * t.count >= t.mask:
+                if not double_size(t):
+                    return False
+                place = place_of(key, t.mask)
+                while t.keys[place]:
+                    place = (place + 1) & t.mask
+            t.keys[place] = key
+            t.count += 1
+        t.last = key
+    return True
 
 
 cdef class PageSet:
     """Numbers of 4K pages, each once, in an open-addressing table at most half full."""
 
-    cdef uint64_t *keys         # page number + 1; 0: free
-    cdef size_t mask
-    cdef size_t count
-    cdef uint64_t last
+    cdef page_table t
 
     def __cinit__(self):
-        self.keys = <uint64_t *>calloc(FIRST_CAPACITY, sizeof(uint64_t))
-        if self.keys is NULL:
+        self.t.keys = <uint64_t *>calloc(FIRST_CAPACITY, sizeof(uint64_t))
+        if self.t.keys is NULL:
             raise MemoryError
-        self.mask = FIRST_CAPACITY - 1
+        self.t.mask = FIRST_CAPACITY - 1
 
     def __dealloc__(self):
-        free(self.keys)
+        free(self.t.keys)
 
     def __len__(self):
-        return self.count
-
-    cdef bint double_size(self) noexcept nogil:
-        cdef size_t capacity = 2 * (self.mask + 1), i, place
-        cdef uint64_t *keys = <uint64_t *>calloc(capacity, sizeof(uint64_t))
-        if keys is NULL:
-            return False
-        for i in range(self.mask + 1):
-            if self.keys[i]:
-                place = place_of(self.keys[i], capacity - 1)
-                while keys[place]:
-                    place = (place + 1) & (capacity - 1)
-                keys[place] = self.keys[i]
-        free(self.keys)
-        self.keys, self.mask = keys, capacity - 1
-        return True
+        return self.t.count
 
     def add(self, const uint64_t[::1] addr not None):
         """Add the pages of addresses (bytes).
@@ -59,43 +87,24 @@ cdef class PageSet:
         int
             How many of them are new.
         """
-        cdef Py_ssize_t i
-        cdef size_t place, before = self.count
-        cdef uint64_t key, last = self.last
+        cdef size_t before = self.t.count, rows = addr.shape[0]
+        cdef page_table *t = &self.t
         cdef bint memory = True
-        with nogil:
-            for i in range(addr.shape[0]):
-                key = (addr[i] >> PAGE_SHIFT) + 1
-                if key == last:
-                    continue
-                last = key
-                place = place_of(key, self.mask)
-                while self.keys[place] and self.keys[place] != key:
-                    place = (place + 1) & self.mask
-                if self.keys[place]:
-                    continue
-                if 2 * self.count >= self.mask:
-                    memory = self.double_size()
-                    if not memory:
-                        break
-                    place = place_of(key, self.mask)
-                    while self.keys[place]:
-                        place = (place + 1) & self.mask
-                self.keys[place] = key
-                self.count += 1
+        if rows:
+            with nogil:
+                memory = add_rows(t, &addr[0], rows)
         if not memory:
             raise MemoryError
-        self.last = last
-        return self.count - before
+        return self.t.count - before
 
     def pages(self):
         """Page numbers (address >> 12), ascending: ndarray of uint64."""
         cdef size_t i, n = 0
-        found = np.empty(self.count, np.uint64)
+        found = np.empty(self.t.count, np.uint64)
         cdef uint64_t[::1] rows = found
-        for i in range(self.mask + 1):
-            if self.keys[i]:
-                rows[n] = self.keys[i] - 1
+        for i in range(self.t.mask + 1):
+            if self.t.keys[i]:
+                rows[n] = self.t.keys[i] - 1
                 n += 1
         found.sort()
         return found

@@ -1,0 +1,67 @@
+"""The inner loop of replay: blocks of rows in, counters and mismatches out.
+
+Both loops, that of recordings and that of traces, cut their rows into blocks within which neither tables nor registers
+change. A block is translated by one call and then compared with the recorded addresses.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvmmu._batch cimport Workspace
+from kvmmu._pagewalk cimport PageWalk
+from kvmmu._rows cimport batch, batch_columns
+from kvmmu._walk cimport kvm_pagewalk
+
+cdef enum:
+    BLOCK = 8192                    # rows whose scratch columns stay in the second-level cache
+    LEVELS = 4                      # of leaves: paging off, 4K, 2M or 4M, 1G
+    STATUSES = 7
+    ERROR_CODES = 128               # P to SS
+    WRITE_SIZE_MAX = 8
+
+# What became of a write.
+cdef enum:
+    WRITTEN
+    WRITE_TO_HOLE                   # or to a read-only slot
+    WRITE_MALFORMED                 # no 1, 2, 4 or 8 bytes, or not aligned to them
+
+# What a block of rows came to, row by row.
+cdef struct block_result:
+    uint64_t gpa[BLOCK]
+    uint8_t level[BLOCK]
+    uint8_t status[BLOCK]
+    uint32_t error_code[BLOCK]
+
+cdef struct replay_counters:
+    uint64_t levels[LEVELS]         # walks that ended as recorded, by level of their leaf
+    uint64_t verified
+    uint64_t unchecked              # walked, without a recorded address
+    uint64_t mismatches
+    uint64_t writes
+    uint64_t kinds[3]
+    uint64_t mmio
+    uint64_t statuses[STATUSES]     # of unchecked rows
+    uint64_t error_codes[ERROR_CODES]   # of unchecked rows that end in a #PF
+
+
+cdef class BlockWalker:
+    cdef PageWalk walk
+    cdef block_result result
+    cdef batch_columns columns
+    cdef batch rows_under_way       # goes on from block to block until tables or walks change
+    cdef bint begun
+    cdef Workspace work
+    cdef bint running               # without the GIL
+    cdef bint broken                # a row whose address is not recorded, where all are said to be
+    cdef replay_counters counters
+    cdef uint32_t bad[BLOCK]
+    cdef Py_ssize_t bad_count
+    cdef readonly Py_ssize_t explain
+    cdef int check_idle(self) except -1
+    # Walk n <= BLOCK rows whose columns start at the pointers. IN first: number of the first of them, for mismatches; count: of
+    # walks; all_known: no truth is INVALID_GPA, which means that the address was not recorded
+    cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
+                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil
+    cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil
+    # Store the low bytes of a value: WRITTEN, WRITE_TO_HOLE or WRITE_MALFORMED
+    cdef int write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil

@@ -1,0 +1,174 @@
+"""The inner loop of replay; see `_replay_blocks.pxd`."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from kvmmu._batch cimport begin_batch, depends_on, new_workspace, translate_rows
+from kvmmu._bits cimport (
+    GPA_LIMIT, INVALID_GPA, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
+)
+from kvmmu._maker cimport check_maker
+from kvmmu._memory cimport gpa_to_hva
+from kvmmu._replay_blocks cimport (
+    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
+    replay_counters,
+)
+from kvmmu._walk cimport kvm_pagewalk
+
+
+cdef class BlockWalker:
+    """Walks blocks, compares and counts. The loops are made from it.
+
+    One thread uses it at a time.
+
+    Attributes
+    ----------
+    explain : int
+        How many mismatches are still wanted one by one; the loop stops behind a block that has some, until then.
+    """
+
+    def __cinit__(self, mark=None, *args, **kwargs):
+        check_maker(mark, f"a {type(self).__name__} is made by a replay")
+        memset(&self.counters, 0, sizeof(self.counters))
+        memset(&self.columns, 0, sizeof(self.columns))
+        self.columns.gpa = self.result.gpa
+        self.columns.level = self.result.level
+        memset(&self.rows_under_way, 0, sizeof(self.rows_under_way))
+        self.begun = False
+        self.work = new_workspace()
+        self.rows_under_way.out = &self.columns
+        self.rows_under_way.access_stride = 1
+        self.rows_under_way.set_ad = True
+        self.bad_count = self.explain = 0
+
+    @property
+    def page_sizes(self):
+        """Verified and unchecked accesses by level of their leaf: a list of four, from paging off to 1G."""
+        return [int(self.counters.levels[level]) for level in range(PG_LEVEL_NONE, PG_LEVEL_1G + 1)]
+
+    @property
+    def verified(self):
+        """Accesses whose walk ended at the recorded address."""
+        return int(self.counters.verified)
+
+    @property
+    def unchecked(self):
+        """Accesses without a recorded address."""
+        return int(self.counters.unchecked)
+
+    @property
+    def mismatches(self):
+        """Accesses whose walk did not end at the recorded address."""
+        return int(self.counters.mismatches)
+
+    @property
+    def writes(self):
+        """Table writes applied so far."""
+        return int(self.counters.writes)
+
+    @property
+    def kinds(self):
+        """Loads, stores and fetches of a trace, a list of three."""
+        return [int(self.counters.kinds[kind]) for kind in range(3)]
+
+    @property
+    def mmio(self):
+        """Accesses of a trace that are marked as MMIO."""
+        return int(self.counters.mmio)
+
+    @property
+    def statuses(self):
+        """Unchecked accesses by Status, a list."""
+        return [int(self.counters.statuses[status]) for status in range(STATUSES)]
+
+    @property
+    def error_codes(self):
+        """Unchecked accesses that end in a page fault, by error code: a dict."""
+        return {code: int(self.counters.error_codes[code]) for code in range(ERROR_CODES) if self.counters.error_codes[code]}
+
+    def take_mismatches(self):
+        """Rows of the last block whose walk did not end as recorded, as far as they are to be explained: a list."""
+        rows = [int(self.bad[i]) for i in range(self.bad_count)]
+        self.bad_count = 0
+        self.explain -= len(rows)
+        return rows
+
+    cdef int check_idle(self) except -1:
+        if self.running:
+            raise RuntimeError("another thread walks rows with this loop")
+        return 0
+
+    cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
+                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
+        cdef block_result *r = &self.result
+        cdef replay_counters *c = &self.counters
+        cdef uint64_t wrong = 0, ends = 0
+        cdef uint32_t level_4k = 0, level_2m = 0, level_1g = 0, level_none = 0
+        cdef size_t i
+        self.columns.status = NULL if all_known else r.status
+        self.columns.error_code = NULL if all_known else r.error_code
+        self.rows_under_way.walks, self.rows_under_way.ctx = walks, ctx
+        self.rows_under_way.gva, self.rows_under_way.access = gva, access
+        if not self.begun:
+            begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
+            self.begun = True
+        translate_rows(&self.rows_under_way, 0, n)
+        for i in range(n):                                  # a walk that fails ends at INVALID_GPA
+            wrong |= r.gpa[i] ^ truth[i]
+            ends |= r.gpa[i]
+        for i in range(n):
+            level_4k += r.level[i] == PG_LEVEL_4K
+        for i in range(n):
+            level_2m += r.level[i] == PG_LEVEL_2M
+        if level_4k + level_2m != n:
+            for i in range(n):
+                level_1g += r.level[i] == PG_LEVEL_1G
+                level_none += r.level[i] == PG_LEVEL_NONE
+        c.levels[PG_LEVEL_4K] += level_4k
+        c.levels[PG_LEVEL_2M] += level_2m
+        c.levels[PG_LEVEL_1G] += level_1g
+        c.levels[PG_LEVEL_NONE] += level_none
+        c.verified += n
+        if wrong or not all_known or ends >= GPA_LIMIT:
+            self.judge_rows(truth, first, n, all_known)
+
+    cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil:
+        """Take back from the counters what is no verified walk of a block, and note it."""
+        cdef block_result *r = &self.result
+        cdef replay_counters *c = &self.counters
+        cdef size_t i
+        for i in range(n):
+            if r.gpa[i] == truth[i] != INVALID_GPA:
+                continue
+            c.verified -= 1
+            if truth[i] != INVALID_GPA:
+                c.mismatches += 1
+                if self.bad_count < self.explain:
+                    self.bad[self.bad_count] = <uint32_t>(first + i)
+                    self.bad_count = self.bad_count + 1
+                if r.level[i] < LEVELS:
+                    c.levels[r.level[i]] -= 1
+                continue
+            if all_known:                           # what became of it is not known
+                self.broken = True
+                continue
+            c.unchecked += 1
+            c.statuses[r.status[i]] += 1
+            if r.status[i] == STATUS_PAGE_FAULT:
+                c.error_codes[r.error_code[i] & (ERROR_CODES - 1)] += 1
+            if r.status[i] != STATUS_OK and r.level[i] < LEVELS:
+                c.levels[r.level[i]] -= 1
+
+    cdef int write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil:
+        cdef bint readonly = False
+        cdef uint8_t *hva
+        if size - 1 >= WRITE_SIZE_MAX or (size | gpa) & (size - 1):
+            return WRITE_MALFORMED
+        hva = gpa_to_hva(w.mem, gpa, &readonly)
+        if hva is NULL or readonly:
+            return WRITE_TO_HOLE
+        memcpy(hva, &value, size)
+        self.counters.writes = self.counters.writes + 1
+        if self.begun and depends_on(&self.rows_under_way, hva):
+            self.begun = False
+        return WRITTEN
