@@ -215,6 +215,37 @@ cdef class GuestMemory:
         self._install(regions)
         return self
 
+    @classmethod
+    def from_slots(cls, slots):
+        """Memory of several slots, made at once.
+
+        Parameters
+        ----------
+        slots : iterable of (int, int or buffer)
+            For each, its first guest-physical address and what `add_slot()` takes there; at least one.
+
+        Returns
+        -------
+        GuestMemory
+
+        Raises
+        ------
+        ValueError
+            No slot, or one that `add_slot()` would refuse.
+        """
+        regions = []
+        for gpa, size_or_buffer in slots:
+            data = _as_bytes(size_or_buffer)
+            gpa = int(gpa)
+            _check_range(gpa, data.size)
+            regions.append(_Region(gpa, data, False))
+        if not regions:
+            raise ValueError("slots: want at least one")
+        cdef GuestMemory self = cls.__new__(cls)
+        self.regions = []
+        self._install(regions)
+        return self
+
     def add_slot(self, gpa, size_or_buffer, readonly=False):
         """Add a slot.
 
