@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := build/build.log
-SOURCES := setup.py pyproject.toml $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
+SOURCES := setup.py pyproject.toml _kvmmu_command.py $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help replay test bench lint build matrix asan live long clean

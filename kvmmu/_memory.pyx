@@ -334,6 +334,31 @@ cdef class GuestMemory:
         self.regions = regions
         return self
 
+    @classmethod
+    def from_slots(cls, slots):
+        """Memory of several slots, made at once.
+
+        Parameters
+        ----------
+        slots : iterable of (int, int or buffer)
+            For each, its first guest-physical address and what `add_slot()` takes there; at least one.
+
+        Returns
+        -------
+        GuestMemory
+
+        Raises
+        ------
+        ValueError
+            No slot, or one that `add_slot()` would refuse.
+        """
+        cdef GuestMemory self = cls.__new__(cls)
+        for gpa, size_or_buffer in slots:
+            self.add_slot(gpa, size_or_buffer)
+        if not self.regions.count:
+            raise ValueError("slots: want at least one")
+        return self
+
     def add_slot(self, gpa, size_or_buffer, readonly=False):
         """Add a slot.
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kvmmu.terminal import encodable, has_boxes, printable
+
 try:
     import rich.console
     import rich.progress
@@ -24,12 +26,14 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], object] | No
 
     A total of 0 is unknown: then only what was done and the rate are shown.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
-    elif rich is None:
+        return
+    description = encodable(printable(description), sys.stderr)
+    if rich is None or not has_boxes(sys.stderr):
         yield _Plain(description)
     else:
-        columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+        columns = (rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(),
                    rich.progress.TaskProgressColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
                    rich.progress.TimeRemainingColumn())
         started = time.perf_counter()

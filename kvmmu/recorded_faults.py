@@ -13,9 +13,33 @@ from kvmmu.nested import Npt, Stage
 from kvmmu.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.vcpu import Vcpu
 
-__all__ = ["Context", "npt_fault", "page_fault_access", "page_fault_reproduced", "pdptrs_at", "use_context"]
+__all__ = ["Context", "FaultCounts", "npt_fault", "page_fault_access", "page_fault_reproduced", "pdptrs_at", "use_context"]
 
 Context = Regs | tuple[Regs, Stage]       # inside a nested guest: with its second stage
+
+
+class FaultCounts:
+    """Recorded faults by error code and by what the walk said. Each is counted by one store, so that no Ctrl-C comes between."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, bool | None], int] = {}
+
+    def add(self, code: str, reproduced: bool | None) -> None:
+        """Count one; None is a fault that was not checked."""
+        self._counts[code, reproduced] = self._counts.get((code, reproduced), 0) + 1
+
+    def by_code(self, *verdicts: bool | None) -> dict[str, int]:
+        """How many there are of each code, of those with one of these verdicts, or of all."""
+        counts: dict[str, int] = {}
+        for (code, reproduced), count in self._counts.items():
+            if not verdicts or reproduced in verdicts:
+                counts[code] = counts.get(code, 0) + count
+        return counts
+
+    @property
+    def mismatches(self) -> int:
+        """Faults that the walk does not reproduce."""
+        return sum(count for (_, reproduced), count in self._counts.items() if reproduced is False)
 
 
 def registers_of(regs: Regs) -> dict[str, Any]:

@@ -1,46 +1,71 @@
-"""A machine (`Vm`) that runs the guest of a recording."""
+"""A machine (`Vm`) that runs the guest of a recording or a trace."""
 
 import numpy as np
 
 from kvmmu._bits import Access
 from kvmmu._memory import GuestMemory
 from kvmmu.host import Host
-from kvmmu.recorded_faults import use_context
+from kvmmu.recorded_faults import Context, use_context
 from kvmmu.registers import Regs
 from kvmmu.replay import recording_vcpu
-from kvmmu.traces import Recording
+from kvmmu.trace_memory import reserve
+from kvmmu.trace_replay import trace_start
+from kvmmu.traces import ParquetTrace, Recording, RecordingError, TraceError
 from kvmmu.vm import Vm
 
 __all__ = ["touched_machine"]
 
 _MEMORY_UNIT = 1 << 21                      # a slot that ends between large pages has small ones there
+_MEMORY_LIMIT = 1 << 40
 _HOST_MAXPHYADDR = 46
 
 
-def touched_machine(recording: Recording, *, tdp: str = "ept", backing: str = "2m", nx_huge_pages: bool = False) -> Vm:
-    """A machine whose guest has read every page that a recording touches, each once.
+def touched_machine(source: Recording | ParquetTrace, *, tdp: str = "ept", backing: str = "2m",
+                    nx_huge_pages: bool = False) -> Vm:
+    """A machine whose guest has read every page that a recording or a trace touches, each once.
 
     Parameters
     ----------
-    recording : Recording
+    source : Recording or ParquetTrace
     tdp, backing, nx_huge_pages
         Of its `Host` and `Vm`.
 
     Returns
     -------
     Vm
-        Its memory reaches to the last page touched. Contexts inside a nested guest are left out.
+        Its memory reaches to the last page touched, and is that of the start. Contexts inside a nested guest are left out.
+
+    Raises
+    ------
+    RecordingError, TraceError
+        Memory beyond 1 TiB, or what `replay()` refuses.
     """
-    plain, contexts = recording_vcpu(recording)
-    real = recording.pages_gpa[recording.pages_io == 0]
-    end = max(int(real.max(initial=0)), int(recording.table_pfn.max(initial=0)) << 12) + 1
-    mem = GuestMemory(-(-end // _MEMORY_UNIT) * _MEMORY_UNIT)
-    for pfn, page in zip(recording.table_pfn.tolist(), recording.table_data, strict=True):
-        mem.write(pfn << 12, page.tobytes())
-    vm = Vm(mem, plain.cpu, Host(tdp=tdp, maxphyaddr=_HOST_MAXPHYADDR, nx_huge_pages=nx_huge_pages), backing=backing)
-    vcpu = vm.create_vcpu()
-    for number, context in enumerate(contexts):
+    touched: list[tuple[Context, np.ndarray]]
+    if isinstance(source, Recording):
+        vcpu, contexts = recording_vcpu(source)
+        real = source.pages_gpa[source.pages_io == 0]
+        end = max(int(real.max(initial=0)), int(source.table_pfn.max(initial=0)) << 12) + 1
+        touched = [(context, source.pages_gva[source.pages_ctx == number]) for number, context in enumerate(contexts)]
+        error: type[ValueError] = RecordingError
+    else:
+        start = trace_start(source, touched=True)
+        vcpu, end, error = start.vcpu, start.end, TraceError
+        touched = [(context, np.array(sorted(pages), np.uint64)) for context, pages in start.touched.items()]
+    if end > _MEMORY_LIMIT:
+        raise error(f"{source.path}: its memory reaches to gpa {end - 1:#x}; allowed here is below {_MEMORY_LIMIT:#x}")
+    block, _ = reserve(-(-end // _MEMORY_UNIT) * _MEMORY_UNIT)
+    if isinstance(source, Recording):
+        pages = block.reshape(-1, 4096)
+        for pfn, page in zip(source.table_pfn.tolist(), source.table_data, strict=True):
+            pages[pfn] = page
+    else:
+        addr, values = start.memory.words
+        block.view("<u8")[addr >> np.uint64(3)] = values
+    host = Host(tdp=tdp, maxphyaddr=_HOST_MAXPHYADDR, nx_huge_pages=nx_huge_pages)
+    vm = Vm(GuestMemory(block), vcpu.cpu, host, backing=backing)
+    guest = vm.create_vcpu()
+    for context, gva in touched:
         if isinstance(context, Regs):
-            use_context(vcpu, context)
-            vcpu.access(np.ascontiguousarray(recording.pages_gva[recording.pages_ctx == number]), Access.AC)
+            use_context(guest, context)
+            guest.access(np.ascontiguousarray(gva), Access.AC)
     return vm

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from kvmmu._bits import INVALID_GPA
 from kvmmu._memory import GuestMemory
 from kvmmu._replay import new_replayer
-from kvmmu.faults import access_text, error_code_text, npf_info_text
+from kvmmu.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.nested import Npt
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
 from kvmmu.progress import progress_bar
 from kvmmu.recorded_faults import (
     Context,
+    FaultCounts,
     npt_fault,
     npt_fault_text,
     page_fault_access,
@@ -25,7 +27,7 @@ from kvmmu.recorded_faults import (
 )
 from kvmmu.registers import CpuModel, Regs
 from kvmmu.trace_replay import replay_trace
-from kvmmu.traces import Header, ParquetTrace, Recording, RegisterSet, Trace, is_parquet
+from kvmmu.traces import Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, is_parquet
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vcpu import Vcpu
@@ -36,6 +38,7 @@ _EVENT_CR3 = 1
 _EVENT_WORLD_SWITCH = 7
 _PDPTE_ACCESSED = 1 << 5                # QEMU's TCG sets it in the PDPTEs that it walks, where a CPU has it reserved
 _CHUNK = 1 << 20
+_MAX_OFF = 0xFFFF                       # of the 16 bits of `off`
 Progress = Callable[[int, int], object]
 
 _PAGE_SIZES = {0: "paging off", 1: "4K", 2: "2M", 3: "1G"}
@@ -52,7 +55,19 @@ def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     -------
     Vcpu, list of Regs
         The vCPU has the registers of the first context.
+
+    Raises
+    ------
+    RecordingError
+        Table pages or registers that no guest has.
     """
+    try:
+        return _recording_vcpu(recording)
+    except (GuestFault, ValueError) as error:
+        raise RecordingError(f"{recording.path}: {error}") from error
+
+
+def _recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     mem = GuestMemory.from_pages(recording.table_pfn << np.uint64(12), recording.table_data)
     cpu = CpuModel(vendor="amd", maxphyaddr=recording.maxphyaddr)
     contexts = [_context(mem, cpu, recording, *registers) for registers in recording.ctx.tolist()]
@@ -107,7 +122,14 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     Raises
     ------
     RecordingError, TraceError
-        The trace cannot be read, or has parts that cannot be replayed. A TraceError has what was done until then as `report`.
+        The trace is damaged, or has parts that cannot be replayed; the message names the file. A TraceError has what was done
+        until then as `report`.
+    OSError
+        A file cannot be opened or read; FileNotFoundError if it is not there.
+    ImportError
+        A file is `.zst` or Parquet, and what reads it is not installed.
+    ValueError, TypeError
+        An argument is not what is allowed.
     ReplayInterrupted
         Ctrl-C, a KeyboardInterrupt that has what was done until then as `report`.
 
@@ -171,10 +193,18 @@ class _Run:
     def __init__(self, recording: Recording, progress: Progress | None) -> None:
         self.recording = recording
         self.progress = progress
+        recording.check()
+        if recording.pages_gpa.max(initial=0) > INVALID_GPA - _MAX_OFF:
+            # a walk that faults ends at INVALID_GPA, and no recorded address may be that
+            raise RecordingError(f"{recording.path}: pages_gpa: is {int(recording.pages_gpa.max()):#x}; allowed is below 2**52")
         self.vcpu, self.regs = recording_vcpu(recording)
         self.walk = self.vcpu.gva_walk
         self.vcpu.leave_nested()                        # so that contexts of L1 walk one stage
-        self.contexts = self.walk.prepare(self.regs)
+        try:
+            self.contexts = self.walk.prepare(self.regs)
+        except (GuestFault, ValueError) as error:
+            raise RecordingError(f"{recording.path}: {error}") from error
+        self.fault_counts = FaultCounts()
         access_of = (ACCESS_OF_KIND[:, None] | ACCESS_OF_PRIV).ravel()
         self.replayer = new_replayer(self.walk, self.contexts, recording, access_of, EXPLAINED)
         kinds = np.bincount(recording.kind, minlength=3).tolist()
@@ -187,16 +217,14 @@ class _Run:
     def run(self) -> Report:
         recording, report = self.recording, self.report
         started = time.perf_counter()
-        done = 0
         try:
             for start, stop, action in self._segments():
                 self._walk_rows(start, stop)
-                done = stop
                 action()
                 if self.progress:
                     self.progress(stop, len(recording))
         except KeyboardInterrupt:
-            self._cut(done)
+            self._cut()
             self._finish(started)
             raise ReplayInterrupted(report) from None
         self._finish(started)
@@ -206,13 +234,15 @@ class _Run:
         report, replayer = self.report, self.replayer
         report.seconds = time.perf_counter() - started
         report.verified = replayer.verified
-        report.mismatches += replayer.mismatches
+        report.mismatches = replayer.mismatches + self.fault_counts.mismatches
+        report.faults, report.faults_reproduced = self.fault_counts.by_code(), self.fault_counts.by_code(True)
         report.table_writes = replayer.writes
         report.page_sizes = {self._page_size(level): count for level, count in enumerate(replayer.page_sizes) if count}
 
-    def _cut(self, done: int) -> None:
-        """The report is about the first accesses only."""
+    def _cut(self) -> None:
+        """The report is about the accesses that were walked; the loop alone knows how many those are."""
         recording, report = self.recording, self.report
+        done = self.replayer.verified + self.replayer.mismatches
         kinds = np.bincount(recording.kind[:done], minlength=3).tolist()
         report.complete, report.accesses = False, done
         report.kinds = dict(zip(("load", "store", "fetch"), kinds, strict=True))
@@ -240,10 +270,19 @@ class _Run:
 
     def _walk_rows(self, start: int, stop: int) -> None:
         while start < stop:
-            start = self.replayer.run(start, stop)
+            try:
+                start = self.replayer.run(start, stop)
+            except ValueError as error:
+                raise RecordingError(f"{self.recording.path}: {error}") from None
             for row in self.replayer.take_mismatches():
                 self._mismatch_at(row)
-        self.replayer.settle(stop)                      # also what the last accesses wrote
+        self._settle(stop)                              # also what the last accesses wrote
+
+    def _settle(self, pos: int) -> None:
+        try:
+            self.replayer.settle(pos)
+        except ValueError as error:
+            raise RecordingError(f"{self.recording.path}: {error}") from None
 
     def _mismatch_at(self, row: int) -> None:
         columns = {name: int(values[0]) for name, values in self.recording.columns(row, row + 1).items()}
@@ -271,14 +310,14 @@ class _Run:
         faults, report = self.recording.faults, self.report
         gva, error_code, ctx = (int(column[number]) for column in (faults.cr2, faults.err, faults.ctx))
         code = error_code_text(error_code)
-        report.faults[code] = report.faults.get(code, 0) + 1
         if not report.faults_checked:
+            self.fault_counts.add(code, None)
             return
-        self.replayer.settle(int(faults.pos[number]))
-        if page_fault_reproduced(self.walk, self.contexts, ctx, gva, error_code):
-            report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
+        self._settle(int(faults.pos[number]))
+        reproduced = page_fault_reproduced(self.walk, self.contexts, ctx, gva, error_code)
+        self.fault_counts.add(code, reproduced)
+        if reproduced:
             return
-        report.mismatches += 1
         if len(report.examples) < EXPLAINED:
             report.examples.append(Mismatch(
                 int(faults.pos[number]), gva, f"#PF {code} at {gva:#x}", self._explain(gva, page_fault_access(error_code), ctx)))
@@ -288,20 +327,21 @@ class _Run:
         report, faults = self.report, self.recording.npt_faults
         pos, gpa, info = (int(column[number]) for column in (faults.pos, faults.gpa, faults.info1))
         code = f"#NPF {npf_info_text(info)}"
-        report.faults[code] = report.faults.get(code, 0) + 1
         if not report.faults_checked:
+            self.fault_counts.add(code, None)
             return
-        self.replayer.settle(pos)
-        walked = self._npt_fault_at(pos, gpa, info)
+        self._settle(pos)
+        walked = self._npt_fault_at(number, pos, gpa, info)
+        self.fault_counts.add(code, walked == (info, gpa))
         if walked == (info, gpa):
-            report.faults_reproduced[code] = report.faults_reproduced.get(code, 0) + 1
             return
-        report.mismatches += 1
         if len(report.examples) < EXPLAINED:
             report.examples.append(Mismatch(pos, gpa, f"{code} at gpa {gpa:#x}", npt_fault_text(walked)))
 
-    def _npt_fault_at(self, pos: int, gpa: int, info: int) -> tuple[int, int] | None:
+    def _npt_fault_at(self, number: int, pos: int, gpa: int, info: int) -> tuple[int, int] | None:
         """(EXITINFO1, EXITINFO2) of the access that a recorded #NPF tells of, or None if it succeeds."""
         events = self.recording.events
         entries = np.flatnonzero((events.code == _EVENT_WORLD_SWITCH) & (events.val == 1) & (events.pos <= pos))
+        if not entries.size:
+            raise RecordingError(f"{self.recording.path}: npf_pos[{number}]: is {pos}; no nested guest has run before that")
         return npt_fault(self.vcpu, nested_stage(self.recording, int(events.aux[entries[-1]])), gpa, info)

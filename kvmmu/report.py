@@ -5,10 +5,13 @@ import sys
 from typing import TextIO
 
 from kvmmu.outcome import Report
+from kvmmu.terminal import has_boxes, printable, say
 
 try:
+    import rich.box
     import rich.console
     import rich.table
+    import rich.text
 except ImportError:
     rich = None  # type: ignore[assignment]
 
@@ -18,7 +21,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 def replay_tables(report: Report) -> list[Table]:
-    """A replay Report as tables: a list of (title, column names, rows of text)."""
+    """A replay Report as tables: a list of (title, column names, rows of text). What came from a file is made printable."""
     share = 100 * report.verified / report.accesses if report.accesses else 100.0
     summary: list[tuple[str, ...]] = [
         ("accesses", f"{report.accesses:,}"),
@@ -37,7 +40,7 @@ def replay_tables(report: Report) -> list[Table]:
         summary.append(("walk waited for rows", f"{report.waited:.2f} s"))
     titles = (report.name, report.phase and f"{report.phase} phase", f"mode {report.mode}")
     tables: list[Table] = [
-        (", ".join(filter(None, titles)), ("", ""), summary),
+        (printable(", ".join(filter(None, titles))), ("", ""), summary),
         ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
         ("By page size", ("page", "accesses"),
          [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
@@ -59,30 +62,33 @@ def _percent(share: float, report: Report) -> str:
 
 
 def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
-    """Print tables, with rich if it is there."""
+    """Print tables, with rich if it is there. Their text is text, not markup."""
     file = sys.stdout if file is None else file
-    if rich is None:
-        _show_plain(tables, file)
+    if rich is None or file is None:
+        say(_plain_text(tables), file)
         return
     terminal = rich.console.Console(file=file)
     text = io.StringIO()                    # written at once below: rich itself would exit with status 1 if the reader is gone
     console = rich.console.Console(file=text, width=terminal.width, force_terminal=terminal.is_terminal)
+    box = rich.box.HEAVY_HEAD if has_boxes(file) else rich.box.ASCII2
     for title, names, rows in tables:
-        table = rich.table.Table(show_header=any(names))
+        table = rich.table.Table(show_header=any(names), box=box)
         for column, name in enumerate(names):
-            table.add_column(name, justify="right" if column else "left")
+            table.add_column(rich.text.Text(name), justify="right" if column else "left")
         for row in rows:
-            table.add_row(*row)
-        console.print(title, table, sep="\n", highlight=False)
-    file.write(text.getvalue())
+            table.add_row(*map(rich.text.Text, row))
+        console.print(rich.text.Text(title), table, sep="\n", highlight=False)
+    say(text.getvalue().removesuffix("\n"), file)
 
 
-def _show_plain(tables: list[Table], file: TextIO) -> None:
+def _plain_text(tables: list[Table]) -> str:
+    lines = []
     for title, names, rows in tables:
-        lines = [names, *rows] if any(names) else rows
-        widths = [max(len(line[column]) for line in lines) for column in range(len(names))] if lines else []
-        print(title, file=file)
-        for line in lines:
+        table = [names, *rows] if any(names) else rows
+        widths = [max(len(line[column]) for line in table) for column in range(len(names))] if table else []
+        lines.append(title)
+        for line in table:
             cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-            print(("  " + "  ".join(cells)).rstrip(), file=file)
-        print(file=file)
+            lines.append(("  " + "  ".join(cells)).rstrip())
+        lines.append("")
+    return "\n".join(lines)

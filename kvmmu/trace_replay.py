@@ -4,19 +4,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvmmu._bits import CR3_NOFLUSH, Cr0, Cr4, Efer, Op, Status
+from kvmmu._bits import CR3_NOFLUSH, INVALID_GPA, Cr0, Cr4, Efer, Op, Status
 from kvmmu._contexts import Contexts
-from kvmmu._memory import GuestMemory
 from kvmmu._replay import RowLoop, new_row_loop
 from kvmmu.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
 from kvmmu.recorded_faults import (
     Context,
+    FaultCounts,
     npt_fault,
     npt_fault_text,
     page_fault_access,
@@ -25,15 +25,17 @@ from kvmmu.recorded_faults import (
     use_context,
 )
 from kvmmu.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru
+from kvmmu.trace_memory import SetUp, TraceMemory
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vcpu import Vcpu
 
-__all__ = ["replay_trace"]
+__all__ = ["TraceStart", "replay_trace", "trace_start"]
 
 _PREPARED = 1024                        # register sets kept ready
-_SET_UP = (Op.MEMORY, Op.MEMORY_WORD)
-_MEMORY_LIMIT = 1 << 40
+_REGISTER_EVENTS = (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.VMENTER, Op.VMEXIT, Op.SET_REGS, Op.RESTART)
+_TOUCHED_LIMIT = 1 << 22                # pages
+_PAGE_SHIFT, _MMIO = np.uint64(12), np.uint8(4)
 _PAGE_SIZES = ("paging off", "4K", "2M", "1G")
 Progress = Callable[[int, int], object]
 
@@ -73,8 +75,15 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
     except KeyboardInterrupt:
         raise ReplayInterrupted(run.report(complete=False)) from None
     except TraceError as error:
-        error.report = run.report(complete=False)
-        raise
+        named = _with_file(error, trace)
+        named.report = run.report(complete=False)
+        raise named from error.__cause__
+
+
+def _with_file(error: TraceError, trace: Trace) -> TraceError:
+    """The error, with the file of the trace in its message if there is one."""
+    path = getattr(trace, "path", None)
+    return error if path is None or str(error).startswith(str(path)) else TraceError(f"{path}: {error}")
 
 
 def _mode_of(regs: Regs) -> str:
@@ -103,56 +112,6 @@ def _cpu_of(header: Header) -> CpuModel:
         raise TraceError(f"header: cpu: {error}") from None
 
 
-class _SetUp:
-    """Memory that a trace brings: its MEMORY and MEMORY_WORD rows, which come before all others."""
-
-    def __init__(self) -> None:
-        self.regions: list[tuple[int, int]] = []
-        self.words: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def take(self, chunk: Chunk) -> int:
-        """Take the rows at the beginning of a chunk; returns how many those are."""
-        others = np.flatnonzero(~np.isin(chunk.op, _SET_UP))
-        rows = int(others[0]) if others.size else len(chunk)
-        if rows and chunk.value is not None:
-            op, addr, value = chunk.op[:rows], chunk.addr[:rows], chunk.value[:rows]
-            here = op == Op.MEMORY
-            self.regions += zip(addr[here].tolist(), value[here].tolist(), strict=True)
-            self.words.append((addr[~here], value[~here]))
-            if sum(size for _, size in self.regions) > _MEMORY_LIMIT:
-                raise TraceError(f"MEMORY: more than {_MEMORY_LIMIT:#x} bytes in all")
-        return rows
-
-    def memory(self) -> tuple[GuestMemory, list[tuple[int, bytes]]]:
-        """The memory, and a copy of what is in it: a list of (gpa, bytes)."""
-        if not self.regions:
-            raise TraceError("the trace brings no memory (MEMORY rows), and no vCPU was given to replay it on")
-        regions = sorted(self.regions)
-        try:
-            blocks = [(gpa, np.zeros(size, np.uint8)) for gpa, size in regions]
-        except MemoryError:
-            raise TraceError(f"MEMORY: {sum(size for _, size in regions):#x} bytes are more than this machine gives") from None
-        starts = np.array([gpa for gpa, _ in regions], np.uint64)
-        ends = starts + np.array([size for _, size in regions], np.uint64)
-        for lower, upper in zip(ends[:-1], starts[1:], strict=True):
-            if lower > upper:
-                raise TraceError(f"MEMORY: two regions overlap at gpa {int(upper):#x}")
-        for addr, value in self.words:
-            at = np.searchsorted(starts, addr, side="right") - 1
-            outside = (at < 0) | (addr >= ends[np.maximum(at, 0)])
-            if outside.any():
-                raise TraceError(f"MEMORY_WORD: gpa {int(addr[outside][0]):#x} is in no MEMORY region")
-            for region in np.unique(at).tolist():
-                here = at == region
-                blocks[region][1].view("<u8")[(addr[here] - starts[region]) >> np.uint64(3)] = value[here]
-        return _memory_of(blocks), [(gpa, data.tobytes()) for gpa, data in blocks]
-
-
-def _memory_of(blocks: list[tuple[int, np.ndarray]]) -> GuestMemory:
-    gpas = np.concatenate([np.arange(gpa, gpa + data.size, 4096, dtype=np.uint64) for gpa, data in blocks])
-    return GuestMemory.from_pages(gpas, np.concatenate([data for _, data in blocks]).reshape(-1, 4096))
-
-
 class _TraceRun:
     """One replay under way."""
 
@@ -162,12 +121,11 @@ class _TraceRun:
         self.started = time.perf_counter()
         self.waited = 0.0
         self.accesses = self.rows = 0
-        self.set_up: _SetUp | None = _SetUp()
+        self.set_up: SetUp | None = SetUp()
+        self.own_memory: TraceMemory | None = None
         self.loop: RowLoop | None = None
         self.examples: list[Mismatch] = []
-        self.faults: dict[str, int] = {}
-        self.faults_reproduced: dict[str, int] = {}
-        self.fault_mismatches = 0
+        self.fault_counts = FaultCounts()
         self.seen: set[Context] = set()
         self.prepared: OrderedDict[Context, Contexts] = OrderedDict()
 
@@ -177,17 +135,19 @@ class _TraceRun:
         """The first row that is not of the set-up: memory is known, registers are loaded."""
         assert self.set_up is not None
         set_up, self.set_up = self.set_up, None
-        self.initial: list[tuple[int, bytes]] | None = None
         if self.given is None:
-            mem, self.initial = set_up.memory()
-            self.vcpu = Vcpu(mem, cpu=_cpu_of(self.header), tdp="npt")
+            self.own_memory = set_up.memory()
+            self.vcpu = Vcpu(self.own_memory.guest, cpu=_cpu_of(self.header), tdp="npt")
         elif brings_memory:
             raise TraceError("the trace brings its own memory (MEMORY rows): replay it without a vCPU")
         else:
             self.vcpu = self.given
             self.vcpu.leave_nested()
         self.mem, self.cpu, self.walk = self.vcpu.mem, self.vcpu.cpu, self.vcpu.gva_walk
-        self.sets = [self._context(regs) for regs in self.header.contexts]
+        try:
+            self.sets = [self._context(regs) for regs in self.header.contexts]
+        except ValueError as error:
+            raise TraceError(f"header: contexts: {str(error).removeprefix('header: ')}") from error
         self.loop = new_row_loop(self.walk, self.header.vcpus, EXPLAINED)
         self.states: list[Context] = [Regs(0, 0, 0, 0)] * self.header.vcpus
         self.in_force: list[Contexts | None] = [None] * self.header.vcpus
@@ -196,22 +156,23 @@ class _TraceRun:
 
     def finish(self) -> None:
         """The trace has ended; memory that nothing has used is checked all the same."""
-        if self.set_up is not None and (self.set_up.regions or self.set_up.words):
+        if self.set_up:
             self._begin(brings_memory=True)
 
     def _load_start(self) -> None:
         for vcpu, regs in enumerate(self.header.registers):
             try:
                 self._enter(vcpu, self._with_pdptrs(self._context(regs)))
-            except GuestFault as error:
-                raise TraceError(f"header: registers[{vcpu}]: {error}") from error
+            except (GuestFault, ValueError) as error:
+                raise TraceError(f"header: registers[{vcpu}]: {str(error).removeprefix('header: ')}") from error
 
     def report(self, complete: bool) -> Report:
         """What was found so far."""
         header, loop = self.header, self.loop
         report = Report(
             name=header.name, phase=header.phase, mode=header.mode or self._mode(), accesses=0, complete=complete,
-            faults=self.faults, faults_reproduced=self.faults_reproduced, faults_checked=header.tables_at == "start",
+            faults=self.fault_counts.by_code(), faults_reproduced=self.fault_counts.by_code(True),
+            faults_checked=header.tables_at == "start",
             examples=self.examples, contexts=len(header.contexts) or len(self.seen), waited=self.waited,
             seconds=time.perf_counter() - self.started)
         if loop is None:
@@ -220,7 +181,7 @@ class _TraceRun:
         report.accesses = sum(loop.kinds)
         report.verified, report.unchecked = loop.verified, loop.unchecked
         report.table_writes, report.mmio = loop.writes, loop.mmio
-        report.mismatches = loop.mismatches + self.fault_mismatches
+        report.mismatches = loop.mismatches + self.fault_counts.mismatches
         sizes = [("4M" if report.mode == "32" and size == "2M" else size) for size in _PAGE_SIZES]
         report.page_sizes = {size: count for size, count in zip(sizes, loop.page_sizes, strict=True) if count}
         report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
@@ -234,17 +195,25 @@ class _TraceRun:
 
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
+    def set_up_rows(self, chunk: Chunk) -> int:
+        """Take the rows of the set-up that a chunk has; returns how many those are. Begins with the first other row."""
+        if self.set_up is None:
+            return 0
+        rows = self.set_up.take(chunk)
+        if rows < len(chunk):
+            self._begin(brings_memory=bool(self.set_up))
+        return rows
+
     def chunk(self, chunk: Chunk) -> None:
         """Walk a chunk."""
-        row = 0
+        row = self.set_up_rows(chunk)
         if self.set_up is not None:
-            row = self.set_up.take(chunk)
-            if row == len(chunk):
-                self.rows += row
-                return
-            self._begin(brings_memory=bool(self.set_up.regions or self.set_up.words))
+            self.rows += row
+            return
         loop = self.loop
         assert loop is not None
+        if self.own_memory is not None:
+            self.own_memory.note_writes(chunk)
         loop.load(chunk)
         if not self.alone:
             loop.forget()
@@ -295,7 +264,7 @@ class _TraceRun:
                 self._check_npt_fault(self._position(chunk, row), vcpu, addr, value)
             elif op == Op.GUEST_WRITE:
                 raise TraceError(f"goes to gpa {addr:#x}, where the guest has no memory")
-            elif op in _SET_UP:
+            elif op in (Op.MEMORY, Op.MEMORY_WORD):
                 raise TraceError("comes behind another kind of row; memory is set up first")
             elif op == Op.RESTART:
                 self._restart()
@@ -362,45 +331,135 @@ class _TraceRun:
 
     def _restart(self) -> None:
         """Memory and registers as at the start."""
-        if self.initial is None:
+        if self.own_memory is None:
             raise TraceError("needs memory that the trace brings itself, and it has none")
-        for gpa, data in self.initial:
-            self.mem.write(gpa, data)
+        self.own_memory.restart()
         self._load_start()
 
     # ---- recorded faults -----------------------------------------------------------------------------------------------
 
     def _check_fault(self, position: int, vcpu: int, gva: int, error_code: int) -> None:
         code = error_code_text(error_code)
-        self.faults[code] = self.faults.get(code, 0) + 1
         if self.header.tables_at != "start":
+            self.fault_counts.add(code, None)
             return
         context, contexts = self.states[vcpu], self.in_force[vcpu]
         assert contexts is not None
-        if page_fault_reproduced(self.walk, contexts, 0, gva, error_code):
-            self.faults_reproduced[code] = self.faults_reproduced.get(code, 0) + 1
+        reproduced = page_fault_reproduced(self.walk, contexts, 0, gva, error_code)
+        self.fault_counts.add(code, reproduced)
+        if reproduced:
             return
-        self.fault_mismatches += 1
         if len(self.examples) < EXPLAINED:
             self.examples.append(Mismatch(
                 position, gva, f"#PF {code} at {gva:#x}", self._explain(context, gva, int(page_fault_access(error_code)))))
 
     def _check_npt_fault(self, position: int, vcpu: int, gpa: int, info: int) -> None:
         code = f"#NPF {npf_info_text(info)}"
-        self.faults[code] = self.faults.get(code, 0) + 1
         if self.header.tables_at != "start":
+            self.fault_counts.add(code, None)
             return
         stage = self.stages[vcpu]
         if not isinstance(stage, Npt):
             raise TraceError("no nested guest under an NPT has run on this vCPU")
         walked = npt_fault(self.vcpu, stage, gpa, info)
         self.vcpu.leave_nested()
+        self.fault_counts.add(code, walked == (info, gpa))
         if walked == (info, gpa):
-            self.faults_reproduced[code] = self.faults_reproduced.get(code, 0) + 1
             return
-        self.fault_mismatches += 1
         if len(self.examples) < EXPLAINED:
             self.examples.append(Mismatch(position, gpa, f"{code} at gpa {gpa:#x}", npt_fault_text(walked)))
+
+
+# ---- a trace without its replay ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TraceStart:
+    """A trace at its start, and which pages it touches later.
+
+    Attributes
+    ----------
+    vcpu : Vcpu
+        Has the memory that the trace brings, and the registers of its first vCPU.
+    contexts : list of Context
+        The register sets of the header.
+    memory : TraceMemory
+    touched : dict of Context to set of int
+        Linear addresses of pages, by the registers under which they were accessed.
+    end : int
+        Behind the last byte of memory, brought or accessed.
+    """
+
+    vcpu: Vcpu
+    contexts: list[Context]
+    memory: TraceMemory
+    touched: dict[Context, set[int]]
+    end: int
+
+
+def trace_start(trace: Trace, touched: bool = False) -> TraceStart:
+    """Read a trace up to the end of its set-up; with `touched` to its end, for the pages that it touches.
+
+    Raises
+    ------
+    TraceError
+        The trace is damaged, brings no memory, or touches too many pages.
+    """
+    run = _TouchRun(trace.header)
+    try:
+        with closing(trace.chunks()) as chunks:
+            for chunk in chunks:
+                run.touch(chunk)
+                if run.set_up is None and not touched:
+                    break
+        return run.start()
+    except TraceError as error:
+        raise _with_file(error, trace) from error.__cause__
+
+
+class _TouchRun(_TraceRun):
+    """Registers followed through a trace, and pages noted. Nothing is walked, and writes are passed over."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__(header, None, None)
+        self.touched: dict[Context, set[int]] = {}
+        self.pages = self.end = 0
+
+    def touch(self, chunk: Chunk) -> None:
+        row = self.set_up_rows(chunk)
+        if self.set_up is None:
+            stops = np.flatnonzero(np.isin(chunk.op, _REGISTER_EVENTS)).tolist() if chunk.has_events else []
+            for stop in [*stops, len(chunk)]:
+                if row < stop:
+                    self._note(chunk, slice(row, stop))
+                if stop < len(chunk):
+                    self._event(chunk, stop)
+                row = stop + 1
+        self.rows += len(chunk)
+
+    def _note(self, chunk: Chunk, rows: slice) -> None:
+        op, addr, gpa = chunk.op[rows], chunk.addr[rows], chunk.gpa[rows]
+        accesses = op < Op.MOV_CR3
+        memory = gpa[accesses & (op & _MMIO == 0) & (gpa != np.uint64(INVALID_GPA))]
+        self.end = max(self.end, int(memory.max(initial=0)) + 1)
+        vcpus = [0] if chunk.vcpu is None else np.unique(chunk.vcpu[rows]).tolist()
+        for vcpu in vcpus:
+            here = accesses if chunk.vcpu is None else accesses & (chunk.vcpu[rows] == vcpu)
+            pages = self.touched.setdefault(self.states[vcpu], set())
+            self.pages -= len(pages)
+            pages.update((np.unique(addr[here] >> _PAGE_SHIFT) << _PAGE_SHIFT).tolist())
+            self.pages += len(pages)
+        if self.pages > _TOUCHED_LIMIT:
+            raise TraceError(f"touches more than {_TOUCHED_LIMIT:,} pages, which is all that is allowed here")
+
+    def start(self) -> TraceStart:
+        if self.set_up is not None:
+            self._begin(brings_memory=True)
+        assert self.own_memory is not None
+        end = max(gpa + size for gpa, size, _ in self.own_memory.guest.slots)
+        state = self._with_pdptrs(self._context(self.header.registers[0]))
+        use_context(self.vcpu, state)
+        return TraceStart(self.vcpu, [self._with_pdptrs(context) for context in self.sets], self.own_memory, self.touched,
+                          max(self.end, end))
 
 
 class _NoPdptrs:

@@ -2,11 +2,18 @@
 """What holds after every test."""
 
 import os
+import signal
 
 import pytest
 import shadow_guests
 
 from kvmmu._batch import default_instruction_set, use_instruction_set
+
+
+def pytest_configure():
+    """Ctrl-C works in tests and in the processes that they start, also where the run has it ignored (a background job)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

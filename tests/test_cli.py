@@ -4,8 +4,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +257,7 @@ def test_walk_of_a_4m_page(capsys):
 
 
 def test_walk_of_several_addresses_as_json(capsys):
-    status, out, _ = run(capsys, "walk", L4, CODE, str(1 << 47), 0x3039, "--json")
+    status, out, _ = run(capsys, "walk", L4, hex(CODE), hex(1 << 47), "0x3039", "--json")
     result = json.loads(out)
     assert (status, JSON_KEYS <= set(result), result["seconds"] > 0) == (0, True, True)
     assert (result["accesses"], result["verified"], result["mismatches"]) == (3, 1, 0)
@@ -316,10 +318,14 @@ def test_walk_contradicts_a_recorded_address(capsys, copy):
     (("replay", L4, L5), [L5]),
     (("replay", ""), ["not a recording"]),
     (("walk", L4), ["GVA"]),
-    (("walk", L4, "zz"), ["'zz'", "0x", "decimal"]),
+    (("walk", L4, "zz"), ["'zz'", "want hexadecimal with 0x"]),
+    (("walk", L4, "402000"), ["'402000'", "0x402000 or 0x62250 (decimal 402000)"]),
+    (("walk", L4, "10"), ["'10'", "0x10 or 0xa (decimal 10)"]), (("walk", L4, "beef"), ["'beef'", "with 0x: 0xbeef"]),
+    (("walk", L4, "0b11"), ["'0b11'", "0x0b11"]), (("walk", L4, "0x"), ["'0x'"]), (("walk", L4, "9" * 5000), ["with 0x"]),
+    (("walk", L4, "\u0661\u0662"), ["hexadecimal with 0x"]),
     (("walk", L4, "0x10000000000000000"), ["0x10000000000000000", "64 bits"]),
     (("walk", L4, "--", "-1"), ["-1", "64 bits"]),
-    (("walk", L4, "1.5"), ["'1.5'", "decimal"]),
+    (("walk", L4, "1.5"), ["'1.5'", "hexadecimal"]),
     (("walk", L4, "0", "--ctx", "1"), ["--ctx 1", "0 to 0"]),
     (("walk", L5, "0", "--ctx", "-1"), ["--ctx -1", "0 to 6"]),
     (("walk", L4, "0", "--ctx", "first"), ["--ctx", "'first'", "int"]),
@@ -363,9 +369,33 @@ def test_a_context_that_no_cpu_can_hold(capsys, copy, command, column, mask, wor
 
 def test_version_and_help(capsys):
     assert run(capsys, "--version")[:2] == (0, f"kvmmu {kvmmu.__version__}\n")
-    for args in (["--help"], ["replay", "--help"], ["walk", "--help"]):
+    for args in (["--help"], ["replay", "--help"], ["convert", "--help"], ["walk", "--help"], ["spt", "--help"]):
         status, out, _ = run(capsys, *args)
         assert (status, out.startswith("usage: kvmmu")) == (0, True)
+        assert f"Examples:\n  kvmmu {'' if len(args) == 1 else args[0]}" in out
+        assert "Exit status: 0; 1 a mismatch; 2 bad" in out
+
+
+def examples():
+    """The examples of all help texts, with a recording in place of the words for one."""
+    found = []
+    for name in ("replay", "convert", "walk", "spt"):
+        done = command(name, "--help")
+        found += [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  kvmmu ")]
+    return found
+
+
+def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "convert", L4, "l4.parquet")[0] == 0
+    lines = examples()
+    assert len(lines) >= 10
+    for args in lines:
+        real = [{"RECORDING": L5, "bundled": L4, "100": "2"}.get(arg, arg) for arg in args if args != ["replay"]]
+        status, out, err = run(capsys, *(real or ["--version"]))
+        assert (status, err, out != "") == (0, "", True), args
 
 
 @pytest.mark.parametrize("total", [0, 10_000_000])
@@ -388,3 +418,243 @@ def test_progress_shows_rate_and_time_left(capsys, monkeypatch, tables, total):
     else:
         assert "replaying x" in err
         assert "M/s" in err
+
+
+# -- where the output goes ----------------------------------------------------------------------------------------------
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="descriptors and devices of POSIX")
+LAUNCHED = "import sys; from _kvmmu_command import main; sys.exit(main())"
+
+
+def shell(redirection, *args, before="", **environment):
+    """The command by a shell that redirects its output."""
+    program = f"import sys\n{before}\nfrom kvmmu.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run(["sh", "-c", f'exec "$0" -P -c "$@" {redirection}', sys.executable, program, *map(str, args)],
+                          capture_output=True, text=True, check=False, env=os.environ | {
+                              "PYTHONPATH": str(Path(kvmmu.__file__).parents[1]), "PYTHONUNBUFFERED": ""} | environment)
+
+
+@POSIX
+@pytest.mark.parametrize("args", [("replay", PAE), ("replay", PAE, "--json"), ("walk", PAE, "0x804a000"), ("spt", PAE),
+                                  ("convert", PAE, "/nowhere/out.parquet")])
+def test_a_closed_stdout(args):
+    """Told at once, before anything is done: what it prints is what the command is for."""
+    done = shell(">&-", *args)
+    assert (done.returncode, done.stderr) == (2, "kvmmu: standard output is closed: there is nowhere to print to\n")
+
+
+@POSIX
+def test_a_closed_stderr():
+    """Nobody can be told; the answer and the status are the same."""
+    done = shell("2>&-", "replay", PAE, "--json")
+    assert (done.returncode, json.loads(done.stdout)["mismatches"]) == (0, 0)
+    assert shell("2>&-", "replay", "lost").returncode == 2
+    assert shell("2>&- >&-", "replay", "lost").returncode == 2
+    assert shell("2>&- >&-", "lost").returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("args", [("replay", PAE), ("replay", PAE, "--json"), ("walk", PAE, "0x804a000"), ("spt", PAE),
+                                  ("--help",), ("--version",)])
+def test_a_full_stdout(args, buffered):
+    """One line, and not Python's own at exit, which also has another status."""
+    done = shell(">/dev/full", *args, PYTHONUNBUFFERED=buffered)
+    assert (done.returncode, done.stderr) == (2, "kvmmu: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("before", ["", "sys.modules['rich'] = None"], ids=["rich", "plain"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_an_output_of_any_encoding(encoding, before, copy):
+    """Tables in characters that it has; a name from a file with those that it has not as escapes."""
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta | {"scenario": "z\u00fcrich \u4e2d"}))
+    program = f"import sys\n{before}\nfrom kvmmu.cli import main\nsys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1]), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-P", "-c", program, "replay", copy]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    text = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = "z\u00fcrich \u4e2d".encode(encoding, "backslashreplace").decode(encoding)
+    assert text.startswith(f"{shown}, static phase, mode 4l")
+    rows = [[cell.strip() for cell in line.replace("|", "  ").split("  ") if cell.strip()] for line in text.splitlines()]
+    assert ["accesses", "200,000"] in (rows if "\u2502" not in text else cells(text))
+
+
+def test_text_from_files_is_text(capsys, copy, tables):
+    """Neither markup nor escape sequences nor line ends of a name reach the terminal."""
+    name = "[link=file:///etc/passwd]click[/link] [/b] :smile: \x1b]0;title\x07 \x9b31m \u202e \r\nb"
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta | {"scenario": name}))
+    status, out, err = run(capsys, "replay", copy)
+    assert (status, err) == (0, "")
+    shown = r"[link=file:///etc/passwd]click[/link] [/b] :smile: \x1b]0;title\x07 \x9b31m \u202e \r\nb, static phase, mode 4l"
+    assert " ".join(shown.split()) in " ".join(out.split())
+    assert not set(out) & set("\x1b\x07\x9b\u202e\r")
+
+
+@POSIX
+def test_names_of_files_in_messages_are_text(capsys, tmp_path):
+    """One line, without escapes and without bytes that no encoding has."""
+    path = os.fsdecode(os.fsencode(str(tmp_path)) + b"/a\x1b[31m\nb\xff")
+    status, out, err = run(capsys, "replay", path)
+    assert (status, out) == (2, "")
+    assert err == f"kvmmu: {tmp_path}/a\\x1b[31m\\nb\\udcff: no such recording\n"
+
+
+def test_progress_shows_names_as_text(capsys, monkeypatch, tables):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.progress_bar("replaying [/b] \x1b]0;t\x07") as advance:
+        advance(2_000_000, 0)
+    err = capsys.readouterr().err
+    assert r"replaying [/b] \x1b]0;t\x07" in err
+
+
+def test_a_long_message_is_cut(capsys, copy):
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta | {"cr0": "z" * 100_000}))
+    status, _, err = run(capsys, "replay", copy)
+    assert (status, len(err) < 3000, err.startswith(f"kvmmu: {copy}/meta.json: cr0: is 'zzz")) == (2, True, True)
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (MemoryError(), 2, "kvmmu: out of memory"), (MemoryError("so much"), 2, "kvmmu: out of memory: so much"),
+    (OSError(5, "Input/output error", "file"), 2, "kvmmu: file: Input/output error"), (RuntimeError("what"), 3, "kvmmu: a bug"),
+    (PermissionError(13, "Permission denied", b"file\xff"), 2, "kvmmu: file\\udcff: Permission denied")])
+def test_exit_status_1_is_a_mismatch_and_nothing_else(capsys, monkeypatch, error, status, words):
+    def failing(*_, **__):
+        raise error
+    monkeypatch.setattr(cli, "replay", failing)
+    assert cli.main(["replay", L4]) == status
+    assert capsys.readouterr().err.splitlines()[0].startswith(words)
+
+
+# -- how it starts ------------------------------------------------------------------------------------------------------
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-P", "-m", "kvmmu", "--version"], text=True, capture_output=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])})
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kvmmu {kvmmu.__version__}\n", "")
+
+
+def started(before, *args, ignored=False):
+    """The command as its script starts it, with a module in the middle of its imports that says so and waits."""
+    program = "\n".join([
+        "import signal, sys", "class Waiting:", "    def find_spec(self, name, path=None, target=None):",
+        f"        if name == {before!r}:", "            print('here', flush=True)", "            import time",
+        f"            time.sleep({1 if ignored else 60})", "sys.meta_path.insert(0, Waiting())",
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)" if ignored else "", LAUNCHED])
+    return subprocess.Popen([sys.executable, "-c", program, *args], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join(
+                                [str(Path(kvmmu.__file__).parents[1]), str(ROOT)])})
+
+
+@POSIX
+@pytest.mark.parametrize("module", ["kvmmu", "numpy", "kvmmu._bits", "kvmmu.vcpu", "kvmmu.cli", "rich.table"])
+def test_ctrl_c_during_the_imports(module):
+    """One line and 130, wherever it comes."""
+    process = started(module, "replay", PAE)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "kvmmu: interrupted\n")
+
+
+@POSIX
+def test_an_ignored_ctrl_c_stays_ignored():
+    process = started("kvmmu.cli", "replay", PAE, "--json", ignored=True)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, json.loads(out)["mismatches"], err) == (0, 0, "")
+
+
+@POSIX
+def test_tests_that_inherit_an_ignored_ctrl_c(tmp_path):
+    """`trap "" INT; make test`, as in a background job: the test that sends a Ctrl-C passes, and at once."""
+    began = time.monotonic()
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "test_trace_replay.py",
+             "-k", "test_the_command_stops_on_sigint"]
+    done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, *tests], cwd=tmp_path, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert time.monotonic() - began < 50
+
+
+def test_nothing_more_is_imported_than_before():
+    """`import kvmmu` without what only the command, its files or its output need. (rich imports some of it for itself.)"""
+    program = ("import sys\nsys.modules['rich'] = None\nimport kvmmu\nprint(*{name.split('.')[0] for name in sys.modules} & "
+               "{'mmap', 'tempfile', 'pyarrow', 'zstandard', 'matplotlib', 'secrets'}, 'kvmmu.cli' in sys.modules)")
+    done = subprocess.run([sys.executable, "-P", "-c", program], text=True, capture_output=True, check=True, env=os.environ | {
+        "PYTHONPATH": str(Path(kvmmu.__file__).parents[1])})
+    assert done.stdout == "False\n"
+
+
+# -- traces -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Clips as Parquet traces, made when they are asked for."""
+    pytest.importorskip("pyarrow")
+    from kvmmu.traces import convert
+
+    folder = tmp_path_factory.mktemp("parquet")
+
+    def made(name):
+        path = folder / f"{name}.parquet"
+        if not path.exists():
+            convert(Recording.open(CLIPS / name), path)
+        return path
+    return made
+
+
+@pytest.mark.parametrize(("name", "gva", "ctx"), [
+    ("l4", hex(CODE + 0x123), "0"), ("l4", hex(DIRECT), "0"), ("l4", "0x3039", "0"), ("l5", hex(HEAP), "3"),
+    ("pae", "0x804a004", "0"), ("ndyn", "0x401000", "1"), ("ntoy", "0x401000", "1")])
+def test_walk_of_a_trace(capsys, parquet, name, gva, ctx):
+    """The same walk as in the recording that it came from; it is not searched for recorded addresses."""
+    status, out, err = run(capsys, "walk", CLIPS / name, gva, "--ctx", ctx)
+    assert (status, err) == (0, "")
+    expected = [line for line in out.splitlines() if not line.startswith("  recorded: ")]
+    status, out, err = run(capsys, "walk", parquet(name), gva, "--ctx", ctx)
+    assert (status, out.splitlines(), err) == (0, expected, "")
+
+
+def test_walk_of_a_trace_begins_with_the_registers_of_its_start(capsys, parquet):
+    trace = open_npz(CLIPS / "l5" / "dyn_trace.npz")
+    first = int(trace["page_ctx"][trace["pidx"][0]])
+    expected = run(capsys, "walk", parquet("l5"), "0xffffffff81c00fff", "--ctx", first)
+    assert run(capsys, "walk", parquet("l5"), "0xffffffff81c00fff") == expected
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["--ctx", "7"], "--ctx 7: the trace has contexts 0 to 6"), (["--ctx", "-1"], "--ctx -1: the trace has contexts 0 to 6"),
+    (["--phase", "dyn"], "--phase dyn: a trace has one phase")])
+def test_bad_arguments_with_a_trace(capsys, parquet, args, words):
+    status, out, err = run(capsys, "walk", parquet("l5"), "0x0", *args)
+    assert (status, out, err) == (2, "", f"kvmmu: {words}\n")
+
+
+@pytest.mark.parametrize("name", ["l4", "l5", "pae", "ndyn"])
+@pytest.mark.parametrize("args", [[], ["--tdp", "npt", "--backing", "4k"]])
+def test_spt_of_a_trace(capsys, parquet, name, args):
+    """The machine of a recording and that of its trace map the same."""
+    found = []
+    for source in (CLIPS / name, parquet(name)):
+        status, out, err = run(capsys, "spt", source, "--json", *args)
+        assert (status, err) == (0, "")
+        found.append({(spte["kind"], spte["level"], spte["gfn"], spte["count"], spte["hpa"], spte["flags"])
+                      for spte in json.loads(out)["sptes"] if spte["kind"] != "table"})
+    assert found[0] == found[1] != set()
+
+
+@pytest.mark.parametrize("command", ["walk", "spt"])
+def test_a_trace_without_memory(capsys, tmp_path, command):
+    pytest.importorskip("pyarrow")
+    from kvmmu.traces import Header, ParquetWriter, RegisterSet
+
+    with ParquetWriter(tmp_path / "x.parquet", Header(registers=(RegisterSet(cr0=1, cr3=0, cr4=0, efer=0),))) as writer:
+        writer.write(op=np.zeros(1, np.uint8), addr=np.zeros(1, np.uint64), access=np.zeros(1, np.uint8))
+    status, out, err = run(capsys, command, tmp_path / "x.parquet", *(["0x0"] if command == "walk" else []))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"kvmmu: {tmp_path / 'x.parquet'}: the trace brings no memory")

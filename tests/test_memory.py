@@ -438,3 +438,21 @@ def test_a_subclass_that_forgets_its_memory():
                 call(0)
         mem.add_slot(0, PAGE)
         assert 5 == vcpu.gva_walk.gva_to_gpa(5)
+
+
+def test_several_slots_at_once():
+    """In any order, of sizes and of buffers: as by add_slot() one after the other."""
+    buffer = np.arange(8192, dtype=np.uint64).astype(np.uint8)
+    mem = GuestMemory.from_slots([(0x10000, buffer), (0, 4096), (0x12000, bytes(range(256)) * 16)])
+    assert mem.slots == [(0, 4096, False), (0x10000, 8192, False), (0x12000, 4096, True)]
+    assert mem.read(0x10000, 4) == bytes([0, 1, 2, 3])
+    mem.write_u64(0x10000, 1 << 40)
+    assert buffer[5] == 1
+
+
+@pytest.mark.parametrize(("slots", "words"), [
+    ([], "want at least one"), ([(0, 4096), (0, 4096)], "overlap"), ([(1, 4096)], "not a multiple"),
+    ([(0, 1)], "want 0x1000 to"), ([(1 << 52, 4096)], "beyond 52 bits")])
+def test_slots_that_are_refused_at_once(slots, words):
+    with pytest.raises(ValueError, match=words):
+        GuestMemory.from_slots(slots)

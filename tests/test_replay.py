@@ -6,6 +6,7 @@ p32 in the layout of tests/data/linux); without it the tests run on the clips an
 """
 
 import os
+import sys
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -18,7 +19,8 @@ from test_recording import NEEDS_ZSTD
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu
 from kvmmu.replay import recording_vcpu
-from kvmmu.traces import Recording, bundled
+from kvmmu.traces import Recording, RecordingError, Trace, bundled
+from kvmmu.traces.conversion import recording_chunks, recording_header
 
 CLIPS = Path(__file__).parent / "data" / "linux"
 FULL = os.environ.get("KVMMU_LINUX_DATA")
@@ -415,3 +417,91 @@ def test_kvm_translate_of_the_nested_guest():
     assert ((t.ngpa != kvmmu.INVALID_GPA) == (answers["valid"] == 1)).all()
     valid = answers["valid"] == 1
     assert (t.ngpa[valid] == answers["gpa"][valid]).all()
+
+
+# -- a replay that is stopped -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("after", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("name", ["l4", "l5", "ndyn"])
+def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monkeypatch):
+    """A Ctrl-C behind any block: what the loop walked is in all counters, and nothing else is."""
+    class Stopping(sys.modules["kvmmu.replay"].Replayer):
+        left = after
+
+        def run(self, start, stop):
+            row = super().run(start, min(start + 5000, stop))
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return row
+    monkeypatch.setattr(sys.modules["kvmmu.replay"], "Replayer", Stopping)
+    recording = opened(CLIPS / name)
+    with pytest.raises(kvmmu.ReplayInterrupted) as caught:
+        kvmmu.replay(recording)
+    report = caught.value.report
+    assert 0 < report.accesses == report.verified == sum(report.kinds.values()) == sum(report.page_sizes.values()) <= 5000 * after
+    kinds = np.bincount(recording.kind[:report.accesses], minlength=3)
+    assert list(report.kinds.values()) == kinds.tolist()
+    assert report.mmio == recording.pages_io[recording.pidx[:report.accesses]].sum()
+    assert not report.complete
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("after", [1, 2, 10])
+def test_a_fault_is_counted_once_and_for_all(trace, after, monkeypatch):
+    """A Ctrl-C while a fault is checked: it is in no counter, and those before it are in all."""
+    module = sys.modules["kvmmu.trace_replay" if trace else "kvmmu.replay"]
+    judge, left = module.page_fault_reproduced, [after]
+
+    def stopping(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return judge(*args)
+    monkeypatch.setattr(module, "page_fault_reproduced", stopping)
+    recording = opened(CLIPS / "l5")
+    source = Trace(recording_header(recording), recording_chunks(recording)) if trace else recording
+    with pytest.raises(kvmmu.ReplayInterrupted) as caught:
+        kvmmu.replay(source)
+    report = caught.value.report
+    assert report.faults == report.faults_reproduced
+    assert sum(report.faults.values()) == after - 1
+
+
+@pytest.mark.parametrize("page", [2**64 - 4096, 2**64 - 1, 2**64 - 65536 + 1])
+def test_a_walk_that_faults_is_never_verified(page):
+    """A recorded address of 2**64 - 1 is where a walk that fails ends: refused, also in a Recording that somebody changed."""
+    recording = opened(CLIPS / "l4")
+    gpa = recording.pages_gpa.copy()
+    gpa[-1] = page
+    with pytest.raises(RecordingError, match=f"{recording.path}: pages_gpa: is {page:#x}; allowed is below 2..52"):
+        kvmmu.replay(replace(recording, pages_gpa=gpa))
+
+
+def test_a_recorded_address_that_no_walk_can_reach_is_a_mismatch():
+    """Without tables every walk fails; whatever is recorded, nothing is verified."""
+    recording = opened(CLIPS / "l4")
+    gpa = np.full_like(recording.pages_gpa, 2**64 - 65536 - 4096)
+    report = kvmmu.replay(replace(recording, pages_gpa=gpa, table_data=np.zeros_like(recording.table_data)))
+    assert (report.verified, report.mismatches, report.page_sizes) == (0, len(recording), {})
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"pidx": 65535}, r"pidx\[0\]: is 65535 .* below"), ({"kind": 3}, r"kind\[0\]: is 3"), ({"priv": 255}, r"priv\[0\]: is 255"),
+    ({"pages_ctx": 1}, r"page_ctx\[0\]: is 1 .* number of contexts"), ({"off": np.uint16([0])}, "off: has shape"),
+    ({"kind": np.zeros(200_000, np.int8)}, "kind: dtype"), ({"pages_gpa": np.zeros(1, np.uint64)}, "page_gpa: has shape")])
+def test_a_changed_recording_is_checked_before_the_loop_trusts_it(change, words):
+    """What dataclasses.replace() makes: an index beyond its table, a column of another length or type."""
+    recording = opened(CLIPS / "l4")
+    columns = {name: np.full_like(getattr(recording, name), value) if isinstance(value, int) else value
+               for name, value in change.items()}
+    with pytest.raises(RecordingError, match=words):
+        kvmmu.replay(replace(recording, **columns))
+    assert kvmmu.replay(replace(recording)).verified == len(recording)
+
+
+def test_an_unaligned_table_write_is_refused():
+    recording = opened(CLIPS / "l5")
+    writes = recording.writes._replace(gpa=flipped(recording.writes.gpa, 5, 1))
+    with pytest.raises(RecordingError, match=r"w_gpa\[5\]: .* a multiple of 8"):
+        kvmmu.replay(replace(recording, writes=writes))

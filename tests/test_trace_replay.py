@@ -541,3 +541,21 @@ def test_random_traces_as_the_scalar_walk_has_them(seed):
     assert report.page_sizes == {("paging off", "4K", "2M", "1G")[level]: count for level, count in sizes.items()}
     assert {name.split()[0]: count for name, count in report.walk_faults.items()} == {
         hex(name) if isinstance(name, int) else name: count for name, count in faults.items()}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"size": np.full(3, 255, np.uint8)}, "size is 255"), ({"op": np.full(3, 99, np.uint8)}, "op is 99"),
+    ({"access": np.zeros(2, np.uint8)}, "'access' has 2 rows"), ({"addr": np.zeros(3)}, "'addr' is float64"),
+    ({"vcpu": np.full(3, 7, np.uint16)}, "vcpu is 7"), ({"value": None}, "null")])
+def test_a_chunk_that_somebody_changed_is_checked_again(change, words):
+    """What dataclasses.replace() or the constructor make is not what `Chunk.checked()` saw."""
+    rows = Chunk.checked(rows_of((Op.LOAD, 0, 0, 0x100000), (Op.GUEST_WRITE, 0x8000, 1), (Op.LOAD, 8, 0, 0x100008)), header())
+    with pytest.raises(TraceError, match=words):
+        kvmmu.replay(Trace(header(), [memory_rows(tables()), replace(rows, **change)]))
+
+
+def test_a_chunk_that_says_that_all_addresses_are_known():
+    """A walk that fails ends at 2**64 - 1, and a row without a recorded address has that: it is counted, not verified."""
+    rows = Chunk.checked(rows_of((Op.LOAD, 1 << 21, 0, 0)) | {"gpa": np.array([2**64 - 1], np.uint64)}, header())
+    report = kvmmu.replay(Trace(header(), [memory_rows(tables()), replace(rows, all_known=True, has_events=False)]))
+    assert (report.verified, report.unchecked, report.walk_faults) == (0, 1, {"0x0": 1})

@@ -1,11 +1,13 @@
 """What the arrays of a recording must look like, as tables, and the checks that hold them to it.
 
-Two kinds of wrong data: what would make a reader index out of bounds or misread a code is refused here. Recorded
-addresses and table entries are ground truth to be verified by a walk, so any value of them passes.
+Two kinds of wrong data: what would make a reader index out of bounds or misread a code is refused here, and so is a physical
+address that no processor has, beyond 52 bits. Other recorded addresses and table entries are ground truth to be verified by a
+walk, so any value of them passes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from kvmmu.traces._npz import Arrays, RecordingError
 
 PAGE_BYTES = 4096
 MAX_PFN = (1 << 40) - 1      # 52 physical address bits
+GPA_LIMIT = 1 << 52
 EVENT_CODES = (1, 2, 3, 4, 7)
 
 
@@ -49,13 +52,15 @@ KVM_TRANSLATE = _columns("answers", gva="uint64", gpa="uint64", valid="uint8")
 class Checker:
     """The arrays of one file, held to a schema: dtypes, shapes and common lengths on construction, values on request.
 
+    Headers do on construction: nothing is read of the data before they are right.
+
     Attributes
     ----------
     lengths : dict of str to int
         What the words of the schema's shapes stand for in this file.
     """
 
-    def __init__(self, file: Path, arrays: Arrays, schema: dict[str, Column]) -> None:
+    def __init__(self, file: Path, arrays: Mapping[str, Any], schema: dict[str, Column]) -> None:
         self._file = file
         self._arrays = arrays
         self.lengths: dict[str, int] = {}
@@ -86,11 +91,20 @@ class Checker:
             value = int(self._arrays[name][row].flat[0])
             raise self._error(f"{name}[{row}]", f"is {value} ({value:#x}); allowed is {allowed}")
 
+    def at_least_one(self, name: str, meaning: str) -> None:
+        """Array `name` has a row."""
+        if not self._arrays[name].size:
+            raise self._error(name, f"has no row; allowed is at least one {meaning}")
+
     def below(self, name: str, bound: int, meaning: str) -> None:
         """Every value of `name` is less than `bound`."""
         values = self._arrays[name]
         if values.size and values.max() >= bound:
             self.refuse(name, values >= bound, f"below {bound}, {meaning}")
+
+    def physical(self, name: str) -> None:
+        """Every value of `name` is an address that a processor can have."""
+        self.below(name, GPA_LIMIT, "the physical addresses of 52 bits")
 
     def positions(self, name: str, bound: int, meaning: str) -> None:
         """The values of `name` are places in the trace: ascending, and less than `bound`."""
@@ -105,11 +119,14 @@ def check_trace(file: Path, arrays: Arrays) -> None:
     """Raise RecordingError unless `arrays` is a trace that can be replayed without a further check."""
     check = Checker(file, arrays, TRACE)
     accesses, contexts = check.lengths["accesses"], check.lengths["contexts"]
+    check.at_least_one("ctx", "register context")
     check.below("pidx", check.lengths["page rows"], "the number of page rows")
     check.below("off", PAGE_BYTES, "the bytes of a page")
     check.below("kind", 3, "of 0 load, 1 store, 2 fetch")
     check.below("priv", 3, "of 0 supervisor, 1 user, 2 supervisor with SMAP off")
     check.refuse("size", arrays["size"] == 0, "at least one byte")
+    check.physical("page_gpa")
+    check.physical("npf_gpa")
     check.below("page_ctx", contexts, "the number of contexts")
     check.below("page_io", 2, "of 0 memory, 1 MMIO")
     check.refuse("ctx", arrays["ctx"][:, 0] > 1, "0 or 1 in the first column (guest)")
@@ -120,9 +137,27 @@ def check_trace(file: Path, arrays: Arrays) -> None:
     check.positions("pf_pos", accesses, "the number of accesses")
 
 
+def check_bounds(file: Path, arrays: Arrays) -> None:
+    """Raise RecordingError unless a loop can index by the numbers in `arrays`, those of a trace and of its table writes.
+
+    Less than `check_trace()`: for a Recording that a program changed, which may contradict itself.
+    """
+    check = Checker(file, arrays, TRACE | WRITES)
+    check.below("pidx", check.lengths["page rows"], "the number of page rows")
+    check.below("kind", 3, "of 0 load, 1 store, 2 fetch")
+    check.below("priv", 3, "of 0 supervisor, 1 user, 2 supervisor with SMAP off")
+    check.below("page_ctx", check.lengths["contexts"], "the number of contexts")
+    check.below("page_io", 2, "of 0 memory, 1 MMIO")
+    check.below("pf_ctx", check.lengths["contexts"], "the number of contexts")
+    check.refuse("w_gpa", arrays["w_gpa"] % 8 != 0, "a multiple of 8")
+    for name in ("ev_pos", "npf_pos", "pf_pos"):
+        check.positions(name, check.lengths["accesses"] + 1, "an access or the end of the trace")
+
+
 def check_tables(file: Path, arrays: Arrays) -> None:
     """Raise RecordingError unless `arrays` is a set of table pages."""
     check = Checker(file, arrays, TABLES)
+    check.at_least_one("pfn", "table page")
     pfn = arrays["pfn"]
     check.below("pfn", MAX_PFN + 1, "the page numbers of 52 physical address bits")
     repeated = np.ones(pfn.size, bool)
@@ -142,5 +177,6 @@ def check_writes(file: Path, arrays: Arrays, accesses: int) -> None:
 def check_answers(file: Path, arrays: Arrays, schema: dict[str, Column]) -> None:
     """Raise RecordingError unless `arrays` is one of the monitor's or KVM's tables of translations."""
     check = Checker(file, arrays, schema)
+    check.physical("gpa")
     for flag in {"mapped", "valid"} & schema.keys():
         check.below(flag, 2, "of 0 no, 1 yes")

@@ -7,10 +7,10 @@ import numpy as np
 
 from kvmmu._bits import Cr4, Op
 from kvmmu.arguments import check_int
-from kvmmu.traces._npz import Arrays, StrPath
+from kvmmu.traces._npz import Arrays, RecordingError, StrPath
 from kvmmu.traces.header import Header, RegisterSet, Stage
 from kvmmu.traces.parquet import ROW_GROUP, ParquetWriter
-from kvmmu.traces.recording import Recording
+from kvmmu.traces.recording import Recording, recording_files
 
 __all__ = ["convert", "recording_chunks", "recording_header"]
 
@@ -25,7 +25,15 @@ Progress = Callable[[int, int], object]
 
 
 def recording_header(recording: Recording) -> Header:
-    """The header of the trace that `recording_chunks()` gives."""
+    """The header of the trace that `recording_chunks()` gives.
+
+    Raises
+    ------
+    RecordingError
+        The recording has no register contexts.
+    """
+    if not len(recording.ctx):
+        raise RecordingError(f"{recording.path}: has no register contexts, and a trace has to begin with one")
     contexts = tuple(_register_set(recording, *row) for row in recording.ctx.tolist())
     start = int(recording.pages_ctx[recording.pidx[0]]) if len(recording) else 0
     return Header(
@@ -248,7 +256,7 @@ def convert(recording: Recording, out: StrPath, *, repeat: int = 1, compression:
     ----------
     recording : Recording
     out : str or path-like
-        The file; it appears when it is complete.
+        The file, new or a regular one, and none of the recording's; it appears when it is complete (see `ParquetWriter`).
     repeat : int
         How often its accesses come.
     compression : {"lz4", "zstd", "snappy", "none"}
@@ -259,11 +267,17 @@ def convert(recording: Recording, out: StrPath, *, repeat: int = 1, compression:
     -------
     int
         Accesses written.
+
+    Raises
+    ------
+    OSError
+        `out` is anything else, or cannot be written.
     """
     repeat = check_int("repeat", repeat, 1, _REPEAT_MAX)
     chunks = recording_chunks(recording, repeat)
     total = len(recording) * repeat
-    with ParquetWriter(out, recording_header(recording), compression=compression) as writer:
+    with ParquetWriter(out, recording_header(recording), compression=compression,
+                       inputs=recording_files(recording.path)) as writer:
         for columns in chunks:
             writer.write(columns)
             if progress:

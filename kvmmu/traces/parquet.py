@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ import numpy as np
 
 from kvmmu._bits import INVALID_GPA, Op
 from kvmmu.arguments import check_bool, check_threads
-from kvmmu.traces._npz import StrPath
+from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
 
@@ -25,6 +25,7 @@ COMPRESSIONS = ("lz4", "zstd", "snappy", "none")
 ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the second-level cache or nearly so
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
+_BYTES_PER_ROW, _BYTES_BESIDE = 32, 1 << 20            # of a column, decompressed: what any encoding takes, and more
 _DICTIONARY = ["addr", "vcpu", "value", "gpa"]         # the others are bytes, which decode faster plain
 
 
@@ -45,12 +46,14 @@ def schema() -> Any:
 
 
 def is_parquet(path: StrPath) -> bool:
-    """Whether a file looks like Parquet: by its name, or its first bytes."""
+    """True if a path looks like Parquet: by its name, or by the first bytes of a regular file."""
     path = Path(path)
+    if path.suffix == ".parquet":
+        return not path.is_dir()
     if not path.is_file():
-        return path.suffix == ".parquet" and not path.is_dir()
-    with path.open("rb") as file:
-        return path.suffix == ".parquet" or file.read(4) == _MAGIC
+        return False
+    with open_regular(path, TraceError) as file:
+        return file.read(4) == _MAGIC
 
 
 def batch_columns(batch: Any) -> dict[str, Any]:
@@ -112,8 +115,10 @@ class ParquetTrace(Trace):
     Raises
     ------
     TraceError
-        Not a whole Parquet file, or not a trace; the message says what is wrong and what is allowed.
+        Not a regular file, not a whole Parquet file, or not a trace; the message says what is wrong and what is allowed.
     FileNotFoundError
+    OSError
+        The file cannot be opened.
     ImportError
         PyArrow is not installed.
     """
@@ -124,8 +129,10 @@ class ParquetTrace(Trace):
         self._lean = check_bool("lean", lean)
         self._decoders = min(4, os.cpu_count() or 1) if decoders is None else check_threads("decoders", decoders)
         self._local = threading.local()
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such trace")
+        try:
+            open_regular(self.path, TraceError).close()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path}: no such trace") from None
         file = self._open()
         try:
             header = self._read_header(file)
@@ -161,15 +168,17 @@ class ParquetTrace(Trace):
         if stated is not None and stated != checksum(text).encode():
             raise TraceError(f"{self.path}: its header is damaged "
                              f"(CRC-32 {checksum(text)}, stated is {stated.decode(errors='replace')})")
+        columns: dict[str, int] = {}
+        for place, field in enumerate(found):
+            if field.name in columns:
+                raise TraceError(f"{self.path}: column {field.name!r} is there twice")
+            columns[field.name] = place
+            if field.name in COLUMNS and field.type != getattr(self._pa, COLUMNS[field.name])():
+                raise TraceError(f"{self.path}: column {field.name!r} is {field.type}; allowed is {COLUMNS[field.name]}")
         for name in NEEDED:
-            if name not in found.names:
-                raise TraceError(f"{self.path}: column {name!r} is missing; there are {', '.join(found.names)}")
-        for name in found.names:
-            if found.names.count(name) > 1:
-                raise TraceError(f"{self.path}: column {name!r} is there twice")
-            if name in COLUMNS and found.field(name).type != getattr(self._pa, COLUMNS[name])():
-                raise TraceError(f"{self.path}: column {name!r} is {found.field(name).type}; allowed is {COLUMNS[name]}")
-        self._names = [name for name in COLUMNS if name in found.names]     # others are somebody's own
+            if name not in columns:
+                raise TraceError(f"{self.path}: column {name!r} is missing; there are {', '.join(columns)}")
+        self._names = [name for name in COLUMNS if name in columns]         # others are somebody's own
         try:
             return Header.from_json(text)
         except TraceError as error:
@@ -201,7 +210,18 @@ class ParquetTrace(Trace):
             self._local.file = self._open(self._metadata)
         return self._local.file
 
+    def _check_sizes(self, group: int) -> None:
+        """Refuse a row group whose columns, decompressed, are larger than its rows can make them."""
+        rows = self._metadata.row_group(group)
+        allowed = rows.num_rows * _BYTES_PER_ROW + _BYTES_BESIDE
+        for place in range(rows.num_columns):
+            column = rows.column(place)
+            if column.path_in_schema in COLUMNS and column.total_uncompressed_size > allowed:
+                raise TraceError(f"column {column.path_in_schema!r} takes {column.total_uncompressed_size:,} bytes for "
+                                 f"{rows.num_rows:,} rows; allowed are {allowed:,}")
+
     def _whole_group(self, group: int) -> list[Chunk]:
+        self._guarded(group, lambda: self._check_sizes(group))
         names = self._names
         if self._lean:
             names = [name for name in names if name not in ("size", "value") and (name != "vcpu" or self.header.vcpus > 1)]
@@ -217,6 +237,7 @@ class ParquetTrace(Trace):
     def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
         """A large row group, a part at a time."""
         first = self._starts[group]
+        self._guarded(group, lambda: self._check_sizes(group))
         batches = self._guarded(group, lambda: self._file().iter_batches(
             ROW_GROUP, row_groups=[group], columns=names, use_threads=False))
         while (batch := self._guarded(group, lambda: next(batches, None))) is not None:
@@ -247,15 +268,26 @@ def _described(error: BaseException) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------------------
 
 class ParquetWriter:
-    """Writes a trace. The file appears under its name when it is complete; if an exception ends it there is none.
+    """Writes a trace. The file appears in its place when it is complete; if an exception ends it there is none.
+
+    It is written beside its place, under a name of its own, which is removed if the writer is not closed. Only a signal that the
+    program does not handle leaves it behind.
 
     Parameters
     ----------
     path : str or path-like
+        A new file, or a regular one that is replaced and leaves it its mode. A link stays, and its target is replaced.
     header : Header
         Its totals are counted here.
     compression : {"lz4", "zstd", "snappy", "none"}
         lz4 decodes two to three times as fast as zstd and takes twice the space.
+    inputs : iterable of str or path-like
+        Files that `path` shall not be, under any name.
+
+    Raises
+    ------
+    OSError
+        `path` is a directory, a FIFO, a socket or a device, is one of the inputs, or cannot be written.
 
     Examples
     --------
@@ -263,7 +295,7 @@ class ParquetWriter:
         writer.write(op=op, addr=addr, access=access, gpa=gpa)
     """
 
-    def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4") -> None:
+    def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4", inputs: Iterable[StrPath] = ()) -> None:
         if compression not in COMPRESSIONS:
             raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
         self._pa = _arrow()
@@ -271,10 +303,15 @@ class ParquetWriter:
         self.header = header
         self.rows = self.accesses = 0
         self._schema = schema()
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._writer = self._pa.parquet.ParquetWriter(
-            self._part, self._schema, compression=compression, use_dictionary=_DICTIONARY, write_page_checksum=True,
-            write_statistics=False, store_schema=False)
+        self._file = NewFile(path, inputs)
+        self._writer: Any = None                        # None once it is closed
+        try:
+            self._writer = self._pa.parquet.ParquetWriter(
+                self._file.part, self._schema, compression=compression, use_dictionary=_DICTIONARY, write_page_checksum=True,
+                write_statistics=False, store_schema=False)
+        except BaseException:
+            self._file.discard()
+            raise
 
     def write(self, columns: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Write rows, checked as on reading.
@@ -283,9 +320,28 @@ class ParquetWriter:
         ----------
         columns : mapping of str to ndarray
             As for `Chunk.checked()`; also as keyword arguments.
+
+        Raises
+        ------
+        TraceError
+            A row breaks the format; nothing of these rows is written.
+        ValueError
+            The writer is closed.
+        OSError
+            The file cannot be written; the writer is closed, and there is no file.
         """
+        if self._writer is None:
+            raise ValueError(f"{self.path}: its writer is closed; rows go to a new one")
         given = dict(columns or {}) | more
         chunk = Chunk.checked(given, self.header, self.rows)
+        try:
+            self._write_chunk(chunk)
+        except BaseException as error:                  # half a row group may be in the file
+            self._abandon()
+            self._name_file(error)
+            raise
+
+    def _write_chunk(self, chunk: Chunk) -> None:
         pa, rows = self._pa, len(chunk)
         events = chunk.op >= Op.MOV_CR3 if chunk.has_events else None
         size = np.ones(rows, np.uint8) if chunk.size is None else chunk.size
@@ -302,11 +358,35 @@ class ParquetWriter:
         self.accesses += count_accesses(chunk.op)
 
     def close(self) -> None:
-        """Write the header and give the file its name."""
-        text = with_totals(self.header, self.accesses, self.rows).to_json().encode()
-        self._writer.add_key_value_metadata({KEY.decode(): text.decode(), CHECKSUM_KEY.decode(): checksum(text)})
-        self._writer.close()
-        os.replace(self._part, self.path)
+        """Write the header and put the file in its place; harmless if it was done before."""
+        if self._writer is None:
+            return
+        try:
+            text = with_totals(self.header, self.accesses, self.rows).to_json().encode()
+            self._writer.add_key_value_metadata({KEY.decode(): text.decode(), CHECKSUM_KEY.decode(): checksum(text)})
+            self._writer.close()
+            self._file.finish()
+        except BaseException as error:
+            self._abandon()
+            self._name_file(error)
+            raise
+        self._writer = None
+
+    def _abandon(self) -> None:
+        """Close without a file."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except Exception:  # it has failed, and nobody waits for its file
+            pass
+        finally:
+            self._file.discard()
+
+    def _name_file(self, error: BaseException) -> None:
+        """Let an OSError of PyArrow tell the file that was to be written, not the temporary one."""
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(self.path)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -314,8 +394,5 @@ class ParquetWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if kind is None:
             self.close()
-            return
-        try:
-            self._writer.close()
-        finally:
-            self._part.unlink(missing_ok=True)
+        elif self._writer is not None:
+            self._abandon()

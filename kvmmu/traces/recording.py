@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 
 from kvmmu.arguments import check_int
 from kvmmu.traces import _schema
+from kvmmu.traces._files import all_there, kind_of, open_regular
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
 
 PHASES = ("static", "dyn")
 MODES = ("4l", "5l", "pae", "32")
 REGISTERS = ("cr0", "cr2", "cr3", "cr4", "efer", "cpl", "ip")
 QEMU_TCG_MAXPHYADDR = 40
+MAXPHYADDR = range(32, 53)
+META = "meta.json"
+ARCHIVES = ("static_trace", "dyn_trace", "tables", "dyn_tables", "gva2gpa", "info_tlb", "kvm_translate")
+_META_BYTES = 1 << 20
 _TRACE_FILES = " or ".join(f"{phase}_trace.npz[.zst]" for phase in PHASES)
 
 # The access byte of kvmmu: what `kind` and `priv` of the recording contribute to it.
@@ -178,9 +183,12 @@ class Recording:
         Raises
         ------
         RecordingError
-            A file is missing, truncated, corrupt or outside the layout; the message names it, the array and the value.
+            A file is missing, truncated, corrupt, outside the layout, not a regular file, or larger than the limit of
+            `open_npz()`; the message names it, the array and the value.
         FileNotFoundError
             `path` does not exist.
+        OSError
+            A file cannot be opened or read; it is named.
         ValueError
             `phase` is neither "static" nor "dyn", or contradicts `path`.
         ImportError
@@ -189,10 +197,25 @@ class Recording:
         root, phase = _locate(Path(path), phase)
         phases = tuple(p for p in PHASES if find_npz(root / f"{p}_trace.npz"))
         phase = _choose_phase(root, phases, phase)
-        meta = _Meta(root / "meta.json")
+        meta = _Meta(root / META)
         trace = _read_trace(root, phase)
-        return cls(path=root, phase=phase, phases=phases, pkru=meta.pkru if phase == "static" else 0,
-                   **meta.fields(), **trace, **_read_tables(root, phase, trace["pidx"].size))
+        recording = cls(path=root, phase=phase, phases=phases, pkru=meta.pkru if phase == "static" else 0,
+                        **meta.fields(), **trace, **_read_tables(root, phase, trace["pidx"].size))
+        object.__setattr__(recording, "_whole", True)
+        return recording
+
+    def check(self) -> None:
+        """Raise RecordingError unless every number by which a replay indexes is within its bounds.
+
+        `open()` has checked that and more; a Recording that `dataclasses.replace()` made has not been checked.
+        """
+        if getattr(self, "_whole", False):
+            return
+        columns = {"ctx": self.ctx, **{name: getattr(self, name) for name in ("pidx", "off", "kind", "size", "priv")},
+                   **{f"page_{name}": getattr(self, f"pages_{name}") for name in ("gva", "gpa", "ctx", "io")}}
+        for prefix, group in (("ev", self.events), ("pf", self.faults), ("npf", self.npt_faults), ("w", self.writes)):
+            columns |= {f"{prefix}_{name}": array for name, array in group._asdict().items()}
+        _schema.check_bounds(self.path, columns)
 
     def __len__(self) -> int:
         """Count the accesses."""
@@ -254,6 +277,13 @@ def bundled() -> Path:
     return Path(str(importlib.resources.files("kvmmu") / "data" / "l4"))
 
 
+def recording_files(path: StrPath) -> list[Path]:
+    """The files of a recording that are there, those included that no phase reads. IN path: as for `Recording.open()`."""
+    path = Path(path)
+    root = path if path.is_dir() else path.parent
+    return all_there(root / name for name in (META, *(f"{stem}.npz{zst}" for stem in ARCHIVES for zst in ("", ".zst"))))
+
+
 def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
     """The directory of the recording, and the phase asked for by argument or by the name of a trace file."""
     if phase not in (None, *PHASES):
@@ -262,6 +292,9 @@ def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
         return path, phase
     if find_npz(path) is None:
         raise FileNotFoundError(f"{path}: no such recording")
+    kind = kind_of(path.stat().st_mode) if path.exists() else None
+    if kind is not None:
+        raise RecordingError(f"{path}: is {kind}; allowed is a directory or {_TRACE_FILES}")
     named = path.name.split("_trace.npz")[0]
     if named not in PHASES:
         raise RecordingError(f"{path}: neither a directory nor {_TRACE_FILES}")
@@ -278,16 +311,16 @@ def _choose_phase(root: Path, phases: tuple[str, ...], phase: str | None) -> str
     return phase or phases[0]
 
 
-def _load(root: Path, name: str) -> tuple[Path, Arrays]:
-    """Open the archive `name` of the recording; return the file that was read and its arrays."""
+def _load(root: Path, name: str, schema: dict[str, _schema.Column]) -> tuple[Path, Arrays]:
+    """Open the archive `name` of the recording; return the file that was read and its arrays of the schema."""
     file = find_npz(root / name)
     if file is None:
         raise RecordingError(f"{root / name}: missing, also with .zst appended")
-    return file, open_npz(file)
+    return file, open_npz(file, schema.keys(), lambda headers: _schema.Checker(file, headers, schema))
 
 
 def _read_trace(root: Path, phase: str) -> dict[str, Any]:
-    file, arrays = _load(root, f"{phase}_trace.npz")
+    file, arrays = _load(root, f"{phase}_trace.npz", _schema.TRACE)
     _schema.check_trace(file, arrays)
     return {
         "ctx": arrays["ctx"],
@@ -300,7 +333,8 @@ def _read_trace(root: Path, phase: str) -> dict[str, Any]:
 
 
 def _read_tables(root: Path, phase: str, accesses: int) -> dict[str, Any]:
-    file, arrays = _load(root, "tables.npz" if phase == "static" else "dyn_tables.npz")
+    schema = _schema.TABLES if phase == "static" else _schema.TABLES | _schema.WRITES
+    file, arrays = _load(root, "tables.npz" if phase == "static" else "dyn_tables.npz", schema)
     _schema.check_tables(file, arrays)
     if phase == "static":
         writes = Writes(*(np.empty(0, np.uint64) for _ in Writes._fields))
@@ -311,7 +345,7 @@ def _read_tables(root: Path, phase: str, accesses: int) -> dict[str, Any]:
 
 
 def _read_answers(root: Path, name: str, schema: dict[str, _schema.Column]) -> Arrays:
-    file, arrays = _load(root, name)
+    file, arrays = _load(root, name, schema)
     _schema.check_answers(file, arrays, schema)
     return {column: arrays[column] for column in schema}
 
@@ -322,9 +356,14 @@ class _Meta:
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
-            self._values = json.loads(file.read_bytes())
+            with open_regular(file, RecordingError) as source:
+                content = source.read(_META_BYTES + 1)
         except FileNotFoundError:
             raise RecordingError(f"{file}: missing; every recording has one") from None
+        if len(content) > _META_BYTES:
+            raise RecordingError(f"{file}: is longer than {_META_BYTES} bytes, which is all that is allowed")
+        try:
+            self._values = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise RecordingError(f"{file}: not JSON ({error})") from error
         if not isinstance(self._values, dict):
@@ -343,7 +382,10 @@ class _Meta:
 
     @property
     def pkru(self) -> int:
-        return 0 if self._values.get("pkru_workload") is None else self._number(self._values, "pkru_workload")
+        pkru = 0 if self._values.get("pkru_workload") is None else self._number(self._values, "pkru_workload")
+        if pkru >> 32:
+            raise RecordingError(f"{self._file}: pkru_workload: is {pkru:#x}; allowed is a number of 32 bits")
+        return pkru
 
     @property
     def _vmcb(self) -> dict[str, int] | None:
@@ -362,7 +404,10 @@ class _Meta:
     @property
     def _maxphyaddr(self) -> int:
         stated = re.search(r"\bphys-bits=(\d{1,2})\b", str(self._values.get("cpu", "")))
-        return int(stated[1]) if stated else QEMU_TCG_MAXPHYADDR
+        bits = int(stated[1]) if stated else QEMU_TCG_MAXPHYADDR
+        if bits not in MAXPHYADDR:
+            raise RecordingError(f"{self._file}: cpu: phys-bits is {bits}; allowed is {MAXPHYADDR[0]} to {MAXPHYADDR[-1]}")
+        return bits
 
     def fields(self) -> dict[str, Any]:
         """The attributes of a Recording that come from here."""

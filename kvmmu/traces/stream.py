@@ -86,8 +86,13 @@ class Chunk:
         TraceError
             The message names row, column and value.
         """
-        check = _RowCheck(columns, header, check_word("first", first, 63))
-        return cls(**check.run())
+        chunk = cls(**_RowCheck(columns, header, check_word("first", first, 63)).run())
+        object.__setattr__(chunk, "_checked_with", header)
+        return chunk
+
+    def is_checked(self, header: Header) -> bool:
+        """True if `checked()` made this very chunk for a trace with this header. A replace() is to be checked again."""
+        return getattr(self, "_checked_with", None) is header
 
 
 class _RowCheck:
@@ -233,10 +238,11 @@ class Trace:
 
 
 def checked_chunks(chunks: Iterable[Any], header: Header) -> Generator[Chunk]:
-    """Chunks of what an iterable gives: Chunks as they are, Arrow record batches and mappings of arrays checked."""
+    """Chunks of what an iterable gives: checked Chunks as they are; other Chunks, Arrow record batches and mappings checked."""
     first = 0
     for item in chunks:
-        chunk = item if isinstance(item, Chunk) else Chunk.checked(_columns_of(item), header, first)
+        whole = isinstance(item, Chunk) and item.is_checked(header)
+        chunk = item if whole else Chunk.checked(_columns_of(item), header, first)
         first += len(chunk)
         yield chunk
 
@@ -244,6 +250,8 @@ def checked_chunks(chunks: Iterable[Any], header: Header) -> Generator[Chunk]:
 def _columns_of(item: Any) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         return item
+    if isinstance(item, Chunk):
+        return {name: getattr(item, name) for name in COLUMNS if getattr(item, name) is not None}
     if hasattr(item, "schema") and hasattr(item, "columns"):
         from kvmmu.traces.parquet import batch_columns
 
