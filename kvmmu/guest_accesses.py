@@ -2,7 +2,7 @@
 """Accesses of a guest to memory, by its own instructions and by those that KVM emulates."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,17 @@ from kvmmu._machine import Machine
 from kvmmu._memory import GuestMemory
 from kvmmu.columns import Accesses
 from kvmmu.faults import fault_of, nested_fault_of
+from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.record import WalkRecord
 from kvmmu.registers import Regs
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
-class GuestAccesses(ABC):
+_B = TypeVar("_B", bytes, memoryview)
+
+
+class GuestAccesses(PartOfMachine, ABC):
     """What a `Vcpu` does with memory. The vCPU says on which machine, and tells the walk behind a fault."""
 
     rip: int
@@ -53,6 +59,8 @@ class GuestAccesses(ABC):
         ------
         PageFault, GeneralProtection, NestedFault
             A single access faults in the guest. In arrays that is data.
+        KeyboardInterrupt
+            Ctrl-C ends a long array between two rows: those before it have happened, and `out` has them.
 
         Notes
         -----
@@ -61,7 +69,8 @@ class GuestAccesses(ABC):
         """
         if isinstance(gva, np.ndarray):
             columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
-            self._machine.access(gva, access, columns.arrays())
+            with self._lock:
+                self._machine.access(gva, access, columns.arrays())
             return columns
         if out is not None:
             raise ValueError("out: is for arrays")
@@ -71,20 +80,24 @@ class GuestAccesses(ABC):
         return access | Access.AC if self._regs.rflags & RFLAGS_AC else access
 
     def _access(self, gva: int, access: int, data: bytes | None, page_table_writing: bool) -> Accesses:
-        self._machine.set_rip(self.rip)
-        *columns, fault_gpa, qualification = self._machine.access_one(gva, access, data, page_table_writing)
-        result = Accesses(*columns)
-        self._raise_fault(gva, access, result.status, result.error_code, fault_gpa, qualification)
-        return result
+        with self._lock:
+            machine = self._machine
+            machine.set_rip(self.rip)
+            *columns, fault_gpa, qualification = machine.access_one(gva, access, data, page_table_writing)
+            result = Accesses(*columns)
+            if result.status:
+                self._raise_fault(gva, access, result.status, result.error_code, fault_gpa, qualification)
+            return result
 
-    def store(self, gva: int, data: bytes, access: int = 0, *, page_table_writing: bool = True) -> Accesses:
+    @locked
+    def store(self, gva: int, data: "Buffer", access: int = 0, *, page_table_writing: bool = True) -> Accesses:
         """Write memory as the guest does, with the bytes.
 
         Parameters
         ----------
         gva : int
             Linear address (bytes) of the first byte.
-        data : bytes
+        data : bytes, or another buffer
             A page boundary in it is crossed as by one instruction: all or nothing, but where KVM has to carry it out, as
             `write_guest()`. Empty: only to see where a byte would go.
         access : Access
@@ -104,7 +117,8 @@ class GuestAccesses(ABC):
             Nothing was written.
         """
         access = self._with_ac(int(access) | Access.WRITE)
-        parts = _pages_of(gva, bytes(data))
+        data = as_bytes(data)
+        parts = _pages_of(gva, data)
         if len(parts) > 1:
             for address, _ in parts:
                 probe = self._access(address, access, b"", page_table_writing)
@@ -131,14 +145,15 @@ class GuestAccesses(ABC):
         raise nested_fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level, entry=entry,
                               entry_gpa=entry_gpa, rule=record.rule or "", fault_gpa=fault_gpa, exit_qualification=qualification)
 
-    def write_guest(self, gva: int, data: bytes, access: int = 0) -> int:
+    @locked
+    def write_guest(self, gva: int, data: "Buffer", access: int = 0) -> int:
         """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
 
         Parameters
         ----------
         gva : int
             Linear address (bytes) of the first byte.
-        data : bytes
+        data : bytes, or another buffer
         access : Access
             USER, AC or IMPLICIT; WRITE is added.
 
@@ -154,11 +169,12 @@ class GuestAccesses(ABC):
         """
         access = self._with_ac(int(access) | Access.WRITE)
         reached = 0
-        for address, part in _pages_of(gva, bytes(data)):
+        for address, part in _pages_of(gva, as_bytes(data)):
             _, hpa = self._emulate(address, access, part)
             reached += len(part) if hpa != INVALID_GPA else 0
         return reached
 
+    @locked
     def read_guest(self, gva: int, n: int, access: int = 0) -> bytes:
         """Read memory as an instruction that KVM emulates, as `write_guest()` writes it.
 
@@ -175,11 +191,14 @@ class GuestAccesses(ABC):
         ------
         PageFault, GeneralProtection, NestedFault
         """
-        data = b""
-        for address, part in _pages_of(gva, bytes(n)):
+        if n < 0:
+            raise ValueError(f"n: want at least 0, got {n}")
+        data = bytearray(n)
+        for address, part in _pages_of(gva, memoryview(data)):
             gpa, hpa = self._emulate(address, self._with_ac(int(access)), None)
-            data += self.mem.read(gpa, len(part)) if hpa != INVALID_GPA else part
-        return data
+            if hpa != INVALID_GPA:
+                part[:] = self.mem.read(gpa, len(part))
+        return bytes(data)
 
     def _emulate(self, gva: int, access: int, data: bytes | None) -> tuple[int, int]:
         gpa, hpa, status, error_code, fault_gpa, qualification = self._machine.emulate(gva, access, data)
@@ -187,9 +206,9 @@ class GuestAccesses(ABC):
         return gpa, hpa
 
 
-def _pages_of(gva: int, data: bytes) -> list[tuple[int, bytes]]:
+def _pages_of(gva: int, data: _B) -> list[tuple[int, _B]]:
     """(address, bytes) of each page that data at gva touches."""
-    if not data:
+    if not len(data):
         return [(gva, data)]
     parts, at = [], 0
     while at < len(data):

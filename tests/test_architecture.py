@@ -11,7 +11,8 @@ import kvmmu
 
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
-LAYERS = ("_bits", "faults", "record", "columns", "_columns", "nested", "_roles", "_memory", "registers", "delivery",
+LAYERS = ("_bits", "_alloc", "_lock", "locked",
+          "faults", "record", "columns", "_columns", "nested", "_roles", "_memory", "registers", "delivery",
           "control_blocks", "host", "_format", "_gpte", "_walk", "_walk_init", "_plain", "_lanes", "_prefixes",
           "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu", "_contexts", "_arguments", "_explain",
           "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_machine_modes", "_machine", "_audit_tlb",

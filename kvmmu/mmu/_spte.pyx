@@ -27,6 +27,8 @@ from kvmmu.mmu._spte cimport make_huge_spte as c_make_huge_spte
 from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
 from kvmmu.mmu._spte cimport make_spte as c_make_spte
 
+from kvmmu.host import Host
+
 # What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.
 cdef enum:
     BAD_WRITABLE = 1
@@ -250,8 +252,13 @@ cdef class SpteFormat:
     Arrays are uint64 of shape (n,); the results have one row each. No array is changed.
     """
 
-    def __init__(self, host):
+    def __cinit__(self, host):
+        if not isinstance(host, Host):
+            raise TypeError(f"host: want a Host, got {type(host).__name__}")
         init_spte_format(&self.f, host)
+
+    def __reduce__(self):
+        raise TypeError("a SpteFormat cannot be copied or pickled; make another of the same Host")
 
     @property
     def masks(self):
@@ -297,6 +304,7 @@ cdef class SpteFormat:
         int
         """
         cdef spte_request q
+        _check_level(role & ROLE_LEVEL_MASK)
         q.role, q.access, q.pfn = role, access, pfn
         q.host_writable, q.may_write = bool(host_writable), bool(may_write)
         q.prefetch, q.synchronizing = bool(prefetch), bool(synchronizing)
@@ -347,7 +355,7 @@ cdef class SpteFormat:
             acc[i] = <uint8_t>spte_access(&self.f, sptes[i])
         return out
 
-    def permission_fault(self, PageFormat fmt, spte, error_code):
+    def permission_fault(self, PageFormat fmt not None, spte, error_code):
         """Whether entries deny the access of a page-fault error code (bool), by the MMU's own format."""
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.empty(sptes.shape[0], bool)
@@ -395,6 +403,7 @@ cdef class SpteFormat:
         cdef uint64_t spte = huge
         cdef uint32_t word = role
         cdef int i
+        _check_level(role & ROLE_LEVEL_MASK)
         for i in range(SPTE_ENT_PER_PAGE):
             sptes[i] = c_make_small_spte(&self.f, spte, word, i)
         return out
@@ -405,7 +414,7 @@ cdef class SpteFormat:
             raise ValueError(f"level: want 2 or 3, got {level}")
         return int(c_make_huge_spte(&self.f, small, level))
 
-    def audit_page(self, PageFormat fmt, spte, level, role=0):
+    def audit_page(self, PageFormat fmt not None, spte, level, role=0):
         """What is wrong with the entries of a page.
 
         Parameters
