@@ -2,7 +2,7 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._bits cimport (
@@ -15,6 +15,7 @@ from kvmmu._bits cimport (
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
+from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
     TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page, tlb_use,
 )
@@ -285,7 +286,7 @@ cdef void machine_store(machine *m, const access_result *out) noexcept nogil:
         return
     slot = gfn_to_memslot(memslots_of(m.k, m.vcpu.as_id), out.gpa >> PAGE_SHIFT)
     if slot is not NULL:
-        memcpy(slot.hva + (out.gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
+        kvmmu_store(slot.hva + (out.gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
 
 
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,

@@ -1,7 +1,6 @@
 """Exits, faults of the guest, and emulation, as `_exits.pxd` describes them."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 from kvmmu._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
@@ -14,6 +13,7 @@ from kvmmu._bits cimport (
 )
 from kvmmu._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu._machine_state cimport access_result, machine, use_arena
+from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport tlb_drop
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
@@ -135,7 +135,7 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
         entry = sizeof(uint64_t) if m.arch.cr4 & CR4_PAE_MASK else sizeof(uint32_t)
         track_write(k, m.vcpu.as_id, gpa & ~(entry - 1), entry, False)
         return
-    memcpy(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
+    kvmmu_store(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
     track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)
 
 

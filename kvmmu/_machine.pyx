@@ -115,20 +115,22 @@ cdef class Mmu:
         return f"<{type(self).__name__} root_role {self.root_role:#x}>"
 
 
+cdef int width_of(const kvm_mmu *mmu) noexcept:
+    """How many bits of an address the MMU's tables translate: linear under shadow paging, else guest-physical."""
+    if mmu.page_fault == tdp_page_fault:
+        return min(PAGE_SHIFT + PT64_INDEX_BITS * <int>(mmu.root_role & ROLE_LEVEL_MASK), <int>GPA_BITS)
+    if mmu.root_role & ROLE_DIRECT_MASK or mmu.w.level <= PG_LEVEL_1G:
+        return 32
+    if mmu.w.is_nested:
+        return min(PAGE_SHIFT + PT64_INDEX_BITS * mmu.w.level, <int>GPA_BITS)
+    return PAGE_SHIFT + PT64_INDEX_BITS * mmu.w.level
+
+
 cdef int check_width(const kvm_mmu *mmu, uint64_t addr) except -1:
     """ValueError for an address that the MMU's tables cannot translate: its low bits would be mapped in its place."""
-    cdef int level = <int>(mmu.root_role & ROLE_LEVEL_MASK), width = 32
-    cdef bint canonical = False
-    if mmu.page_fault == tdp_page_fault:
-        width = min(PAGE_SHIFT + PT64_INDEX_BITS * level, <int>GPA_BITS)
-    elif not mmu.root_role & ROLE_DIRECT_MASK and mmu.w.level > PG_LEVEL_1G:
-        width = PAGE_SHIFT + PT64_INDEX_BITS * mmu.w.level
-        if mmu.w.is_nested:
-            width = min(width, <int>GPA_BITS)
-        else:
-            canonical = True
-    if canonical:
-        if <uint64_t>(<int64_t>(addr << (64 - width)) >> (64 - width)) != addr:
+    cdef int width = width_of(mmu), rest = 64 - width
+    if not mmu.root_role & ROLE_DIRECT_MASK and not mmu.w.is_nested and mmu.w.level > PG_LEVEL_1G:
+        if <uint64_t>(<int64_t>(addr << rest) >> rest) != addr:
             raise ValueError(f"addr: {addr:#x} is not canonical for the {width} bits that this MMU's tables translate")
     elif addr >> width:
         raise ValueError(f"addr: this MMU's tables translate {width} bits, got {addr:#x}")
@@ -304,8 +306,10 @@ cdef class Machine(MachineModes):
 
     def invalidate_ngpa(self, ngpa, current, prev_roots):
         """The same of an address of L2's in the tables that shadow L1's second stage."""
-        cdef uint64_t addr = ngpa
+        cdef uint64_t addr = check_scalar_gva(ngpa)
         with self.kvm.lock:
+            if self.m.mmu == &self.m.vcpu.guest_mmu and addr >> width_of(self.m.mmu):
+                return
             self.invalidate(&self.m.vcpu.guest_mmu, addr, current, ROOTS_ALL if prev_roots else 0)
             self.m.vcpu.requests |= REQ_TLB_FLUSH
 

@@ -13,6 +13,8 @@ cdef extern from "_memory.h" nogil:
     uint64_t kvmmu_read64(const void *p)
     void kvmmu_write64(void *p, uint64_t v)
     uint32_t kvmmu_read32(const void *p)
+    void kvmmu_store(uint8_t *to, const uint8_t *from_, size_t n)
+    uint64_t kvmmu_load64(const void *p)
 
 cdef struct guest_slot:
     uint64_t gpa

@@ -297,7 +297,7 @@ class Vcpu(GuestAccesses):
             `gva_walk`: under two-dimensional paging only the TLB holds such translations. `ngpa_walk`: the tables that shadow
             L1's second stage; nothing happens while L2 does not run under one.
         addr : int
-            Non-canonical: nothing happens.
+            Non-canonical, or wider than L1's tables translate: nothing happens.
         roots : {"current", "all"}
             Of shadow page tables.
 

@@ -14,6 +14,7 @@ from children import outcome
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
+from kvmmu.mmu._damage import damage
 from kvmmu.mmu._rmap import PteLists
 from kvmmu.mmu._slots import Memslot
 
@@ -312,6 +313,41 @@ def test_a_nested_fault_beyond_the_width_of_l1s_tables():
         vcpu.mmu.page_fault(1 << 48, 0)
     vcpu.mmu.page_fault(1 << 47, 0)
     assert vm.audit() == []
+
+
+def test_an_invalidation_beyond_the_width_of_l1s_tables_does_nothing():
+    vm, vcpu = long_mode_vm()
+    vcpu.enter_nested(Ept(0x1000 | 0x1E))
+    vcpu.vm_enter()
+    flushes = vm.stats["tlb_flush"]
+    vcpu.invalidate_addr(vcpu.ngpa_walk, 1 << 48)
+    vcpu.vm_enter()
+    assert flushes == vm.stats["tlb_flush"]
+    vcpu.invalidate_addr(vcpu.ngpa_walk, (1 << 48) - PAGE)
+    vcpu.vm_enter()
+    assert flushes + 1 == vm.stats["tlb_flush"]
+
+
+@pytest.mark.parametrize("what", ["parent is made up", "rmap has a foreign entry", "rmap has an entry twice", "gfn"])
+def test_lists_that_are_wrong_still_end(what):
+    """A zap of page tables ends, whatever an earlier fault has done to lists of parents and reverse maps; it counts a bug."""
+    def zap():
+        vm, vcpu = long_mode_vm(Host(tdp=None, maxphyaddr=46), backing="4k")
+        vcpu.access(np.arange(64, dtype=np.uint64) << np.uint64(12))
+        pages = vm.sptes()
+        leaf = next(i for i, role in enumerate(pages["role"].tolist()) if role & 0xF == 1)
+        index = int(np.flatnonzero(pages["sptes"][leaf])[0])
+        empty = int(pages["sp"][leaf]) * 512 + 511
+        value = {"parent is made up": empty, "gfn": 0x77}.get(what, 0x33)
+        damage(vm.kvm, what, int(pages["sp"][leaf]), index, value)
+        assert vm.audit() != []
+        vm.invalidate(0, 1 << 22)
+        vm.zap_all()
+        vcpu.access(0)
+        return vm.stats["bugs"]
+
+    number, text = outcome(zap)
+    assert (number, text) == (0, "ok int")
 
 
 @pytest.mark.parametrize("tdp", ["ept", "npt"])
