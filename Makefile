@@ -9,7 +9,7 @@ LOG := build/build.log
 SOURCES := setup.py pyproject.toml _kvmmu_command.py $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help replay test bench lint build matrix asan live long clean
+.PHONY: help replay test bench lint build matrix asan tsan live long clean
 
 help:
 	@echo 'make replay   walk the bundled recording of a real guest (ARGS="DIRECTORY --phase dyn" for another one)'
@@ -19,8 +19,9 @@ help:
 	@echo 'make build    sdist and wheel into dist/'
 	@echo 'make matrix   20 million cases of the access matrix (minutes)'
 	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
+	@echo 'make tsan     threads over shared tables and machines under ThreadSanitizer (minutes)'
 	@echo 'make live     100000 random operations of a guest on a live KVM and here (minutes; needs /dev/kvm)'
-	@echo 'make long     matrix, asan, live, and long differential, equality, live-KVM and machine runs'
+	@echo 'make long     matrix, asan, tsan, live, and long differential, equality, live-KVM and machine runs'
 	@echo 'make clean    remove everything that make made'
 
 replay: $(VENV)/.kvmmu
@@ -51,11 +52,14 @@ matrix: $(VENV)/.kvmmu $(VENV)/.test
 asan: $(VENV)/.kvmmu $(VENV)/.test
 	$(BIN)/python tests/sanitize.py --walks 10000000
 
+tsan: $(VENV)/.kvmmu $(VENV)/.test
+	$(BIN)/python tests/thread_sanitize.py --walks 10000000 --operations 20000
+
 # Each run has other sequences; the first seed is in the output of a failure, and KVMMU_LIVE_SEED chooses it.
 live: $(VENV)/.kvmmu $(VENV)/.test
 	KVMMU_LIVE_OPERATIONS=100000 KVMMU_LIVE_SEED=$${KVMMU_LIVE_SEED:-$$(date +%s)} $(BIN)/pytest tests/test_live_machine.py -rs
 
-long: matrix asan live
+long: matrix asan tsan live
 	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs

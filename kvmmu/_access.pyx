@@ -2,18 +2,20 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._bits cimport (
-    ACCESS_AC_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK, EPTP_AD_MASK,
-    EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT,
-    PFERR_PK_MASK, PKRU_KEYS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE,
-    RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
+    EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PKRU_KEYS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK,
+    RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK,
+    SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
+from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
     TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page, tlb_use,
 )
@@ -29,6 +31,7 @@ from kvmmu.mmu._tdp cimport tdp_page_fault
 cdef enum:
     MAX_EXITS = 64              # of one access: more means that the host never lets it through
     GPA_ENTRIES = 512
+    ROWS_BETWEEN_CLOCKS = 4096  # 10 us of TLB hits, of which a look at the clock is 0.3%; 10 ms of the slowest exits
 
 
 # ---- the second stage ----------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
             not spte_ad_enabled(walk.spte) or not k.spte.dirty_mask or (walk.spte & k.spte.dirty_mask) != 0)
     offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
     entry = tlb_fill(m.tlb, addr, level, is_global)
-    entry.hpa, entry.gpa = r.gpa & ~offset, gpa & ~offset
+    entry.hpa, entry.gpa, entry.as_id = r.gpa & ~offset, gpa & ~offset, m.vcpu.as_id
     entry.acc = <uint8_t>r.pte_access
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
     entry.pkey = <uint8_t>((r.pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) if m.hw.cpu_role & ROLE_EXT_EFER_LMA_MASK else 0
@@ -283,12 +286,11 @@ cdef void machine_store(machine *m, const access_result *out) noexcept nogil:
         return
     slot = gfn_to_memslot(memslots_of(m.k, m.vcpu.as_id), out.gpa >> PAGE_SHIFT)
     if slot is not NULL:
-        memcpy(slot.hva + (out.gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
+        kvmmu_store(slot.hva + (out.gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
 
 
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
                      const access_columns *out, size_t *row) noexcept nogil:
-    """All rows, in order: 0, or the negative errno of the row that failed."""
     cdef hit_context c
     cdef access_result r
     cdef tlb_entry *entry
@@ -305,9 +307,9 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
     cdef int ret
     load_context(m, &c)
     clock = m.tlb.clock
-    for i in range(n):
+    for i in range(row[0], n):
         addr = gva[i] & c.gva_mask
-        a = explicit_access(access[i * stride])
+        a = explicit_access(access[i * stride] & <uint32_t>ACCESS_VALID_MASK)      # another thread may have changed it
         hint = hints[(addr >> PAGE_SHIFT) & (TLB_HINTS - 1)]
         entry = quick_hit(&c, hint, addr, a) if c.usable else NULL
         if entry is not NULL:
@@ -332,4 +334,25 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
         rets[i], exits[i] = r.ret, r.exits
     m.tlb.clock = clock
     m.tlb.hits += hits
+    row[0] = n
     return 0
+
+
+cdef uint64_t monotonic_nanoseconds() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * <uint64_t>1_000_000_000 + <uint64_t>now.tv_nsec
+
+
+cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
+                         const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil:
+    cdef uint64_t end
+    cdef int r = 0
+    if n - row[0] <= ROWS_BETWEEN_CLOCKS:
+        return machine_run(m, gva, access, stride, n, out, row)
+    end = monotonic_nanoseconds() + nanoseconds
+    while row[0] < n and r == 0:
+        r = machine_run(m, gva, access, stride, min(n, row[0] + ROWS_BETWEEN_CLOCKS), out, row)
+        if monotonic_nanoseconds() >= end:
+            return r
+    return r

@@ -7,9 +7,9 @@ written, is KVM's: whenever it takes one of the two away it has to flush.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVALID_MASK, ROLE_SMM_SHIFT
+from kvmmu._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVALID_MASK
 from kvmmu._machine cimport Machine
-from kvmmu._tlb cimport TLB_LEVELS, TLB_SPACE_SHIFT, tlb, tlb_array, tlb_entry
+from kvmmu._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu._slots cimport (
@@ -59,12 +59,11 @@ cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
     return None
 
 
-def audit_tlb(Machine machine):
+def audit_tlb(Machine machine not None):
     """What is wrong with the TLB of a vCPU: one line each."""
     cdef kvm *k = machine.m.k
     cdef const tlb *t = machine.m.tlb
     cdef const tlb_array *a
-    cdef uint64_t space
     cdef size_t j
     cdef int i
     errors = []
@@ -77,8 +76,7 @@ def audit_tlb(Machine machine):
             for j in range(a.sets * a.ways if a.valid else 0):
                 if a.keys[j] == 0:
                     continue
-                space = t.spaces[a.keys[j] >> TLB_SPACE_SHIFT]      # a role, or where a nested root lies
-                wrong = fault_of_entry(k, 0 if space >> 32 else <int>(space >> ROLE_SMM_SHIFT), &a.entries[j], i + 1)
+                wrong = fault_of_entry(k, a.entries[j].as_id, &a.entries[j], i + 1)
                 if wrong is not None:
                     errors.append(f"TLB of vCPU {machine.m.vcpu.id} key {a.keys[j]:#x} gpa {a.entries[j].gpa:#x} "
                                   f"hpa {a.entries[j].hpa:#x} level {i + 1}: {wrong}")

@@ -1,7 +1,6 @@
 """Exits, faults of the guest, and emulation, as `_exits.pxd` describes them."""
 
-from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
@@ -14,18 +13,15 @@ from kvmmu._bits cimport (
 )
 from kvmmu._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu._machine_state cimport access_result, machine, use_arena
+from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport tlb_drop
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
-from kvmmu.mmu._entry cimport inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
+from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu._fault cimport host_reads, host_writes
 from kvmmu.mmu._guest_tables cimport trace_walk
 from kvmmu.mmu._kvm cimport kvm, memslots_of
-from kvmmu.mmu._page cimport first_spte
 from kvmmu.mmu._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu._track cimport track_write
-
-cdef enum:
-    PML_MASK = 0xffff           # the index of the log counts down past zero: then it is full, and its first entry is 0
 
 
 # ---- exits ---------------------------------------------------------------------------------------------------------------
@@ -63,17 +59,9 @@ cdef uint64_t error_code_of_exit(const machine *m, const walk_result *r) noexcep
 
 cdef void machine_drain_pml(machine *m) noexcept nogil:
     """What the processor logged is dirty; the log is empty again."""
-    cdef kvm *k = m.k
-    cdef kvm_memory_slot *slot
-    cdef uint64_t gfn
-    cdef int i
-    if m.pml_page == 0:
+    if m.vcpu.pml_page == 0:
         return
-    for i in range(<int>((m.pml.index + 1) & PML_MASK), PML_ENTITY_NUM):
-        gfn = k.sptes[first_spte(m.pml_page) + i] >> PAGE_SHIFT
-        slot = gfn_to_memslot(memslots_of(k, m.vcpu.as_id), gfn)
-        if slot is not NULL:
-            mark_slot_dirty(slot, gfn)
+    drain_pml(m.vcpu, <uint16_t>m.pml.index)
     m.pml.index = PML_ENTITY_NUM - 1
 
 
@@ -147,7 +135,7 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
         entry = sizeof(uint64_t) if m.arch.cr4 & CR4_PAE_MASK else sizeof(uint32_t)
         track_write(k, m.vcpu.as_id, gpa & ~(entry - 1), entry, False)
         return
-    memcpy(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
+    kvmmu_store(slot.hva + (gpa - (slot.base_gfn << PAGE_SHIFT)), m.data, m.size)
     track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)
 
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "_gpte.h"
+#include "_memory.h"
 
 #define KVMMU_LANES ((size_t)64)
 
@@ -173,6 +174,10 @@ KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
 
 KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
 {
+#if defined(__SANITIZE_THREAD__) /* else the compiler may take entries of several lanes at once */
+    const void *p = (const void *)(uintptr_t)hva;
+    return format == KVMMU_FORMAT_32 ? kvmmu_read32(p) : kvmmu_read64(p);
+#endif
     uint32_t half;
     uint64_t whole;
     if (format == KVMMU_FORMAT_32) {

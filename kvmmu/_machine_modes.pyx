@@ -1,53 +1,122 @@
 """MachineModes: registers become walks, MMUs, roots and tags."""
 
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu._bits cimport (
     CR4_PKE_MASK, GVA_BITS_4_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
     ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK,
-    ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
+    ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
-from kvmmu._contexts cimport SecondStage, fill_format, role_of, second_stage
-from kvmmu._format cimport permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu._contexts cimport SecondStage, VcpuArch, fill_format, role_of, second_stage
+from kvmmu._exits cimport machine_drain_pml
+from kvmmu._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
 from kvmmu._memory cimport GuestMemory
+from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
 from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk
 from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
-from kvmmu.mmu._kvm cimport REQ_LOAD_MMU_PGD, kvm_mmu
+from kvmmu.mmu._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu._roots cimport new_pgd, shadow_root_role
 from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu._spte cimport init_shadow_format, init_tdp_format
+from kvmmu.mmu._state cimport Kvm
+from kvmmu.mmu._tdp cimport tdp_page_fault
 
 from kvmmu.nested import Ept, Npt
+from kvmmu.registers import CpuModel
 
 
 cdef class MachineModes:
-    """The modes of one vCPU on its host."""
+    """The modes of one vCPU on its host. `set_cpu()` and `set_mode()` come before everything else.
+
+    Parameters
+    ----------
+    state : Kvm
+    arch : VcpuArch
+        The guest's registers.
+    vcpu_id : int
+    buffer : Tlb
+    gva_walk, ngpa_walk : PageWalk
+        What `w` of an MMU names.
+    """
+
+    def __cinit__(self, Kvm state not None, VcpuArch arch not None, uint32_t vcpu_id, Tlb buffer not None, gva_walk, ngpa_walk):
+        self.kvm, self.arch, self.tlb = state, arch, buffer
+        self.hw_fmt, self.sw_fmt, self.n_fmt = PageFormat(), PageFormat(), PageFormat()
+        self.tdp_fmt, self.shadow_fmt = PageFormat(), PageFormat()
+        with state.lock:
+            self.m.vcpu = add_vcpu(state.k, vcpu_id)
+            if self.m.vcpu is NULL:
+                raise MemoryError
+            Py_INCREF(state)
+            self.owner = <PyObject *>state
+            buffer.lock = state.lock
+        self.m.vcpu.root_mmu.fmt = &self.shadow_fmt.fmt
+        self.m.vcpu.guest_mmu.fmt = &self.shadow_fmt.fmt
+        if state.k.tdp_enabled:
+            self.m.vcpu.root_mmu.fmt = &self.tdp_fmt.fmt
+            self.m.vcpu.root_mmu.page_fault = tdp_page_fault
+        self.m.mmu = &self.m.vcpu.root_mmu
+        self.m.k, self.m.tlb, self.m.arena, self.m.arch = state.k, &buffer.t, &state.arena_slot, &arch.arch
+        self.m.sw.vcpu = &arch.arch
+        self.m.hw.fmt, self.m.sw.fmt, self.m.stage.w.fmt = &self.hw_fmt.fmt, &self.sw_fmt.fmt, &self.n_fmt.fmt
+        self.m.stage.w.vcpu = &self.m.host
+        self.m.stage.epoch = 1
+        self.m.page_table_writing = True
+
+    def __dealloc__(self):
+        if self.owner is NULL:
+            return
+        # Another thread may run the machine now: what the vCPU holds is freed by whoever takes the lock next.
+        self.m.vcpu.pml_index = self.m.pml.index
+        self.m.vcpu.gone = self.m.k.vcpu_is_gone = True
+        Py_DECREF(<Kvm>self.owner)
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
 
     # ---- registers, roles and walks ------------------------------------------------------------------------------------
 
     def set_cpu(self, cpu):
         """Take a processor model; the next `set_mode()` builds every walk anew."""
+        if not isinstance(cpu, CpuModel):
+            raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
+        with self.kvm.lock:
+            self.take_cpu(cpu)
+
+    cdef int take_cpu(self, cpu) except -1:
         set_caps(&self.cpu_caps, cpu, False)
         set_caps(&self.kvm_caps, cpu, True)
         self.m.vcpu.maxphyaddr = cpu.maxphyaddr
         self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = 0
         self.stage = None
-        with self.kvm.lock:
-            free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
-            free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
+        free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
+        free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
         self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
         host = self.kvm.host
         self.host_caps.maxphyaddr = host.maxphyaddr
         self.host_caps.gbpages = host.max_huge_page_level >= 3
         self.host_caps.amd = host.tdp != "ept"
         self.host_caps.kvm = self.host_caps.pse36 = False
+        return 0
 
-    def set_mode(self, GuestMemory mem, *, smm=False, guest_mode=False, SecondStage second=None):
+    def set_mode(self, GuestMemory mem not None, *, smm=False, guest_mode=False, SecondStage second=None):
         """Take the roles of the registers in force; no work for those that did not change. IN second: L1's, under L2."""
-        with self.kvm.lock:
+        if self.cpu_caps.maxphyaddr == 0:
+            raise RuntimeError("set_mode() before set_cpu()")
+        self.kvm.lock.acquire()
+        try:
             self.take_mode(mem, bool(smm), bool(guest_mode), second)
+        finally:
+            self.kvm.lock.release()
+
+    cdef int check_mode(self) except -1:
+        if self.m.sw.walk_addr is NULL:
+            raise RuntimeError("the machine is in no mode: set_cpu() and set_mode() come first")
+        return 0
 
     cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1:
         cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
@@ -59,13 +128,15 @@ cdef class MachineModes:
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.sw_fmt, role, &self.kvm_caps, False)
         self.m.sw.ngpa = NULL
+        if self.m.vcpu.as_id != smm:
+            machine_drain_pml(&self.m)                  # logged addresses are of the address space in force
         self.m.vcpu.as_id, self.m.vcpu.guest_mode = smm, guest_mode
         if not self.kvm.k.tdp_enabled:
             self.use_shadow_paging(role)
         elif second is None:
             self.use_tdp(role, smm, guest_mode)
         else:
-            self.use_nested(role, second)
+            self.use_nested(role, mem, smm, second)
         role = self.m.hw.cpu_role
         if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
             self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
@@ -103,9 +174,8 @@ cdef class MachineModes:
             self.kvm.k, 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4, smm, guest_mode, self.kvm.host.gmet)
         self.use_mmu(mmu)
         if root_role != mmu.root_role:
-            with self.kvm.lock:
-                free_mmu_roots(self.m.vcpu, mmu)
-                mmu.root_role = root_role
+            free_mmu_roots(self.m.vcpu, mmu)
+            mmu.root_role = root_role
             init_tdp_format(
                 self.tdp_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK), (root_role & ROLE_CR4_SMEP_MASK) != 0)
             changes = True
@@ -113,8 +183,9 @@ cdef class MachineModes:
             self.init_stage(root_role)
         return 0
 
-    cdef int use_nested(self, uint64_t role, SecondStage second) except -1:
-        """L2 under L1's second stage: the processor goes through a shadow of it."""
+    cdef int use_nested(self, uint64_t role, GuestMemory mem, bint smm, SecondStage second) except -1:
+        """L2 under L1's second stage: the processor goes through a shadow of it. Both stages are of one address space. KVM leaves
+        L2 before it enters SMM, and refuses VMRUN and VM entry there."""
         cdef kvm_mmu *mmu = &self.m.vcpu.guest_mmu
         cdef bint changes = self.m.mmu != mmu
         cdef uint32_t root_role
@@ -125,9 +196,10 @@ cdef class MachineModes:
         if second.stage is not self.stage:
             self.second, self.stage = second_stage(second.stage, &self.kvm_caps), second.stage
             changes = True
-        self.second.use_memory(self.kvm.spaces[0])
+        self.second.use_memory(mem)
         if self.second.n.pml is not NULL:
-            self.second.n.pml = &second.pml             # one log, whoever walks
+            self.walked = second                        # one log, whoever walks
+            self.second.n.pml = &second.pml
         self.m.sw.ngpa = &self.second.n
         self.m.advanced_info = isinstance(second.stage, Ept) and second.stage.advanced_info
         self.use_mmu(mmu)
@@ -136,12 +208,12 @@ cdef class MachineModes:
         if not isinstance(second.stage, Ept):           # as the host's own CR3; L1 has five levels only on a host that has them
             level = 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL or self.second.n.level == 5 else 4
         root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
+        root_role |= <uint32_t>smm << ROLE_SMM_SHIFT
         if changes or root_role != mmu.root_role:
-            with self.kvm.lock:
-                if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # roots do not tell; L1 has changed its paging mode
-                    free_mmu_roots(self.m.vcpu, mmu)
-                mmu.root_role = root_role
-                new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
+            if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # roots do not tell; L1 has changed its paging mode
+                free_mmu_roots(self.m.vcpu, mmu)
+            mmu.root_role = root_role
+            new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
             init_shadow_format(
                 self.shadow_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK), (root_role & ROLE_CR4_SMEP_MASK) != 0,
                 True, (self.second.n.cpu_role & ROLE_EXT_EXECONLY_MASK) != 0, self.cpu_caps.gbpages)
@@ -159,13 +231,12 @@ cdef class MachineModes:
         mmu.w = &self.m.sw
         mmu.page_fault = nonpaging_page_fault if root_role & ROLE_DIRECT_MASK else shadow_page_fault
         if root_role != mmu.root_role:
-            with self.kvm.lock:
-                if (root_role ^ mmu.root_role) & ROLE_GUEST_MODE_MASK:     # L1 and L2 come back to their roots
-                    mmu.root_role = root_role
-                    new_pgd(self.m.vcpu, self.arch.arch.cr3, False)
-                else:
-                    free_mmu_roots(self.m.vcpu, mmu)
-                    mmu.root_role = root_role
+            if (root_role ^ mmu.root_role) & ROLE_GUEST_MODE_MASK:     # L1 and L2 come back to their roots
+                mmu.root_role = root_role
+                new_pgd(self.m.vcpu, self.arch.arch.cr3, False)
+            else:
+                free_mmu_roots(self.m.vcpu, mmu)
+                mmu.root_role = root_role
             init_shadow_format(self.shadow_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK),
                                (root_role & ROLE_CR4_SMEP_MASK) != 0, False, False, self.cpu_caps.gbpages)
         hw_role = ROLE_EXT_VALID_MASK | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | (root_role & ROLE_LEVEL_MASK)

@@ -68,7 +68,6 @@ cdef struct machine:
     bint page_table_writing         # the instruction is of a kind that KVM expects to write page tables
     bint advanced_info              # L1 reads bits 11:9 of exit qualifications
     pml_log pml
-    uint32_t pml_page               # of the arena; 0: none
     uint32_t rights_epoch           # of the registers that rights are made from; from 1
     rights_tables rights
 

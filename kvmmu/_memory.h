@@ -2,6 +2,7 @@
 #ifndef KVMMU_MEMORY_H
 #define KVMMU_MEMORY_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -62,22 +63,53 @@ static inline void kvmmu_store32(uint32_t *p, uint32_t v)
 }
 #endif
 
-/* no assumption on alignment: a read-only slot may lie over any bytes */
+/* Words of guest memory, which other threads may change meanwhile: one load each, which the compiler neither splits nor repeats.
+ * No assumption on alignment: a read-only slot may lie over any bytes. clang would call a library for an atomic one of those. */
+#if defined(__clang__) || defined(_MSC_VER)
+#define KVMMU_LOAD(type, p) (*(const volatile type *)(p))
+#define KVMMU_STORE(type, p, v) (*(volatile type *)(p) = (v))
+#else
+#define KVMMU_LOAD(type, p) __atomic_load_n((const type *)(p), __ATOMIC_RELAXED)
+#define KVMMU_STORE(type, p, v) __atomic_store_n((type *)(p), (v), __ATOMIC_RELAXED)
+#endif
+#if defined(_MSC_VER)
+typedef uint64_t kvmmu_word64;
+typedef uint32_t kvmmu_word32;
+#else
+typedef uint64_t kvmmu_word64 __attribute__((may_alias, aligned(1)));
+typedef uint32_t kvmmu_word32 __attribute__((may_alias, aligned(1)));
+#endif
 static inline uint64_t kvmmu_read64(const void *p)
+{
+    return KVMMU_LOAD(kvmmu_word64, p);
+}
+static inline uint32_t kvmmu_read32(const void *p)
+{
+    return KVMMU_LOAD(kvmmu_word32, p);
+}
+static inline void kvmmu_write64(void *p, uint64_t v)
+{
+    KVMMU_STORE(kvmmu_word64, p, v);
+}
+/* what an instruction of the guest stores: aligned words at once */
+static inline void kvmmu_store(uint8_t *to, const uint8_t *from, size_t n)
+{
+    for (; n && ((uintptr_t)to & 7); n--)
+        KVMMU_STORE(uint8_t, to++, *from++);
+    for (; n >= 8; n -= 8, to += 8, from += 8) {
+        uint64_t v;
+        memcpy(&v, from, sizeof v);
+        kvmmu_write64(to, v);
+    }
+    for (; n; n--)
+        KVMMU_STORE(uint8_t, to++, *from++);
+}
+/* of memory that nobody else changes */
+static inline uint64_t kvmmu_load64(const void *p)
 {
     uint64_t v;
     memcpy(&v, p, sizeof v);
     return v;
-}
-static inline uint32_t kvmmu_read32(const void *p)
-{
-    uint32_t v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline void kvmmu_write64(void *p, uint64_t v)
-{
-    memcpy(p, &v, sizeof v);
 }
 
 #endif /* KVMMU_MEMORY_H */

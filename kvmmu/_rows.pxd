@@ -7,7 +7,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu._memory cimport kvmmu_read64
+from kvmmu._memory cimport kvmmu_load64
 from kvmmu._prefixes cimport judged_entry, lane_space, patience, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
@@ -165,5 +165,5 @@ cdef inline bint of_one_context(const uint32_t *ctx) noexcept nogil:
     cdef uint64_t differ = 0, first = ctx[0] * ((<uint64_t>1 << 32) + 1)
     cdef size_t i
     for i in range(KVMMU_LANES // 2):
-        differ |= kvmmu_read64(<const uint8_t *>&ctx[2 * i]) ^ first
+        differ |= kvmmu_load64(<const uint8_t *>&ctx[2 * i]) ^ first
     return differ == 0

@@ -13,6 +13,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PAGE_SHIFT
+from kvmmu._lock cimport MachineLock
 
 cdef enum:
     TLB_LEVELS = 3
@@ -22,6 +23,7 @@ cdef enum:
     TLB_SPACE_SHIFT = 58
     TLB_SPACES = 64                 # number 0 is none: no key is 0
     TLB_HINTS = 1024
+    TLB_MAX_ENTRIES = 1 << 24       # of one array: `hints` has room for 2**30
 
 cdef struct tlb_entry:
     uint64_t hpa                    # of the page
@@ -32,6 +34,7 @@ cdef struct tlb_entry:
     uint8_t pkey
     uint8_t dirty                   # writing needs no D bit set
     uint16_t allowed                # accesses that all this allows, as of `epoch`
+    uint8_t as_id                   # address space of gpa
     uint32_t epoch
 
 cdef struct tlb_array:
@@ -91,7 +94,7 @@ cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nog
     return NULL
 
 
-# 0, or -1: wrong shape or no memory. IN sets: powers of two, by level
+# 0, or -1: wrong shape or no memory; t is free of memory then. IN sets: powers of two, by level
 cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
 cdef void tlb_free(tlb *t) noexcept nogil
 # Use a space and a PCID; a space that is new takes a number, if need be by dropping all
@@ -112,3 +115,4 @@ cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil
 
 cdef class Tlb:
     cdef tlb t
+    cdef MachineLock lock           # that of the machine that uses it

@@ -1,15 +1,19 @@
 """The TLB, as `_tlb.pxd` describes it."""
 
+import operator
+
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memset
 
+from kvmmu._alloc cimport kvmmu_alloc_table
 from kvmmu._arguments cimport check_scalar_word
 from kvmmu._bits cimport PAGE_SHIFT, PT64_INDEX_BITS
+from kvmmu._lock cimport MachineLock
 from kvmmu._tlb cimport (
-    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array, tlb_entry,
-    tlb_lookup, tlb_page,
+    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array,
+    tlb_entry, tlb_lookup, tlb_page,
 )
 
 from kvmmu.arguments import check_bool, check_int, check_word
@@ -20,13 +24,15 @@ cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
     memset(t, 0, sizeof(tlb))
     t.nr_spaces = 1
     for i in range(TLB_LEVELS):
-        if sets[i] == 0 or sets[i] & (sets[i] - 1) or ways[i] == 0:
+        if sets[i] == 0 or sets[i] & (sets[i] - 1) or ways[i] == 0 or sets[i] > TLB_MAX_ENTRIES // ways[i]:
+            tlb_free(t)
             return -1
         t.arrays[i].shift = PAGE_SHIFT + PT64_INDEX_BITS * i
         t.arrays[i].sets, t.arrays[i].ways = sets[i], ways[i]
-        t.arrays[i].keys = <uint64_t *>calloc(sets[i] * ways[i], sizeof(uint64_t))
-        t.arrays[i].entries = <tlb_entry *>calloc(sets[i] * ways[i], sizeof(tlb_entry))
+        t.arrays[i].keys = <uint64_t *>kvmmu_alloc_table(sets[i], ways[i], sizeof(uint64_t))
+        t.arrays[i].entries = <tlb_entry *>kvmmu_alloc_table(sets[i], ways[i], sizeof(tlb_entry))
         if t.arrays[i].keys is NULL or t.arrays[i].entries is NULL:
+            tlb_free(t)
             return -1
     return 0
 
@@ -147,14 +153,21 @@ cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil:
 
 # ---- the Python face ---------------------------------------------------------------------------------------------------
 
+_GEOMETRY = ((128, 12), (128, 8), (4, 4))
+
+
 def _shape(geometry):
     """[(sets, ways)] of 4K, 2M and 1G, checked."""
-    rows = [tuple(row) for row in geometry]
+    try:
+        rows = [tuple(map(operator.index, row)) for row in geometry]
+    except TypeError:
+        rows = []
+    if len(rows) != TLB_LEVELS or any(len(row) != 2 for row in rows):
+        raise ValueError(f"geometry: want three pairs of integers, (sets, ways) of 4K, 2M and 1G pages, got {geometry!r}")
     for sets, ways in rows:
-        if not (sets >= 1 and sets & (sets - 1) == 0 and ways >= 1):
-            raise ValueError(f"geometry: want (power of two, at least 1), got {(sets, ways)}")
-    if len(rows) != TLB_LEVELS:
-        raise ValueError(f"geometry: want (sets, ways) of 4K, 2M and 1G pages, got {geometry!r}")
+        if not (sets >= 1 and sets & (sets - 1) == 0 and ways >= 1 and sets * ways <= TLB_MAX_ENTRIES):
+            raise ValueError(f"geometry: want sets a power of two, ways at least 1, and at most {TLB_MAX_ENTRIES} entries, "
+                             f"got {sets} sets of {ways}")
     return rows
 
 
@@ -164,22 +177,25 @@ cdef class Tlb:
     Parameters
     ----------
     geometry : sequence of (int, int)
-        Sets (a power of two) and ways, for 4K, 2M and 1G pages.
+        Sets (a power of two) and ways, for 4K, 2M and 1G pages; at most 2**24 entries each.
 
     Attributes
     ----------
     hits, misses, evictions : int
+
+    Notes
+    -----
+    Every method waits for the machine that uses the TLB, as `Vm` says.
     """
 
-    def __init__(self, geometry=((128, 12), (128, 8), (4, 4))):
-        cdef size_t sets[3]
-        cdef size_t ways[3]
-        for i, (n, m) in enumerate(_shape(geometry)):
-            sets[i], ways[i] = n, m
-        tlb_free(&self.t)
-        if tlb_init(&self.t, sets, ways):
-            raise MemoryError
-        tlb_use(&self.t, 0, 0)
+    def __cinit__(self, *args, **kwargs):
+        self.lock = MachineLock()
+        set_geometry(self, _GEOMETRY)
+
+    def __init__(self, geometry=_GEOMETRY):
+        rows = _shape(geometry)
+        with self.lock:
+            set_geometry(self, rows)
 
     def __dealloc__(self):
         tlb_free(&self.t)
@@ -197,41 +213,74 @@ cdef class Tlb:
         return int(self.t.evictions)
 
     def __len__(self):
-        return int(self.t.arrays[0].valid + self.t.arrays[1].valid + self.t.arrays[2].valid)
+        with self.lock:
+            return int(self.t.arrays[0].valid + self.t.arrays[1].valid + self.t.arrays[2].valid)
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; make another of the same geometry")
 
     def use(self, space=0, pcid=0):
         """Put a space (any 64-bit number) and a PCID in force."""
-        tlb_use(&self.t, check_scalar_word("space", space), check_word("pcid", pcid, TLB_PCID_BITS))
+        cdef uint64_t number = check_scalar_word("space", space)
+        cdef uint32_t tag = check_word("pcid", pcid, TLB_PCID_BITS)
+        with self.lock:
+            tlb_use(&self.t, number, tag)
 
     def fill(self, gva, hpa, level=1, is_global=False):
         """Enter a translation of the page of `level` around gva."""
-        cdef uint64_t address = check_scalar_word("hpa", hpa)
-        cdef tlb_entry *entry = tlb_fill(&self.t, check_scalar_word("gva", gva), check_int("level", level, 1, TLB_LEVELS),
-                                         check_bool("is_global", is_global))
-        entry.hpa = address
+        cdef uint64_t addr = check_scalar_word("gva", gva), page = check_scalar_word("hpa", hpa)
+        cdef int size = check_int("level", level, 1, TLB_LEVELS)
+        cdef bint kept = check_bool("is_global", is_global)
+        cdef tlb_entry *entry
+        with self.lock:
+            entry = tlb_fill(&self.t, addr, size, kept)
+            entry.hpa = page                            # all else is that of the entry that was there
 
     def lookup(self, gva):
         """(hpa of the page, level) of the entry for gva, or None."""
         cdef int level = 0
-        cdef tlb_entry *entry = tlb_lookup(&self.t, check_scalar_word("gva", gva), &level)
-        return None if entry is NULL else (int(entry.hpa), level)
+        cdef uint64_t addr = check_scalar_word("gva", gva)
+        cdef tlb_entry *entry
+        with self.lock:
+            entry = tlb_lookup(&self.t, addr, &level)
+            return None if entry is NULL else (int(entry.hpa), level)
 
     def invlpg(self, gva):
         """Drop entries for gva: of the PCID in force, and global ones."""
-        tlb_invlpg(&self.t, check_scalar_word("gva", gva))
+        cdef uint64_t addr = check_scalar_word("gva", gva)
+        with self.lock:
+            tlb_invlpg(&self.t, addr)
 
     def invpcid(self, type, pcid=0, gva=0):
         """INVPCID: 0 an address of a PCID, 1 a PCID, 2 all, 3 all but global ones; in the space in force."""
         cdef int how = check_int("type", type, 0, 3)
         cdef uint32_t tag = check_word("pcid", pcid, TLB_PCID_BITS)
-        cdef uint64_t address = check_scalar_word("gva", gva)
-        if how == 0:
-            tlb_invpcid_address(&self.t, tag, address)
-        elif how == 1:
-            tlb_flush_pcid(&self.t, tag)
-        else:
-            tlb_flush_space(&self.t, how == 2)
+        cdef uint64_t addr = check_scalar_word("gva", gva)
+        with self.lock:
+            if how == 0:
+                tlb_invpcid_address(&self.t, tag, addr)
+            elif how == 1:
+                tlb_flush_pcid(&self.t, tag)
+            else:
+                tlb_flush_space(&self.t, how == 2)
 
     def flush(self):
         """Drop everything, in every space."""
-        tlb_flush_all(&self.t)
+        with self.lock:
+            tlb_flush_all(&self.t)
+
+
+cdef int set_geometry(Tlb self, rows) except -1:
+    """An empty TLB of checked (sets, ways). IN self: with its lock held, or not known to anybody yet."""
+    cdef size_t sets[3]
+    cdef size_t ways[3]
+    cdef tlb fresh
+    cdef int i
+    for i in range(TLB_LEVELS):
+        sets[i], ways[i] = rows[i]
+    if tlb_init(&fresh, sets, ways):
+        raise MemoryError
+    tlb_free(&self.t)
+    self.t = fresh
+    tlb_use(&self.t, 0, 0)
+    return 0

@@ -2,7 +2,7 @@
 """Accesses of a guest to memory, by its own instructions and by those that KVM emulates."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +13,20 @@ from kvmmu._memory import GuestMemory
 from kvmmu.arguments import check_bool, check_int, check_word
 from kvmmu.columns import Accesses, check_one_access
 from kvmmu.faults import fault_of, nested_fault_of
+from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.record import WalkRecord
 from kvmmu.registers import Regs
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _LINEAR = 1 << 64                       # addresses go round
 _READ_MAX = 1 << 32
 
+_B = TypeVar("_B", bytes, memoryview)
 
-class GuestAccesses(ABC):
+
+class GuestAccesses(PartOfMachine, ABC):
     """What a `Vcpu` does with memory. The vCPU says on which machine, and tells the walk behind a fault."""
 
     rip: int
@@ -57,6 +63,8 @@ class GuestAccesses(ABC):
         ------
         PageFault, GeneralProtection, NestedFault
             A single access faults in the guest. In arrays that is data.
+        KeyboardInterrupt
+            Ctrl-C ends a long array between two rows: those before it have happened, and `out` has them.
 
         Notes
         -----
@@ -65,7 +73,8 @@ class GuestAccesses(ABC):
         """
         if isinstance(gva, np.ndarray):
             columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
-            self._machine.access(gva, access, columns.arrays())
+            with self._lock:
+                self._machine.access(gva, access, columns.arrays())
             return columns
         if out is not None:
             raise ValueError("out: is for arrays")
@@ -75,20 +84,24 @@ class GuestAccesses(ABC):
         return check_one_access(access) | Access.AC if self._regs.rflags & RFLAGS_AC else access
 
     def _access(self, gva: int, access: int, data: bytes | None, page_table_writing: bool) -> Accesses:
-        self._machine.set_rip(self.rip)
-        *columns, fault_gpa, qualification = self._machine.access_one(gva, access, data, page_table_writing)
-        result = Accesses(*columns)
-        self._raise_fault(gva, access, result.status, result.error_code, fault_gpa, qualification)
-        return result
+        with self._lock:
+            machine = self._machine
+            machine.set_rip(self.rip)
+            *columns, fault_gpa, qualification = machine.access_one(gva, access, data, page_table_writing)
+            result = Accesses(*columns)
+            if result.status:
+                self._raise_fault(gva, access, result.status, result.error_code, fault_gpa, qualification)
+            return result
 
-    def store(self, gva: int, data: bytes, access: int = 0, *, page_table_writing: bool = True) -> Accesses:
+    @locked
+    def store(self, gva: int, data: "Buffer", access: int = 0, *, page_table_writing: bool = True) -> Accesses:
         """Write memory as the guest does, with the bytes.
 
         Parameters
         ----------
         gva : int
             Linear address (bytes) of the first byte.
-        data : bytes
+        data : bytes, or another buffer
             A page boundary in it is crossed as by one instruction: all or nothing, but where KVM has to carry it out, as
             `write_guest()`. Empty: only to see where a byte would go.
         access : Access
@@ -109,7 +122,8 @@ class GuestAccesses(ABC):
         """
         gva, access = check_word("gva", gva), self._with_ac(check_one_access(access) | Access.WRITE)
         page_table_writing = check_bool("page_table_writing", page_table_writing)
-        parts = _pages_of(gva, bytes(data))
+        data = as_bytes(data)
+        parts = _pages_of(gva, data)
         if len(parts) > 1:
             for address, _ in parts:
                 probe = self._access(address, access, b"", page_table_writing)
@@ -137,14 +151,15 @@ class GuestAccesses(ABC):
         raise nested_fault_of(status, address=gva, access=Access(access), error_code=error_code, level=record.level, entry=entry,
                               entry_gpa=entry_gpa, rule=record.rule or "", fault_gpa=fault_gpa, exit_qualification=qualification)
 
-    def write_guest(self, gva: int, data: bytes, access: int = 0) -> int:
+    @locked
+    def write_guest(self, gva: int, data: "Buffer", access: int = 0) -> int:
         """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
 
         Parameters
         ----------
         gva : int
             Linear address (bytes) of the first byte.
-        data : bytes
+        data : bytes, or another buffer
         access : Access
             USER, AC or IMPLICIT; WRITE is added.
 
@@ -160,11 +175,12 @@ class GuestAccesses(ABC):
         """
         gva, access = check_word("gva", gva), self._with_ac(check_one_access(access) | Access.WRITE)
         reached = 0
-        for address, part in _pages_of(gva, bytes(data)):
+        for address, part in _pages_of(gva, as_bytes(data)):
             _, hpa = self._emulate(address, access, part)
             reached += len(part) if hpa != INVALID_GPA else 0
         return reached
 
+    @locked
     def read_guest(self, gva: int, n: int, access: int = 0) -> bytes:
         """Read memory as an instruction that KVM emulates, as `write_guest()` writes it.
 
@@ -183,13 +199,11 @@ class GuestAccesses(ABC):
         """
         gva, n = check_word("gva", gva), check_int("n", n, 0, _READ_MAX)
         access = self._with_ac(check_one_access(access))
-        data = bytearray()
-        while len(data) < n or not n:
-            size = min(n - len(data), PAGE_SIZE - (gva + len(data)) % PAGE_SIZE)
-            gpa, hpa = self._emulate((gva + len(data)) % _LINEAR, access, None)
-            data += self.mem.read(gpa, size) if hpa != INVALID_GPA else bytes(size)
-            if not n:
-                break
+        data = bytearray(n)
+        for address, part in _pages_of(gva, memoryview(data)):
+            gpa, hpa = self._emulate(address, access, None)
+            if hpa != INVALID_GPA:
+                part[:] = self.mem.read(gpa, len(part))
         return bytes(data)
 
     def _emulate(self, gva: int, access: int, data: bytes | None) -> tuple[int, int]:
@@ -198,9 +212,9 @@ class GuestAccesses(ABC):
         return gpa, hpa
 
 
-def _pages_of(gva: int, data: bytes) -> list[tuple[int, bytes]]:
+def _pages_of(gva: int, data: _B) -> list[tuple[int, _B]]:
     """(address, bytes) of each page that data at gva touches."""
-    if not data:
+    if not len(data):
         return [(gva, data)]
     parts, at = [], 0
     while at < len(data):

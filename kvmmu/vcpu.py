@@ -1,6 +1,5 @@
 """Vcpu: registers, the two walks, and the guest instructions that change them."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from kvmmu._audit_tlb import audit_tlb
 from kvmmu._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
 from kvmmu._contexts import SecondStage, new_arch
+from kvmmu._lock import MachineLock
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk, new_walk
@@ -18,6 +18,7 @@ from kvmmu.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, de
 from kvmmu.faults import GeneralProtection, GuestFault, NestedFault, PageFault
 from kvmmu.guest_accesses import GuestAccesses
 from kvmmu.host import Host
+from kvmmu.locked import locked
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.record import WalkRecord
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
@@ -26,7 +27,6 @@ from kvmmu.vm import Vm
 __all__ = ["Vcpu"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
-_MAKING = threading.Lock()
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
@@ -61,6 +61,10 @@ class Vcpu(GuestAccesses):
         The linear address of the last #PF that `inject()` delivered to the guest that runs.
     rip : int
         Of the instruction under way, for whoever emulates one: KVM lets a write to a shadowed table be repeated once.
+
+    Notes
+    -----
+    Two threads that use the vCPUs of one machine take turns, call by call; see `Vm`.
     """
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
@@ -70,6 +74,8 @@ class Vcpu(GuestAccesses):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
         check_name("tdp", tdp, _TDP_KINDS)
+        _check_vm(vm, mem, mem if smm_mem is None else smm_mem, tdp)
+        self._lock = MachineLock() if vm is None else vm.kvm.lock
         self._spaces = (mem, mem if smm_mem is None else smm_mem)
         self._tdp = tdp
         self._cpu = CpuModel() if cpu is None else _check_cpu(cpu)
@@ -86,11 +92,10 @@ class Vcpu(GuestAccesses):
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
         self.id = 0
-        if vm is not None:
-            self.id = len(vm.vcpus)
-            vm.vcpus.append(self)
         self._use_cpu()
         self._load(_RESET)
+        if vm is not None:
+            self.id = vm._join(self)
 
     def _admit(self, regs: Regs, second: SecondStage | None) -> Regs:
         """Legal registers, with PDPTEs loaded through a second stage if there is one."""
@@ -149,6 +154,7 @@ class Vcpu(GuestAccesses):
         return self._cpu
 
     @cpu.setter
+    @locked
     def cpu(self, cpu: CpuModel) -> None:
         regs = admit(_check_cpu(cpu), self._regs, self._table_space(self._second))
         self._cpu = cpu
@@ -160,10 +166,15 @@ class Vcpu(GuestAccesses):
 
     @property
     def smm(self) -> bool:
-        """Whether the vCPU is in system-management mode: another address space, and a role of its own."""
+        """Whether the vCPU is in system-management mode: another address space, and a role of its own.
+
+        KVM leaves a nested guest before it enters SMM. One that is made to run there has all of its memory, and L1's second
+        stage, in the address space of SMM.
+        """
         return self._smm
 
     @smm.setter
+    @locked
     def smm(self, smm: bool) -> None:
         smm = check_bool("smm", smm)
         changed, self._smm = self._smm != smm, smm
@@ -173,6 +184,7 @@ class Vcpu(GuestAccesses):
         if changed and self._made is not None:
             self._machine.reset_context()
 
+    @locked
     def set_regs(self, regs: Regs | None = None, /, **registers: Any) -> None:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, or all of a `Regs`, as a VMM does: validated as a whole, all or
         nothing.
@@ -201,6 +213,7 @@ class Vcpu(GuestAccesses):
             self._machine.reset_context()
             self._flush_guest()
 
+    @locked
     def mov_cr(self, n: int, value: int) -> None:
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
 
@@ -229,6 +242,7 @@ class Vcpu(GuestAccesses):
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
 
+    @locked
     def wrmsr_efer(self, value: int) -> None:
         """WRMSR to IA32_EFER by the guest. LMA is read-only: what is written there is ignored.
 
@@ -243,6 +257,7 @@ class Vcpu(GuestAccesses):
             self._machine.reset_context()
             self._flush_guest()
 
+    @locked
     def wrpkru(self, value: int) -> None:
         """WRPKRU by the guest.
 
@@ -253,12 +268,14 @@ class Vcpu(GuestAccesses):
         """
         self._load(after_wrpkru(self._regs, check_word("value", value, 32)))
 
+    @locked
     def invlpg(self, gva: int) -> None:
         """INVLPG by the guest: translations of an address, of this PCID and global ones; a non-canonical one does nothing."""
         gva = check_word("gva", gva)
         if self._made is not None:
             self._machine.invlpg(gva)
 
+    @locked
     def invpcid(self, type: int, pcid: int = 0, gva: int = 0) -> None:
         """INVPCID by the guest: 0 an address of a PCID, 1 a PCID, 2 everything, 3 everything but global translations.
 
@@ -276,6 +293,7 @@ class Vcpu(GuestAccesses):
         if self._made is not None:
             self._machine.invpcid(type, pcid, gva)
 
+    @locked
     def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
         """Forget translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
 
@@ -285,7 +303,7 @@ class Vcpu(GuestAccesses):
             `gva_walk`: under two-dimensional paging only the TLB holds such translations. `ngpa_walk`: the tables that shadow
             L1's second stage; nothing happens while L2 does not run under one.
         addr : int
-            Non-canonical: nothing happens.
+            Non-canonical, or wider than L1's tables translate: nothing happens.
         roots : {"current", "all"}
             Of shadow page tables.
 
@@ -303,22 +321,25 @@ class Vcpu(GuestAccesses):
     # ---- the machine -------------------------------------------------------------------------------------------------
 
     @property
+    @locked
     def vm(self) -> Vm:
         """The machine that this vCPU belongs to."""
         if self._vm is None:
-            self._vm = Vm(self._spaces[0], self._cpu, Host(tdp=self._tdp), smm_mem=self._spaces[1])
-            self._vm.vcpus.append(self)
+            vm = Vm.__new__(Vm)
+            vm._make(self._spaces[0], self._cpu, Host(tdp=self._tdp), self._spaces[1], lock=self._lock)
+            self.id = vm._join(self)
+            self._vm = vm
         return self._vm
 
     @property
     def _machine(self) -> Machine:
-        """This vCPU on its host, in the mode of the registers."""
+        """This vCPU on its host, in the mode of the registers. With the lock held."""
         if self._made is None:
-            with _MAKING:                           # threads may come to it at the same time
-                if self._made is None:
-                    made = Machine(self.vm.kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
-                    made.set_cpu(self._cpu)
-                    self._made = made
+            kvm = self.vm.kvm
+            made = Machine(kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+            made.set_cpu(self._cpu)
+            made.on_use(lambda: self._machine)
+            self._made = made
         self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
         return self._made
 
@@ -328,30 +349,36 @@ class Vcpu(GuestAccesses):
         return self._tlb
 
     @property
+    @locked
     def tdp_mmu(self) -> TdpMmu | None:
         """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging; None without."""
         return self._machine.tdp_mmu
 
     @property
+    @locked
     def shadow_mmu(self) -> ShadowMmu:
         """The builder of tables that shadow the guest's: all of them without two-dimensional paging, else L1's EPT or NPT."""
         return self._machine.shadow_mmu
 
     @property
+    @locked
     def mmu(self) -> Mmu:
         """The builder of page tables that is active."""
         return self._machine.mmu
 
     @property
+    @locked
     def root_mmu(self) -> Mmu:
         """KVM's name for the MMU that is active outside nested paging."""
         return self._machine.root_mmu
 
     @property
+    @locked
     def guest_mmu(self) -> ShadowMmu | None:
         """KVM's name for the MMU that is active under nested paging; None without two-dimensional paging."""
         return None if self._tdp is None else self.shadow_mmu
 
+    @locked
     def vm_enter(self) -> None:
         """Do what was put off until the guest runs again: load a root, synchronize it, flush."""
         self._machine.vm_enter()
@@ -372,11 +399,13 @@ class Vcpu(GuestAccesses):
         twin._load(self._regs)
         return twin.gva_walk.walk_record(gva, access)
 
+    @locked
     def drain_pml(self) -> None:
         """Take what the processor logged so far into the dirty log, as each exit does."""
         if self._made is not None:
             self._made.drain_pml()
 
+    @locked
     def audit_tlb(self) -> list[str]:
         """What is wrong with the TLB: one line for each entry whose host page, or whose right to write it, is gone unflushed."""
         return [] if self._made is None else audit_tlb(self._made)
@@ -396,6 +425,7 @@ class Vcpu(GuestAccesses):
         """Whether L2 runs under a second stage of L1's, on a host with two-dimensional paging."""
         return self._second is not None
 
+    @locked
     def enter_nested(self, stage: Stage | None, **registers: Any) -> None:
         """Run L2: under L1's second stage (`Ept` or `Npt`), or without nested paging (None).
 
@@ -434,6 +464,7 @@ class Vcpu(GuestAccesses):
         self._load(regs)
         self._flush_guest()
 
+    @locked
     def leave_nested(self) -> None:
         """Run L1 again, with the registers it had. Harmless when not nested."""
         if self._l1_regs is None:
@@ -459,6 +490,7 @@ class Vcpu(GuestAccesses):
         if walk is not self.gva_walk and walk is not self.ngpa_walk:
             raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
 
+    @locked
     def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:
         """A guest-physical address of a walk as L1 sees it: the identity, except for gva_walk under a second stage.
 
@@ -487,6 +519,7 @@ class Vcpu(GuestAccesses):
             return gpa
         return self.ngpa_walk._second_stage_gpa(gpa, access, pte_access)
 
+    @locked
     def inject(self, fault: GuestFault, from_hardware: int | None = None) -> ExceptionInjected | ExitToL1:
         """Deliver a fault of a translation by the walk that failed: a #PF by gva_walk, a fault of the second stage by ngpa_walk.
 
@@ -563,6 +596,14 @@ def _known(registers: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(known))}")
     return registers
+
+
+def _check_vm(vm: Vm | None, mem: GuestMemory, smm_mem: GuestMemory, tdp: str | None) -> None:
+    """A vCPU has the memory and the host of its machine."""
+    if not isinstance(vm, Vm | None):
+        raise TypeError(f"vm: want a Vm, got {type(vm).__name__}")
+    if vm is not None and (mem is not vm.mem or smm_mem is not vm.smm_mem or tdp != vm.host.tdp):
+        raise ValueError(f"vm: {vm!r} has another memory or another tdp; create_vcpu() makes a vCPU with its own")
 
 
 def _check_cpu(cpu: CpuModel) -> CpuModel:

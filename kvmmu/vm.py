@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu._lock import MachineLock
 from kvmmu._memory import GuestMemory
 from kvmmu.arguments import check_bool, check_bytes, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.host import Host
+from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.mmu._audit import audit
 from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu._state import Kvm
@@ -26,7 +28,7 @@ _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 _COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
 
-class Vm:
+class Vm(PartOfMachine):
     """One virtual machine.
 
     Parameters
@@ -44,15 +46,33 @@ class Vm:
         Deleting or moving a memslot drops all page tables (KVM's quirk, on unless a VMM turns it off), else only what maps the
         slot or shadows tables in it.
 
+    Attributes
+    ----------
+    vcpus : list of Vcpu
+        In the order in which they were made. The machine keeps them; one that is taken from the list leaves the machine when
+        nobody else holds it.
+
     Notes
     -----
-    A machine is locked while it runs; two threads that use one take turns.
+    A machine is locked while it runs; two threads that use one take turns, call by call: accesses, what the guest flushes or
+    loads, what the host does, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or removed from `mem` itself
+    count from the next call on. In a forked process a machine that nobody ran at the fork works; one that another thread ran
+    raises RuntimeError.
+
+    The guest may be wider than its host (`cpu.maxphyaddr` above `host.maxphyaddr`), which KVM leaves to the VMM. Translations
+    then are those of `cpu`, MMIO beyond the host's width exits at every access because no entry can mark it, and memory there
+    is backed by frames that the host has. A processor would raise a #PF with RSVD for such an address under two-dimensional
+    paging.
     """
 
     _vcpu_type: type[Any]               # Vcpu, told by the module of Vcpu, which stands above this one
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
                  smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
+        self._make(mem, cpu, host, smm_mem, backing=backing, slot_zap_all=slot_zap_all)
+
+    def _make(self, mem: GuestMemory, cpu: CpuModel | None, host: Host | None, smm_mem: GuestMemory | None, *,
+              backing: str | None = None, slot_zap_all: bool = True, lock: MachineLock | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -65,13 +85,22 @@ class Vm:
         self.cpu = CpuModel() if cpu is None else cpu
         self.host = Host() if host is None else host
         self.kvm = Kvm(self.host, mem, self.smm_mem, None if backing is None else _level("backing", backing),
-                       check_bool("slot_zap_all", slot_zap_all))
+                       check_bool("slot_zap_all", slot_zap_all), lock)
+        self._lock = self.kvm.lock
         self.vcpus: list[Any] = []
+        self._made_vcpus = 0
         self._trace: Tracepoints | None = None
 
     def create_vcpu(self, **options: Any) -> Any:
         """One more `Vcpu`; `options` go to it."""
         return self._vcpu_type(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
+
+    @locked
+    def _join(self, vcpu: Any) -> int:
+        """Take a vCPU; returns its number."""
+        number, self._made_vcpus = self._made_vcpus, self._made_vcpus + 1
+        self.vcpus.append(vcpu)
+        return number
 
     # ---- what one sees -----------------------------------------------------------------------------------------------
 
@@ -90,6 +119,7 @@ class Vm:
         return self._trace
 
     @trace.setter
+    @locked
     def trace(self, trace: Tracepoints | None) -> None:
         if not isinstance(trace, Tracepoints | None):
             raise TypeError(f"trace: want Tracepoints or None, got {type(trace).__name__}")
@@ -99,6 +129,7 @@ class Vm:
             trace.attach(self.kvm)
         self._trace = trace
 
+    @locked
     def audit(self, guest_tables: bool = False) -> list[str]:
         """What is wrong with the page tables and the TLBs: one line each, none if every invariant holds.
 
@@ -133,22 +164,43 @@ class Vm:
         """The memslots: id, as_id, gpa, size, pfn, readonly, dirty_log."""
         return self.kvm.slots()
 
+    @locked
     def add_slot(self, gpa: int, size_or_buffer: "int | Buffer", readonly: bool = False, dirty_log: bool = False) -> None:
-        """Create a memslot; as `GuestMemory.add_slot()`."""
-        gpa, dirty_log = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE), check_bool("dirty_log", dirty_log)
-        self.mem.add_slot(gpa, size_or_buffer, readonly)
-        self.kvm.slots()
-        if dirty_log:
-            self.kvm.set_dirty_log(gpa, True, created=True)
+        """Create a memslot; as `GuestMemory.add_slot()`.
 
+        Raises
+        ------
+        ValueError
+            As `GuestMemory.add_slot()`, or the host has too few physical addresses to back it; nothing changed.
+        """
+        gpa, dirty_log = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE), check_bool("dirty_log", dirty_log)
+        self.kvm.sync_slots()                           # whatever is wrong with the others is not this one's fault
+        self.mem.add_slot(gpa, size_or_buffer, readonly)
+        try:
+            self.kvm.sync_slots()
+            if dirty_log:
+                self.kvm.set_dirty_log(gpa, True, created=True)
+        except BaseException:
+            self.mem.remove_slot(gpa)
+            self.kvm.sync_slots()
+            raise
+
+    @locked
     def delete_slot(self, gpa: int) -> NDArray[np.uint8]:
         """Delete the memslot that begins at gpa, and with it every page table; returns its bytes."""
         data = self.mem.remove_slot(gpa)
-        self.kvm.slots()
+        self.kvm.sync_slots()
         return data
 
+    @locked
     def move_slot(self, gpa: int, to: int) -> None:
-        """Move the memslot that begins at gpa: its bytes, its dirty log, and whether it is read-only go with it."""
+        """Move the memslot that begins at gpa: its bytes, its dirty log, and whether it is read-only go with it.
+
+        Raises
+        ------
+        ValueError
+            No slot begins there, it is the only one, or `to` is no place for it; the slot is where it was.
+        """
         gpa, to = check_gpa("gpa", gpa), check_pages("to", to, 0, GPA_LIMIT - PAGE_SIZE)
         slot = next((slot for slot in self.slots if slot["gpa"] == gpa and slot["as_id"] == 0), None)
         spare = slot is not None and len(self.mem.slots) == 1
@@ -156,19 +208,24 @@ class Vm:
             raise ValueError(f"gpa {gpa:#x}: " + ("the only slot cannot move" if spare else "no slot begins there"))
         dirty = self.kvm.dirty_log(gpa, False) - np.uint64(gpa // PAGE_SIZE) if slot["dirty_log"] else None
         data = self.mem.remove_slot(gpa)
-        self.kvm.slots()
-        at = gpa
+        at, placed = to, False
         try:
+            self.kvm.sync_slots()
             self.mem.add_slot(to, data, slot["readonly"])
-            at = to
-        except ValueError:
+            placed = True
+            self.kvm.sync_slots()
+        except BaseException:
+            if placed:
+                self.mem.remove_slot(to)
             self.mem.add_slot(gpa, data, slot["readonly"])
+            at = gpa
             raise
         finally:
-            self.kvm.slots()
+            self.kvm.sync_slots()
             if dirty is not None:
                 self.kvm.set_dirty_log(at, True, created=True, dirty=dirty)
 
+    @locked
     def write_guest_physical(self, gpa: int, data: "Buffer") -> None:
         """Write guest memory as KVM does on behalf of the guest: the frames are dirty then.
 
@@ -177,24 +234,32 @@ class Vm:
         ValueError
             Part of the range is a hole, or read-only to the guest; nothing is written.
         """
-        gpa, size = check_gpa("gpa", gpa), check_bytes("data", data).size
-        check_length("data", size, gpa)
-        for slot in self.slots:
-            if slot["as_id"] == 0 and slot["readonly"] and slot["gpa"] < gpa + size and gpa < slot["gpa"] + slot["size"]:
-                raise ValueError(f"the slot at gpa {slot['gpa']:#x} is read-only to the guest")
+        gpa, data = check_gpa("gpa", gpa), as_bytes(data)
+        size = check_length("data", len(data), gpa)
+        readonly = self.kvm.readonly_slot(gpa, size)
+        if readonly is not None:
+            raise ValueError(f"the slot at gpa {readonly:#x} is read-only to the guest")
         self.mem.write(gpa, data)
         if size:
             self.kvm.note_write(gpa, size)
             self.kvm.track_write(gpa, size)
 
+    @locked
     def host_write(self, gpa: int, data: "Buffer") -> None:
-        """Write guest memory as the VMM's own process does: KVM learns of it only if the host has to give the page a copy."""
-        gpa, size = check_gpa("gpa", gpa), check_bytes("data", data).size
-        check_length("data", size, gpa)
-        if size:
-            self.kvm.note_write(gpa, size, dirty=False)
-        self.mem.write(gpa, data)
+        """Write guest memory as the VMM's own process does: KVM learns of it only if the host has to give the page a copy.
 
+        Raises
+        ------
+        ValueError
+            Part of the range is a hole; nothing is written.
+        """
+        gpa, data = check_gpa("gpa", gpa), as_bytes(data)
+        check_length("data", len(data), gpa)
+        self.mem.write(gpa, data)
+        if data:
+            self.kvm.note_write(gpa, len(data), dirty=False)
+
+    @locked
     def set_nr_mmu_pages(self, n: int) -> None:
         """Limit the number of shadow pages; the oldest go beyond it. 64 are always allowed.
 
@@ -202,12 +267,14 @@ class Vm:
         """
         self.kvm.set_nr_mmu_pages(check_int("n", n, 1, _COUNT_MAX))
 
+    @locked
     def set_dirty_log(self, gpa: int, on: bool = True) -> None:
         """Start or stop the dirty log of the slot that holds gpa."""
         gpa, on = check_gpa("gpa", gpa), check_bool("on", on)
         self._drain()
         self.kvm.set_dirty_log(gpa, on)
 
+    @locked
     def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
         """Frames of the slot that holds gpa written since the log was cleared, ascending; `clear` protects them again."""
         gpa, clear = check_gpa("gpa", gpa), check_bool("clear", clear)

@@ -11,9 +11,10 @@ import kvmmu
 
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
 # Lowest first; a module imports modules before it.
-LAYERS = ("_bits", "_maker", "arguments", "faults", "record", "columns", "_arguments", "_columns", "nested", "_roles", "_memory",
-          "registers", "delivery", "control_blocks", "host", "_format", "_gpte", "tables", "_walk", "_walk_init", "_plain",
-          "_lanes", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu", "_contexts", "_explain",
+LAYERS = ("_bits", "_alloc", "_lock", "_maker", "arguments", "locked", "faults", "record", "columns", "_arguments", "_columns",
+          "nested", "_roles", "_memory", "registers", "delivery", "control_blocks", "host", "_format", "_gpte", "tables", "_walk",
+          "_walk_init", "_plain", "_lanes", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu",
+          "_contexts", "_explain",
           "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_machine_modes", "_machine", "_audit_tlb",
           "tracepoints", "vm", "guest_accesses", "vcpu", "_replay_blocks", "_replay", "outcome", "terminal", "progress",
           "recorded_faults", "trace_memory", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure", "cli")

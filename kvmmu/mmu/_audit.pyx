@@ -100,7 +100,7 @@ cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
     return roots
 
 
-def audit(Kvm machine, guest_tables=False):
+def audit(Kvm machine not None, guest_tables=False):
     """What is wrong with the page tables of a machine: one line each.
 
     guest_tables: what shadows the guest's tables is compared with them, too (see `_audit_guest.pxd`).

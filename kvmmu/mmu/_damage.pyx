@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ROLE_INVALID_MASK
+from kvmmu._bits cimport ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu._page cimport (
     first_spte, list_remove, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,
@@ -14,8 +14,15 @@ from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._zap cimport slot_of_sp
 
 
-def damage(Kvm machine, what, uint32_t sp, int index=0, uint64_t value=0):
+def damage(Kvm machine not None, what, uint32_t sp, int index=0, uint64_t value=0):
     """Break one thing of a shadow page, or of its entry at index, and leave all others as they are."""
+    if not 0 < sp < machine.k.page_end or not machine.k.pages[sp].in_use or not 0 <= index < SPTE_ENT_PER_PAGE:
+        raise ValueError(f"entry {index} of page {sp}: there is no such entry")
+    with machine.lock:
+        break_one(machine, what, sp, index, value)
+
+
+cdef int break_one(Kvm machine, what, uint32_t sp, int index, uint64_t value) except -1:
     cdef kvm *k = machine.k
     cdef kvm_mmu_page *page = &k.pages[sp]
     cdef uint64_t sptep = first_spte(sp) + index

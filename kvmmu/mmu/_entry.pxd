@@ -1,6 +1,6 @@
 """From an exit to a return code (`kvm_mmu_page_fault`), and the loading of roots before a vCPU runs."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu, kvm_vcpu
@@ -16,5 +16,9 @@ cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r
 # KVM may let the guest repeat the write instead of carrying it out, once it shadows the frame no longer. IN addr: of the
 # exit; gfn: that is written. Whether the guest is to repeat it
 cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexcept nogil
+# What the processor logged since the log was empty is dirty. IN index: of the next entry, counting down
+cdef void drain_pml(kvm_vcpu *vcpu, uint16_t index) noexcept nogil
+# All pages that a vCPU holds: roots, and its log, which is drained. It never runs again
+cdef void free_vcpu_pages(kvm_vcpu *vcpu) noexcept nogil
 # The role of a TdpMmu's root
 cdef uint32_t tdp_root_role(const kvm *k, int level, bint smm, bint guest_mode, bint gmet) noexcept nogil

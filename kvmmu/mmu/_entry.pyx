@@ -1,11 +1,11 @@
 """The way into an MMU, as `_entry.pxd` describes it."""
 
 from libc.errno cimport EIO, ENOMEM
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
     ACC_ALL, ACC_USER_MASK, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK,
-    PT64_BASE_ADDR_MASK, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
+    PML_ENTITY_NUM, PT64_BASE_ADDR_MASK, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT, STATUS_EPT_VIOLATION,
     STATUS_NESTED_PAGE_FAULT, STATUS_PAGE_FAULT,
@@ -15,11 +15,13 @@ from kvmmu._walk cimport walk_result
 from kvmmu.mmu._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,
-    kvm_page_fault, kvm_vcpu,
+    SPECIAL_ROOTS, kvm_page_fault, kvm_vcpu, memslots_of,
 )
+from kvmmu.mmu._page cimport first_spte, free_page
 from kvmmu.mmu._roots cimport (
     ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
 )
+from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
 from kvmmu.mmu._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 from kvmmu.mmu._track cimport unprotect_gfn
@@ -136,6 +138,36 @@ cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil:
         free_tdp_root(vcpu.kvm, mmu)
     else:
         free_shadow_roots(vcpu.kvm, mmu, ROOTS_ALL)
+
+
+cdef void drain_pml(kvm_vcpu *vcpu, uint16_t index) noexcept nogil:
+    cdef kvm *k = vcpu.kvm
+    cdef kvm_memory_slot *slot
+    cdef uint64_t gfn
+    cdef int i
+    for i in range(<uint16_t>(index + 1), PML_ENTITY_NUM):     # past zero: the log is full, and its first entry is 0
+        gfn = k.sptes[first_spte(vcpu.pml_page) + i] >> PAGE_SHIFT
+        slot = gfn_to_memslot(memslots_of(k, vcpu.as_id), gfn)
+        if slot is not NULL:
+            mark_slot_dirty(slot, gfn)
+
+
+cdef void free_mmu_pages(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil:
+    cdef int i
+    free_mmu_roots(vcpu, mmu)
+    for i in range(SPECIAL_ROOTS):
+        if mmu.special_roots[i]:
+            free_page(vcpu.kvm, mmu.special_roots[i])
+            mmu.special_roots[i] = 0
+
+
+cdef void free_vcpu_pages(kvm_vcpu *vcpu) noexcept nogil:
+    if vcpu.pml_page:
+        drain_pml(vcpu, vcpu.pml_index)
+        free_page(vcpu.kvm, vcpu.pml_page)
+        vcpu.pml_page = 0
+    free_mmu_pages(vcpu, &vcpu.root_mmu)
+    free_mmu_pages(vcpu, &vcpu.guest_mmu)
 
 
 cdef int load_tdp_root(kvm_vcpu *vcpu) noexcept nogil:

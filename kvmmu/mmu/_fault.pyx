@@ -4,7 +4,7 @@ from libc.errno cimport EINVAL
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport (
-    ACC_READ_MASK, ACC_WRITE_MASK, GPA_BITS, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PFERR_FETCH_MASK,
+    ACC_READ_MASK, ACC_WRITE_MASK, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PFERR_FETCH_MASK,
     PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK, PG_LEVEL_4K, PT_WRITABLE_MASK, RET_PF_CONTINUE,
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
     SHADOW_NONPRESENT_VALUE,
@@ -103,9 +103,9 @@ cdef void host_reads(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil:
 
 cdef int faultin_noslot(kvm_vcpu *vcpu, kvm_page_fault *fault, uint32_t access) noexcept nogil:
     cdef bint direct = (vcpu.mmu.root_role & ROLE_DIRECT_MASK) != 0
-    cdef int width = vcpu.kvm.spte.maxphyaddr if vcpu.kvm.tdp_enabled else GPA_BITS
     cache_mmio(vcpu, 0 if direct else fault.addr, fault.gfn, access)
-    if not vcpu.kvm.spte.mmio_caching or fault.gfn >> (width - PAGE_SHIFT):
+    # a guest wider than its host: an entry has no room for the frame, so every access to it exits
+    if not vcpu.kvm.spte.mmio_caching or fault.gfn >> (vcpu.kvm.spte.maxphyaddr - PAGE_SHIFT):
         return RET_PF_EMULATE
     return RET_PF_CONTINUE
 

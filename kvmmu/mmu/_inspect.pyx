@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -19,7 +20,7 @@ _STATS = (
     "pml_full bugs").split()
 
 
-def set_trace(Kvm machine, mask, capacity):
+def set_trace(Kvm machine not None, uint32_t mask, size_t capacity):
     """Record the events of a bit mask, the last `capacity` of them; 0 stops."""
     cdef trace_event *events = NULL
     with machine.lock:
@@ -33,7 +34,7 @@ def set_trace(Kvm machine, mask, capacity):
         machine.k.trace.written = 0
 
 
-def trace_events(Kvm machine):
+def trace_events(Kvm machine not None):
     """(number of events ever, ndarray of uint64 (n, 10): number, vcpu, id, seven fields), oldest first."""
     cdef kvm *k = machine.k
     cdef trace_ring *ring = &k.trace
@@ -53,7 +54,7 @@ def trace_events(Kvm machine):
         return int(ring.written), out
 
 
-def pages(Kvm machine):
+def pages(Kvm machine not None):
     """Pages of SPTEs that are in use: dict of arrays sp, gfn, role, root_count, nx, unsync, special (one row each), sptes
     (n, 512), translations (n, 512): gfn << 12 | ACC_* of the leaf entries of pages that shadow a guest's table, else 0."""
     cdef kvm *k = machine.k
@@ -76,17 +77,18 @@ def pages(Kvm machine):
     return {name: table[:, i].copy() for i, name in enumerate(names)} | {"sptes": sptes, "translations": translations}
 
 
-def stats(Kvm machine):
+def stats(Kvm machine not None):
     """dict of str to int: the counters by KVM's names."""
     cdef const int64_t *counters = <const int64_t *>&machine.k.stats
     with machine.lock:
         return {name: counters[i] for i, name in enumerate(_STATS)}
 
 
-def clear_stats(Kvm machine):
+def clear_stats(Kvm machine not None):
     """Set the counters to zero, those of what is there now excepted."""
-    cdef kvm_stats kept = machine.k.stats
+    cdef kvm_stats kept
     with machine.lock:
+        kept = machine.k.stats
         memset(&machine.k.stats, 0, sizeof(kvm_stats))
         machine.k.stats.pages_4k, machine.k.stats.pages_2m, machine.k.stats.pages_1g = kept.pages_4k, kept.pages_2m, kept.pages_1g
         machine.k.stats.mmu_unsync, machine.k.stats.nx_lpage_splits = kept.mmu_unsync, kept.nx_lpage_splits

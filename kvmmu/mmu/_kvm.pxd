@@ -10,7 +10,7 @@ classes hold, stands for mmu_lock.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PAGE_SHIFT, ROLE_LEVEL_MASK, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE
 from kvmmu._format cimport kvm_page_format
@@ -25,6 +25,7 @@ cdef enum:
     KVM_SHADOW_MMU = 0              # index of the lists that each kind of MMU has for itself
     KVM_TDP_MMU = 1
     PREV_ROOTS = 3
+    SPECIAL_ROOTS = 3
     # what a vCPU does before it runs again
     REQ_TLB_FLUSH = 1
     REQ_FREE_OBSOLETE_ROOTS = 2
@@ -101,6 +102,7 @@ cdef struct kvm:
     uint64_t mmu_invalidate_start, mmu_invalidate_end       # gfns of an invalidation under way; equal: none
     kvm_vcpu **vcpus
     size_t nr_vcpus
+    bint vcpu_is_gone               # one of them, or more
     unmap_gfns_fn unmap_gfns
     bint tdp_enabled
     bint slot_zap_all               # a memslot that goes takes all page tables with it, not only its own
@@ -160,6 +162,9 @@ cdef struct kvm_vcpu:
     uint32_t mmio_access
     bint mmio_cached
     uint64_t last_retry_eip, last_retry_addr
+    uint32_t pml_page               # of the arena: the processor's log of dirty pages; 0: none
+    uint16_t pml_index              # of its next entry, once the vCPU is gone
+    bint gone                       # nobody runs it any more; its roots, and what they hold, are left at the next `sync()`
 
 
 cdef inline kvm_mmu_page *sp_of(kvm *k, uint64_t sptep) noexcept nogil:
@@ -195,5 +200,7 @@ cdef void make_all_vcpus_request(kvm *k, uint32_t request) noexcept nogil
 # Every vCPU drops what its TLB holds of this machine, before it runs again
 cdef void flush_remote_tlbs(kvm *k) noexcept nogil
 cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil
-# A vCPU that lives as long as the machine; NULL for want of memory
+# NULL for want of memory
 cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil
+# IN i: its place in k.vcpus; it holds no pages any more
+cdef void remove_vcpu(kvm *k, size_t i) noexcept nogil

@@ -2,8 +2,10 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
+from libc.string cimport memmove
 
+from kvmmu._alloc cimport kvmmu_grow_array
 from kvmmu._bits cimport PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_vcpu
 from kvmmu.mmu._rmap cimport free_pool
@@ -56,7 +58,7 @@ cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil:
 
 cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil:
     cdef kvm_vcpu *vcpu = <kvm_vcpu *>calloc(1, sizeof(kvm_vcpu))
-    cdef kvm_vcpu **grown = <kvm_vcpu **>realloc(k.vcpus, (k.nr_vcpus + 1) * sizeof(kvm_vcpu *))
+    cdef kvm_vcpu **grown = <kvm_vcpu **>kvmmu_grow_array(k.vcpus, k.nr_vcpus + 1, sizeof(kvm_vcpu *))
     if grown is not NULL:
         k.vcpus = grown
     if grown is NULL or vcpu is NULL:
@@ -67,3 +69,9 @@ cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil:
     k.vcpus[k.nr_vcpus] = vcpu
     k.nr_vcpus += 1
     return vcpu
+
+
+cdef void remove_vcpu(kvm *k, size_t i) noexcept nogil:
+    free(k.vcpus[i])
+    k.nr_vcpus -= 1
+    memmove(&k.vcpus[i], &k.vcpus[i + 1], (k.nr_vcpus - i) * sizeof(kvm_vcpu *))

@@ -2,11 +2,14 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmmu._lock cimport MachineLock
 from kvmmu._memory cimport guest_mem, guest_slot
 from kvmmu.mmu._kvm cimport kvm
 from kvmmu.mmu._slots cimport kvm_memory_slot
 
 
+# ValueError unless it is the number of an address space
+cdef int check_space(int as_id) except -1
 # What an mmu notifier makes of frames whose host page goes
 cdef void unmap_gfns(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
 cdef void zap_all_fast(kvm *k) noexcept nogil
@@ -17,7 +20,7 @@ cdef void next_generation(kvm *k, uint64_t count) noexcept nogil
 cdef class KvmMemory:
     cdef kvm *k
     cdef readonly object host
-    cdef readonly object lock           # mmu_lock: reentrant, held by every method
+    cdef readonly MachineLock lock      # mmu_lock: held by every method
     cdef readonly int backing
     cdef list spaces                    # GuestMemory of each address space
     cdef list tables                    # SlotTable that the memslots of each were made from
@@ -27,7 +30,9 @@ cdef class KvmMemory:
     cdef guest_mem ram                  # host-physical memory behind the memslots, as the processor sees it
     cdef guest_slot arena_slot
     cdef guest_mem arena                # host-physical memory that holds the SPTEs
+    # The memslots are those of the memory now, and vCPUs that nobody runs any more are gone. With the lock held
     cdef int sync(self) except -1
+    cdef void reap(self) noexcept
     cdef object fmt                     # SpteFormat
     cdef kvm_memory_slot *slot_at(self, gpa, int as_id) except NULL
-    cdef int rebuild_ram(self) except -1
+    cdef void rebuild_ram(self, guest_slot *slots) noexcept

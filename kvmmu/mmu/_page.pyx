@@ -2,9 +2,10 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from kvmmu._alloc cimport kvmmu_grow_array
 from kvmmu._bits cimport (
     PAGE_SIZE, PG_LEVEL_1G, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
@@ -32,13 +33,13 @@ cdef int reserve_pages(kvm *k, size_t n) noexcept nogil:
     if k.pages_in_use + n < k.page_capacity:
         return 0
     capacity = max(<size_t>FIRST_PAGES, 2 * k.page_capacity) + n
-    if capacity * PAGE_SIZE > k.arena_hpa:              # the upper half of the address space
+    if capacity > k.arena_hpa // PAGE_SIZE:             # the upper half of the address space
         return -1
-    sptes = <uint64_t *>realloc(k.sptes, capacity * PAGE_SIZE)
+    sptes = <uint64_t *>kvmmu_grow_array(k.sptes, capacity, PAGE_SIZE)
     if sptes is NULL:
         return -1
     k.sptes = sptes
-    pages = <kvm_mmu_page *>realloc(k.pages, capacity * sizeof(kvm_mmu_page))
+    pages = <kvm_mmu_page *>kvmmu_grow_array(k.pages, capacity, sizeof(kvm_mmu_page))
     if pages is NULL:
         return -1
     k.pages, k.page_capacity = pages, capacity

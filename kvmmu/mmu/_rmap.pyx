@@ -2,9 +2,9 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
+from libc.stdlib cimport calloc, free
 
+from kvmmu._alloc cimport kvmmu_grow_array
 from kvmmu.mmu._rmap cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
 
 
@@ -23,7 +23,7 @@ cdef int reserve_descs(pte_list_pool *pool, size_t n) noexcept nogil:
     if pool.count + n < pool.capacity:
         return 0
     capacity = 2 * pool.capacity + n + 64
-    grown = <pte_list_desc *>realloc(pool.descs, capacity * sizeof(pte_list_desc))
+    grown = <pte_list_desc *>kvmmu_grow_array(pool.descs, capacity, sizeof(pte_list_desc))
     if grown is NULL:
         return -1
     if pool.count == 0:
@@ -139,6 +139,10 @@ cdef uint64_t pte_list_get(const pte_list_pool *pool, uint64_t head, size_t i) n
 
 # ---- the Python face ---------------------------------------------------------------------------------------------------
 
+cdef enum:
+    SPTEP_BITS = 62                 # a head has a number and two bits in a word
+
+
 cdef class PteLists:
     """Lists of SPTE numbers, as the reverse map keeps them; for inspection and tests.
 
@@ -148,20 +152,20 @@ cdef class PteLists:
         How many lists.
     """
 
-    def __init__(self, Py_ssize_t n):
+    def __cinit__(self, Py_ssize_t n):
         if n < 1:
             raise ValueError(f"n: want at least one list, got {n}")
-        free(self.heads)
-        free_pool(&self.pool)
-        memset(&self.pool, 0, sizeof(pte_list_pool))
-        self.n = n
         self.heads = <uint64_t *>calloc(n, sizeof(uint64_t))
         if self.heads is NULL:
             raise MemoryError
+        self.n = n
 
     def __dealloc__(self):
         free(self.heads)
         free_pool(&self.pool)
+
+    def __reduce__(self):
+        raise TypeError("PteLists cannot be copied or pickled")
 
     cdef uint64_t *head(self, i) except NULL:
         if not 0 <= i < self.n:
@@ -169,15 +173,18 @@ cdef class PteLists:
         return &self.heads[i]
 
     def add(self, i, sptep):
-        """Append an SPTE number to list i; returns how many entries it had."""
+        """Append an SPTE number (of at most 62 bits) to list i; returns how many entries it had."""
         cdef uint64_t *head = self.head(i)
+        if sptep < 0 or sptep >> SPTEP_BITS:
+            raise ValueError(f"sptep: want {SPTEP_BITS} bits, got {sptep:#x}")
         if reserve_descs(&self.pool, 1):
             raise MemoryError
         return pte_list_add(&self.pool, head, sptep)
 
     def remove(self, i, sptep):
         """Remove an SPTE number; whether it was there."""
-        return bool(pte_list_remove(&self.pool, self.head(i), sptep))
+        cdef uint64_t *head = self.head(i)
+        return sptep >= 0 and not sptep >> SPTEP_BITS and bool(pte_list_remove(&self.pool, head, sptep))
 
     def entries(self, i):
         """The SPTE numbers of list i."""

@@ -106,9 +106,15 @@ cdef int set_dirty_log(kvm_memory_slot *slot, bint on) noexcept nogil
 cdef kvm_memory_slot *new_memslot(uint32_t id, int as_id, uint64_t gfn, uint64_t npages, uint8_t *hva, int backing,
                                   bint readonly, uint64_t *pfn) noexcept nogil
 cdef void free_memslot(kvm_memory_slot *slot) noexcept nogil
-# 0, -1 for want of memory; the caller has checked that nothing overlaps
-cdef int insert_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil
-cdef void remove_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil
+# Make sure that n insertions need no memory: 0, or -1
+cdef int reserve_memslots(slot_table *table, size_t n) noexcept nogil
+# Needs a reserved place. The caller has checked that nothing overlaps, and sorts when all are inserted
+cdef void append_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil
+cdef void sort_memslots(slot_table *table) noexcept nogil
+# Take out the slots that are marked invalid; the caller frees them
+cdef void remove_invalid_memslots(slot_table *table) noexcept nogil
+# The number of the first slot that ends beyond gfn
+cdef size_t first_memslot_at(const slot_table *table, uint64_t gfn) noexcept nogil
 
 
 cdef class Memslot:

@@ -1,27 +1,34 @@
 """Memslots: look-up, large-page limits, counters. What they are is told in `_slots.pxd`."""
 
+from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memmove, memset
+from libc.stdlib cimport calloc, free, qsort
+from libc.string cimport memset
 
-from kvmmu._bits cimport PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
+from kvmmu._alloc cimport kvmmu_grow_array
+from kvmmu._bits cimport GPA_LIMIT, PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
 from kvmmu.mmu._slots cimport (
     HOST_LEVEL_MASK, SLOT_VERSIONS, host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot, level_index,
     lpage_disallowed, slot_table,
 )
 
 
-cdef kvm_memory_slot *find_memslot(slot_table *table, uint64_t gfn) noexcept nogil:
+cdef size_t first_memslot_at(const slot_table *table, uint64_t gfn) noexcept nogil:
     cdef size_t low = 0, high = table.count, middle
     while low < high:
         middle = (low + high) // 2
-        if table.slots[middle].base_gfn <= gfn:
+        if table.slots[middle].base_gfn + table.slots[middle].npages <= gfn:
             low = middle + 1
         else:
             high = middle
-    if low == 0 or gfn - table.slots[low - 1].base_gfn >= table.slots[low - 1].npages:
+    return low
+
+
+cdef kvm_memory_slot *find_memslot(slot_table *table, uint64_t gfn) noexcept nogil:
+    cdef size_t i = first_memslot_at(table, gfn)
+    if i == table.count or gfn < table.slots[i].base_gfn:
         return NULL
-    table.last = table.slots[low - 1]
+    table.last = table.slots[i]
     return table.last
 
 
@@ -132,32 +139,42 @@ cdef void free_memslot(kvm_memory_slot *slot) noexcept nogil:
     free(slot)
 
 
-cdef int insert_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil:
-    cdef size_t i, capacity
+cdef int reserve_memslots(slot_table *table, size_t n) noexcept nogil:
+    cdef size_t capacity
     cdef kvm_memory_slot **grown
-    if table.count == table.capacity:
-        capacity = 2 * table.capacity + 8
-        grown = <kvm_memory_slot **>realloc(table.slots, capacity * sizeof(kvm_memory_slot *))
-        if grown is NULL:
-            return -1
-        table.slots, table.capacity = grown, capacity
-    i = table.count
-    while i > 0 and table.slots[i - 1].base_gfn > slot.base_gfn:
-        i -= 1
-    memmove(&table.slots[i + 1], &table.slots[i], (table.count - i) * sizeof(kvm_memory_slot *))
-    table.slots[i] = slot
-    table.count += 1
+    if table.capacity - table.count >= n:
+        return 0
+    capacity = 2 * table.capacity + n
+    grown = <kvm_memory_slot **>kvmmu_grow_array(table.slots, capacity, sizeof(kvm_memory_slot *))
+    if grown is NULL:
+        return -1
+    table.slots, table.capacity = grown, capacity
     return 0
 
 
-cdef void remove_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil:
-    cdef size_t i
+cdef void append_memslot(slot_table *table, kvm_memory_slot *slot) noexcept nogil:
+    table.slots[table.count] = slot
+    table.count += 1
+
+
+cdef int compare_slots(const void *a, const void *b) noexcept nogil:
+    cdef uint64_t first = (<kvm_memory_slot * const *>a)[0].base_gfn, second = (<kvm_memory_slot * const *>b)[0].base_gfn
+    return (first > second) - (first < second)
+
+
+cdef void sort_memslots(slot_table *table) noexcept nogil:
+    if table.count:
+        qsort(table.slots, table.count, sizeof(kvm_memory_slot *), compare_slots)
+
+
+cdef void remove_invalid_memslots(slot_table *table) noexcept nogil:
+    cdef size_t i, kept = 0
     table.last = NULL
     for i in range(table.count):
-        if table.slots[i] is slot:
-            memmove(&table.slots[i], &table.slots[i + 1], (table.count - i - 1) * sizeof(kvm_memory_slot *))
-            table.count -= 1
-            return
+        if not table.slots[i].invalid:
+            table.slots[kept] = table.slots[i]
+            kept += 1
+    table.count = kept
 
 
 # ---- the Python face ---------------------------------------------------------------------------------------------------
@@ -168,19 +185,21 @@ cdef class Memslot:
     Parameters
     ----------
     gfn, npages : int
-        First guest frame, and how many.
+        First guest frame, and how many; of 40 bits, as of guest-physical addresses.
     backing : int
         Level that the host maps it at: 1, 2 or 3.
     pfn : int
         First host frame that is free.
     """
 
-    def __init__(self, gfn, npages, backing=3, pfn=0):
-        cdef uint64_t first = pfn
+    def __cinit__(self, gfn, npages, backing=3, pfn=0):
+        cdef uint64_t first
+        frames = int(GPA_LIMIT >> PAGE_SHIFT)
         if not npages > 0 or backing not in (1, 2, 3):
             raise ValueError(f"npages: want at least 1, got {npages}; backing: want 1, 2 or 3, got {backing}")
-        if self.slot is not NULL:
-            free_memslot(self.slot)
+        if not 0 <= gfn <= frames - npages or not 0 <= pfn < frames:
+            raise ValueError(f"want frames below {frames:#x}, got gfn {gfn:#x}, npages {npages:#x}, pfn {pfn:#x}")
+        first = pfn
         self.slot = new_memslot(0, 0, gfn, npages, NULL, backing, False, &first)
         if self.slot is NULL:
             raise MemoryError
@@ -189,14 +208,19 @@ cdef class Memslot:
         if self.slot is not NULL:
             free_memslot(self.slot)
 
+    def __reduce__(self):
+        raise TypeError("a Memslot cannot be copied or pickled")
+
     cdef uint64_t frame(self, gfn) except? 0:
-        if self.slot is NULL or not self.slot.base_gfn <= gfn < self.slot.base_gfn + self.slot.npages:
+        if not self.slot.base_gfn <= gfn < self.slot.base_gfn + self.slot.npages:
             raise ValueError(f"gfn: {gfn:#x} is not in the slot")
         return gfn
 
     def max_mapping_level(self, gfn, max_level=3):
         """Largest page that may map gfn."""
         cdef uint64_t frame = self.frame(gfn)
+        if max_level not in (1, 2, 3):
+            raise ValueError(f"max_level: want 1, 2 or 3, got {max_level}")
         return max_mapping_level(self.slot, frame, max_level, host_page_of(self.slot, frame))
 
     def pfn(self, gfn):

@@ -1,3 +1,5 @@
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -5,7 +7,7 @@ from kvmmu._format import PageFormat
 from kvmmu.host import Host
 
 class SpteFormat:
-    def __init__(self, host: Host) -> None: ...
+    def __new__(cls, host: Host) -> Self: ...
     @property
     def masks(self) -> dict[str, int]: ...
     @property

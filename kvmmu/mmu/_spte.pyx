@@ -29,6 +29,7 @@ from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
 from kvmmu.mmu._spte cimport make_spte as c_make_spte
 
 from kvmmu.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
+from kvmmu.host import Host
 
 # What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.
 cdef enum:
@@ -256,8 +257,13 @@ cdef class SpteFormat:
     Arrays are uint64 of shape (n,); the results have one row each. No array is changed.
     """
 
-    def __init__(self, host):
+    def __cinit__(self, host):
+        if not isinstance(host, Host):
+            raise TypeError(f"host: want a Host, got {type(host).__name__}")
         init_spte_format(&self.f, host)
+
+    def __reduce__(self):
+        raise TypeError("a SpteFormat cannot be copied or pickled; make another of the same Host")
 
     @property
     def masks(self):
@@ -305,6 +311,7 @@ cdef class SpteFormat:
         """
         cdef spte_request q
         q.role, q.access = check_word("role", role, 32), _check_rights(access)
+        _check_level(q.role & ROLE_LEVEL_MASK)
         q.pfn = check_int("pfn", pfn, 0, (GPA_LIMIT >> PAGE_SHIFT) - 1)
         q.host_writable, q.may_write = check_bool("host_writable", host_writable), check_bool("may_write", may_write)
         q.prefetch, q.synchronizing = check_bool("prefetch", prefetch), check_bool("synchronizing", synchronizing)
@@ -356,7 +363,7 @@ cdef class SpteFormat:
             acc[i] = <uint8_t>spte_access(&self.f, sptes[i])
         return out
 
-    def permission_fault(self, PageFormat fmt, spte, error_code):
+    def permission_fault(self, PageFormat fmt not None, spte, error_code):
         """Whether entries deny the access of a page-fault error code (bool), by the MMU's own format."""
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.empty(sptes.shape[0], bool)
@@ -404,6 +411,7 @@ cdef class SpteFormat:
         cdef uint64_t spte = check_scalar_word("huge", huge)
         cdef uint32_t word = check_word("role", role, 32)
         cdef int i
+        _check_level(word & ROLE_LEVEL_MASK)
         for i in range(SPTE_ENT_PER_PAGE):
             sptes[i] = c_make_small_spte(&self.f, spte, word, i)
         return out
@@ -412,7 +420,7 @@ cdef class SpteFormat:
         """The huge SPTE of `level` (2 or 3) around a small one."""
         return int(c_make_huge_spte(&self.f, check_scalar_word("small", small), check_int("level", level, 2, 3)))
 
-    def audit_page(self, PageFormat fmt, spte, level, role=0):
+    def audit_page(self, PageFormat fmt not None, spte, level, role=0):
         """What is wrong with the entries of a page.
 
         Parameters

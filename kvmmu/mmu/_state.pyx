@@ -7,15 +7,15 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.mmu._fault cimport host_writes, move_host_page
-from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, memslots_of
-from kvmmu.mmu._kvm_memory cimport KvmMemory, next_generation, unmap_gfns, zap_all_fast
+from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs
+from kvmmu.mmu._kvm_memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast
 from kvmmu.mmu._shadow_range cimport (
     shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
     slot_gfn_write_protect,
 )
 from kvmmu.mmu._slots cimport (
-    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, alloc_host_pages, gfn_to_memslot, host_page_of, host_pfn_of,
-    kvm_memory_slot, mark_slot_dirty, set_dirty_log,
+    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, alloc_host_pages, host_page_of, host_pfn_of, kvm_memory_slot,
+    mark_slot_dirty, set_dirty_log,
 )
 from kvmmu.mmu._spte cimport pages_per_hpage
 from kvmmu.mmu._tdp_range cimport (
@@ -174,6 +174,9 @@ cdef class Kvm(KvmMemory):
         cdef uint64_t i
         with self.lock:
             slot = self.slot_at(gpa, as_id)
+            for i in dirty:
+                if i >= slot.npages:
+                    raise ValueError(f"dirty: page {i} of a slot of {slot.npages}")
             if slot.dirty_log == bool(on):
                 return
             if set_dirty_log(slot, bool(on)):
@@ -226,25 +229,35 @@ cdef class Kvm(KvmMemory):
     def note_write(self, gpa, size, as_id=0, dirty=True):
         """KVM or the VMM writes bytes of the guest: the host page becomes a private one; dirty: KVM, which logs the frame."""
         cdef kvm_memory_slot *slot
-        cdef uint64_t gfn, end = ((gpa + size - 1) >> PAGE_SHIFT) + 1
+        cdef uint64_t gfn, start, end
+        check_space(as_id)
+        first, last = gpa - gpa % PAGE_SIZE, gpa + size + -(gpa + size) % PAGE_SIZE
         with self.lock:
-            self.sync()
-            for gfn in range(<uint64_t>gpa >> PAGE_SHIFT, end):
-                slot = gfn_to_memslot(memslots_of(self.k, as_id), gfn)
-                if slot is NULL:
+            for address, start, end in self._frames(first, last - first):
+                slot = <kvm_memory_slot *><uintptr_t>address
+                if slot.as_id != as_id and not self.k.one_address_space:
                     continue
-                host_writes(self.k, slot, gfn)
-                if dirty:
-                    mark_slot_dirty(slot, gfn)
+                for gfn in range(start, end):
+                    host_writes(self.k, slot, gfn)
+                    if dirty:
+                        mark_slot_dirty(slot, gfn)
 
     def track_write(self, gpa, size, as_id=0):
         """Bytes of the guest were written: what shadows them is not true any more."""
-        cdef uint64_t at = gpa, end = gpa + size, part
+        cdef kvm_memory_slot *slot
+        cdef uint64_t at, end, start, stop, part
+        check_space(as_id)
+        first, last = gpa - gpa % PAGE_SIZE, gpa + size + -(gpa + size) % PAGE_SIZE
         with self.lock:
-            while at < end:
-                part = min(end - at, PAGE_SIZE - (at & PAGE_OFFSET_MASK))
-                track_write(self.k, as_id, at, part, False)
-                at += part
+            for address, start, stop in self._frames(first, last - first):
+                slot = <kvm_memory_slot *><uintptr_t>address
+                if slot.as_id != as_id and not self.k.one_address_space:
+                    continue
+                at, end = max(<uint64_t>gpa, start << PAGE_SHIFT), min(<uint64_t>(gpa + size), stop << PAGE_SHIFT)
+                while at < end:
+                    part = min(end - at, PAGE_SIZE - (at & PAGE_OFFSET_MASK))
+                    track_write(self.k, as_id, at, part, False)
+                    at += part
 
     # ---- what one sees -----------------------------------------------------------------------------------------------
 

@@ -197,6 +197,9 @@ cdef int tdp_mmu_map(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil:
 cdef int tdp_page_fault(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil:
     cdef kvm *k = vcpu.kvm
     cdef int r
+    # a CR3 that was loaded outside long mode may be wider than the tables, in which it would stand for another address
+    if fault.gfn >> (PT64_INDEX_BITS * <int>(vcpu.mmu.root_role & ROLE_LEVEL_MASK)):
+        return RET_PF_EMULATE
     if page_fault_handle_page_track(fault):
         return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(vcpu, fault)

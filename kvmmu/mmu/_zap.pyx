@@ -59,8 +59,17 @@ cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexc
     if head[0] == 0:
         return False
     while head[0]:
-        drop_spte(k, pte_list_first(&k.lists, head[0]))
+        drop_first(k, head)
     return True
+
+
+cdef void drop_first(kvm *k, uint64_t *head) noexcept nogil:
+    """The first entry of a list becomes empty, and leaves the list even if it was none of its own."""
+    cdef uint64_t sptep = pte_list_first(&k.lists, head[0])
+    drop_spte(k, sptep)
+    if head[0] and pte_list_first(&k.lists, head[0]) == sptep:
+        pte_list_remove(&k.lists, head, sptep)
+        k.stats.bugs += 1
 
 
 # ---- entries -------------------------------------------------------------------------------------------------------------
@@ -115,7 +124,7 @@ cdef size_t prepare_zap_page(kvm *k, uint32_t sp, page_list *invalid) noexcept n
         if k.sptes[first_spte(sp) + i] != SHADOW_NONPRESENT_VALUE:
             zapped += zap_spte(k, first_spte(sp) + i, invalid)
     while page.parents:
-        drop_spte(k, pte_list_first(&k.lists, page.parents))
+        drop_first(k, &page.parents)
     if not page.role & ROLE_INVALID_MASK and sp_has_gptes(page):
         unaccount_shadowed(k, sp)
     clear_unsync(k, sp)

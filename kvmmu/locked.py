@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the objects of a machine have in common: its lock, and that they cannot be copied."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+from kvmmu._lock import MachineLock
+from kvmmu.arguments import check_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["PartOfMachine", "as_bytes", "locked"]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def locked(method: _F) -> _F:
+    """Return the method, which holds `self._lock` while it runs."""
+    @wraps(method)
+    def held(self: "PartOfMachine", /, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+    return cast(_F, held)
+
+
+class PartOfMachine:
+    """Has the lock of its machine, and refuses to be copied."""
+
+    _lock: MachineLock
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: page tables and TLBs that others see hang on it; "
+                        f"make another")
+
+
+def as_bytes(data: "Buffer") -> bytes:
+    """Return the bytes of a buffer; TypeError for anything else, an int above all, of which `bytes()` makes zeros."""
+    return check_bytes("data", data).tobytes()
