@@ -18,7 +18,7 @@ from kvmmu._format cimport (
 from kvmmu._memory cimport GuestMemory
 from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
 
 from kvmmu.faults import nested_fault_of
 from kvmmu.nested import Ept, Npt
@@ -140,6 +140,10 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps):
     return second
 
 
+cdef bint is_npt(SecondStage second):
+    return second is not None and isinstance(second.stage, Npt)
+
+
 cdef uint64_t ept_role(stage) except? 0:
     cdef uint64_t role = ROLE_EXT_VALID_MASK | ROLE_GUEST_MODE_MASK | (ACC_ALL << ROLE_ACCESS_SHIFT)
     role |= <uint64_t>stage.level << ROLE_LEVEL_SHIFT
@@ -257,7 +261,8 @@ cdef Contexts prepare_contexts(list rows, admit, const cpu_caps *caps, SecondSta
         init_pagewalk(&contexts.walks[i], role, caps)
         contexts.walks[i].vcpu = &contexts.arches[i]
         contexts.walks[i].fmt = &fmt.fmt
-        contexts.walks[i].ngpa = &under.n if under is not None else NULL
+        use_second_stage(&contexts.walks[i], &under.n if under is not None else NULL,
+                         is_npt(under) if under is not None else caps.npt_host)
         contexts.walks[i].second = numbers.setdefault(under, len(numbers))
         contexts.seconds.append(under)
     return contexts

@@ -29,7 +29,7 @@ cdef class MachineModes:
     cdef SlotTable table            # guest-physical memory
     cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1
     cdef int use_mmu(self, kvm_mmu *mmu) except -1
-    cdef int use_guest_walk(self, uint64_t role) except -1
+    cdef int use_guest_walk(self, uint64_t role, bint npt) except -1
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1
     cdef int use_nested(self, uint64_t role, SecondStage second) except -1
     cdef int use_shadow_paging(self, uint64_t role) except -1

@@ -21,6 +21,7 @@ cdef class PageWalk:
     cdef readonly GuestMemory mem
     cdef readonly PageFormat fmt
     cdef readonly uint64_t init_count
+    cdef int use_second(self) except -1
     cdef const kvm_pagewalk *current(self) except NULL
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)
     cdef object fault(self, const walk_result *r, uint64_t addr, uint32_t access)

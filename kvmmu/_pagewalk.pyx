@@ -14,14 +14,14 @@ from kvmmu._bits cimport (
     ROLE_HAS_4_BYTE_GPTE_MASK, STATUS_EPT_MISCONFIG, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu._columns cimport context_column
-from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, prepare_contexts, role_of, second_stage
+from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, fill_format, is_npt, prepare_contexts, role_of, second_stage
 from kvmmu._explain cimport entry_rule, second_stage_rule, walk_steps
 from kvmmu._format cimport PageFormat, explicit_access, kvm_page_format
 from kvmmu._lanes cimport KVMMU_LANES
 from kvmmu._memory cimport GuestMemory
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, vcpu_arch, walk_result
-from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
+from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face, use_second_stage
 
 from kvmmu._bits import Access, Status
 from kvmmu._roles import CpuRole
@@ -59,8 +59,9 @@ cdef class PageWalk:
         self.w.cpu_role = 0                         # not valid: equal to no role
         init_plain_walk(&self.plain, &self.w)
 
-    def set_cpu(self, cpu):
-        """Take a processor model; the next `init()` builds the format anew."""
+    def set_cpu(self, cpu, *, npt_host=False):
+        """Take a processor model; the next `init()` builds the format anew. npt_host: the host has nested paging of SVM."""
+        self.caps.npt_host = npt_host
         self.caps.maxphyaddr = cpu.maxphyaddr
         self.caps.gbpages = cpu.gbpages
         self.caps.pse36 = cpu.pse36
@@ -78,13 +79,18 @@ cdef class PageWalk:
         init_pagewalk(&self.w, role, &self.caps)
         if not role & ROLE_DIRECT_MASK:
             fill_format(self.fmt, role, &self.caps, False)
-        init_plain_walk(&self.plain, &self.w)
+        self.use_second()
 
     def set_second_stage(self, SecondStage second):
         """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
         self.second = second
-        self.w.ngpa = NULL if second is None else &second.n
+        self.use_second()
+
+    cdef int use_second(self) except -1:
+        use_second_stage(&self.w, NULL if self.second is None else &self.second.n,
+                         self.caps.npt_host if self.second is None else is_npt(self.second))
         init_plain_walk(&self.plain, &self.w)
+        return 0
 
     def enter(self, stage):
         """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
@@ -142,11 +148,14 @@ cdef class PageWalk:
         return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
 
     def get_pdptr(self, i):
-        """PDPTE i, 0 to 3: a register, or in a second stage a word in memory. Meaningful under PAE paging only."""
+        """PDPTE i, 0 to 3: a register, or a word in memory in an NPT and under one. Meaningful under PAE paging only."""
         if not 0 <= i < 4:
             raise ValueError(f"a PDPTE is one of 0 to 3, got {i}")
         if self.w.is_nested:
             return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
+        if self.w.pdptes_in_memory:
+            gpa = (self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i
+            return self.mem.read_u64(gpa if self.second is None else self.second.pdpt_gpa(self.mem, gpa))
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
@@ -175,7 +184,7 @@ cdef class PageWalk:
         ----------
         regs : sequence of Regs, or of (Regs, Ept or Npt or None)
             A pair walks under that second stage (None: none), a Regs alone under the one in force, if any. PAE sets without
-            `pdptrs` load them from memory here.
+            `pdptrs` load them from memory here; those under an Npt, or an NPT host, have none.
 
         Returns
         -------

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvmmu._bits import Access
+from kvmmu._bits import CR3_PAE_PDPT, Access
 from kvmmu._memory import GuestMemory
 from kvmmu.host import Host
 from kvmmu.recorded_faults import use_context
@@ -41,6 +41,8 @@ def touched_machine(recording: Recording, *, tdp: str = "ept", backing: str = "2
     vcpu = vm.create_vcpu()
     for number, context in enumerate(contexts):
         if isinstance(context, Regs):
+            for i, pdpte in enumerate(context.pdptrs or ()):    # as the recorded CPU took them: an NPT host has no others
+                mem.write_u64((context.cr3 & CR3_PAE_PDPT) + 8 * i, pdpte)
             use_context(vcpu, context)
             vcpu.access(np.ascontiguousarray(recording.pages_gva[recording.pages_ctx == number]), Access.AC)
     return vm

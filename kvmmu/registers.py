@@ -94,7 +94,7 @@ class Regs:
     rflags : int
         Only AC (bit 18) matters, and only to scalar calls.
     pdptrs : tuple of 4 int, optional
-        PAE: the PDPTE registers; None loads them from memory at CR3.
+        PAE: the PDPTE registers; None loads them from memory at CR3. Under nested paging of SVM there are none.
     """
 
     cr0: int
@@ -227,14 +227,18 @@ def check_pdptrs(cpu: CpuModel, pdptrs: tuple[int, ...]) -> None:
             raise _gp("pdpte-reserved", f"PDPTE {i} is {pdpte:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
 
-def admit(cpu: CpuModel, regs: Regs, mem: TableSpace) -> Regs:
-    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole."""
+def admit(cpu: CpuModel, regs: Regs, mem: TableSpace | None) -> Regs:
+    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole.
+
+    mem None: a guest under nested paging of SVM, whose PDPTEs are read and checked by each walk.
+    Source: APM vol. 2, "Nested Paging", on guests in legacy PAE mode.
+    """
     check_cr0(regs.cr0)
     check_cr4(cpu, regs.cr4)
     check_efer(cpu, regs.efer)
     check_cr3(cpu, regs)
     check_combination(regs)
-    if not regs.is_pae_paging:
+    if mem is None or not regs.is_pae_paging:
         return regs if regs.pdptrs is None else replace(regs, pdptrs=None)
     if regs.pdptrs is None:
         return replace(regs, pdptrs=load_pdptrs(cpu, regs.cr3, mem))
@@ -247,7 +251,7 @@ def admit(cpu: CpuModel, regs: Regs, mem: TableSpace) -> Regs:
 _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
 
 
-def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace) -> Regs:
+def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace | None) -> Regs:
     """The registers after MOV to CRn; #GP if the transition is illegal.
 
     Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
@@ -293,7 +297,7 @@ def _after_mov_cr4(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     return replace(regs, cr4=value)
 
 
-def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace) -> Regs:
+def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace | None) -> Regs:
     if not regs.is_long_mode and value >> 32:
         raise ValueError(f"outside long mode MOV to CR3 has 32 bits, got {value:#x}")
     if regs.cr4 & Cr4.PCIDE:

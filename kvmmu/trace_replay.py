@@ -178,7 +178,7 @@ class _TraceRun:
         self.initial: list[tuple[int, bytes]] | None = None
         if self.given is None:
             mem, self.initial = set_up.memory()
-            self.vcpu = Vcpu(mem, cpu=_cpu_of(self.header), tdp="npt")
+            self.vcpu = Vcpu(mem, cpu=_cpu_of(self.header), tdp="ept")       # PDPTEs are registers: as they were loaded
         elif brings_memory:
             raise TraceError("the trace brings its own memory (MEMORY rows): replay it without a vCPU")
         else:

@@ -95,8 +95,11 @@ class Vcpu(GuestAccesses):
         """Legal registers, with PDPTEs loaded through a second stage if there is one."""
         return admit(self._cpu, regs, self._table_space(second))
 
-    def _table_space(self, second: SecondStage | None) -> TableSpace:
-        return self.mem if second is None else _NestedSpace(self.mem, second)
+    def _table_space(self, second: SecondStage | None) -> TableSpace | None:
+        """Where PDPTE registers are loaded from; None under nested paging of SVM, which has none."""
+        if second is None:
+            return None if self._tdp == "npt" else self.mem
+        return None if isinstance(second.stage, Npt) else _NestedSpace(self.mem, second)
 
     def _load(self, regs: Regs) -> None:
         """Put legal registers in force."""
@@ -107,7 +110,7 @@ class Vcpu(GuestAccesses):
     def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
         second = self._second
-        self.gva_walk.set_cpu(self._cpu)
+        self.gva_walk.set_cpu(self._cpu, npt_host=self._tdp == "npt")
         self.ngpa_walk.set_cpu(self._cpu)
         if second is None:
             return
@@ -133,7 +136,7 @@ class Vcpu(GuestAccesses):
 
     @property
     def pdptrs(self) -> tuple[int, ...] | None:
-        """The four PDPTE registers, stale until reloaded; None outside PAE paging."""
+        """The four PDPTE registers, stale until reloaded; None outside PAE paging, and under nested paging of SVM."""
         return self._regs.pdptrs
 
     @property
@@ -175,8 +178,8 @@ class Vcpu(GuestAccesses):
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, as a VMM does: validated as a whole, all or nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
-        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. Registers that change, and PDPTEs
-        that are loaded, flush the guest's translations.
+        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. An NPT host does neither: its
+        guest has no such registers. Registers that change, and PDPTEs that are loaded, flush the guest's translations.
 
         Raises
         ------
@@ -198,7 +201,8 @@ class Vcpu(GuestAccesses):
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
 
         Setting CR0.PG under EFER.LME enters long mode, clearing it leaves it (from compatibility mode: CS.L is not
-        modelled). The PDPTEs are loaded again where the manual says so. CR3 bit 63 under CR4.PCIDE is not stored.
+        modelled). The PDPTEs are loaded again where the manual says so, and never under nested paging of SVM. CR3 bit 63 under
+        CR4.PCIDE is not stored.
 
         Raises
         ------
@@ -400,7 +404,8 @@ class Vcpu(GuestAccesses):
         stage : Ept, Npt or None
         **registers
             L2's cr0, cr3, cr4, efer, pkru, rflags, pdptrs; those not given are L1's. Under PAE paging PDPTEs that are not given
-            are loaded from memory through the second stage.
+            are loaded from memory through the second stage. Under an Npt none are: a walk reads and checks the one that it
+            uses. Without nested paging KVM checks them here, on an NPT host too.
 
         Raises
         ------
@@ -421,6 +426,8 @@ class Vcpu(GuestAccesses):
         if stage is not None:
             second = self.ngpa_walk.enter(stage)
         try:
+            if second is None:
+                admit(self._cpu, l2_regs, self.mem)
             regs = self._admit(l2_regs, second)
         except GuestFault:
             self._use_second(before)
