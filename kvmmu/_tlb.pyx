@@ -1,14 +1,14 @@
 """The TLB, as `_tlb.pxd` describes it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu._bits cimport PAGE_SHIFT, PT64_INDEX_BITS
+from kvmmu._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 from kvmmu._tlb cimport (
-    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array, tlb_entry,
-    tlb_lookup, tlb_page,
+    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_SPLIT_SIZES, TLB_VPN_BITS, tlb,
+    tlb_array, tlb_entry, tlb_lookup, tlb_page,
 )
 
 
@@ -42,6 +42,7 @@ cdef void tlb_flush_all(tlb *t) noexcept nogil:
         if t.arrays[i].valid:
             memset(t.arrays[i].keys, 0, t.arrays[i].sets * t.arrays[i].ways * sizeof(uint64_t))
             t.arrays[i].valid = 0
+    memset(t.split, 0, sizeof(t.split))
 
 
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
@@ -58,11 +59,24 @@ cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
     t.global_tag = (<uint64_t>i << TLB_SPACE_SHIFT) | (<uint64_t>1 << TLB_GLOBAL_SHIFT)
 
 
-cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil:
+cdef inline int split_shift(int size) noexcept nogil:
+    """The sizes that split[] has, as shifts."""
+    if size == 0:
+        return PAGE_SHIFT + PT64_INDEX_BITS
+    return PAGE_SHIFT + PT32_INDEX_BITS if size == 1 else PAGE_SHIFT + 2 * PT64_INDEX_BITS
+
+
+cdef inline uint64_t split_bit(uint64_t gva, int shift) noexcept nogil:
+    cdef uint64_t page = gva >> shift
+    return <uint64_t>1 << ((page ^ (page >> 6) ^ (page >> 12)) & 63)
+
+
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int page_shift) noexcept nogil:
     cdef tlb_array *a = &t.arrays[level - 1]
     cdef uint64_t page = tlb_page(a, gva), key = page | (t.global_tag if is_global else t.local_tag)
     cdef size_t base = (page & (a.sets - 1)) * a.ways, way, victim = 0
     cdef uint32_t age, oldest = 0
+    cdef int i
     for way in range(a.ways):
         if a.keys[base + way] == 0 or a.keys[base + way] == key:
             victim = way
@@ -77,6 +91,11 @@ cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexce
     t.clock += 1
     a.keys[base + victim] = key
     a.entries[base + victim].stamp = t.clock
+    a.entries[base + victim].page_shift = <uint8_t>page_shift
+    if page_shift > a.shift:
+        for i in range(TLB_SPLIT_SIZES):
+            if split_shift(i) == page_shift:
+                t.split[i] |= split_bit(gva, page_shift)
     return &a.entries[base + victim]
 
 
@@ -93,6 +112,33 @@ cdef void drop_key(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
             if a.keys[base + way] == (page | tag):
                 a.keys[base + way] = 0
                 a.valid -= 1
+
+
+cdef void drop_pieces(tlb *t, uint64_t gva, int shift, uint64_t tag) noexcept nogil:
+    """Drop the smaller entries of the guest's page of 2**shift bytes around gva."""
+    cdef tlb_array *a
+    cdef uint64_t first, pages
+    cdef size_t j
+    cdef int i
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        if a.valid == 0 or a.shift >= shift:
+            continue
+        pages = <uint64_t>1 << (shift - a.shift)
+        first = tlb_page(a, gva) & ~(pages - 1)
+        for j in range(a.sets * a.ways):
+            if (a.keys[j] & ~(pages - 1)) == (first | tag) and a.entries[j].page_shift == shift:
+                a.keys[j] = 0
+                a.valid -= 1
+
+
+cdef void drop_page(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
+    """Drop the entries of the guest's page around gva, whole or in pieces."""
+    cdef int i
+    drop_key(t, gva, tag)
+    for i in range(TLB_SPLIT_SIZES):
+        if t.split[i] & split_bit(gva, split_shift(i)):
+            drop_pieces(t, gva, split_shift(i), tag)
 
 
 cdef void drop_matching(tlb *t, uint64_t mask, uint64_t value) noexcept nogil:
@@ -124,11 +170,12 @@ cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil:
 
 
 cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil:
-    tlb_drop(t, gva)
+    drop_page(t, gva, t.local_tag)
+    drop_page(t, gva, t.global_tag)
 
 
 cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil:
-    drop_key(t, gva, tag_of(t, pcid))
+    drop_page(t, gva, tag_of(t, pcid))
 
 
 cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil:
@@ -202,11 +249,14 @@ cdef class Tlb:
             raise ValueError(f"pcid: want {TLB_PCID_BITS} bits, got {pcid:#x}")
         tlb_use(&self.t, space, pcid)
 
-    def fill(self, gva, hpa, level=1, is_global=False):
-        """Enter a translation of the page of `level` around gva."""
+    def fill(self, gva, hpa, level=1, is_global=False, page_shift=None):
+        """Enter a translation of the page of `level` around gva, part of a guest's page of 2**page_shift bytes (21, 22 or 30)."""
         if level not in (1, 2, 3):
             raise ValueError(f"level: want 1, 2 or 3, got {level}")
-        cdef tlb_entry *entry = tlb_fill(&self.t, gva, level, bool(is_global))
+        shift = int(self.t.arrays[level - 1].shift)
+        if page_shift not in (None, shift) and not (page_shift in (21, 22, 30) and page_shift > shift):
+            raise ValueError(f"page_shift: want 21, 22 or 30, and no less than that of level {level}, got {page_shift!r}")
+        cdef tlb_entry *entry = tlb_fill(&self.t, gva, level, bool(is_global), shift if page_shift is None else page_shift)
         entry.hpa = hpa
 
     def lookup(self, gva):
@@ -216,7 +266,7 @@ cdef class Tlb:
         return None if entry is NULL else (int(entry.hpa), level)
 
     def invlpg(self, gva):
-        """Drop entries for gva: of the PCID in force, and global ones."""
+        """Drop entries of the guest's page around gva: of the PCID in force, and global ones."""
         tlb_invlpg(&self.t, gva)
 
     def invpcid(self, type, pcid=0, gva=0):
