@@ -20,6 +20,7 @@ cdef class MachineModes:
     cdef cpu_caps cpu_caps          # of the guest, as its processor is
     cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
     cdef cpu_caps host_caps
+    cdef int widest_shift           # 64 - linear-address width of the guest's processor, whatever CR4.LA57 says
     cdef PageFormat hw_fmt, sw_fmt, n_fmt
     cdef PageFormat tdp_fmt, shadow_fmt     # of the SPTEs of each MMU
     cdef SecondStage second         # L1's second stage as KVM walks it

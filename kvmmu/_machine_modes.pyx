@@ -4,9 +4,9 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu._bits cimport (
-    CR4_PKE_MASK, GVA_BITS_4_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
-    ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK,
-    ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
+    CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT,
 )
 from kvmmu._contexts cimport SecondStage, fill_format, is_npt, role_of, second_stage
 from kvmmu._format cimport permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
@@ -32,6 +32,7 @@ cdef class MachineModes:
         set_caps(&self.cpu_caps, cpu, False)
         set_caps(&self.kvm_caps, cpu, True)
         self.m.vcpu.maxphyaddr = cpu.maxphyaddr
+        self.widest_shift = 64 - (GVA_BITS_5_LEVEL if cpu.la57 else GVA_BITS_4_LEVEL)
         self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = 0
         self.stage = None
         with self.kvm.lock:

@@ -5,6 +5,7 @@ and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Fe
 """
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from kvmmu._bits import (
     CR3_NOFLUSH,
     CR3_PAE_PDPT,
     CR3_PCID,
+    GVA_BITS_4_LEVEL,
+    GVA_BITS_5_LEVEL,
     MAXPHYADDR_MAX,
     MAXPHYADDR_MIN,
     PAE_PDPTE_RSVD,
@@ -23,7 +26,7 @@ from kvmmu._bits import (
 )
 from kvmmu.faults import GeneralProtection, InvalidOpcode
 
-__all__ = ["CpuModel", "Regs"]
+__all__ = ["FEATURES", "CpuModel", "Regs"]
 
 class TableSpace(Protocol):
     """Memory that PDPTEs are loaded from: guest-physical, or L2's through a second stage."""
@@ -32,6 +35,15 @@ class TableSpace(Protocol):
 
     def read_u64(self, gpa: int) -> int: ...
 
+
+# Features whose control bits have no say in translation, by their names: the vendors that define them, and the bits.
+FEATURES: dict[str, tuple[tuple[str, ...], Cr4 | Efer]] = {
+    "umip": (("intel", "amd"), Cr4.UMIP), "fsgsbase": (("intel", "amd"), Cr4.FSGSBASE), "xsave": (("intel", "amd"), Cr4.OSXSAVE),
+    "cet": (("intel", "amd"), Cr4.CET), "fred": (("intel", "amd"), Cr4.FRED),
+    "vmx": (("intel",), Cr4.VMXE), "smx": (("intel",), Cr4.SMXE), "kl": (("intel",), Cr4.KL), "uintr": (("intel",), Cr4.UINTR),
+    "svm": (("amd",), Efer.SVME), "lmsle": (("amd",), Efer.LMSLE), "ffxsr": (("amd",), Efer.FFXSR), "tce": (("amd",), Efer.TCE),
+    "mcommit": (("amd",), Efer.MCOMMIT), "intwb": (("amd",), Efer.INTWB), "autoibrs": (("amd",), Efer.AUTOIBRS),
+}
 
 _WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
 
@@ -54,6 +66,9 @@ class CpuModel:
         "sdm": what the manuals say; "kvm": what KVM's software walker does where it differs.
     la57, nx, smep, smap, pku, pcid : bool
         Features whose control bits may be set.
+    features : collection of str, optional
+        Strictness about control bits without a say in translation: the processor has these of `FEATURES`, and the bits of others
+        are reserved. By default none is: registers of any machine are legal, of whichever vendor.
     """
 
     vendor: str = "intel"
@@ -67,6 +82,7 @@ class CpuModel:
     smap: bool = True
     pku: bool = True
     pcid: bool = True
+    features: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if self.vendor not in ("intel", "amd"):
@@ -75,6 +91,11 @@ class CpuModel:
             raise ValueError(f"conformance: want 'sdm' or 'kvm', got {self.conformance!r}")
         if not isinstance(self.maxphyaddr, int) or not MAXPHYADDR_MIN <= self.maxphyaddr <= MAXPHYADDR_MAX:
             raise ValueError(f"maxphyaddr: want {MAXPHYADDR_MIN} to {MAXPHYADDR_MAX}, got {self.maxphyaddr!r}")
+        if self.features is not None:
+            names = sorted(name for name, (vendors, _) in FEATURES.items() if self.vendor in vendors)
+            if isinstance(self.features, str) or not set(self.features) <= set(names):
+                raise ValueError(f"features: want None or a collection of {', '.join(names)}, got {self.features!r}")
+            object.__setattr__(self, "features", frozenset(self.features))
 
     @property
     def rsvd_gpa_bits(self) -> int:
@@ -138,21 +159,28 @@ def _gp(rule: str, message: str) -> GeneralProtection:
     return GeneralProtection(f"#GP: {message}", rule=rule)
 
 
-# CR4 bits that have a meaning and do not change translation beyond what is modelled here. Missing on purpose: PKS, LASS and
-# LAM_SUP, which would.
-_CR4_DEFINED = 0x2FFFFFF & ~(1 << 15)
+def _bits_of(kind: type[Cr4 | Efer], features: Collection[str] | None) -> int:
+    """Bits of CR4 or EFER that belong to features, by default to all of them."""
+    bits = 0
+    for name in FEATURES if features is None else features:
+        bit = FEATURES[name][1]
+        bits |= int(bit) if isinstance(bit, kind) else 0
+    return bits
+
+
+# What is modelled, and what every processor has. Missing on purpose: PKS, LASS and LAM_SUP of CR4 and UAIE of EFER, which change
+# translation and are not modelled.
+_CR4_DEFINED = int(Cr4.COMMON | Cr4.LA57 | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
+_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX)
 
 
 def _cr4_reserved(cpu: CpuModel, value: int) -> int:
     """Bits of a CR4 value that are undefined, not modelled, or of a feature that the model lacks."""
-    reserved = value & ~_CR4_DEFINED
+    reserved = value & ~(_CR4_DEFINED | _bits_of(Cr4, cpu.features))
     for has, bit in ((cpu.la57, Cr4.LA57), (cpu.pcid, Cr4.PCIDE), (cpu.smep, Cr4.SMEP), (cpu.smap, Cr4.SMAP), (cpu.pku, Cr4.PKE)):
         if not has:
             reserved |= value & bit
     return reserved
-
-
-_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX | Efer.SVME | Efer.LMSLE | Efer.FFXSR | Efer.TCE | Efer.AUTOIBRS)
 
 
 def check_cr0(value: int) -> None:
@@ -174,7 +202,7 @@ def check_cr4(cpu: CpuModel, value: int) -> None:
 
 def check_efer(cpu: CpuModel, value: int) -> None:
     """#GP unless EFER is legal for this model."""
-    reserved = value & ~_EFER_DEFINED
+    reserved = value & ~(_EFER_DEFINED | _bits_of(Efer, cpu.features))
     if not cpu.nx:
         reserved |= value & Efer.NX
     if reserved:
@@ -246,6 +274,15 @@ def admit(cpu: CpuModel, regs: Regs, mem: TableSpace | None) -> Regs:
     return regs
 
 
+def is_canonical(cpu: CpuModel, address: int) -> bool:
+    """True if a linear address is canonical for the processor's widest paging, whatever CR4.LA57 says.
+
+    That is what instructions check that invalidate translations, so that a host can do it for a guest with another CR4.LA57.
+    """
+    width = GVA_BITS_5_LEVEL if cpu.la57 else GVA_BITS_4_LEVEL
+    return address >> (width - 1) in (0, (1 << (65 - width)) - 1)
+
+
 # ---- what the guest's own instructions may do --------------------------------------------------------------------------
 
 _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
@@ -280,7 +317,7 @@ def _after_mov_cr0(regs: Regs, value: int) -> Regs:
     if disables:
         if regs.cr4 & Cr4.PCIDE:
             raise _gp("pg-off-with-pcide", "CR0.PG cannot be cleared while CR4.PCIDE is set")
-        efer &= ~Efer.LMA
+        efer &= ~int(Efer.LMA)
     return replace(regs, cr0=int(value), efer=int(efer))
 
 
@@ -310,7 +347,7 @@ def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
 
     Source: SDM vol. 3, "Initializing IA-32e Mode"; APM vol. 2, "Extended Feature Enable Register (EFER)".
     """
-    value = (value & ~Efer.LMA) | (regs.efer & Efer.LMA)
+    value = (value & ~int(Efer.LMA)) | (regs.efer & Efer.LMA)   # ~ of a flag would clear bits that no flag has
     check_efer(cpu, value)
     if regs.cr0 & Cr0.PG and (regs.efer ^ value) & Efer.LME:
         raise _gp("lme-change-while-paging", "EFER.LME cannot change while CR0.PG is set")

@@ -19,7 +19,7 @@ from kvmmu.guest_accesses import GuestAccesses
 from kvmmu.host import Host
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.record import WalkRecord
-from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
+from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
@@ -252,7 +252,10 @@ class Vcpu(GuestAccesses):
         self._load(after_wrpkru(self._regs, _check_bits("value", value, 32)))
 
     def invlpg(self, gva: int) -> None:
-        """INVLPG by the guest: translations of an address, of this PCID and global ones; a non-canonical one does nothing."""
+        """INVLPG by the guest: translations of an address, of this PCID and global ones.
+
+        An address that is not canonical for the widest paging that the processor has does nothing.
+        """
         gva = _check_bits("gva", gva, 64)
         if self._made is not None:
             self._machine.invlpg(gva)
@@ -263,13 +266,12 @@ class Vcpu(GuestAccesses):
         Raises
         ------
         GeneralProtection
-            No such type, a PCID other than 0 while CR4.PCIDE is clear, or a non-canonical address.
+            No such type, a PCID other than 0 while CR4.PCIDE is clear, or an address that is not canonical for the widest paging
+            that the processor has.
         """
         pcid, gva = _check_bits("pcid", pcid, 12), _check_bits("gva", gva, 64)
-        width = 57 if self._regs.cr4 & Cr4.LA57 else 48
-        top = gva >> (width - 1)
         if type not in range(4) or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
-                type == 0 and top not in (0, (1 << (65 - width)) - 1)):
+                type == 0 and not is_canonical(self._cpu, gva)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
         if self._made is not None:
             self._machine.invpcid(type, pcid, gva)

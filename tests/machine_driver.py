@@ -238,7 +238,7 @@ class Driver:
         self.write_and_flush(self.switch, self.pick(self.switch_values))
 
     def write_and_flush(self, gpa, value):
-        """An entry changes, and one address that it maps is flushed, or none. Most times all that it maps is used before and after."""
+        """An entry changes, and one address of it is flushed, or none. Most times all that it maps is used before and after."""
         seen, old = self.translations(), self.read_entry(gpa)
         self.store_entry(gpa, value)
         now = self.translations()
