@@ -8,24 +8,24 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from kvmmu._bits cimport (
     ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
     EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
-    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PKRU_KEYS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK,
-    RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_LEVEL_MASK,
-    SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT,
+    PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
-    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_lookup, tlb_page, tlb_use,
+    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page, tlb_use,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.mmu._entry cimport prepare_mmu
 from kvmmu.mmu._fault cimport spte_walk, walk_sptes
-from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa, sp_of
-from kvmmu.mmu._page cimport first_spte, sp_get_gfn
+from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child
+from kvmmu.mmu._page cimport first_spte, sp_get_gfn, spte_index
 from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot
-from kvmmu.mmu._spte cimport is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
+from kvmmu.mmu._spte cimport is_last_spte, is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
 from kvmmu.mmu._tdp cimport tdp_page_fault
 
 cdef enum:
@@ -61,12 +61,33 @@ cdef uint64_t leaf_gpa(kvm *k, const spte_walk *walk, uint64_t hpa) noexcept nog
     return (gfn << PAGE_SHIFT & ~offset) | (hpa & offset)
 
 
+cdef int guest_level(kvm *k, uint32_t sp, uint64_t addr) noexcept nogil:
+    """Shadow paging: the level of the guest's page at addr, that of the last page on the way that stands for a table of it."""
+    cdef uint64_t gfn = addr >> PAGE_SHIFT, spte
+    cdef int level = 0
+    while not k.pages[sp].role & <uint32_t>ROLE_DIRECT_MASK or k.pages[sp].special:
+        level = sp_level(&k.pages[sp])
+        spte = k.sptes[first_spte(sp) + spte_index(gfn, level)]
+        if is_last_spte(spte, level):
+            break
+        sp = spte_to_child(k, spte)
+    return level
+
+
+cdef int page_shift_of(const machine *m, uint64_t addr, int walked) noexcept nogil:
+    """The size of the guest's page at addr. IN walked: the level that the processor's walk of the guest's tables came to."""
+    cdef bint small_entries = (m.sw.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK) != 0
+    if not m.k.tdp_enabled:
+        walked = guest_level(m.k, m.mmu.root.sp, addr)
+    return PAGE_SHIFT + (PT32_INDEX_BITS if small_entries else PT64_INDEX_BITS) * (walked - 1)
+
+
 cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
     """Enter what a walk came to: the page is the smaller one of both stages. OUT out: the addresses."""
     cdef kvm *k = m.k
     cdef spte_walk walk
     cdef tlb_entry *entry
-    cdef int level
+    cdef int level, page_shift
     cdef uint64_t offset, gpa
     cdef bint paged = not m.hw.cpu_role & ROLE_DIRECT_MASK, is_global = False, dirty
     walk_sptes(k, m.mmu.root.sp, r.ngpa if k.tdp_enabled else addr, &walk)
@@ -81,7 +102,10 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
         dirty = (not paged or (r.pte & (m.hw.accessed_mask << 1)) != 0) and (
             not spte_ad_enabled(walk.spte) or not k.spte.dirty_mask or (walk.spte & k.spte.dirty_mask) != 0)
     offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
-    entry = tlb_fill(m.tlb, addr, level, is_global)
+    page_shift = PAGE_SHIFT + PT64_INDEX_BITS * (level - 1)
+    if not m.sw.cpu_role & ROLE_DIRECT_MASK:
+        page_shift = max(page_shift, page_shift_of(m, addr, r.level))
+    entry = tlb_fill(m.tlb, addr, level, is_global, page_shift)
     entry.hpa, entry.gpa, entry.as_id = r.gpa & ~offset, gpa & ~offset, m.vcpu.as_id
     entry.acc = <uint8_t>r.pte_access
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
@@ -238,6 +262,7 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
             out.status, out.error_code = STATUS_OK, 0
             return 0
         if r.status == STATUS_NON_CANONICAL or (r.status == STATUS_PAGE_FAULT and not shadowed):      # step 4
+            tlb_invlpg(m.tlb, addr)
             set_fault(out, &r)
             return 0
         ret = handle_exit(m, addr, &r)                                              # step 5

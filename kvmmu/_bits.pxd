@@ -147,6 +147,15 @@ cdef extern from "_bits.h" nogil:
     const uint64_t CR4_SMAP_MASK
     const uint64_t CR4_PKE_MASK
     const uint64_t CR4_CET_MASK
+    const uint64_t CR4_COMMON_MASK
+    const uint64_t CR4_UMIP_MASK
+    const uint64_t CR4_VMXE_MASK
+    const uint64_t CR4_SMXE_MASK
+    const uint64_t CR4_FSGSBASE_MASK
+    const uint64_t CR4_OSXSAVE_MASK
+    const uint64_t CR4_KL_MASK
+    const uint64_t CR4_UINTR_MASK
+    const uint64_t CR4_FRED_MASK
     const uint64_t EFER_SCE_MASK
     const uint64_t EFER_LME_MASK
     const uint64_t EFER_LMA_MASK
@@ -155,6 +164,8 @@ cdef extern from "_bits.h" nogil:
     const uint64_t EFER_LMSLE_MASK
     const uint64_t EFER_FFXSR_MASK
     const uint64_t EFER_TCE_MASK
+    const uint64_t EFER_MCOMMIT_MASK
+    const uint64_t EFER_INTWB_MASK
     const uint64_t EFER_AUTOIBRS_MASK
     const uint64_t RFLAGS_FIXED_MASK
     const int RFLAGS_AC_SHIFT

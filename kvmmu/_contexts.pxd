@@ -67,20 +67,23 @@ cdef class Contexts:
     """Register sets prepared for translate(regs=...): one walk each, formats shared by role."""
     cdef ContextWalks walks
     cdef object cpu                 # the processor model that they were made for
+    cdef bint npt_host              # the host has nested paging of SVM
     cdef bint takes_second          # some set runs under the second stage that was in force
     cdef SecondStage second         # that one, or None
     cdef readonly Py_ssize_t count
     # The walks over a table, for as long as the table is kept
     cdef ContextWalks walks_over(self, SlotTable table)
     cdef ContextWalks own_walks(self)
-    # ValueError unless they are for walks of a processor model, under a second stage or without one
-    cdef int check(self, cpu, SecondStage under) except -1
+    # ValueError unless they are for walks of a processor model and host, under a second stage or without one
+    cdef int check(self, cpu, SecondStage under, bint npt_host) except -1
     cdef SecondStage second_of(self, Py_ssize_t i)
     cdef int reload(self, Py_ssize_t i, legal) except -1
     cdef object widths(self)
 
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
 cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
+# Whether it is nested paging of SVM; False of None
+cdef bint is_npt(SecondStage second)
 cdef SecondStage second_stage(stage, const cpu_caps *caps)
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
 # second: of rows without one

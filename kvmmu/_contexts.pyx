@@ -21,7 +21,7 @@ from kvmmu._maker cimport check_maker, maker
 from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
 
 from kvmmu.faults import nested_fault_of
 from kvmmu.nested import Ept, Npt
@@ -167,6 +167,10 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps):
     return second
 
 
+cdef bint is_npt(SecondStage second):
+    return second is not None and isinstance(second.stage, Npt)
+
+
 cdef uint64_t ept_role(stage) except? 0:
     cdef uint64_t role = ROLE_EXT_VALID_MASK | ROLE_GUEST_MODE_MASK | (ACC_ALL << ROLE_ACCESS_SHIFT)
     role |= <uint64_t>stage.level << ROLE_LEVEL_SHIFT
@@ -294,10 +298,13 @@ cdef class Contexts:
             self.walks = self.walks.copy()
         return self.walks
 
-    cdef int check(self, cpu, SecondStage under) except -1:
+    cdef int check(self, cpu, SecondStage under, bint npt_host) except -1:
         if self.cpu is not cpu and self.cpu != cpu:
             raise ValueError(f"regs: prepared for another processor model, {differences(self.cpu, cpu)}; prepare() them with "
                              f"this walk")
+        if self.npt_host != npt_host:
+            raise ValueError(f"regs: prepared for a host {'with' if self.npt_host else 'without'} NPT, this walk is for one "
+                             f"{'with' if npt_host else 'without'}; prepare() them with this walk")
         if not self.takes_second or self.second is under:
             return 0
         if self.second is None or under is None or under.n.pml is not NULL or self.second.stage != under.stage:
@@ -384,7 +391,7 @@ cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, Seco
             walks.stages[i] = under.n
     cdef Contexts contexts = Contexts.__new__(Contexts, maker())
     contexts.walks, contexts.count = walks, walks.count
-    contexts.cpu, contexts.second = cpu, second
+    contexts.cpu, contexts.second, contexts.npt_host = cpu, second, caps.npt_host
     for i, (legal, under, takes_second) in enumerate(checked):
         w = &walks.walks[i]
         contexts.takes_second = contexts.takes_second or takes_second
@@ -399,5 +406,6 @@ cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, Seco
         init_pagewalk(w, role, caps)
         w.vcpu, w.fmt = &walks.arches[i], &fmt.fmt
         w.second = numbers[under]
-        w.ngpa = &walks.stages[w.second] if under is not None else NULL
+        use_second_stage(w, &walks.stages[w.second] if under is not None else NULL,
+                         is_npt(under) if under is not None else caps.npt_host)
     return contexts

@@ -14,7 +14,7 @@ from kvmmu._bits cimport (
 from kvmmu._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu._machine_state cimport access_result, machine, use_arena
 from kvmmu._memory cimport kvmmu_store
-from kvmmu._tlb cimport tlb_drop
+from kvmmu._tlb cimport tlb_invlpg
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu._fault cimport host_reads, host_writes
@@ -101,7 +101,7 @@ cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, 
     cdef uint64_t gpa = 0, error_code = error_code_of_exit(m, exit_), copied
     cdef bint final
     if not m.k.tdp_enabled:
-        tlb_drop(m.tlb, addr)
+        tlb_invlpg(m.tlb, addr)
         set_fault(out, &m.vcpu.guest_fault)
         return True
     final = not error_code & PFERR_GUEST_PAGE_MASK
@@ -111,6 +111,7 @@ cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, 
                                     <uint32_t>ACC_USER_MASK if error_code & PFERR_USER_MASK else 0, False, &gpa, &r)
     if r.status == STATUS_OK:
         return False
+    tlb_invlpg(m.tlb, addr)                             # combined mappings of the linear address
     r.fault_gpa = exit_.fault_gpa
     if r.status == STATUS_EPT_VIOLATION and exit_.status == STATUS_EPT_VIOLATION:
         copied = EPT_VIOLATION_GVA_VALID_MASK | EPT_VIOLATION_GVA_TRANSLATED_MASK
@@ -156,7 +157,7 @@ cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_res
         by_ngpa_walk = r.fault_gpa != INVALID_GPA
         if r.status != STATUS_NON_CANONICAL:
             inject_guest_fault(m.vcpu, r.fault_gpa if by_ngpa_walk else addr, &r, by_ngpa_walk)
-            tlb_drop(m.tlb, addr)
+            tlb_invlpg(m.tlb, addr)
         return
     out.status, out.error_code = STATUS_OK, 0
     out.gpa = r.gpa

@@ -295,9 +295,11 @@ cdef class Machine(MachineModes):
     def invalidate_addr(self, gva, current, prev_roots):
         """Translations of a linear address, in the TLB and in tables that shadow the guest's, of the roots named."""
         cdef uint64_t addr = check_scalar_gva(gva)
+        cdef int shift
         with self.kvm.lock:
             addr &= self.m.hw.gva_mask
-            if <uint64_t>(<int64_t>(addr << self.m.hw.canonical_shift) >> self.m.hw.canonical_shift) != addr:
+            shift = self.widest_shift if self.m.hw.canonical_shift else 0
+            if <uint64_t>(<int64_t>(addr << shift) >> shift) != addr:
                 return
             tlb_invlpg(&self.tlb.t, addr)
             self.m.vcpu.mmio_cached = False

@@ -22,6 +22,7 @@ cdef class MachineModes:
     cdef cpu_caps cpu_caps          # of the guest, as its processor is
     cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
     cdef cpu_caps host_caps
+    cdef int widest_shift           # 64 - linear-address width of the guest's processor, whatever CR4.LA57 says
     cdef PageFormat hw_fmt, sw_fmt, n_fmt
     cdef PageFormat tdp_fmt, shadow_fmt     # of the SPTEs of each MMU
     cdef SecondStage second         # L1's second stage as KVM walks it
@@ -35,7 +36,7 @@ cdef class MachineModes:
     # With the lock held, as all below
     cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1
     cdef int use_mmu(self, kvm_mmu *mmu) except -1
-    cdef int use_guest_walk(self, uint64_t role) except -1
+    cdef int use_guest_walk(self, uint64_t role, bint npt) except -1
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1
     cdef int use_nested(self, uint64_t role, GuestMemory mem, bint smm, SecondStage second) except -1
     cdef int use_shadow_paging(self, uint64_t role) except -1

@@ -6,17 +6,17 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu._bits cimport (
-    CR4_PKE_MASK, GVA_BITS_4_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
-    ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK,
-    ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
+    CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
-from kvmmu._contexts cimport SecondStage, VcpuArch, fill_format, role_of, second_stage
+from kvmmu._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
 from kvmmu._exits cimport machine_drain_pml
 from kvmmu._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
 from kvmmu._memory cimport GuestMemory
 from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
 from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
 from kvmmu.mmu._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu._roots cimport new_pgd, shadow_root_role
@@ -91,12 +91,14 @@ cdef class MachineModes:
         set_caps(&self.cpu_caps, cpu, False)
         set_caps(&self.kvm_caps, cpu, True)
         self.m.vcpu.maxphyaddr = cpu.maxphyaddr
+        self.widest_shift = 64 - (GVA_BITS_5_LEVEL if cpu.la57 else GVA_BITS_4_LEVEL)
         self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = 0
         self.stage = None
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
         self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
         host = self.kvm.host
+        self.cpu_caps.npt_host = self.kvm_caps.npt_host = host.tdp == "npt"
         self.host_caps.maxphyaddr = host.maxphyaddr
         self.host_caps.gbpages = host.max_huge_page_level >= 3
         self.host_caps.amd = host.tdp != "ept"
@@ -127,7 +129,7 @@ cdef class MachineModes:
             init_pagewalk(&self.m.sw, role, &self.kvm_caps)
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.sw_fmt, role, &self.kvm_caps, False)
-        self.m.sw.ngpa = NULL
+        use_second_stage(&self.m.sw, NULL, self.kvm_caps.npt_host)
         if self.m.vcpu.as_id != smm:
             machine_drain_pml(&self.m)                  # logged addresses are of the address space in force
         self.m.vcpu.as_id, self.m.vcpu.guest_mode = smm, guest_mode
@@ -154,14 +156,15 @@ cdef class MachineModes:
             self.rights_role = 0
         return 0
 
-    cdef int use_guest_walk(self, uint64_t role) except -1:
-        """The processor walks the guest's tables, through the SPTEs."""
+    cdef int use_guest_walk(self, uint64_t role, bint npt) except -1:
+        """The processor walks the guest's tables, through the SPTEs. IN npt: what the guest knows of them is an NPT."""
         if role != self.m.hw.cpu_role:
             init_pagewalk(&self.m.hw, role, &self.cpu_caps)
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.hw_fmt, role, &self.cpu_caps, False)
         self.m.hw.vcpu = &self.arch.arch
-        self.m.hw.mem, self.m.hw.ngpa = &self.kvm.ram, &self.m.stage.w
+        self.m.hw.mem = &self.kvm.ram
+        use_second_stage(&self.m.hw, &self.m.stage.w, npt)
         return 0
 
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1:
@@ -169,7 +172,7 @@ cdef class MachineModes:
         cdef bint changes = self.m.mmu != &self.m.vcpu.root_mmu
         cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
         cdef uint32_t root_role
-        self.use_guest_walk(role)
+        self.use_guest_walk(role, self.cpu_caps.npt_host)
         root_role = tdp_root_role(
             self.kvm.k, 5 if self.m.vcpu.maxphyaddr > GVA_BITS_4_LEVEL else 4, smm, guest_mode, self.kvm.host.gmet)
         self.use_mmu(mmu)
@@ -192,7 +195,7 @@ cdef class MachineModes:
         cdef uint64_t before = mmu.w.cpu_role if mmu.w is not NULL else 0
         cdef int level = 0
         check_kind(second.stage, self.kvm.k.spte.ept)
-        self.use_guest_walk(role)
+        self.use_guest_walk(role, is_npt(second))
         if second.stage is not self.stage:
             self.second, self.stage = second_stage(second.stage, &self.kvm_caps), second.stage
             changes = True
@@ -200,7 +203,7 @@ cdef class MachineModes:
         if self.second.n.pml is not NULL:
             self.walked = second                        # one log, whoever walks
             self.second.n.pml = &second.pml
-        self.m.sw.ngpa = &self.second.n
+        use_second_stage(&self.m.sw, &self.second.n, is_npt(second))
         self.m.advanced_info = isinstance(second.stage, Ept) and second.stage.advanced_info
         self.use_mmu(mmu)
         mmu.w = &self.second.n

@@ -26,6 +26,7 @@ cdef class PageWalk:
     # The walk as it is now, over a table of its memory. RuntimeError if it is not in use
     cdef WalkCopy now(self, SlotTable table)
     cdef int changed(self) except -1
+    cdef int use_second(self) except -1
     cdef int check_in_use(self) except -1
     cdef int use_memory(self) except -1
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)

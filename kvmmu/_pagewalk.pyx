@@ -9,8 +9,8 @@ from kvmmu._batch cimport Job, new_job
 from kvmmu._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
 from kvmmu._columns cimport plain_access, plain_column
 from kvmmu._contexts cimport (
-    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, prepare_contexts, rflags_ac, role_of,
-    second_stage,
+    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
+    role_of, second_stage,
 )
 from kvmmu._explain cimport fault_behind, record_of
 from kvmmu._format cimport PageFormat, explicit_access
@@ -18,7 +18,7 @@ from kvmmu._maker cimport check_maker, maker
 from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport translate_nested_gpa, walk_result
-from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face
+from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face, use_second_stage
 
 from kvmmu._roles import CpuRole
 from kvmmu.arguments import check_bool, check_int, check_threads
@@ -69,10 +69,11 @@ cdef class PageWalk:
         self.copy = None
         return 0
 
-    def _set_cpu(self, cpu not None):
-        """Take a processor model; the next `_init()` builds the format anew."""
+    def _set_cpu(self, cpu not None, *, npt_host=False):
+        """Take a processor model; the next `_init()` builds the format anew. npt_host: the host has nested paging of SVM."""
         if not isinstance(cpu, CpuModel):
             raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
+        self.caps.npt_host = npt_host
         self.caps.maxphyaddr = cpu.maxphyaddr
         self.caps.gbpages = cpu.gbpages
         self.caps.pse36 = cpu.pse36
@@ -96,15 +97,19 @@ cdef class PageWalk:
             self.format = fmt
         init_pagewalk(&self.w, role, &self.caps)
         self.w.vcpu = &self.vcpu.arch
-        self.changed()
+        self.use_second()
 
     def _set_second_stage(self, SecondStage second):
         """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
         if self.w.is_nested:
             raise RuntimeError("this walk is a second stage: there is none under it")
-        self.w.ngpa = NULL if second is None else &second.n
         self.second = second
-        self.changed()
+        self.use_second()
+
+    cdef int use_second(self) except -1:
+        use_second_stage(&self.w, NULL if self.second is None else &self.second.n,
+                         self.caps.npt_host if self.second is None else is_npt(self.second))
+        return self.changed()
 
     def _enter(self, stage not None):
         """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
@@ -214,11 +219,14 @@ cdef class PageWalk:
         return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
 
     def get_pdptr(self, i):
-        """PDPTE i, 0 to 3: a register, or in a second stage a word in memory. Meaningful under PAE paging only."""
+        """PDPTE i, 0 to 3: a register, or a word in memory in an NPT and under one. Meaningful under PAE paging only."""
         self.check_in_use()
         i = check_int("i", i, 0, 3)
         if self.w.is_nested:
             return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
+        if self.w.pdptes_in_memory:
+            gpa = (self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i
+            return self.mem.read_u64(gpa if self.second is None else self.second.pdpt_gpa(self.mem, gpa))
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
@@ -248,7 +256,7 @@ cdef class PageWalk:
         ----------
         regs : sequence of Regs, or of (Regs, Ept or Npt or None)
             A pair walks under that second stage (None: none), a Regs alone under the one in force, if any. PAE sets without
-            `pdptrs` load them from memory here.
+            `pdptrs` load them from memory here; those under an Npt, or an NPT host, have none.
 
         Returns
         -------
@@ -273,7 +281,7 @@ cdef class PageWalk:
         self.check_in_use()
         if self.w.is_nested:
             raise ValueError("regs: register sets make a first stage; translate them through gva_walk")
-        return contexts.check(self.cpu, self.second)
+        return contexts.check(self.cpu, self.second, self.caps.npt_host)
 
     def translate(self, gva, access=0, *, regs=None, ctx=None, fields=("gpa", "status", "error_code"), set_ad=True, threads=1,
                   out=None):

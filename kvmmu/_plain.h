@@ -39,6 +39,7 @@ struct kvmmu_plain_walk {
     uint64_t page_size_mask;
     uint64_t pse36_mask;
     uint64_t gva_mask;
+    uint64_t pdpte_rsvd_mask; /* PAE with PDPTEs in memory */
     uint32_t pkru_mask;
     struct kvmmu_plain_access accesses[KVMMU_PLAIN_ACCESSES]; /* [access >> PERMISSIONS_INDEX_SHIFT], IMPLICIT included */
 };

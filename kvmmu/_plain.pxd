@@ -31,6 +31,7 @@ cdef extern from "_plain.h" nogil:
         uint64_t page_size_mask
         uint64_t pse36_mask
         uint64_t gva_mask
+        uint64_t pdpte_rsvd_mask
         uint32_t pkru_mask
         kvmmu_plain_access accesses[32]
 

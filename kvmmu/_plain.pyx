@@ -4,13 +4,13 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, INVALID_GPA,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
     PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
     PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
 )
 from kvmmu._format cimport explicit_access
 from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
-from kvmmu._memory cimport guest_mem
+from kvmmu._memory cimport guest_mem, kvmmu_read64
 from kvmmu._plain cimport (
     KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
 )
@@ -34,6 +34,18 @@ cdef kvmmu_translation plain_walk_pae(const kvmmu_plain_walk *p, const vcpu_arch
                                       uint32_t access) noexcept nogil:
     cdef uint64_t pdpte = arch.pdptrs[(gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
     if not pdpte & PT_PRESENT_MASK:
+        return no_plain_walk(p, arch, gva, access)
+    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
+
+
+cdef kvmmu_translation plain_walk_pae_in_memory(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
+                                                uint32_t access) noexcept nogil:
+    cdef uint64_t offset = (arch.cr3 & CR3_PAE_PDPT_MASK) - p.slot_gpa, pdpte
+    offset += ((gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pdpte)
+    if offset >= p.slot_size:
+        return no_plain_walk(p, arch, gva, access)
+    pdpte = kvmmu_read64(p.hva + offset)
+    if (pdpte & (PT_PRESENT_MASK | p.pdpte_rsvd_mask)) != PT_PRESENT_MASK:
         return no_plain_walk(p, arch, gva, access)
     return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 
@@ -90,7 +102,8 @@ cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nog
     elif w.page_size_mask != PT_PAGE_SIZE_MASK:     # 8-byte entries always have large pages
         return
     elif w.level == PG_LEVEL_1G:
-        plain.gva_to_gpa = plain_walk_pae
+        plain.gva_to_gpa = plain_walk_pae_in_memory if w.pdptes_in_memory else plain_walk_pae
+        p.pdpte_rsvd_mask = w.pdpte_rsvd_mask
     elif w.level == PG_LEVEL_512G:
         plain.gva_to_gpa = plain_walk_4_levels
         plain.four_levels = True
@@ -98,7 +111,7 @@ cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nog
         plain.gva_to_gpa = plain_walk_5_levels
     p.page_size_mask, p.pse36_mask, p.gva_mask = w.page_size_mask, w.pse36_mask, w.gva_mask
     p.pkru_mask = w.fmt.pkru_mask
-    for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs were checked when loaded
+    for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs are checked apart
         rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
     for i in range(<uint32_t>KVMMU_PLAIN_ACCESSES):
         a = &p.accesses[i]

@@ -159,6 +159,8 @@ cdef inline uint64_t find_prefix_generic(const guest_walker *walker, lane_space 
     elif has_pdptrs(walker, level):
         if w.pdptes_in_memory:
             gpa = (pte & CR3_PAE_PDPT_MASK) + ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
+            if s.second is not NULL and not warm_table_gpa(s.second, gpa, &gpa, &refused):
+                return 0
             hva = gpa_to_hva(w.mem, gpa, &readonly)
             if hva is NULL:
                 return 0

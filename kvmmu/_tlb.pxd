@@ -5,6 +5,11 @@ page and a tag; a tag is a PCID, or "global", in one of a few spaces, and a spac
 or ASID). A processor may drop an entry whenever it likes; this one does so when an entry denies an access, so that the walk
 decides, and when it runs out of spaces.
 
+A page of the guest's may be larger than its entries, because the host's pages are smaller or because no array has its size (4M).
+Software cannot know of them, so that an invalidation of one address takes all entries of the page ("Details of TLB Use"). Each
+entry has the size of the guest's page for that. Where pages were split is remembered by a hash of their numbers, for each size:
+only where one was does an invalidation search the arrays.
+
 Sources: SDM vol. 3, "Caching Translation Information", "Invalidation of TLBs and Paging-Structure Caches", "VMX Support for
 Address Translation"; vol. 2, "INVLPG", "INVPCID".
 """
@@ -24,6 +29,7 @@ cdef enum:
     TLB_SPACES = 64                 # number 0 is none: no key is 0
     TLB_HINTS = 1024
     TLB_MAX_ENTRIES = 1 << 24       # of one array: `hints` has room for 2**30
+    TLB_SPLIT_SIZES = 3             # 2M, 4M, 1G
 
 cdef struct tlb_entry:
     uint64_t hpa                    # of the page
@@ -35,6 +41,7 @@ cdef struct tlb_entry:
     uint8_t dirty                   # writing needs no D bit set
     uint16_t allowed                # accesses that all this allows, as of `epoch`
     uint8_t as_id                   # address space of gpa
+    uint8_t page_shift              # size of the guest's page that this is a part of, or all
     uint32_t epoch
 
 cdef struct tlb_array:
@@ -51,6 +58,7 @@ cdef struct tlb:
     uint64_t spaces[64]             # what each space stands for
     int nr_spaces
     uint64_t local_tag, global_tag  # of the registers in force, in their place in a key
+    uint64_t split[3]               # bit of a hash of the page: entries smaller than it were made; by size
     uint64_t hits, misses, evictions
     uint32_t hints[1024]            # by 4K page: where the last look-up found its entry, level - 1 in the low bits
 
@@ -99,13 +107,14 @@ cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
 cdef void tlb_free(tlb *t) noexcept nogil
 # Use a space and a PCID; a space that is new takes a number, if need be by dropping all
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
-# Enter a translation, in the place of the one that was used longest ago
-cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil
+# Enter a translation, in the place of the one that was used longest ago. IN page_shift: of the guest's page, 12, 21, 22 or 30
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int page_shift) noexcept nogil
+# Forget the entry for one address; of a page that is in pieces this is one of them
 cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil
 cdef void tlb_flush_all(tlb *t) noexcept nogil
-# INVLPG: entries for the address of the PCID in force, and global ones, of every page size
+# INVLPG, and a page fault: entries of the guest's page around the address, of the PCID in force and global ones
 cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil
-# INVPCID 0: entries of a PCID for an address, global ones excepted
+# INVPCID 0: entries of a PCID for the page around an address, global ones excepted
 cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil
 # INVPCID 1, and MOV to CR3: entries of a PCID, global ones excepted
 cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil

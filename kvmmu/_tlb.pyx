@@ -3,20 +3,20 @@
 import operator
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
 from kvmmu._alloc cimport kvmmu_alloc_table
 from kvmmu._arguments cimport check_scalar_word
-from kvmmu._bits cimport PAGE_SHIFT, PT64_INDEX_BITS
+from kvmmu._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 from kvmmu._lock cimport MachineLock
 from kvmmu._tlb cimport (
-    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_VPN_BITS, tlb, tlb_array,
-    tlb_entry, tlb_lookup, tlb_page,
+    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_SPLIT_SIZES, TLB_VPN_BITS,
+    tlb, tlb_array, tlb_entry, tlb_lookup, tlb_page,
 )
 
-from kvmmu.arguments import check_bool, check_int, check_word
+from kvmmu.arguments import check_bool, check_choice, check_int, check_word
 
 
 cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil:
@@ -51,6 +51,7 @@ cdef void tlb_flush_all(tlb *t) noexcept nogil:
         if t.arrays[i].valid:
             memset(t.arrays[i].keys, 0, t.arrays[i].sets * t.arrays[i].ways * sizeof(uint64_t))
             t.arrays[i].valid = 0
+    memset(t.split, 0, sizeof(t.split))
 
 
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
@@ -67,11 +68,24 @@ cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
     t.global_tag = (<uint64_t>i << TLB_SPACE_SHIFT) | (<uint64_t>1 << TLB_GLOBAL_SHIFT)
 
 
-cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil:
+cdef inline int split_shift(int size) noexcept nogil:
+    """The sizes that split[] has, as shifts."""
+    if size == 0:
+        return PAGE_SHIFT + PT64_INDEX_BITS
+    return PAGE_SHIFT + PT32_INDEX_BITS if size == 1 else PAGE_SHIFT + 2 * PT64_INDEX_BITS
+
+
+cdef inline uint64_t split_bit(uint64_t gva, int shift) noexcept nogil:
+    cdef uint64_t page = gva >> shift
+    return <uint64_t>1 << ((page ^ (page >> 6) ^ (page >> 12)) & 63)
+
+
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int page_shift) noexcept nogil:
     cdef tlb_array *a = &t.arrays[level - 1]
     cdef uint64_t page = tlb_page(a, gva), key = page | (t.global_tag if is_global else t.local_tag)
     cdef size_t base = (page & (a.sets - 1)) * a.ways, way, victim = 0
     cdef uint32_t age, oldest = 0
+    cdef int i
     for way in range(a.ways):
         if a.keys[base + way] == 0 or a.keys[base + way] == key:
             victim = way
@@ -86,6 +100,11 @@ cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexce
     t.clock += 1
     a.keys[base + victim] = key
     a.entries[base + victim].stamp = t.clock
+    a.entries[base + victim].page_shift = <uint8_t>page_shift
+    if page_shift > a.shift:
+        for i in range(TLB_SPLIT_SIZES):
+            if split_shift(i) == page_shift:
+                t.split[i] |= split_bit(gva, page_shift)
     return &a.entries[base + victim]
 
 
@@ -102,6 +121,33 @@ cdef void drop_key(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
             if a.keys[base + way] == (page | tag):
                 a.keys[base + way] = 0
                 a.valid -= 1
+
+
+cdef void drop_pieces(tlb *t, uint64_t gva, int shift, uint64_t tag) noexcept nogil:
+    """Drop the smaller entries of the guest's page of 2**shift bytes around gva."""
+    cdef tlb_array *a
+    cdef uint64_t first, pages
+    cdef size_t j
+    cdef int i
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        if a.valid == 0 or a.shift >= shift:
+            continue
+        pages = <uint64_t>1 << (shift - a.shift)
+        first = tlb_page(a, gva) & ~(pages - 1)
+        for j in range(a.sets * a.ways):
+            if (a.keys[j] & ~(pages - 1)) == (first | tag) and a.entries[j].page_shift == shift:
+                a.keys[j] = 0
+                a.valid -= 1
+
+
+cdef void drop_page(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
+    """Drop the entries of the guest's page around gva, whole or in pieces."""
+    cdef int i
+    drop_key(t, gva, tag)
+    for i in range(TLB_SPLIT_SIZES):
+        if t.split[i] & split_bit(gva, split_shift(i)):
+            drop_pieces(t, gva, split_shift(i), tag)
 
 
 cdef void drop_matching(tlb *t, uint64_t mask, uint64_t value) noexcept nogil:
@@ -133,11 +179,12 @@ cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil:
 
 
 cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil:
-    tlb_drop(t, gva)
+    drop_page(t, gva, t.local_tag)
+    drop_page(t, gva, t.global_tag)
 
 
 cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil:
-    drop_key(t, gva, tag_of(t, pcid))
+    drop_page(t, gva, tag_of(t, pcid))
 
 
 cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil:
@@ -226,14 +273,20 @@ cdef class Tlb:
         with self.lock:
             tlb_use(&self.t, number, tag)
 
-    def fill(self, gva, hpa, level=1, is_global=False):
-        """Enter a translation of the page of `level` around gva."""
+    def fill(self, gva, hpa, level=1, is_global=False, page_shift=None):
+        """Enter a translation of the page of `level` around gva, part of a guest's page of 2**page_shift bytes (21, 22 or 30)."""
         cdef uint64_t addr = check_scalar_word("gva", gva), page = check_scalar_word("hpa", hpa)
         cdef int size = check_int("level", level, 1, TLB_LEVELS)
         cdef bint kept = check_bool("is_global", is_global)
+        cdef int shift = self.t.arrays[size - 1].shift
         cdef tlb_entry *entry
+        if page_shift is not None and page_shift != shift:
+            page_shift = check_choice("page_shift", page_shift, (21, 22, 30))
+            if page_shift < shift:
+                raise ValueError(f"page_shift: want no less than that of level {size}, {shift}, got {page_shift}")
+            shift = page_shift
         with self.lock:
-            entry = tlb_fill(&self.t, addr, size, kept)
+            entry = tlb_fill(&self.t, addr, size, kept, shift)
             entry.hpa = page                            # all else is that of the entry that was there
 
     def lookup(self, gva):
@@ -246,7 +299,7 @@ cdef class Tlb:
             return None if entry is NULL else (int(entry.hpa), level)
 
     def invlpg(self, gva):
-        """Drop entries for gva: of the PCID in force, and global ones."""
+        """Drop entries of the guest's page around gva: of the PCID in force, and global ones."""
         cdef uint64_t addr = check_scalar_word("gva", gva)
         with self.lock:
             tlb_invlpg(&self.t, addr)

@@ -1,6 +1,7 @@
 """The walk of guest page tables: one body for every format and for both stages.
 
-    step 1: PAE: start from a PDPTE, a register of the vCPU or, in the second stage, a word in memory
+    step 1: PAE: start from a PDPTE, a register of the vCPU. Under nested paging of SVM, and in its tables, it is a word in
+            memory, reached and checked as any entry is
     step 2: read the entry of this level, at the address that the second stage gives; a table in a hole reads as not present
     step 3: not present      -> fault, P = 0
     step 4: reserved bits    -> fault, P and RSVD
@@ -40,6 +41,7 @@ cdef struct cpu_caps:
     bint pse36
     bint amd
     bint kvm                    # conformance: what KVM's software walker does, else what the manuals say
+    bint npt_host               # the host has nested paging of SVM, under which guests have no PDPTE registers
 
 # L1's page-modification log.
 cdef struct pml_log:
@@ -105,10 +107,10 @@ cdef struct kvm_pagewalk:
     uint64_t accessed_mask          # A, and D one bit above it; 0: this format's A/D bits are off
     uint32_t pferr_mask             # access bits that an error code reports
     bint final_before_ad            # KVM: step 8 comes before step 7
+    bint pdptes_in_memory           # PAE: step 1 reads memory
+    uint64_t pdpte_rsvd_mask        # PAE: reserved bits of such a PDPTE; 0: not checked (KVM's second stage)
     # of a second stage
     bint is_nested
-    bint pdptes_in_memory           # PAE: step 1 reads memory
-    uint64_t pdpte_rsvd_mask        # PAE: reserved bits of such a PDPTE; 0: not checked (KVM)
     uint64_t ngpa_rsvd_mask         # address bits that these tables cannot translate
     uint64_t fault_gpa_mask         # what of an address a fault reports: KVM's walker knows the page alone
     uint64_t stage_final, stage_page    # bits of the exit information

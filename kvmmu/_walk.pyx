@@ -156,7 +156,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
     cdef int level = w.level
     cdef uint64_t pte = get_guest_pgd(w)
     cdef uint64_t rights = ~<uint64_t>0
-    cdef uint64_t unset, gpa
+    cdef uint64_t unset, gpa, offset
     cdef uint8_t *hva
     cdef uint8_t status
     cdef bint readonly = False, write = (access & ACCESS_WRITE_MASK) != 0
@@ -174,10 +174,16 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
         walker.pte_gpa[level - 1] = INVALID_GPA
         walker.pte_access = 0
         if w.pdptes_in_memory:
-            gpa = (pte & CR3_PAE_PDPT_MASK) + ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
-            walker.pte_gpa[level - 1] = gpa
+            gpa = pte & CR3_PAE_PDPT_MASK
+            offset = ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
+            walker.pte_gpa[level - 1] = gpa + offset
+            if ngpa is not NULL:
+                status = translate_nested_gpa(
+                    ngpa, gpa, ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
+                if status != STATUS_OK:                 # the exit names the table, not the entry
+                    return status
             r.refs += 1
-            hva = gpa_to_hva(mem, gpa, &readonly)
+            hva = gpa_to_hva(mem, gpa + offset, &readonly)
             walker.hole = hva is NULL
             pte = 0 if hva is NULL else kvmmu_read64(hva)
         else:

@@ -5,6 +5,9 @@ from libc.stdint cimport uint64_t
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk
 
 cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil
+# Reach the tables of a first stage, and what it comes to, through n (NULL: as they are). IN npt: by nested paging of SVM. The
+# role and the format must be in force
+cdef void use_second_stage(kvm_pagewalk *w, const kvm_pagewalk *n, bint npt) noexcept nogil
 cdef void init_ept_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint advanced_info) noexcept nogil
 # IN host_smep: CR4.SMEP of the host, whose place in the role GMET has taken
 cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps, bint host_smep) noexcept nogil

@@ -5,10 +5,10 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, EPT_ACCESSED_MASK, EPT_RWX_MASK, EPT_USER_EXECUTABLE_MASK,
     EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
-    KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PT32_PSE36_KVM_BITS, PT32_PSE36_SHIFT,
-    PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
-    ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
-    ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+    KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PG_LEVEL_1G, PT32_PSE36_KVM_BITS,
+    PT32_PSE36_SHIFT, PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
 )
 from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, cpu_caps, kvm_pagewalk, use_walker
@@ -70,6 +70,13 @@ cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps
     if reports_fetch(cpu_role, caps, (cpu_role & ROLE_CR4_SMEP_MASK) != 0):
         w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
     use_walker(w)
+
+
+cdef void use_second_stage(kvm_pagewalk *w, const kvm_pagewalk *n, bint npt) noexcept nogil:
+    w.ngpa = n
+    # APM vol. 2, "Nested Paging": in legacy PAE mode PDPTEs are neither loaded nor checked by VMRUN and MOV to CR3
+    w.pdptes_in_memory = npt and w.level == PG_LEVEL_1G
+    w.pdpte_rsvd_mask = w.fmt.rsvd_bits_mask[0][PG_LEVEL_1G - 1] if w.pdptes_in_memory else 0
 
 
 cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvmmu._bits import Access
+from kvmmu._bits import CR3_PAE_PDPT, Access
 from kvmmu._memory import GuestMemory
 from kvmmu.host import Host
 from kvmmu.recorded_faults import Context, use_context
@@ -66,6 +66,8 @@ def touched_machine(source: Recording | ParquetTrace, *, tdp: str = "ept", backi
     guest = vm.create_vcpu()
     for context, gva in touched:
         if isinstance(context, Regs):
+            for i, pdpte in enumerate(context.pdptrs or ()):    # as the recorded CPU took them: an NPT host has no others
+                vm.mem.write_u64((context.cr3 & CR3_PAE_PDPT) + 8 * i, pdpte)
             use_context(guest, context)
             guest.access(np.ascontiguousarray(gva), Access.AC)
     return vm

@@ -4,6 +4,7 @@ Sources: SDM vol. 3, "Control Registers", "Paging Modes and Control Bits", "Enab
 and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Feature Enable Register (EFER)".
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from kvmmu._bits import (
     CR3_NOFLUSH,
     CR3_PAE_PDPT,
     CR3_PCID,
+    GVA_BITS_4_LEVEL,
+    GVA_BITS_5_LEVEL,
     MAXPHYADDR_MAX,
     MAXPHYADDR_MIN,
     PAE_PDPTE_RSVD,
@@ -23,7 +26,7 @@ from kvmmu._bits import (
 from kvmmu.arguments import check_bool, check_int, check_name, check_word, check_words
 from kvmmu.faults import GeneralProtection, InvalidOpcode
 
-__all__ = ["CpuModel", "Regs"]
+__all__ = ["FEATURES", "CpuModel", "Regs"]
 
 class TableSpace(Protocol):
     """Memory that PDPTEs are loaded from: guest-physical, or L2's through a second stage."""
@@ -34,6 +37,15 @@ class TableSpace(Protocol):
 
 
 _FEATURES = ("gbpages", "pse36", "la57", "nx", "smep", "smap", "pku", "pcid")
+# Features whose control bits have no say in translation, by their names: the vendors that define them, and the bits.
+FEATURES: dict[str, tuple[tuple[str, ...], Cr4 | Efer]] = {
+    "umip": (("intel", "amd"), Cr4.UMIP), "fsgsbase": (("intel", "amd"), Cr4.FSGSBASE), "xsave": (("intel", "amd"), Cr4.OSXSAVE),
+    "cet": (("intel", "amd"), Cr4.CET), "fred": (("intel", "amd"), Cr4.FRED),
+    "vmx": (("intel",), Cr4.VMXE), "smx": (("intel",), Cr4.SMXE), "kl": (("intel",), Cr4.KL), "uintr": (("intel",), Cr4.UINTR),
+    "svm": (("amd",), Efer.SVME), "lmsle": (("amd",), Efer.LMSLE), "ffxsr": (("amd",), Efer.FFXSR), "tce": (("amd",), Efer.TCE),
+    "mcommit": (("amd",), Efer.MCOMMIT), "intwb": (("amd",), Efer.INTWB), "autoibrs": (("amd",), Efer.AUTOIBRS),
+}
+
 _WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
 
 
@@ -55,6 +67,9 @@ class CpuModel:
         "sdm": what the manuals say; "kvm": what KVM's software walker does where it differs.
     la57, nx, smep, smap, pku, pcid : bool
         Features whose control bits may be set.
+    features : collection of str, optional
+        Strictness about control bits without a say in translation: the processor has these of `FEATURES`, and the bits of others
+        are reserved. By default none is: registers of any machine are legal, of whichever vendor.
     """
 
     vendor: str = "intel"
@@ -68,6 +83,7 @@ class CpuModel:
     smap: bool = True
     pku: bool = True
     pcid: bool = True
+    features: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         check_name("vendor", self.vendor, ("intel", "amd"))
@@ -76,6 +92,11 @@ class CpuModel:
         object.__setattr__(self, "maxphyaddr", width)
         for name in _FEATURES:
             object.__setattr__(self, name, check_bool(name, getattr(self, name)))
+        if self.features is not None:
+            names = sorted(name for name, (vendors, _) in FEATURES.items() if self.vendor in vendors)
+            if isinstance(self.features, str) or not set(self.features) <= set(names):
+                raise ValueError(f"features: want None or a collection of {', '.join(names)}, got {self.features!r}")
+            object.__setattr__(self, "features", frozenset(self.features))
 
     @property
     def rsvd_gpa_bits(self) -> int:
@@ -95,7 +116,7 @@ class Regs:
     rflags : int
         Only AC (bit 18) matters, and only to scalar calls.
     pdptrs : tuple of 4 int, optional
-        PAE: the PDPTE registers; None loads them from memory at CR3.
+        PAE: the PDPTE registers; None loads them from memory at CR3. Under nested paging of SVM there are none.
     """
 
     cr0: int
@@ -129,21 +150,28 @@ def _gp(rule: str, message: str) -> GeneralProtection:
     return GeneralProtection(f"#GP: {message}", rule=rule)
 
 
-# CR4 bits that have a meaning and do not change translation beyond what is modelled here. Missing on purpose: PKS, LASS and
-# LAM_SUP, which would.
-_CR4_DEFINED = 0x2FFFFFF & ~(1 << 15)
+def _bits_of(kind: type[Cr4 | Efer], features: Collection[str] | None) -> int:
+    """Bits of CR4 or EFER that belong to features, by default to all of them."""
+    bits = 0
+    for name in FEATURES if features is None else features:
+        bit = FEATURES[name][1]
+        bits |= int(bit) if isinstance(bit, kind) else 0
+    return bits
+
+
+# What is modelled, and what every processor has. Missing on purpose: PKS, LASS and LAM_SUP of CR4 and UAIE of EFER, which change
+# translation and are not modelled.
+_CR4_DEFINED = int(Cr4.COMMON | Cr4.LA57 | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
+_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX)
 
 
 def _cr4_reserved(cpu: CpuModel, value: int) -> int:
     """Bits of a CR4 value that are undefined, not modelled, or of a feature that the model lacks."""
-    reserved = value & ~_CR4_DEFINED
+    reserved = value & ~(_CR4_DEFINED | _bits_of(Cr4, cpu.features))
     for has, bit in ((cpu.la57, Cr4.LA57), (cpu.pcid, Cr4.PCIDE), (cpu.smep, Cr4.SMEP), (cpu.smap, Cr4.SMAP), (cpu.pku, Cr4.PKE)):
         if not has:
             reserved |= value & bit
     return reserved
-
-
-_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX | Efer.SVME | Efer.LMSLE | Efer.FFXSR | Efer.TCE | Efer.AUTOIBRS)
 
 
 def check_cr0(value: int) -> None:
@@ -165,7 +193,7 @@ def check_cr4(cpu: CpuModel, value: int) -> None:
 
 def check_efer(cpu: CpuModel, value: int) -> None:
     """#GP unless EFER is legal for this model."""
-    reserved = value & ~_EFER_DEFINED
+    reserved = value & ~(_EFER_DEFINED | _bits_of(Efer, cpu.features))
     if not cpu.nx:
         reserved |= value & Efer.NX
     if reserved:
@@ -218,14 +246,18 @@ def check_pdptrs(cpu: CpuModel, pdptrs: tuple[int, ...]) -> None:
             raise _gp("pdpte-reserved", f"PDPTE {i} is {pdpte:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
 
-def admit(cpu: CpuModel, regs: Regs, mem: TableSpace) -> Regs:
-    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole."""
+def admit(cpu: CpuModel, regs: Regs, mem: TableSpace | None) -> Regs:
+    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole.
+
+    mem None: a guest under nested paging of SVM, whose PDPTEs are read and checked by each walk.
+    Source: APM vol. 2, "Nested Paging", on guests in legacy PAE mode.
+    """
     check_cr0(regs.cr0)
     check_cr4(cpu, regs.cr4)
     check_efer(cpu, regs.efer)
     check_cr3(cpu, regs)
     check_combination(regs)
-    if not regs.is_pae_paging:
+    if mem is None or not regs.is_pae_paging:
         return regs if regs.pdptrs is None else replace(regs, pdptrs=None)
     if regs.pdptrs is None:
         return replace(regs, pdptrs=load_pdptrs(cpu, regs.cr3, mem))
@@ -233,12 +265,21 @@ def admit(cpu: CpuModel, regs: Regs, mem: TableSpace) -> Regs:
     return regs
 
 
+def is_canonical(cpu: CpuModel, address: int) -> bool:
+    """True if a linear address is canonical for the processor's widest paging, whatever CR4.LA57 says.
+
+    That is what instructions check that invalidate translations, so that a host can do it for a guest with another CR4.LA57.
+    """
+    width = GVA_BITS_5_LEVEL if cpu.la57 else GVA_BITS_4_LEVEL
+    return address >> (width - 1) in (0, (1 << (65 - width)) - 1)
+
+
 # ---- what the guest's own instructions may do --------------------------------------------------------------------------
 
 _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP)}
 
 
-def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace) -> Regs:
+def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace | None) -> Regs:
     """The registers after MOV to CRn; #GP if the transition is illegal.
 
     Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
@@ -267,7 +308,7 @@ def _after_mov_cr0(regs: Regs, value: int) -> Regs:
     if disables:
         if regs.cr4 & Cr4.PCIDE:
             raise _gp("pg-off-with-pcide", "CR0.PG cannot be cleared while CR4.PCIDE is set")
-        efer &= ~Efer.LMA
+        efer &= ~int(Efer.LMA)
     return replace(regs, cr0=int(value), efer=int(efer))
 
 
@@ -284,7 +325,7 @@ def _after_mov_cr4(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     return replace(regs, cr4=value)
 
 
-def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace) -> Regs:
+def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace | None) -> Regs:
     if not regs.is_long_mode and value >> 32:
         raise ValueError(f"outside long mode MOV to CR3 has 32 bits, got {value:#x}")
     if regs.cr4 & Cr4.PCIDE:
@@ -297,7 +338,7 @@ def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
 
     Source: SDM vol. 3, "Initializing IA-32e Mode"; APM vol. 2, "Extended Feature Enable Register (EFER)".
     """
-    value = (value & ~Efer.LMA) | (regs.efer & Efer.LMA)
+    value = (value & ~int(Efer.LMA)) | (regs.efer & Efer.LMA)   # ~ of a flag would clear bits that no flag has
     check_efer(cpu, value)
     if regs.cr0 & Cr0.PG and (regs.efer ^ value) & Efer.LME:
         raise _gp("lme-change-while-paging", "EFER.LME cannot change while CR0.PG is set")

@@ -71,7 +71,7 @@ def _recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
     mem = GuestMemory.from_pages(recording.table_pfn << np.uint64(12), recording.table_data)
     cpu = CpuModel(vendor="amd", maxphyaddr=recording.maxphyaddr)
     contexts = [_context(mem, cpu, recording, *registers) for registers in recording.ctx.tolist()]
-    vcpu = Vcpu(mem, cpu=cpu, tdp="npt")
+    vcpu = Vcpu(mem, cpu=cpu, tdp="ept")       # PDPTEs are registers: as they were loaded
     if contexts:
         use_context(vcpu, contexts[0])
     return vcpu, contexts

@@ -137,7 +137,8 @@ class _TraceRun:
         set_up, self.set_up = self.set_up, None
         if self.given is None:
             self.own_memory = set_up.memory()
-            self.vcpu = Vcpu(self.own_memory.guest, cpu=_cpu_of(self.header), tdp="npt")
+            # PDPTEs are registers: as they were loaded
+            self.vcpu = Vcpu(self.own_memory.guest, cpu=_cpu_of(self.header), tdp="ept")
         elif brings_memory:
             raise TraceError("the trace brings its own memory (MEMORY rows): replay it without a vCPU")
         else:

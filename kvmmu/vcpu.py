@@ -21,7 +21,7 @@ from kvmmu.host import Host
 from kvmmu.locked import locked
 from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.record import WalkRecord
-from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru
+from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.vm import Vm
 
 __all__ = ["Vcpu"]
@@ -101,8 +101,11 @@ class Vcpu(GuestAccesses):
         """Legal registers, with PDPTEs loaded through a second stage if there is one."""
         return admit(self._cpu, regs, self._table_space(second))
 
-    def _table_space(self, second: SecondStage | None) -> TableSpace:
-        return self.mem if second is None else _NestedSpace(self.mem, second)
+    def _table_space(self, second: SecondStage | None) -> TableSpace | None:
+        """Where PDPTE registers are loaded from; None under nested paging of SVM, which has none."""
+        if second is None:
+            return None if self._tdp == "npt" else self.mem
+        return None if isinstance(second.stage, Npt) else _NestedSpace(self.mem, second)
 
     def _load(self, regs: Regs) -> None:
         """Put legal registers in force."""
@@ -113,7 +116,7 @@ class Vcpu(GuestAccesses):
     def _use_cpu(self) -> None:
         """Make both walks forget what they derived from another processor model."""
         second = self._second
-        self.gva_walk._set_cpu(self._cpu)
+        self.gva_walk._set_cpu(self._cpu, npt_host=self._tdp == "npt")
         self.ngpa_walk._set_cpu(self._cpu)
         if second is None:
             return
@@ -139,7 +142,7 @@ class Vcpu(GuestAccesses):
 
     @property
     def pdptrs(self) -> tuple[int, ...] | None:
-        """The four PDPTE registers, stale until reloaded; None outside PAE paging."""
+        """The four PDPTE registers, stale until reloaded; None outside PAE paging, and under nested paging of SVM."""
         return self._regs.pdptrs
 
     @property
@@ -190,8 +193,8 @@ class Vcpu(GuestAccesses):
         nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
-        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. Registers that change, and PDPTEs
-        that are loaded, flush the guest's translations.
+        loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. An NPT host does neither: its
+        guest has no such registers. Registers that change, and PDPTEs that are loaded, flush the guest's translations.
 
         Raises
         ------
@@ -218,7 +221,8 @@ class Vcpu(GuestAccesses):
         """MOV to CR0, CR3 or CR4 by the guest, with the rules of the transition.
 
         Setting CR0.PG under EFER.LME enters long mode, clearing it leaves it (from compatibility mode: CS.L is not
-        modelled). The PDPTEs are loaded again where the manual says so. CR3 bit 63 under CR4.PCIDE is not stored.
+        modelled). The PDPTEs are loaded again where the manual says so, and never under nested paging of SVM. CR3 bit 63 under
+        CR4.PCIDE is not stored.
 
         Raises
         ------
@@ -270,7 +274,10 @@ class Vcpu(GuestAccesses):
 
     @locked
     def invlpg(self, gva: int) -> None:
-        """INVLPG by the guest: translations of an address, of this PCID and global ones; a non-canonical one does nothing."""
+        """INVLPG by the guest: translations of an address, of this PCID and global ones.
+
+        An address that is not canonical for the widest paging that the processor has does nothing.
+        """
         gva = check_word("gva", gva)
         if self._made is not None:
             self._machine.invlpg(gva)
@@ -282,13 +289,12 @@ class Vcpu(GuestAccesses):
         Raises
         ------
         GeneralProtection
-            No such type, a PCID other than 0 while CR4.PCIDE is clear, or a non-canonical address.
+            No such type, a PCID other than 0 while CR4.PCIDE is clear, or an address that is not canonical for the widest paging
+            that the processor has.
         """
         type, pcid, gva = check_word("type", type), check_word("pcid", pcid, 12), check_word("gva", gva)
-        width = 57 if self._regs.cr4 & Cr4.LA57 else 48
-        top = gva >> (width - 1)
         if type > 3 or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
-                type == 0 and top not in (0, (1 << (65 - width)) - 1)):
+                type == 0 and not is_canonical(self._cpu, gva)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
         if self._made is not None:
             self._machine.invpcid(type, pcid, gva)
@@ -434,7 +440,8 @@ class Vcpu(GuestAccesses):
         stage : Ept, Npt or None
         **registers
             L2's cr0, cr3, cr4, efer, pkru, rflags, pdptrs; those not given are L1's. Under PAE paging PDPTEs that are not given
-            are loaded from memory through the second stage.
+            are loaded from memory through the second stage. Under an Npt none are: a walk reads and checks the one that it
+            uses. Without nested paging KVM checks them here, on an NPT host too.
 
         Raises
         ------
@@ -455,6 +462,8 @@ class Vcpu(GuestAccesses):
         if stage is not None:
             second = self.ngpa_walk._enter(stage)
         try:
+            if second is None:
+                admit(self._cpu, l2_regs, self.mem)
             regs = self._admit(l2_regs, second)
         except GuestFault:
             self._use_second(before)

@@ -129,6 +129,12 @@ class ShadowDriver(SharedTables, Driver):
             self.touched[pcid] = set()
         self.flush_pages(pcid, pages or self.gva)
 
+    def page_of(self, gva):
+        """All pages that an address stands for where the guest has a large page there."""
+        level = self.walker(self.root).walk_record(gva, 0).level if self.paging else 0
+        shift = (12, 12, 22 if self.mode == "32" else 21, 30)[level] if self.outcomes()[gva][0][0] == Status.OK else 12
+        return [other for other in self.gva if other >> shift == gva >> shift]
+
     def flush_pages(self, pcid, pages):
         seen = self.seen.setdefault(pcid, {})
         for gva in pages:
@@ -175,7 +181,7 @@ class ShadowDriver(SharedTables, Driver):
             assert got == now, f"{gva:#x} {ACCESSES[i]!r}: a walk of now came to {got}, the tables say {now}"
         if got[0] != Status.OK:
             if got[0] == Status.PAGE_FAULT and got[2] & 9 == 1:             # what denied it is remembered no more
-                self.flush_pages(self.pcid, [gva])
+                self.flush_pages(self.pcid, self.page_of(gva))
         elif self.paging and got == now and not changed:
             self.check_ad(gva, ACCESSES[i], ret in (RetPf.FIXED, RetPf.EMULATE))
 
@@ -329,7 +335,7 @@ class ShadowDriver(SharedTables, Driver):
         assert now[0] == Status.PAGE_FAULT, f"{gva:#x}: a fault, and the tables say {now}"
         assert error.error_code == now[2]
         if error.error_code & 9 == 1:
-            self.flush_pages(self.pcid, [gva])
+            self.flush_pages(self.pcid, self.page_of(gva))
 
     # ---- registers and flushes -----------------------------------------------------------------------------------------
 
@@ -426,7 +432,7 @@ class ShadowDriver(SharedTables, Driver):
             self.vcpu.invlpg(gva + int(self.rng.integers(PAGE)))
         else:
             self.vcpu.invalidate_addr(self.vcpu.gva_walk, gva, self.pick(["current", "all"]))
-        self.flush_pages(self.pcid, [gva])
+        self.flush_pages(self.pcid, self.page_of(gva))
 
     def invpcid(self):
         kind, pcid, gva = int(self.rng.integers(4)), int(self.rng.integers(4)), self.pick(self.gva)
@@ -435,7 +441,7 @@ class ShadowDriver(SharedTables, Driver):
         self.log[-1] += f" {kind} {pcid} {gva:#x}"
         self.vcpu.invpcid(kind, pcid, gva)
         if kind == 0 and pcid in self.used:
-            self.flush_pages(pcid, [gva])
+            self.flush_pages(pcid, self.page_of(gva) if pcid == self.pcid else [gva])
         elif kind == 1:
             if pcid == self.pcid:
                 self.flush()

@@ -249,14 +249,14 @@ class NestedTables:
         self.levels = HOST_LEVELS[host]
         self.size = 4 if host == "npt32" else 8
         limit = min(maker.cpu.maxphyaddr, 9 * self.levels + 12)
-        if guest in ("off", "32") or host in ("nptpae", "npt32"):
+        if guest in ("off", "32") or host in ("nptpae", "npt32") or (guest == "pae" and not self.ept):
             limit = 32
         self.limit = limit
         self.layout = nested_levels(host, limit)
         self.case_number = maker.number(host, limit)
         self.healthy_user = oracle.US
         self.stage = self.ept_stage() if self.ept else self.npt_stage()
-        guest_tables = max(GUEST_LEVELS[guest] - (guest == "pae"), 0)
+        guest_tables = max(GUEST_LEVELS[guest] - (guest == "pae" and self.ept), 0)
         self.odd = None
         if self.draw(3):
             self.odd = FINAL if not self.draw(2) else maker.below(guest_tables + 1) or FINAL
@@ -413,7 +413,7 @@ class GuestTables:
             address = nested.map_table(level % FINAL, table)
         self.root, self.pdptrs = address, None
         if guest == "pae":
-            self.add_pdpte(address)
+            (self.add_pdpte if nested.ept else self.add_pdpt)(address)
         if self.long_mode and self.gva >> (self.shift(top + 1) - 1):
             self.gva |= bits(self.shift(top + 1), 63)
 
@@ -438,6 +438,20 @@ class GuestTables:
         pdptrs[index] = address | (self.draw(5) and 1) | self.draw(2) << 3 | self.draw(3) << 9
         self.root = self.draw(27) << 5
         self.pdptrs = tuple(pdptrs)
+
+    def add_pdpt(self, address):
+        """PDPTEs in memory: a legal one that leads on, at times not present or with any bit more, beside whatever there is."""
+        index = self.draw(2)
+        self.gva |= index << 30
+        pdptes = [self.draw(64) for _ in range(4)]
+        pdptes[index] = address | 1 | self.draw(2) << 3 | self.draw(3) << 9
+        if not self.draw(2):
+            pdptes[index] ^= 1 << (0, 1, 2, *range(5, 9), *range(self.maker.cpu.maxphyaddr, 64))[self.maker.below(
+                7 + 64 - self.maker.cpu.maxphyaddr)]
+        pdpt = self.maker.page("guest", "pae", 3, self.number // 128) + 32 * (self.number % 128)
+        for i, pdpte in enumerate(pdptes):
+            self.maker.write(pdpt + 8 * i, pdpte, 8)
+        self.root = self.nested.map_table(3, pdpt & ~(PAGE - 1)) | pdpt & (PAGE - 1)
 
     def rights(self, level):
         """Everything of an entry but the address: the page's rights at random, full rights above it."""

@@ -115,7 +115,10 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Regs:
-    """The registers paging looks at; `pdptrs` are the four PDPTE registers of PAE paging."""
+    """The registers paging looks at; `pdptrs` are the four PDPTE registers of PAE paging.
+
+    None: there are no such registers, as under nested paging of SVM.
+    """
 
     cr0: int
     cr3: int
@@ -236,11 +239,11 @@ class Walk:
 
     def pae(self, gva):
         """Section "PAE Paging": PDPTE registers without rights, then 8-byte PDEs and PTEs, 2-MByte pages."""
-        if self.regs.pdptrs is None:
-            raise ValueError("PAE paging needs Regs.pdptrs; see load_pdptrs()")
-        pdpte = self.regs.pdptrs[gva >> 30]
+        pdpte = self.pdpte_in_memory(gva) if self.regs.pdptrs is None else self.regs.pdptrs[gva >> 30]
         if not pdpte & P:
             raise Fault(3, "not-present", 0)
+        if self.regs.pdptrs is None and pdpte & (bits(1, 2) | bits(5, 8) | bits(self.cpu.maxphyaddr, 63)):
+            raise Fault(3, "reserved", PF_PRESENT | PF_RESERVED)
         frame = bits(12, self.cpu.maxphyaddr - 1)
         reserved = bits(self.cpu.maxphyaddr, 62)
         if not self.regs.efer & EFER_NXE:
@@ -257,6 +260,10 @@ class Walk:
         self.require_clear(pte, reserved)
         self.check_rights()
         return pte.entry & frame | gva & 0xFFF
+
+    def pdpte_in_memory(self, gva):
+        """APM, "Nested Paging", on guests in legacy PAE mode: the walk reads the PDPTE, and checks it."""
+        return self.read_table((self.regs.cr3 & bits(5, 31)) + 8 * (gva >> 30), 8)
 
     def four_level(self, gva):
         """Section "4-Level Paging and 5-Level Paging": from the PML4 table CR3 locates."""

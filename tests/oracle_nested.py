@@ -274,9 +274,6 @@ class NptStage(Stage):
     def table_update(self, ngpa):
         """A table access was a write already."""
 
-    def pdptes_access(self, ngpa):
-        return self.table_access(ngpa)
-
     def final_access(self, ngpa, access, user_page, writable, xd):
         """Every access is a user access; the guest mode execute trap lets CPL decide."""
         user = access.user if self.stage.gmet else True
@@ -405,6 +402,12 @@ class NestedWalk(oracle.Walk):
         self.host[gpa] = hpa
         return self.stage.read_entry(hpa, size)
 
+    def pdpte_in_memory(self, gva):
+        """The exit for a table that is not mapped names the table's address, not the entry's: so the recorded answers."""
+        if isinstance(self.stage, EptStage):
+            raise ValueError("PAE paging under EPT needs Regs.pdptrs; see load_pdptrs_nested()")
+        return self.stage.read_entry(self.stage.table_access(self.regs.cr3 & bits(5, 31)) + 8 * (gva >> 30), 8)
+
     def set_accessed_and_dirty(self):
         """Section "Accessed and Dirty Flags", for the guest's entries; every update is a write through the nested tables."""
         for step in self.steps:
@@ -437,7 +440,7 @@ def stage_fault(fault, ngpa, tables):
 
 
 def load_pdptrs_nested(mem, cpu, regs, stage):
-    """The four PDPTEs CR3 locates, None for #GP ("PDPTE Registers"), or a Result if the nested translation fails."""
+    """The four PDPTEs CR3 locates, None for #GP ("PDPTE Registers"), or a Result if the nested translation fails. EPT only."""
     base = regs.cr3 & bits(5, 31)
     tables = make_stage(mem, cpu, regs, stage)
     try:

@@ -44,9 +44,9 @@ def random_case(seed, mode):
 
 
 def random_machine(seed, mode, **cpu):
-    """A fresh vCPU over random tables, with addresses and an access for each."""
-    pages, regs, gva, access = random_case(seed, mode)
-    vcpu = Vcpu(GuestMemory.from_pages(*pages), cpu=CpuModel(maxphyaddr=40, **cpu))
+    """A fresh vCPU over random tables, with addresses and an access for each. Mode "pae npt": its PDPTEs are in memory."""
+    pages, regs, gva, access = random_case(seed, mode.split()[0])
+    vcpu = Vcpu(GuestMemory.from_pages(*pages), cpu=CpuModel(maxphyaddr=40, **cpu), tdp="npt" if "npt" in mode else "ept")
     vcpu.set_regs(**regs)
     return vcpu, gva, access
 

@@ -85,7 +85,7 @@ def in_order(walk, gva, access):
     return Translation(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in COLUMNS})
 
 
-@pytest.mark.parametrize("mode", ["32", "pae", "4l", "5l"])
+@pytest.mark.parametrize("mode", ["32", "pae", "pae npt", "4l", "5l"])
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_are_those_of_python(extension, mode, seed):
     """Every field of every row, and the accessed and dirty bits left in memory, on adversarial tables."""
@@ -104,7 +104,7 @@ def test_answers_are_those_of_python(extension, mode, seed):
         assert theirs.mem.read(0x100000, 0x10000) == few.mem.read(0x100000, 0x10000)
 
 
-@pytest.mark.parametrize("mode", ["32", "pae", "4l", "5l"])
+@pytest.mark.parametrize("mode", ["32", "pae", "pae npt", "4l", "5l"])
 def test_the_short_cut_answers_what_it_can(extension, mode):
     """It takes each walk that succeeds and changes nothing, and no other; the scalar calls of Python agree."""
     taken = 0

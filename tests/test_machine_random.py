@@ -6,8 +6,10 @@ MMU, under shadow paging or nested; KVMMU_MACHINE_SEED the first seed.
 """
 
 import os
+import zlib
 
 import pytest
+from driver_l2 import L2_CONFIGURATIONS, L2Driver
 from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
 from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
 from driver_smm import SMM_CONFIGURATIONS, SmmDriver
@@ -23,6 +25,7 @@ ALL = SHADOW_CONFIGURATIONS | SMM_CONFIGURATIONS | NESTED_CONFIGURATIONS | SMP_C
 DRIVERS = dict.fromkeys(SHADOW_CONFIGURATIONS, ShadowDriver) | dict.fromkeys(SMM_CONFIGURATIONS, SmmDriver) | dict.fromkeys(
     NESTED_CONFIGURATIONS, NestedDriver) | {name: NestedTwoProcessors if "nested" in name else ShadowTwoProcessors
                                             for name in SMP_CONFIGURATIONS}
+L2_CASES = [(name, mode) for name in L2_CONFIGURATIONS for mode in MODES]
 SHADOW_CASES = [(name, mode) for name in ALL for mode in (("4l", "5l") if "nested ept" in name else MODES)]
 
 
@@ -30,7 +33,7 @@ def run(driver_type, configuration, name, mode, left):
     """`left` random operations, on as many machines as it takes."""
     seed = SEED
     while left > 0:
-        driver = driver_type(configuration, mode, seed)
+        driver = driver_type(configuration, mode, [seed, zlib.crc32(f"{name} {mode}".encode())])    # each case has its own
         try:
             for _ in range(min(left, RUN)):
                 driver.step()
@@ -46,6 +49,12 @@ def run(driver_type, configuration, name, mode, left):
 def test_random_operations(name, mode):
     """Every access comes to what the guest's tables say, within the staleness of its TLB, and to the host page behind it."""
     run(Driver, CONFIGURATIONS[name], name, mode, OPERATIONS // len(CASES) + 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), L2_CASES)
+def test_random_operations_of_l2(name, mode):
+    """The same of a guest under L1's EPT or NPT, whose pages L1's and the host's may split."""
+    run(L2Driver, L2_CONFIGURATIONS[name], name, mode, OPERATIONS // len(L2_CASES) + 1)
 
 
 @pytest.mark.parametrize(("name", "mode"), SHADOW_CASES)

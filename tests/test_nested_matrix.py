@@ -179,7 +179,7 @@ def test_an_identity_second_stage_equals_one_stage(mode, kind, large):
         results = []
         for words, second in ((tables.words, None), (tables.words | stage_words, stage)):
             mem = GuestMemory.from_pages(*words_to_pages(words))
-            walk = Vcpu(mem, cpu=cpu).gva_walk
+            walk = Vcpu(mem, cpu=cpu, tdp=kind).gva_walk      # the kind says where PDPTEs are
             try:
                 contexts = walk.prepare([(Regs(**registers), second) if second else Regs(**registers)])
             except GeneralProtection as fault:

@@ -51,11 +51,12 @@ class Recorded:
                 yield oracle_nested.Npt(root, cr4, efer, bool(controls & GMET))
 
     def results(self):
-        """Result of every case, or None where loading the PDPTEs is a #GP; they are loaded "at the access"."""
+        """Result of every case, or None where loading the PDPTEs is a #GP; under EPT they are loaded "at the access"."""
         names = ("cr0", "cr3", "cr4", "efer", "pkru", "gva", "kind", "user", "ac", "implicit")
         for stage, (*registers, gva, kind, user, ac, implicit) in zip(self.stages(), self.row(*names), strict=True):
             regs = oracle.Regs(*registers)
-            if regs.cr0 & oracle.CR0_PG and regs.cr4 & oracle.CR4_PAE and not regs.efer & oracle.EFER_LMA:
+            ept = isinstance(stage, oracle_nested.Ept)
+            if ept and regs.cr0 & oracle.CR0_PG and regs.cr4 & oracle.CR4_PAE and not regs.efer & oracle.EFER_LMA:
                 loaded = oracle_nested.load_pdptrs_nested(self.memory, self.cpu, regs, stage)
                 if not isinstance(loaded, tuple):
                     yield loaded

@@ -9,7 +9,7 @@ from kvmmu._bits cimport (
     GPA_BITS, GPA_LIMIT, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G,
 )
 from kvmmu._lock cimport MachineLock
-from kvmmu._memory cimport GuestMemory, guest_slot
+from kvmmu._memory cimport GuestMemory, SlotTable, guest_slot
 from kvmmu.mmu._entry cimport free_vcpu_pages
 from kvmmu.mmu._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, free_kvm, kvm, make_all_vcpus_request, memslots_of, new_kvm, page_list,
@@ -119,6 +119,7 @@ cdef class KvmMemory:
         """Let the memslots be what the memory is now: all of it, or nothing if it cannot be backed. Whatever goes, or moves,
         takes all page tables with it."""
         cdef GuestMemory mem
+        cdef SlotTable table
         cdef guest_slot *ram
         cdef bint same = True
         if self.k.vcpu_is_gone:
@@ -130,7 +131,7 @@ cdef class KvmMemory:
         tables = [(<GuestMemory>space).current() for space in self.spaces]
         wanted = {}
         for as_id, table in enumerate(tables):
-            for region in (<SlotTable>table).regions:
+            for region in table.regions:
                 wanted[as_id, region] = None
         gone = [key for key in self.slots_by_region if key not in wanted]
         made = self._make([key for key in wanted if key not in self.slots_by_region])
