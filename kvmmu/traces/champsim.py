@@ -17,6 +17,7 @@ INSTRUCTION = np.dtype([("ip", "<u8"), ("is_branch", "u1"), ("taken", "u1"), ("t
 CLOUDSUITE = np.dtype({"names": ["ip", "is_branch", "taken", "to_registers", "from_registers", "stores", "loads", "asid"],
                        "formats": ["<u8", "u1", "u1", ("u1", 4), ("u1", 4), ("<u8", 4), ("<u8", 4), ("u1", 2)],
                        "offsets": [0, 8, 9, 10, 14, 24, 56, 88], "itemsize": 96})
+_FEWEST = 8                         # records that tell the format of a file with any name
 _NEAR = 1 << 20                     # bytes to the next instruction, mostly
 
 
@@ -28,7 +29,7 @@ class ChampsimFormat:
     def sniff(self, head: bytes, path: Path) -> int:
         named = "champsim" in path.name.lower()
         fits = max(_fit(head, INSTRUCTION), _fit(head, CLOUDSUITE))
-        return 80 if named and fits > 0.5 else 55 if fits > 0.9 else 0
+        return 80 if named and fits > 0.5 else 55 if fits > 0.9 and len(head) >= _FEWEST * INSTRUCTION.itemsize else 0
 
     def open(self, path: Path, *, fetch: bool = True, record: int | None = None) -> ForeignTrace:
         """Open a ChampSim trace.

@@ -20,6 +20,9 @@ HEAD_BYTES = 1 << 16                # what formats are told by
 _INPUT_BYTES = 1 << 18              # compressed bytes that are read at a time
 _XZ_MEMORY = 1 << 29                # a dictionary of `xz -9` takes 65 MiB; a file can ask for 1.5 GiB and more
 _ZSTD_WINDOW = 1 << 27              # what `zstd --long` writes
+_WHOLE = 1 << 62
+_SHORT_STEPS = (4096, 1)            # bytes that a decoder is asked for where it failed with longer ones
+_DECODERS = ("gzip", "xz", "bzip2", "zstd")
 _MAGIC = (("gzip", b"\x1f\x8b"), ("xz", b"\xfd7zXZ\x00"), ("bzip2", b"BZh"), ("zstd", b"\x28\xb5\x2f\xfd"))
 _UNREADABLE = ((b"\x04\x22\x4d\x18", "lz4", "lz4 -d"), (b"\xff\x06\x00\x00sNaPpY", "framed snappy", "snzip -d"),
                (b"\x5d\x00\x00", "LZMA without container", "xz -d --format=lzma"))
@@ -207,6 +210,8 @@ class ByteStream:
         self.offset = 0
         self._ahead: bytes = b""
         self._damage: TraceError | None = None
+        self._produced = 0                      # bytes that came from the source
+        self._steps = [_WHOLE, *_SHORT_STEPS]   # how many bytes it is asked for, at most; the first one now
         if compression is None:
             head = file.read(16)
             file.seek(0)
@@ -248,16 +253,35 @@ class ByteStream:
         filled = 0
         while filled < size and self._damage is None:
             try:
-                count = self._source.fill(view[filled:])
+                count = self._source.fill(view[filled:filled + self._steps[0]])
             except Exception as error:      # each decoder has its own types for damage
-                self._note(error, filled)
-                break
+                if isinstance(error, EOFError) or not self._begin_again():
+                    self._note(error, filled)
+                    break
+                continue
             if not count:
                 break
             filled += count
+            self._produced += count
         view.release()
         del buffer[filled:]
         return buffer
+
+    def _begin_again(self) -> bool:
+        """Decompress the file again up to here, to go on in shorter steps: a decoder that fails drops what it made in the call.
+
+        False if that is done already, or no use.
+        """
+        if self.compression not in _DECODERS or len(self._steps) == 1:
+            return False
+        del self._steps[0]
+        self._file.seek(0)
+        self._source = _source_of(self.path, self._file, self.compression)
+        scratch = memoryview(bytearray(min(self._produced, BLOCK_BYTES)))
+        left = self._produced
+        while left:
+            left -= self._source.fill(scratch[:left])
+        return True
 
     def _note(self, error: Exception, filled: int) -> None:
         place = self.offset + len(self._ahead) + filled

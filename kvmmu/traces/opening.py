@@ -1,6 +1,7 @@
 """Any trace file, opened by what is in it: the formats of kvmmu, of other tools, and those that other packages add."""
 
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class _KvmmuParquet:
 
 def formats() -> dict[str, Format]:
     """The formats that can be read, by name: those of kvmmu and those of entry points `kvmmu.traces`."""
+    return dict(_all_formats())
+
+
+@cache
+def _all_formats() -> dict[str, Format]:
     found: dict[str, Format] = {"kvmmu": _KvmmuParquet()}
     for module, attribute in _OWN:
         own = getattr(import_module(f"kvmmu.traces.{module}"), attribute)
@@ -188,6 +194,8 @@ def describe_trace(path: StrPath, format: str | None = None, **options: Any) -> 
     """
     found = find_format(path, format)
     path = Path(path)
+    if found.name == _KvmmuParquet.name:
+        options = {"lean": False} | options         # sizes count
     trace = found.open(path, **options)
     count = _Count()
     damage = None
