@@ -208,3 +208,56 @@ def zstd(data):
 
 PACKERS = {"none": bytes, "gzip": lambda data: gzip.compress(data, 6), "xz": lzma.compress, "bzip2": bz2.compress, "zstd": zstd}
 SUFFIXES = {"none": "", "gzip": ".gz", "xz": ".xz", "bzip2": ".bz2", "zstd": ".zst"}
+
+
+# ---- kvmmu's plugin for QEMU -------------------------------------------------------------------------------------------
+
+VALUE_KIND, CR3_KIND = 3, 4
+NO_GPA = 2**52 - 1
+
+
+def qemu_header(flags=15, vcpus=4):
+    return struct.pack("<8sIIII16s24x", b"kvmmuQT1", 64, flags, vcpus, 5, b"x86_64")
+
+
+def qemu_block(vcpu, records):
+    """Records are address, gpa or None, size or its logarithm, kind, I/O."""
+    data = struct.pack("<4sHHII", b"KVMB", vcpu, 0, len(records), 0)
+    for address, gpa, size, kind, device in records:
+        data += struct.pack("<QQ", address, (NO_GPA if gpa is None else gpa) | size << 52 | kind << 56 | device << 60)
+    return data
+
+
+def qemu_file(blocks=40, seed=10, events=False):
+    """A file, and its rows; with `events` those of values and of CR3 too."""
+    rng = random.Random(seed)
+    data, rows, ips = qemu_header(), [], {}
+    for _ in range(blocks):
+        vcpu, records = rng.randrange(4), []
+        for _ in range(rng.randrange(1, 80)):
+            kind = rng.choice((LOAD, STORE, FETCH, FETCH, CR3_KIND))
+            address = rng.choice((0x40_0000, KERNEL)) + rng.randrange(1 << 16)
+            gpa = rng.choice((None, rng.randrange(1 << 40) & ~63))
+            more = {"vcpu": vcpu, "gpa": gpa, "value": 0}
+            if kind == FETCH:
+                ips[vcpu] = address
+                length = rng.randrange(1, 16)
+                records.append((address, gpa, length, kind, 0))
+                rows.append(row(FETCH, address, length, address, **more))
+                continue
+            if kind == CR3_KIND:
+                records.append((address & ~0xFFF, 0, 0, kind, 0))
+                if events:
+                    rows.append({"op": 16, "addr": 0, "access": 0, "size": 1, "ip": 0, "value": address & ~0xFFF, "vcpu": vcpu})
+                continue
+            log, io = rng.randrange(7), int(gpa is not None and rng.random() < 0.1)
+            records.append((address, gpa, log, kind, io))
+            made = row(kind, address, 1 << log, ips.get(vcpu, 0), **more)
+            rows.append(made | {"op": kind + 4 * io})
+            if kind == STORE and log <= 3 and gpa is not None and not io:
+                value = rng.getrandbits(8 << log)
+                records.append((value, gpa, log, VALUE_KIND, 0))
+                if events:
+                    rows.append({"op": 24, "addr": gpa, "access": 0, "size": 1 << log, "ip": 0, "value": value, "vcpu": vcpu})
+        data += qemu_block(vcpu, records)
+    return data, rows

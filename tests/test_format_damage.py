@@ -57,6 +57,7 @@ SAMPLES = {
     "drmemtrace": ("drmemtrace", small_drmemtrace),
     "drmemtrace-zip": ("drmemtrace", lambda: files.zip_of({"chunk.0000": small_drmemtrace()[:6000],
                                                            "chunk.0001": small_drmemtrace()[6000:]})),
+    "qemu-plugin": ("qemu-plugin", lambda: files.qemu_file(15)[0]),
     "pinatrace": ("pinatrace", lambda: files.pinatrace_file(400)[0]),
     "execlog": ("qemu-execlog", lambda: files.execlog_file(300, system=True)[0]),
     "perf": ("perf-script", lambda: files.perf_file(200)[0]),

@@ -425,7 +425,7 @@ def test_entry_points(tmp_path):
 
 
 def test_formats_by_name():
-    names = {"kvmmu", "lackey", "champsim", "drmemtrace", "pinatrace", "qemu-execlog", "perf-script", "ftrace", "parquet", "csv",
-             "numpy", "u64"}
+    names = {"kvmmu", "lackey", "champsim", "drmemtrace", "pinatrace", "qemu-execlog", "qemu-plugin", "perf-script", "ftrace",
+             "parquet", "csv", "numpy", "u64"}
     assert names <= set(formats())
     assert all(name == format.name for name, format in formats().items())

@@ -1,6 +1,5 @@
 from kvmmu.traces._sink import Sink
 
-def check_span(records: bytes | bytearray, start: int, itemsize: int) -> None: ...
 def champsim(records: bytes | bytearray, start: int, sink: Sink, *, cloudsuite: bool = ..., fetch: bool = ...) -> int: ...
 
 class Threads:

@@ -23,10 +23,11 @@ cdef inline uint64_t half_at(const uint8_t *p) noexcept nogil:
     return value
 
 
-def check_span(const uint8_t[::1] records, Py_ssize_t start, Py_ssize_t itemsize):
+cdef int check_span(const uint8_t[::1] records, Py_ssize_t start, Py_ssize_t itemsize) except -1:
     """Raise ValueError unless whole records begin at `start`."""
     if not 0 <= start <= records.shape[0] or (records.shape[0] - start) % itemsize:
         raise ValueError(f"records of {itemsize} bytes from byte {start} of {records.shape[0]}: want whole ones")
+    return 0
 
 
 # ---- ChampSim ----------------------------------------------------------------------------------------------------------

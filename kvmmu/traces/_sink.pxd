@@ -13,6 +13,7 @@ ctypedef struct row_sink:
     uint64_t *ip
     uint16_t *vcpu                  # NULL: the format has none
     uint64_t *gpa                   # NULL: likewise
+    uint64_t *value                 # likewise
     size_t n
     size_t capacity
     uint16_t vcpu_now               # of the rows that are written
@@ -62,7 +63,16 @@ cdef inline void put(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uin
         s.gpa[n] = gpa
         if gpa != ~<uint64_t>0:
             s.gpa_seen = True
+    if s.value != NULL:
+        s.value[n] = 0
     s.n = n + 1
+
+
+# Write a row that is an event, with its value. Guarantee: is_full() was asked, and the sink has values.
+cdef inline void put_event(row_sink *s, uint8_t op, uint64_t addr, uint8_t size, uint64_t value) noexcept nogil:
+    cdef size_t n = s.n
+    put(s, op, addr, 0, size, 0, ~<uint64_t>0)
+    s.value[n] = value
 
 
 cdef int map_init(u64_map *m) noexcept nogil
@@ -76,5 +86,5 @@ cdef uint64_t map_get(const u64_map *m, uint64_t key, uint64_t missing) noexcept
 cdef class Sink:
     cdef row_sink rows
     cdef dict arrays
-    cdef bint with_vcpu, with_gpa, with_size
+    cdef bint with_vcpu, with_gpa, with_size, with_value
     cdef int refill(self) except -1

@@ -13,7 +13,7 @@ import numpy as np
 
 ROWS = 1 << 18                      # of a chunk
 _DTYPES = {"op": np.uint8, "addr": np.uint64, "access": np.uint8, "size": np.uint8, "ip": np.uint64, "vcpu": np.uint16,
-           "gpa": np.uint64}
+           "gpa": np.uint64, "value": np.uint64}
 
 
 cdef uint8_t access_of(uint8_t op, uint64_t addr, uint64_t who) noexcept nogil:
@@ -120,22 +120,23 @@ cdef class Sink:
 
     Parameters
     ----------
-    vcpu, gpa, size : bool
-        The format tells processors, physical addresses, sizes.
+    vcpu, gpa, size, value : bool
+        The format tells processors, physical addresses, sizes, and events with values.
     rows : int
         Of a chunk, at most.
     """
 
-    def __init__(self, *, bint vcpu=False, bint gpa=False, bint size=True, size_t rows=ROWS):
-        self.with_vcpu, self.with_gpa, self.with_size = vcpu, gpa, size
+    def __init__(self, *, bint vcpu=False, bint gpa=False, bint size=True, bint value=False, size_t rows=ROWS):
+        self.with_vcpu, self.with_gpa, self.with_size, self.with_value = vcpu, gpa, size, value
         self.rows.capacity = rows + SLACK
         self.refill()
 
     cdef int refill(self) except -1:
         cdef uint8_t[::1] op, access, size
-        cdef uint64_t[::1] addr, ip, gpa
+        cdef uint64_t[::1] addr, ip, gpa, value
         cdef uint16_t[::1] vcpu
-        names = ["op", "addr", "access", "size", "ip"] + ["vcpu"] * self.with_vcpu + ["gpa"] * self.with_gpa
+        names = ["op", "addr", "access", "size", "ip"]
+        names += ["vcpu"] * self.with_vcpu + ["gpa"] * self.with_gpa + ["value"] * self.with_value
         self.arrays = {name: np.empty(self.rows.capacity, _DTYPES[name]) for name in names}
         op, addr, access, size, ip = (self.arrays[name] for name in names[:5])
         self.rows.op, self.rows.addr, self.rows.access = &op[0], &addr[0], &access[0]
@@ -146,6 +147,9 @@ cdef class Sink:
         if self.with_gpa:
             gpa = self.arrays["gpa"]
             self.rows.gpa = &gpa[0]
+        if self.with_value:
+            value = self.arrays["value"]
+            self.rows.value = &value[0]
         self.rows.n = 0
         self.rows.vcpus_seen = 0
         self.rows.gpa_seen = False

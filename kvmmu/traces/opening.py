@@ -23,8 +23,8 @@ __all__ = ["GROUP", "describe_trace", "find_format", "formats", "open_trace"]
 GROUP = "kvmmu.traces"              # of entry points
 # The formats that come with kvmmu: module and name of the object in it.
 _OWN = (("lackey", "FORMAT"), ("champsim", "FORMAT"), ("drmemtrace", "FORMAT"), ("pinatrace", "FORMAT"),
-        ("qemu_execlog", "FORMAT"), ("perf_script", "FORMAT"), ("ftrace", "FORMAT"), ("tables", "FORMAT"), ("csv", "FORMAT"),
-        ("numpy_arrays", "FORMAT"), ("numpy_arrays", "RAW"))
+        ("qemu_plugin", "FORMAT"), ("qemu_execlog", "FORMAT"), ("perf_script", "FORMAT"), ("ftrace", "FORMAT"),
+        ("tables", "FORMAT"), ("csv", "FORMAT"), ("numpy_arrays", "FORMAT"), ("numpy_arrays", "RAW"))
 _SHOWN = 48                         # bytes of an unknown file in the message
 _LEAST_SCORE = 1
 
