@@ -16,7 +16,8 @@ KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_verdicts", "_rows", "_
           "_replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler", "_tlb", "_exits",
           "_access", "_machine_modes", "_machine", "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page",
           "mmu._unsync", "mmu._fault", "mmu._tdp", "mmu._tdp_range", "mmu._zap", "mmu._shadow_range", "mmu._guest_tables",
-          "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track", "mmu._entry"]
+          "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track", "mmu._entry", "traces._sink", "traces._text",
+          "traces._text_events", "traces._binary", "traces._qemu"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
