@@ -16,12 +16,14 @@ KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_verdicts", "_rows", "_
           "_replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler", "_tlb", "_exits",
           "_access", "_machine_modes", "_machine", "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page",
           "mmu._unsync", "mmu._fault", "mmu._tdp", "mmu._tdp_range", "mmu._zap", "mmu._shadow_range", "mmu._guest_tables",
-          "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track", "mmu._entry", "traces._sink", "traces._text",
-          "traces._text_events", "traces._binary", "traces._qemu"]
+          "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track", "mmu._entry"]
+# Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
+PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
     "boundscheck": False, "wraparound": False, "initializedcheck": False, "cdivision": True}
+PARSER_DIRECTIVES = KERNEL_DIRECTIVES | {"nonecheck": False}
 
 DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks everywhere
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
@@ -47,6 +49,7 @@ def extensions(names, directives):
 
 
 setup(
-    ext_modules=extensions(SAFE, SAFE_DIRECTIVES) + extensions(KERNEL, SAFE_DIRECTIVES if DEBUG else KERNEL_DIRECTIVES),
+    ext_modules=(extensions(SAFE, SAFE_DIRECTIVES) + extensions(KERNEL, SAFE_DIRECTIVES if DEBUG else KERNEL_DIRECTIVES) +
+                 extensions(PARSER, SAFE_DIRECTIVES | {"nonecheck": False} if DEBUG else PARSER_DIRECTIVES)),
     options={"build_ext": {"parallel": os.cpu_count()}},
 )

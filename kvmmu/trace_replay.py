@@ -421,7 +421,7 @@ class _TouchRun(_TraceRun):
     """Registers followed through a trace, and pages noted. Nothing is walked, and writes are passed over."""
 
     def __init__(self, header: Header) -> None:
-        super().__init__(header, None, None)
+        super().__init__(header, None, None, True)
         self.touched: dict[Context, set[int]] = {}
         self.pages = self.end = 0
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu._lock import MachineLock
 from kvmmu._memory import GuestMemory
-from kvmmu.arguments import check_bool, check_bytes, check_gpa, check_int, check_length, check_name, check_pages
+from kvmmu.arguments import check_bool, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.host import Host
 from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.mmu._audit import audit
