@@ -21,7 +21,7 @@ help:
 	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
 	@echo 'make tsan     threads over shared tables and machines under ThreadSanitizer (minutes)'
 	@echo 'make live     100000 random operations of a guest on a live KVM and here (minutes; needs /dev/kvm)'
-	@echo 'make long     matrix, asan, tsan, live, and long differential, equality, live-KVM and machine runs'
+	@echo 'make long     matrix, asan, tsan, live, and long differential, equality, live-KVM, machine and damaged-file runs'
 	@echo 'make clean    remove everything that make made'
 
 replay: $(VENV)/.kvmmu
@@ -64,6 +64,7 @@ long: matrix asan tsan live
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
 	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
+	KVMMU_HOSTILE=1 $(BIN)/pytest tests/test_files_hostile.py
 	KVMMU_GARBAGE_GUESTS=4000 KVMMU_WILD_MACHINES=4000 $(BIN)/pytest tests/test_machine_garbage.py tests/test_wild_machines.py
 
 clean:
