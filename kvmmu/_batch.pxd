@@ -59,6 +59,7 @@ cdef class Job:
     # Translate the rows by so many threads. KeyboardInterrupt ends it in between.
     cdef int run_all(self, threads) except -1
     cdef size_t take_piece(self) noexcept nogil
+    cdef int run_pieces(self) except -1
     cdef bint run_some(self, batch *part, place *at) noexcept nogil
 
 cdef Job new_job()

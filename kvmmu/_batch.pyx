@@ -19,7 +19,7 @@ from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._blocks cimport drain_blocks, put_rows, put_run
-from kvmmu._columns cimport access_column, aligned, check_apart, column, column_of, context_column
+from kvmmu._columns cimport MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch
 from kvmmu._lanes cimport (
     KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
@@ -27,8 +27,8 @@ from kvmmu._maker cimport check_maker, maker
 from kvmmu._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
 from kvmmu._prefixes cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, context_of,
-    of_one_context, order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
+    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
+    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
 )
 from kvmmu._straight cimport go_straight
 from kvmmu._walk cimport kvm_pagewalk
@@ -126,9 +126,10 @@ cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     """64 rows of several contexts, until there are enough of each. False: they go on at once."""
     cdef uint32_t ctx[64]
     cdef waiting_rows *g
+    cdef uint32_t last = b.last_context
     cdef size_t i, changes = 0
     for i in range(KVMMU_LANES):
-        ctx[i] = context_of(b, start + i)
+        ctx[i] = min(b.ctx[start + i], last)        # vector code
     for i in range(1, KVMMU_LANES):
         changes += ctx[i] != ctx[i - 1]
     if b.more or changes < MANY_CHANGES:
@@ -228,6 +229,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
         b.touched = work.touched
         memset(b.touched, 0, TOUCHED_BYTES)
     b.count = count
+    b.last_context = <uint32_t>(count - 1)
     b.asid = b.space = 0
     b.last_space = b.next_space = 0
     for i in range(<size_t>ALL_SPACES):
@@ -286,7 +288,7 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
 cdef class Workspace:
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "a Workspace is made by a batch")
         self.cache = new_walk_cache()
         self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
@@ -343,7 +345,7 @@ cdef Job new_job():
 
 
 cdef class Job:
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "a Job is made by PageWalk.translate()")
 
     cdef Py_ssize_t take_rows(self, gva, access) except -1:
@@ -360,15 +362,26 @@ cdef class Job:
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1:
         cdef str name
         cdef Py_ssize_t i, place, size
+        cdef column found
+        cdef stretch stretches[MOST_COLUMNS]
+        if len(names) > MOST_COLUMNS - 3:
+            raise ValueError(f"fields: {len(names)} names, and there are {len(PLACES)} columns")
         for i in range(len(names)):
             name = names[i]
             place, size = PLACES[name]
-            (<void **>(<char *>&self.columns + place))[0] = column_of("out.", name, arrays[i], size, self.rows, True).data
-        if not apart:
-            check_apart(
-                [*("out." + name for name in names), "gva", "access", "ctx"],
-                [*arrays, self.gva, self.access, self.ctx], len(arrays))
+            found = column_of("out.", name, arrays[i], size, self.rows, True)
+            (<void **>(<char *>&self.columns + place))[0] = found.data
+            if not apart:
+                stretches[i].start, stretches[i].bytes = <uintptr_t>found.data, size * self.rows
         self.arrays = arrays
+        if not apart:
+            i = len(names)
+            stretches[i].start, stretches[i].bytes = <uintptr_t>self.whole.gva, sizeof(uint64_t) * self.rows
+            stretches[i + 1].start = <uintptr_t>self.whole.access
+            stretches[i + 1].bytes = self.rows if self.whole.access != &self.one_access else 0
+            stretches[i + 2].start = <uintptr_t>self.whole.ctx
+            stretches[i + 2].bytes = sizeof(uint32_t) * self.rows if self.whole.ctx is not NULL else 0
+            check_apart(stretches, i + 3, i, names)
         return 0
 
     cdef int take_contexts(self, ctx, uint64_t count) except -1:
@@ -419,6 +432,9 @@ cdef class Job:
 
     def run(self):
         """Translate pieces of the rows, until there are none left; other threads may do the same at the same time."""
+        self.run_pieces()
+
+    cdef int run_pieces(self) except -1:
         cdef batch part = self.whole
         cdef place at
         cdef bint more = True
@@ -436,18 +452,19 @@ cdef class Job:
                     PyErr_CheckSignals()
         finally:
             spare.append(work)
+        return 0
 
     cdef int run_all(self, threads) except -1:
         threads = min(threads, _MOST_THREADS)
         self.piece = self.rows
         if threads == 1 or <Py_ssize_t>self.rows < threads * _BLOCK:
-            self.run()
+            self.run_pieces()
             return 0
         self.piece = -(-<Py_ssize_t>self.rows // (threads * _PIECES) // _BLOCK) * _BLOCK
         with ThreadPoolExecutor(threads - 1) as pool:
             try:
                 others = [pool.submit(self.run) for _ in range(threads - 1)]
-                self.run()
+                self.run_pieces()
                 for other in others:
                     other.result()
             except BaseException:

@@ -4,7 +4,7 @@
     column     where the rows of an exact ndarray lie: no code of the caller's runs
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 # A checked column: where its rows lie, for as long as the array is kept, and how many there are.
 cdef struct column:
@@ -24,6 +24,13 @@ cdef object aligned(array, Py_ssize_t itemsize)
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *
 # Which of count register sets each row uses; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
-# ValueError if any of the first `written` columns shares memory with another one. IN arrays: plain, some None; names: for
-# messages
-cdef int check_apart(list names, list arrays, Py_ssize_t written) except -1
+# Columns of one batch, and where the bytes of one lie.
+cdef enum:
+    MOST_COLUMNS = 16
+
+cdef struct stretch:
+    uintptr_t start
+    Py_ssize_t bytes
+
+# ValueError if any of the first `written` stretches overlaps another one. IN names: of those; gva, access and ctx follow
+cdef int check_apart(const stretch *s, Py_ssize_t count, Py_ssize_t written, tuple names) except -1

@@ -8,14 +8,13 @@ from cpython.long cimport PyLong_AsLong, PyLong_Check
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport ACCESS_VALID_MASK
+from kvmmu._columns cimport stretch
 
 from kvmmu.arguments import is_masked
 from kvmmu.columns import check_access, check_array
 
 cdef object ndarray = np.ndarray
 cdef object asarray = np.asarray
-cdef enum:
-    MOST_COLUMNS = 16                   # of one batch
 cdef dict DTYPES = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 
 
@@ -121,22 +120,15 @@ cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except
     return data if rows and count > 1 else NULL
 
 
-cdef int check_apart(list names, list arrays, Py_ssize_t written) except -1:
-    cdef uintptr_t first[MOST_COLUMNS]
-    cdef uintptr_t last[MOST_COLUMNS]
-    cdef Py_ssize_t i, k, count = len(arrays)
-    cdef Py_buffer view
-    if count > MOST_COLUMNS:
-        raise ValueError(f"{count} columns, want {int(MOST_COLUMNS)} at most")
-    for i in range(count):
-        first[i] = last[i] = 0
-        if type(arrays[i]) is ndarray:
-            PyObject_GetBuffer(arrays[i], &view, PyBUF_STRIDES)     # contiguous: checked
-            first[i] = <uintptr_t>view.buf
-            last[i] = first[i] + <uintptr_t>view.len
-            PyBuffer_Release(&view)
+cdef int check_apart(const stretch *s, Py_ssize_t count, Py_ssize_t written, tuple names) except -1:
+    cdef Py_ssize_t i, k
+    while count > written and not s[count - 1].bytes:
+        count -= 1
     for i in range(written):
         for k in range(i + 1, count):
-            if first[i] < last[k] and first[k] < last[i]:
-                raise ValueError(f"{names[i]} and {names[k]} share memory: what is written to the one changes the other")
+            if s[i].start < s[k].start + <uintptr_t>s[k].bytes and s[k].start < s[i].start + <uintptr_t>s[i].bytes:
+                one, other = ([f"out.{name}" for name in names] + ["gva", "access", "ctx"])[i:k + 1:k - i]
+                if one == other:                        # named twice
+                    continue
+                raise ValueError(f"{one} and {other} share memory: what is written to the one changes the other")
     return 0

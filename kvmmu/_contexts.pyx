@@ -35,7 +35,7 @@ cdef extern from "Python.h":
 cdef class VcpuArch:
     """The registers of one vCPU as the walks read them. Made by a Vcpu."""
 
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "a VcpuArch is made by a Vcpu")
 
     def load(self, regs not None):
@@ -102,7 +102,7 @@ cdef class SecondStage:
     fmt : PageFormat
     """
 
-    def __cinit__(self, mark=None, stage=None, *args, **kwargs):
+    def __cinit__(self, mark=None, stage=None, *args):
         check_maker(mark, "a SecondStage is made by Vcpu.enter_nested()")
         self.stage = stage
         self.fmt = PageFormat()
@@ -206,7 +206,7 @@ cdef void fill_ept_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, i
 # ---- walks of one moment -----------------------------------------------------------------------------------------------
 
 cdef class WalkCopy:
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "a WalkCopy is made by a PageWalk")
 
 
@@ -231,7 +231,7 @@ cdef WalkCopy copy_walk(const kvm_pagewalk *w, VcpuArch vcpu, PageFormat fmt, Se
 # ---- many register sets ------------------------------------------------------------------------------------------------
 
 cdef class ContextWalks:
-    def __cinit__(self, mark=None, walk_count=None, walk_stage_count=None, *args, **kwargs):
+    def __cinit__(self, mark=None, walk_count=None, walk_stage_count=None, *args):
         cdef Py_ssize_t count, stage_count
         check_maker(mark, "ContextWalks are made by PageWalk.prepare()")
         count, stage_count = walk_count, walk_stage_count
@@ -281,7 +281,7 @@ cdef class Contexts:
     count : int
     """
 
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "Contexts are made by PageWalk.prepare()")
 
     def __len__(self):

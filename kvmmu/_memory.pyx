@@ -48,7 +48,7 @@ cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept no
 
 
 cdef class SlotTable:
-    def __cinit__(self, mark=None, regions=None, *args, **kwargs):
+    def __cinit__(self, mark=None, regions=None, *args):
         """regions: list of _Region objects, ascending by gpa; at least one."""
         global last_number
         cdef size_t i, total = 0, capacity = 1

@@ -6,7 +6,7 @@ from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
 from kvmmu._format cimport PageFormat
 from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._plain cimport plain_walk
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 
 
 cdef class PageWalk:
@@ -17,6 +17,7 @@ cdef class PageWalk:
     cdef cpu_caps caps
     cdef object cpu                     # the processor model
     cdef VcpuArch vcpu
+    cdef const vcpu_arch *registers     # of it
     cdef object admit
     cdef object deliver
     cdef readonly SecondStage second    # of a nested guest: under this walk, or this walk itself

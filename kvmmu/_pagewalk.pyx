@@ -34,7 +34,7 @@ def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
     GeneralProtection."""
     cdef PageWalk walk = PageWalk.__new__(PageWalk, maker())
     walk.mem, walk.vcpu, walk.admit = mem, vcpu, admit
-    walk.w.vcpu = &vcpu.arch
+    walk.w.vcpu = walk.registers = &vcpu.arch
     return walk
 
 
@@ -51,7 +51,7 @@ cdef class PageWalk:
         How often the role changed and the format was built again.
     """
 
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, "a PageWalk is made by a Vcpu, as its gva_walk and its ngpa_walk")
         self.table = NEVER_SEEN
         self.format = PageFormat()
@@ -393,9 +393,9 @@ cdef class PageWalk:
             An address or access out of range.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(self.registers)
         cdef kvmmu_translation t
-        if not self.w.cpu_role or self.table != self.mem.number:
+        if self.table != self.mem.number:           # or the walk is not in use
             self.use_memory()
         t = translate_plainly(&self.plain, self.w.vcpu, addr, a)
         return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)

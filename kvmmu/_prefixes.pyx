@@ -241,7 +241,7 @@ cdef WalkCache new_walk_cache():
 
 
 cdef class WalkCache:
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         cdef int stage
         cdef bint whole = True
         check_maker(mark, "a WalkCache is made by a batch")

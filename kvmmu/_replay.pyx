@@ -78,7 +78,7 @@ cdef class Replayer(BlockWalker):
     cdef uint32_t ctx[BLOCK]
     cdef uint8_t access[BLOCK]
 
-    def __cinit__(self, mark=None, walk=None, contexts=None, recording=None, access_of=None, explain=0, *args, **kwargs):
+    def __cinit__(self, mark=None, walk=None, contexts=None, recording=None, access_of=None, explain=0, *args):
         self.walk, self.contexts, self.explain, self.kept = walk, contexts, explain, []
         self.take_accesses(recording, access_of)
         self.take_pages(recording)
@@ -248,7 +248,7 @@ cdef class RowLoop(BlockWalker):
     cdef size_t rows
     cdef uint32_t ctx[BLOCK]
 
-    def __cinit__(self, mark=None, walk=None, vcpu_count=0, explain=0, *args, **kwargs):
+    def __cinit__(self, mark=None, walk=None, vcpu_count=0, explain=0, *args):
         cdef Py_ssize_t vcpus = vcpu_count
         if not 1 <= vcpus <= SHORT_PIDX:
             raise ValueError(f"vcpus: want 1 to {int(SHORT_PIDX)}, got {vcpus}")

@@ -27,7 +27,7 @@ cdef class BlockWalker:
         How many mismatches are still wanted one by one; the loop stops behind a block that has some, until then.
     """
 
-    def __cinit__(self, mark=None, *args, **kwargs):
+    def __cinit__(self, mark=None, *args):
         check_maker(mark, f"a {type(self).__name__} is made by a replay")
         memset(&self.counters, 0, sizeof(self.counters))
         memset(&self.columns, 0, sizeof(self.columns))

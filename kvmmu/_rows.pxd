@@ -97,6 +97,7 @@ cdef struct batch:
     uint32_t asid                   # of the first walk's prefixes; then the second stages'
     uint32_t space                  # of the first walk's translations
     uint64_t count                  # walks
+    uint32_t last_context           # count - 1
     const kvmmu_lane_ops *ops
     walk_tables *tables
     kvmmu_tlb_entry *tlb            # of tables
@@ -122,7 +123,7 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
 
 cdef inline uint32_t context_of(const batch *b, size_t i) noexcept nogil:
     """The context of a row of a batch that has some: in range, whoever has written to the column since it was checked."""
-    return <uint32_t>min(<uint64_t>b.ctx[i], b.count - 1)
+    return min(b.ctx[i], b.last_context)
 
 
 cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:

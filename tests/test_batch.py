@@ -132,6 +132,15 @@ def test_out_is_reused(walk):
     assert GPA == out.gpa[0]
 
 
+def test_fields_named_twice(walk):
+    """As once; more names than there can be columns are refused."""
+    out = Translation.empty(3)
+    for t in (walk.translate(GVAS, fields=("gpa", "status", "gpa")), walk.translate(GVAS, fields=("gpa", "gpa"), out=out)):
+        assert GPA == t.gpa[0]
+    with pytest.raises(ValueError, match="fields: 1000 names"):
+        walk.translate(GVAS, fields=("gpa",) * 1000)
+
+
 def bad_out(name, array):
     out = Translation.empty(3, ("gpa", "status", "error_code"))
     setattr(out, name, array)
