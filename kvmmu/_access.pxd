@@ -27,10 +27,10 @@ cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, u
 # Step 1: 0, or -1 for want of memory
 cdef int machine_prepare_root(machine *m) noexcept nogil
 cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result *out) noexcept nogil
-# Rows from row[0] to n, in order: 0, or the negative errno of the row that failed. OUT row: the next one, or the one that failed
+# All rows, in order: 0, or the negative errno of the row that failed. OUT row: that one
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
                      const access_columns *out, size_t *row) noexcept nogil
-# The same; ends before n after about so many nanoseconds
+# Rows from row[0] on, for about so many nanoseconds. OUT row: the next one, or the one that failed
 cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
                          const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil
 # A write that the processor carried out: its bytes reach memory

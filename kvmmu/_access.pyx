@@ -31,6 +31,7 @@ from kvmmu.mmu._tdp cimport tdp_page_fault
 cdef enum:
     MAX_EXITS = 64              # of one access: more means that the host never lets it through
     GPA_ENTRIES = 512
+    SHIFT_MASK = 31
     ROWS_BETWEEN_CLOCKS = 4096  # 10 us of TLB hits, of which a look at the clock is 0.3%; 10 ms of the slowest exits
 
 
@@ -193,7 +194,8 @@ cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t a
         return NULL
     if addr + c.canonical_offset > c.canonical_limit or entry.epoch != c.rights_epoch:
         return NULL
-    return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1 else NULL
+    # the mask costs nothing: processors apply it to every shift
+    return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT & SHIFT_MASK)) & 1 else NULL
 
 
 cdef void machine_use_tags(machine *m) noexcept nogil:
@@ -332,9 +334,9 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
     cdef int ret
     load_context(m, &c)
     clock = m.tlb.clock
-    for i in range(row[0], n):
+    for i in range(n):
         addr = gva[i] & c.gva_mask
-        a = explicit_access(access[i * stride] & <uint32_t>ACCESS_VALID_MASK)      # another thread may have changed it
+        a = explicit_access(access[i * stride])
         hint = hints[(addr >> PAGE_SHIFT) & (TLB_HINTS - 1)]
         entry = quick_hit(&c, hint, addr, a) if c.usable else NULL
         if entry is not NULL:
@@ -347,7 +349,7 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
             rets[i], exits[i] = RET_PF_CONTINUE, 0
             continue
         m.tlb.clock = clock
-        ret = machine_access(m, gva[i], a, &r)
+        ret = machine_access(m, gva[i], a & <uint32_t>ACCESS_VALID_MASK, &r)       # another thread may have changed it
         clock = m.tlb.clock
         c.usable = not m.vcpu.requests
         if ret < 0:
@@ -359,7 +361,6 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
         rets[i], exits[i] = r.ret, r.exits
     m.tlb.clock = clock
     m.tlb.hits += hits
-    row[0] = n
     return 0
 
 
@@ -369,15 +370,28 @@ cdef uint64_t monotonic_nanoseconds() noexcept nogil:
     return <uint64_t>now.tv_sec * <uint64_t>1_000_000_000 + <uint64_t>now.tv_nsec
 
 
+cdef void skip_rows(access_columns *out, size_t n) noexcept nogil:
+    out.gpa, out.hpa, out.error_code = out.gpa + n, out.hpa + n, out.error_code + n
+    out.status, out.ret, out.exits = out.status + n, out.ret + n, out.exits + n
+
+
 cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
                          const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil:
-    cdef uint64_t end
+    cdef access_columns rest = out[0]
+    cdef uint64_t end = 0
+    cdef size_t rows, failed = 0
     cdef int r = 0
-    if n - row[0] <= ROWS_BETWEEN_CLOCKS:
-        return machine_run(m, gva, access, stride, n, out, row)
-    end = monotonic_nanoseconds() + nanoseconds
-    while row[0] < n and r == 0:
-        r = machine_run(m, gva, access, stride, min(n, row[0] + ROWS_BETWEEN_CLOCKS), out, row)
-        if monotonic_nanoseconds() >= end:
+    skip_rows(&rest, row[0])
+    if n - row[0] > ROWS_BETWEEN_CLOCKS:
+        end = monotonic_nanoseconds() + nanoseconds
+    while row[0] < n:
+        rows = min(n - row[0], <size_t>ROWS_BETWEEN_CLOCKS)
+        r = machine_run(m, gva + row[0], access + row[0] * stride, stride, rows, &rest, &failed)
+        if r:
+            row[0] += failed
             return r
-    return r
+        row[0] += rows
+        skip_rows(&rest, rows)
+        if end and monotonic_nanoseconds() >= end:
+            return 0
+    return 0
