@@ -1,5 +1,7 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 
+from typing import TYPE_CHECKING, Any
+
 from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu._contexts import Contexts
 from kvmmu._format import PageFormat
@@ -44,6 +46,9 @@ from kvmmu.vcpu import Vcpu
 from kvmmu.vm import Vm
 from kvmmu.walker import Walker, get_include
 
+if TYPE_CHECKING:
+    from kvmmu.traces import open_trace
+
 __all__ = [
     "Acc", "Access", "Accesses", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig",
     "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
@@ -52,6 +57,16 @@ __all__ = [
     "ReplayInterrupted", "Report", "RetPf",
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
-    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
+    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_trace", "plot_walk", "regs_from_vmcb",
+    "replay",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load the readers of other tools' traces when somebody asks for them."""
+    if name == "open_trace":
+        from kvmmu.traces import open_trace
+
+        return open_trace
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,7 +85,7 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
     cdef const uint8_t *data
     cdef Py_ssize_t i
     cdef uint8_t seen = 0
-    if type(access) is ndarray:
+    if isinstance(access, ndarray):
         found = column_of("", "access", access, sizeof(uint8_t), rows, False)
         data = <const uint8_t *>found.data
         with nogil:

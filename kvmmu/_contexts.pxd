@@ -78,7 +78,6 @@ cdef class Contexts:
     cdef int check(self, cpu, SecondStage under, bint npt_host) except -1
     cdef SecondStage second_of(self, Py_ssize_t i)
     cdef int reload(self, Py_ssize_t i, legal) except -1
-    cdef object widths(self)
 
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
 cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
@@ -88,3 +87,5 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps)
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
 # second: of rows without one
 cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, SecondStage second)
+# Masks of the linear-address width: of a single register set, or one per row
+cdef object widths_of(Contexts contexts, ctx)

@@ -328,11 +328,6 @@ cdef class Contexts:
         self.own_walks().arches[i] = arch
         return 0
 
-    cdef object widths(self):
-        """Masks of the linear-address width, one per register set."""
-        cdef Py_ssize_t i
-        return np.array([self.walks.walks[i].gva_mask for i in range(self.count)], np.uint64)
-
 
 cdef str differences(one, other):
     """What two processor models differ in."""
@@ -409,3 +404,10 @@ cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, Seco
         use_second_stage(w, &walks.stages[w.second] if under is not None else NULL,
                          is_npt(under) if under is not None else caps.npt_host)
     return contexts
+
+
+cdef object widths_of(Contexts contexts, ctx):
+    cdef ContextWalks walks = contexts.walks
+    cdef Py_ssize_t i
+    masks = np.array([walks.walks[i].gva_mask for i in range(contexts.count)], np.uint64)
+    return masks[0] if ctx is None else masks[ctx]

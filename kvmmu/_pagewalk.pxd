@@ -32,4 +32,3 @@ cdef class PageWalk:
     cdef int use_memory(self) except -1
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)
     cdef int check_contexts(self, Contexts contexts) except -1
-    cdef object widths(self, Contexts contexts, ctx)

@@ -10,7 +10,7 @@ from kvmmu._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN
 from kvmmu._columns cimport plain_access, plain_column
 from kvmmu._contexts cimport (
     Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
-    role_of, second_stage,
+    role_of, second_stage, widths_of,
 )
 from kvmmu._explain cimport fault_behind, record_of
 from kvmmu._format cimport PageFormat, explicit_access
@@ -447,9 +447,7 @@ cdef class PageWalk:
         gva : ndarray of uint64, shape (n,), C-contiguous
             Linear addresses of the first bytes.
         size : int or ndarray of unsigned integers, shape (n,)
-            Bytes, 1 to 4096.
-        access, regs, ctx, set_ad, threads
-            As for `translate()`.
+            Bytes, 1 to 4096. All others are as for `translate()`.
 
         Returns
         -------
@@ -463,7 +461,7 @@ cdef class PageWalk:
         how = {"regs": regs, "set_ad": set_ad, "threads": threads}
         t = self.translate(gva, access if access.size == n else int(access[0]), ctx=ctx, **how)
         faulted = t.status != STATUS_OK
-        width = self.widths(regs, ctx)
+        width = np.uint64(self.w.gva_mask) if regs is None else widths_of(regs, ctx)
         result = Span(t.gpa, np.full(n, INVALID_GPA, np.uint64), t.status, t.error_code,
                       np.where(faulted, gva & width, np.uint64(0)))
         rows = np.flatnonzero((last >= _PAGE) & ~faulted)
@@ -475,13 +473,6 @@ cdef class PageWalk:
         result.gpa_next[rows], result.status[rows], result.error_code[rows] = t.gpa, t.status, t.error_code
         result.address[rows] = np.where(faulted, following & (width if np.ndim(width) == 0 else width[rows]), np.uint64(0))
         return result
-
-    cdef object widths(self, Contexts contexts, ctx):
-        """Masks of the linear-address width: of this walk, of a single context, or one per row."""
-        if contexts is None:
-            return np.uint64(self.w.gva_mask)
-        masks = contexts.widths()
-        return masks[0] if ctx is None else masks[ctx]
 
     def walk_record(self, gva, access=0):
         """The whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.

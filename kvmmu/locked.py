@@ -38,4 +38,8 @@ class PartOfMachine:
 
 def as_bytes(data: "Buffer") -> bytes:
     """Return the bytes of a buffer; TypeError for anything else, an int above all, of which `bytes()` makes zeros."""
-    return check_bytes("data", data).tobytes()
+    try:
+        view = memoryview(data)
+    except TypeError:
+        view = None
+    return check_bytes("data", data).tobytes() if view is None or view.c_contiguous else view.tobytes()

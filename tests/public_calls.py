@@ -139,7 +139,7 @@ def plain(value):
         return value.word
     if isinstance(value, PageFormat):
         return value.permissions.tolist(), value.rsvd_bits_mask.tolist(), value.bad_mt_xwr
-    if isinstance(value, (Chunk, Tracepoints, GuestMemory, Tlb)):
+    if isinstance(value, (Chunk, Tracepoints, GuestMemory, Tlb, kvmmu.PageTables)):
         return repr(value.op.tolist() if isinstance(value, Chunk) else value)
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
@@ -188,10 +188,15 @@ def with_slot(mem):
     return mem
 
 
-def reloading(vcpu):
-    """PageWalk.reload() of the only row."""
-    contexts = vcpu.gva_walk.prepare([Regs(1, 0, 0, 0)])
-    return lambda i: vcpu.gva_walk.reload(contexts, i, Regs(1, 0, 0, 0))
+def tables():
+    """Page tables that map a page."""
+    made = kvmmu.PageTables(GuestMemory(1 << 20))
+    made.map(0, 0)
+    return made
+
+
+def tables_state(made):
+    return [made.mem.read(frame, PAGE) for frame in made.table_frames]
 
 
 def vmcs():
@@ -258,15 +263,26 @@ CALLS = {
     "PageFormat.permission_fault": Call(lambda: walk_format().permission_fault, PTE_BITS | {
         "pkey": (1, 0, 15), "pkru": (12, 0, U32)}, arrays=("pte_access", "access", "pkey")),
     "PageFormat.rule": Call(lambda: walk_format().rule, PTE_BITS, {"pkey_denied": True}),
-    "PageWalk.init": Call(lambda: walk().init, flags={"smm": False, "guest_mode": False}),
-    "PageWalk.second_stage_gpa": Call(lambda: nested().ngpa_walk.second_stage_gpa, {
-        "gpa": (PAGE, 0, U64), "access": (2, 0, 255), "pte_access": (15, 0, 15)}, {"final": True}),
+    "PageTables": Call(lambda: kvmmu.PageTables, {"direct_map": (PAGE, 0, U64)}, others=lambda _: {"mem": GuestMemory(1 << 20)}),
+    "PageTables.for_addresses": Call(lambda: kvmmu.PageTables.for_addresses, {"gva": (PAGE, 0, U64), "seed": (3, 0, U64)},
+                                     others={"mem": None}, arrays=("gva",)),
+    "PageTables.map": Call(method(tables, "map"), {"gva": (PAGE, 0, U64), "gpa": (PAGE, 0, TOP - 1), "size": (PAGE, 0, U64),
+                                                   "pkey": (3, 0, 15)},
+                           {name: True for name in ("write", "user", "exec", "global_", "accessed", "dirty")},
+                           state=tables_state, arrays=("gva", "gpa", "size", "pkey")),
+    "PageTables.unmap": Call(method(tables, "unmap"), {"gva": (0, 0, U64), "size": (PAGE, 0, U64)}, state=tables_state,
+                             arrays=("gva", "size")),
+    "PageTables.protect": Call(method(tables, "protect"), {"gva": (0, 0, U64), "size": (PAGE, 0, U64), "pkey": (3, 0, 15)},
+                               {name: True for name in ("write", "user", "exec", "global_", "accessed", "dirty")},
+                               state=tables_state, arrays=("gva", "size", "pkey"), optional=("pkey", "write", "user", "exec",
+                                                                                             "global_", "accessed", "dirty")),
+    "Pager": Call(lambda: kvmmu.Pager, {"seed": (3, 0, U64), "maxphyaddr": (40, 32, 52)}),
+    "Pager.touch": Call(method(kvmmu.Pager, "touch"), {"gva": (PAGE, 0, U64)}, arrays=("gva",)),
     "PageWalk.inject_page_fault": Call(lambda: nested().ngpa_walk.inject_page_fault, {"from_hardware": (2, 0, U64)}, others={
         "fault": EptViolation("by hand", fault_gpa=PAGE)}, optional=("from_hardware",)),
     "PageWalk.get_pdptr": Call(lambda: walk().get_pdptr, {"i": (2, 0, 3)}),
     "PageWalk.permission_fault": Call(lambda: walk().permission_fault, PTE_BITS | {"pkey": (1, 0, 15)},
                                       arrays=("pte_access", "access", "pkey")),
-    "PageWalk.reload": Call(lambda: reloading(paging_off()), {"i": (0, 0, 0)}),
     "PageWalk.translate": Call(lambda: walk().translate, {"access": (2, 0, 255), "threads": (2, 1, 1024)}, {"set_ad": True},
                                others={"gva": GVAS}, arrays=("access",)),
     "PageWalk.translate_span": Call(lambda: walk().translate_span, {
@@ -277,8 +293,9 @@ CALLS = {
     "PageWalk.walk_record": Call(lambda: walk().walk_record, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
     "Regs": Call(lambda: Regs, REGISTERS | {"pkru": (3, 0, U32), "rflags": (2, 0, U64)}),
     "Tlb.use": Call(method(filled_tlb, "use"), {"space": (3, 0, U64), "pcid": (2, 0, 4095)}, state=tlb_state),
-    "Tlb.fill": Call(method(filled_tlb, "fill"), {"gva": (0, 0, U64), "hpa": (64, 0, U64), "level": (2, 1, 3)},
-                     {"is_global": True}, state=tlb_state),
+    "Tlb.fill": Call(method(filled_tlb, "fill"), {"gva": (0, 0, U64), "hpa": (64, 0, U64), "level": (2, 1, 3),
+                                                  "page_shift": (22, 21, 30)}, {"is_global": True}, state=tlb_state,
+                     optional=("page_shift",)),
     "Tlb.lookup": Call(lambda: filled_tlb().lookup, {"gva": (0, 0, U64)}),
     "Tlb.invlpg": Call(method(filled_tlb, "invlpg"), {"gva": (PAGE, 0, U64)}, state=tlb_state),
     "Tlb.invpcid": Call(method(filled_tlb, "invpcid"), {"type": (0, 0, 3), "pcid": (2, 0, 4095), "gva": (PAGE, 0, U64)},

@@ -220,18 +220,18 @@ def test_numbers_of_sptes_are_bounded():
 
 def test_counts_of_a_vm_are_bounded():
     vm, vcpu = long_mode_vm()
-    with pytest.raises(ValueError, match="n: want at most 4294967295"):
+    with pytest.raises(ValueError, match="n: want 1 to "):
         vm.set_nr_mmu_pages(1 << 64)
     with pytest.raises((ValueError, MemoryError, OverflowError)):
         vm.trace = Tracepoints(capacity=1 << 80)
     for call in (vm.invalidate, vm.age, vm.test_age, vm.split_huge_pages):
-        with pytest.raises(ValueError, match="52 bits"):
+        with pytest.raises(ValueError, match="gpa: want 0 to"):
             call(1 << 63, PAGE)
-        with pytest.raises(ValueError, match="52 bits"):
+        with pytest.raises(ValueError, match="size: want 0x1000 to"):
             call(0, 1 << 80)
-    with pytest.raises(ValueError, match="52 bits"), vm.invalidation(1 << 52, PAGE):
+    with pytest.raises(ValueError, match="gpa: want 0 to"), vm.invalidation(1 << 52, PAGE):
         pass
-    with pytest.raises(ValueError, match="52 bits"):
+    with pytest.raises(ValueError, match="gpa: want 0 to"):
         vm.set_backing(1 << 52, PAGE, "4k")
     for gpa in (1 << 52, -PAGE):
         with pytest.raises(ValueError, match="gpa"):
@@ -476,7 +476,7 @@ def test_a_slot_that_cannot_be_moved_stays():
     vm.write_guest_physical((1 << 30) + 5 * PAGE, b"abc")
     dirty = vm.get_dirty_log(1 << 30, clear=False).tolist()
     for to in (0, 0x1001, 1 << 60):
-        with pytest.raises(ValueError, match="slots overlap|not a multiple|52 bits"):
+        with pytest.raises(ValueError, match="slots overlap|not a multiple|to: want 0 to"):
             vm.move_slot(1 << 30, to)
         assert [0, 1 << 30] == [slot["gpa"] for slot in vm.slots]
     while True:                                         # each move takes new physical addresses
@@ -509,7 +509,7 @@ def test_an_int_is_no_data():
     vm.mem.write(0x20000, b"\xff" * 16)
     for call in (vcpu.store, vcpu.write_guest, vm.write_guest_physical, vm.host_write):
         for data in (5, 1 << 40, None, 1.5, "abc", [1, 2]):
-            with pytest.raises(TypeError, match="data: want bytes or another buffer, got"):
+            with pytest.raises(TypeError, match="data: want bytes or another object with the buffer protocol, got"):
                 call(0x20000, data)
     assert vm.mem.read(0x20000, 16) == b"\xff" * 16
 
@@ -525,7 +525,7 @@ def test_every_buffer_is_data_and_nothing_is_data_too():
             call(0x20000 + 0x100 * at, b"")
             assert vm.mem.read(0x20000 + 0x100 * at, 2) == b"ab"
     assert vcpu.read_guest(0x20000, 0x102) == b"ab" + bytes(0xFE) + b"ab"
-    with pytest.raises(ValueError, match="n: want at least 0"):
+    with pytest.raises(ValueError, match="n: want 0 to "):
         vcpu.read_guest(0, -1)
 
 

@@ -452,7 +452,7 @@ def test_several_slots_at_once():
 
 @pytest.mark.parametrize(("slots", "words"), [
     ([], "want at least one"), ([(0, 4096), (0, 4096)], "overlap"), ([(1, 4096)], "not a multiple"),
-    ([(0, 1)], "want 0x1000 to"), ([(1 << 52, 4096)], "beyond 52 bits")])
+    ([(0, 1)], "want 0x1000 to"), ([(1 << 52, 4096)], "gpa: want 0 to")])
 def test_slots_that_are_refused_at_once(slots, words):
     with pytest.raises(ValueError, match=words):
         GuestMemory.from_slots(slots)

@@ -7,7 +7,7 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.mmu._fault cimport host_writes, move_host_page
-from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs
+from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, kvm
 from kvmmu.mmu._kvm_memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast
 from kvmmu.mmu._shadow_range cimport (
     shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
@@ -23,6 +23,43 @@ from kvmmu.mmu._tdp_range cimport (
     tdp_try_split_huge_pages, tdp_wrprot_slot,
 )
 from kvmmu.mmu._track cimport track_write
+
+
+cdef int break_up(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) except -1:
+    """Host pages that reach over an edge of [start, end) become small where they are inside and outside."""
+    cdef uint64_t gfn, first, last, size, edge
+    cdef int level
+    cdef bint broken
+    for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+        size = pages_per_hpage(level)
+        for edge in (start - start % size, (end - 1) - (end - 1) % size):
+            if edge >= start and edge + size <= end:
+                continue
+            first = max(edge, slot.base_gfn)
+            last = min(edge + size, slot.base_gfn + slot.npages)
+            broken = False
+            for gfn in range(first, last):
+                if slot.host_page[gfn - slot.base_gfn] & HOST_LEVEL_MASK == level:
+                    slot.host_page[gfn - slot.base_gfn] -= 1
+                    broken = True
+            if broken:      # the frames are where they were; a huge mapping of them goes all the same
+                unmap_gfns(k, slot, first, last)
+    return 0
+
+
+cdef int limit_level(kvm_memory_slot *slot, uint64_t start, uint64_t end) except -1:
+    """Neighbours of small pages cannot be parts of a huge one."""
+    cdef uint64_t gfn, first, last, size
+    cdef int level
+    for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+        size = pages_per_hpage(level)
+        first = max(start - start % size, slot.base_gfn)
+        last = min((end + size - 1) // size * size, slot.base_gfn + slot.npages)
+        for gfn in range(first, last):
+            if slot.host_page[gfn - slot.base_gfn] & HOST_LEVEL_MASK == level:
+                slot.host_page[gfn - slot.base_gfn] -= 1
+    return 0
+
 
 cdef class Kvm(KvmMemory):
     """The page tables of one virtual machine and all that decides over them. Made by a Vm.
@@ -56,32 +93,11 @@ cdef class Kvm(KvmMemory):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if alloc_host_pages(slot):
                     raise MemoryError
-                self._break_up(address, start, end)
+                break_up(self.k, slot, start, end)
                 unmap_gfns(self.k, slot, start, end)
                 for gfn in range(start, end):           # a new page, alike in all frames that it has
                     slot.host_page[gfn - slot.base_gfn] = <uint8_t>level
             self.k.mmu_invalidate_seq += 1
-
-    def _break_up(self, address, start, end):
-        """Host pages that reach over an edge of [start, end) become small where they are inside and outside."""
-        cdef kvm_memory_slot *slot = <kvm_memory_slot *><uintptr_t>address
-        cdef uint64_t gfn, first, last, size
-        cdef int level
-        cdef bint broken
-        for level in (PG_LEVEL_1G, PG_LEVEL_2M):
-            size = pages_per_hpage(level)
-            for edge in {start - start % size, (end - 1) - (end - 1) % size}:
-                if edge >= start and edge + size <= end:
-                    continue
-                first = max(<uint64_t>edge, slot.base_gfn)
-                last = min(<uint64_t>edge + size, slot.base_gfn + slot.npages)
-                broken = False
-                for gfn in range(first, last):
-                    if slot.host_page[gfn - slot.base_gfn] & HOST_LEVEL_MASK == level:
-                        slot.host_page[gfn - slot.base_gfn] -= 1
-                        broken = True
-                if broken:      # the frames are where they were; a huge mapping of them goes all the same
-                    unmap_gfns(self.k, slot, first, last)
 
     def invalidate(self, gpa, size, how):
         """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect"."""
@@ -96,7 +112,7 @@ cdef class Kvm(KvmMemory):
                 if alloc_host_pages(slot):
                     raise MemoryError
                 unmap_gfns(self.k, slot, start, end)
-                self._break_up(address, start, end)     # a notification of its own
+                break_up(self.k, slot, start, end)     # a notification of its own
                 for gfn in range(start, end):
                     page = &slot.host_page[gfn - slot.base_gfn]
                     if page[0] & HOST_UNMAPPED and how != "unmap":
@@ -111,20 +127,8 @@ cdef class Kvm(KvmMemory):
                     if how != "move":
                         page[0] = (page[0] & ~HOST_LEVEL_MASK) | PG_LEVEL_4K
                 if how != "move":
-                    self._limit_level(address, start, end)
+                    limit_level(slot, start, end)
             self.k.mmu_invalidate_seq += 1
-
-    def _limit_level(self, address, start, end):
-        """Neighbours of small pages cannot be parts of a huge one."""
-        cdef kvm_memory_slot *slot = <kvm_memory_slot *><uintptr_t>address
-        cdef uint64_t gfn, first, last
-        for level in (3, 2):
-            size = int(pages_per_hpage(level))
-            first = max(start - start % size, int(slot.base_gfn))
-            last = min(end + -end % size, int(slot.base_gfn + slot.npages))
-            for gfn in range(first, last):
-                if slot.host_page[gfn - slot.base_gfn] & HOST_LEVEL_MASK == level:
-                    slot.host_page[gfn - slot.base_gfn] -= 1
 
     def host_page(self, gpa, as_id=0):
         """(host frame, level, unmapped, readonly) of what the host has behind gpa now."""

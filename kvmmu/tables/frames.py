@@ -1,15 +1,17 @@
 """Where the frames of page tables come from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu._memory import GuestMemory
 
-__all__ = ["FrameSource", "FreeFrames", "ListedFrames", "frame_source"]
+__all__ = ["FrameList", "FrameSource", "FreeFrames", "ListedFrames", "frame_source"]
+
+FrameList = range | Sequence[int] | NDArray[np.integer]
 
 _ZERO_PAGE = bytes(PAGE_SIZE)
 
@@ -87,7 +89,7 @@ class ListedFrames:
         An address that is unaligned, beyond 52 bits or listed twice.
     """
 
-    def __init__(self, frames: ArrayLike | range) -> None:
+    def __init__(self, frames: FrameList) -> None:
         listed = frames if isinstance(frames, range) else _checked_list(frames)
         if isinstance(listed, range):
             if len(listed) > 1 and listed.step % PAGE_SIZE:
@@ -107,7 +109,7 @@ class ListedFrames:
         self._returned += frames
 
 
-def _checked_list(frames: ArrayLike) -> NDArray[np.int64]:
+def _checked_list(frames: FrameList) -> NDArray[np.int64]:
     listed = np.asarray(frames)
     if listed.ndim != 1 or listed.dtype.kind not in "ui" and listed.size:
         raise TypeError(f"frames: want a range, a sequence of addresses or an object with take() and give(), got {frames!r}")
@@ -123,7 +125,7 @@ def _check_frames(frames: NDArray[np.integer]) -> None:
         raise ValueError(f"frames: {int(frames[np.argmax(bad)]):#x} is no page-aligned address of 52 bits")
 
 
-def frame_source(frames: FrameSource | ArrayLike | range | None, mem: GuestMemory, below: int) -> FrameSource:
+def frame_source(frames: FrameSource | FrameList | None, mem: GuestMemory, below: int) -> FrameSource:
     """Make an allocator of what a caller gave for `frames`; None takes the free frames of the memory below an address."""
     if frames is None:
         return FreeFrames(mem, below=below)

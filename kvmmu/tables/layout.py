@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvmmu._bits import PAGE_SIZE
 from kvmmu._memory import GuestMemory
+from kvmmu.arguments import check_int, check_name
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.frames import FreeFrames
 from kvmmu.tables.modes import MODES, ModeShape
@@ -20,6 +21,7 @@ PageLayout = dict[int, NDArray[np.uint64]]      # page size in bytes: addresses 
 
 _SHIFTS = {"4k": 12, "2m": 21, "1g": 30}
 _2M_SHIFT = 21
+SEED_MAX = (1 << 64) - 1
 
 
 def layout_pages(pages: NDArray[np.uint64], page: str, thp_share: float, large_shift: int = _2M_SHIFT) -> PageLayout:
@@ -53,7 +55,7 @@ def layout_frames(layout: PageLayout, base: int, frames: str, seed: int) -> Page
     dict of int to ndarray of uint64
         Guest-physical addresses by page size, in the order of the layout's pages.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_int("seed", seed, 0, SEED_MAX))
     placed: PageLayout = {}
     at = base
     for size in sorted(layout, reverse=True):
@@ -91,15 +93,14 @@ def tables_needed(layout: PageLayout, table_shifts: list[int]) -> int:
 
 def check_layout(page: str, frames: str, mode: str, thp_share: float) -> ModeShape:
     """Refuse a choice of pages that there is not."""
-    if mode not in MODES:
-        raise ValueError(f"mode: want one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    check_name("mode", mode, MODES)
     shape = MODES[mode]
-    if page not in ("4k", "2m", "1g", "thp"):
-        raise ValueError(f"page: want '4k', '2m', '1g' or 'thp', got {page!r}")
+    check_name("page", page, ("4k", "2m", "1g", "thp"))
     if page == "1g" and 3 not in shape.sizes.values():
         raise ValueError(f"page: mode {mode!r} has no 1G pages")
-    if frames not in ("linear", "random"):
-        raise ValueError(f"frames: want 'linear' or 'random', got {frames!r}")
+    check_name("frames", frames, ("linear", "random"))
+    if isinstance(thp_share, bool) or not isinstance(thp_share, (int, float)):
+        raise TypeError(f"thp_share: want a number, got {thp_share!r}")
     if not 0 < thp_share <= 1:
         raise ValueError(f"thp_share: want more than 0 and at most 1, got {thp_share!r}")
     return shape

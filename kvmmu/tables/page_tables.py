@@ -8,11 +8,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvmmu._bits import EPTP_AD, EPTP_LEVEL_SHIFT, EPTP_MT_WB, PAGE_SIZE, PT64_PKEY, Cr0, Cr4, Efer, EptPte, Pte
 from kvmmu._memory import GuestMemory
+from kvmmu.arguments import check_bool, check_name, check_word
 from kvmmu.nested import Ept, Npt
 from kvmmu.registers import Regs
 from kvmmu.tables._builder import STATUS_NAMES, TableBuilder
 from kvmmu.tables._page_set import PageSet
-from kvmmu.tables.frames import FrameSource, frame_source
+from kvmmu.tables.frames import FrameList, FrameSource, frame_source
 from kvmmu.tables.layout import Frames, Page, plan_tables
 from kvmmu.tables.modes import FORMAT_32, FORMAT_EPT, MODES, Mode
 from kvmmu.tables.rows import Flag, Rows, either_mask, entry_mask, gpa_bits, key_bits
@@ -104,12 +105,11 @@ class PageTables:
             made.map(addr, plan.frames[size], size)
         return made
 
-    def __init__(self, mem: GuestMemory, mode: Mode = "4l", *, frames: FrameSource | ArrayLike | range | None = None,
+    def __init__(self, mem: GuestMemory, mode: Mode = "4l", *, frames: FrameSource | FrameList | None = None,
                  writer: Literal["host", "vmm", "guest"] = "host", vm: Any = None, vcpu: Any = None, direct_map: int = 0) -> None:
         if not isinstance(mem, GuestMemory):
             raise TypeError(f"mem: want a GuestMemory, got {type(mem).__name__}")
-        if mode not in MODES:
-            raise ValueError(f"mode: want one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        check_name("mode", mode, MODES)
         self.mem, self.mode = mem, mode
         self._shape = shape = MODES[mode]
         self._store = _store_function(writer, vm, vcpu, direct_map)
@@ -273,6 +273,9 @@ class PageTables:
     def _change_bits(self, exec_: bool | None, user: bool | None, pkey: int | None, flags: dict[str, bool | None]
                      ) -> tuple[int, int]:
         """(bits to clear, bits to set) of a change of rights."""
+        for name, flag in (flags | {"exec": exec_, "user": user}).items():
+            if flag is not None:
+                check_bool(name, flag)
         self._check_flags(exec_, pkey, flags)
         ept = self._shape.format == FORMAT_EPT
         clear = bits = 0
@@ -366,14 +369,14 @@ class PageTables:
 
 def _store_function(writer: str, vm: Any, vcpu: Any, direct_map: int) -> Callable[[int, bytes], object] | None:
     """What stores bytes at a guest-physical address; None for the host, whose kernel does."""
+    check_name("writer", writer, ("host", "vmm", "guest"))
+    offset = check_word("direct_map", direct_map)
     if writer == "host":
         return None
     if writer == "vmm":
         if not hasattr(vm, "host_write"):
             raise TypeError(f"vm: writer 'vmm' needs a Vm, got {type(vm).__name__}")
         return lambda gpa, data: vm.host_write(gpa, data)
-    if writer == "guest":
-        if not hasattr(vcpu, "store"):
-            raise TypeError(f"vcpu: writer 'guest' needs a Vcpu, got {type(vcpu).__name__}")
-        return lambda gpa, data: vcpu.store((gpa + direct_map) % (1 << 64), data)
-    raise ValueError(f"writer: want 'host', 'vmm' or 'guest', got {writer!r}")
+    if not hasattr(vcpu, "store"):
+        raise TypeError(f"vcpu: writer 'guest' needs a Vcpu, got {type(vcpu).__name__}")
+    return lambda gpa, data: vcpu.store((gpa + offset) % (1 << 64), data)

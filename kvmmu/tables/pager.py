@@ -5,10 +5,11 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._bits import PAGE_SIZE, Pte
+from kvmmu._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE, Pte
 from kvmmu._memory import GuestMemory
+from kvmmu.arguments import check_int, check_name
 from kvmmu.tables._filler import OUT_OF_LARGE_FRAMES, OUT_OF_SMALL_FRAMES, PageFiller
-from kvmmu.tables.layout import Frames, Page, check_layout
+from kvmmu.tables.layout import SEED_MAX, Frames, Page, check_layout
 from kvmmu.tables.modes import MODES, Mode
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.tables.rows import as_words
@@ -67,15 +68,15 @@ class Pager(PageTables):
     def __init__(self, page: Page = "4k", frames: Frames = "linear", *, mode: Mode = "4l", mem: GuestMemory | None = None,
                  thp_share: float = 0.5, seed: int = 0, maxphyaddr: int = 46) -> None:
         shape = check_layout(page, frames, mode, thp_share)
-        if mode not in ("32", "pae", "4l", "5l"):
-            raise ValueError(f"mode: want '32', 'pae', '4l' or '5l', got {mode!r}")
+        check_name("mode", mode, ("32", "pae", "4l", "5l"))
         self.page = page
+        seed = check_int("seed", seed, 0, SEED_MAX)
         self._random = np.random.default_rng(seed) if frames == "random" else None
         self._level = _LEVELS[page]
         self._threshold = max(1, math.ceil(thp_share * (1 << shape.large_shift - 12))) if page == "thp" else 0
         self._small = next(size for size, level in shape.sizes.items() if level == self._level)
         self._large = 1 << shape.large_shift
-        top = min(shape.below, 1 << maxphyaddr)
+        top = min(shape.below, 1 << check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX))
         self._region = _growing_region(top) if mem is None else _region_of(mem)
         super().__init__(self._region.mem, mode, frames=self._region)
 

@@ -1,11 +1,10 @@
 """Rows of pages that a caller names: addresses, sizes and flags, as scalars or arrays, checked."""
 
-import operator
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvmmu._bits import GPA_BITS, PT64_PKEY_SHIFT
+from kvmmu.arguments import check_bools, check_integers
 from kvmmu.tables.modes import FORMAT_32, ModeShape
 
 __all__ = ["Flag", "Rows", "as_words", "either_mask", "entry_mask", "gpa_bits", "key_bits"]
@@ -56,17 +55,11 @@ class Rows:
 
 
 def as_words(name: str, value: int | ArrayLike) -> NDArray[np.uint64]:
-    """Unsigned 64-bit words, one-dimensional and contiguous."""
-    words = np.asarray(value)
-    if words.dtype.kind in "f" and isinstance(value, (list, tuple)):        # integers of which some fit no signed type
-        words = _from_integers(name, value)
-    if words.dtype.kind not in "ui" and words.size or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: want integers, got {words.dtype} ({value!r:.80})")
+    """Unsigned 64-bit words, one-dimensional and contiguous, of an integer or an array of integers."""
+    words = check_integers(name, value, 0, (1 << 64) - 1)
     if words.ndim > 1:
         raise ValueError(f"{name}: want a scalar or a one-dimensional array, got shape {words.shape}")
-    if words.dtype.kind == "i" and words.size and words.min() < 0:
-        raise ValueError(f"{name}: {int(words.min())} is negative")
-    return np.ascontiguousarray(np.atleast_1d(words), np.uint64)
+    return np.ascontiguousarray(np.atleast_1d(words))
 
 
 def gpa_bits(shape: ModeShape, rows: Rows) -> int:
@@ -78,9 +71,7 @@ def gpa_bits(shape: ModeShape, rows: Rows) -> int:
 
 def either_mask(rows: Rows, name: str, flag: Flag, if_true: int, if_false: int) -> NDArray[np.uint64]:
     """One of two masks for a flag, or per row for an array of flags."""
-    flags = np.asarray(flag)
-    if flags.dtype != np.bool_:
-        raise TypeError(f"{name}: want a bool or an array of bool, got {flag!r:.80}")
+    flags = check_bools(name, flag)
     if flags.ndim and flags.shape != rows.gva.shape:
         raise ValueError(f"{name}: shape {flags.shape}, gva has {rows.gva.shape}")
     return np.where(np.atleast_1d(flags), np.uint64(if_true), np.uint64(if_false))
@@ -88,22 +79,12 @@ def either_mask(rows: Rows, name: str, flag: Flag, if_true: int, if_false: int) 
 
 def key_bits(rows: Rows | None, pkey: int | ArrayLike) -> NDArray[np.uint64]:
     """Protection keys in their place in an entry."""
-    keys = as_words("pkey", pkey)
+    keys = np.atleast_1d(check_integers("pkey", pkey, 0, KEYS - 1))
     if rows is not None and keys.size not in (1, rows.gva.size):
         raise ValueError(f"pkey: {keys.size} rows, gva has {rows.gva.size}")
-    if keys.size and keys.max() >= KEYS:
-        raise ValueError(f"pkey: want 0 to {KEYS - 1}, got {int(keys.max())}")
     return keys << np.uint64(PT64_PKEY_SHIFT)
 
 
 def entry_mask(shape: ModeShape) -> int:
     """All bits of an entry."""
     return (1 << (32 if shape.format == FORMAT_32 else 64)) - 1
-
-
-
-def _from_integers(name: str, values: list[object] | tuple[object, ...]) -> NDArray[np.uint64]:
-    try:
-        return np.array([operator.index(value) for value in values], np.uint64)         # type: ignore[arg-type]
-    except (OverflowError, TypeError):
-        raise TypeError(f"{name}: want integers of 64 bits, got {values!r:.80}") from None

@@ -1,16 +1,29 @@
 """Readers and writers of memory traces. They know nothing of the MMU and need numpy alone, but for Parquet (extra `arrow`)."""
 
+from typing import TYPE_CHECKING, Any
+
 from kvmmu._bits import Op
 from kvmmu.traces._npz import RecordingError, open_npz
 from kvmmu.traces.conversion import convert
 from kvmmu.traces.header import Header, RegisterSet, Stage, TraceError
-from kvmmu.traces.opening import describe_trace, open_trace
 from kvmmu.traces.parquet import ParquetTrace, ParquetWriter, is_parquet
 from kvmmu.traces.recording import Events, Faults, NptFaults, Recording, Writes, bundled
 from kvmmu.traces.stream import Chunk, Trace
+
+if TYPE_CHECKING:
+    from kvmmu.traces.opening import describe_trace, open_trace
 
 __all__ = [
     "Chunk", "Events", "Faults", "Header", "NptFaults", "Op", "ParquetTrace", "ParquetWriter", "Recording", "RecordingError",
     "RegisterSet", "Stage", "Trace", "TraceError", "Writes", "bundled", "convert", "describe_trace", "is_parquet", "open_npz",
     "open_trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the readers of other tools' traces when somebody asks for them."""
+    if name in ("describe_trace", "open_trace"):
+        from kvmmu.traces import opening
+
+        return getattr(opening, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
