@@ -169,12 +169,12 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
     cdef uint64_t room[64]
     cdef common_columns out = columns_from(b, start)
-    cdef const uint32_t *ctx = NULL
+    cdef const uint32_t *ctx = b.ctx
     cdef uint64_t misses, space = b.space
     cdef size_t row
     if out.gpa is NULL:
         out.gpa = room
-    if b.ctx is not NULL:
+    if ctx is not NULL:
         ctx = &b.ctx[start]
         if of_one_context(ctx):
             space += ctx[0]
