@@ -23,7 +23,7 @@ MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", 
               "_entry", "_kvm_memory", "_state", "_audit_leaf", "_audit_guest", "_audit_shadow", "_audit", "_inspect", "_damage")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "trace_replay", "recorded_machine", "cli")
-USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py")   # users of the public face, like the command
+USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py", "oracles/vmm_memory.py")     # of the public face
 FACE = ("__init__", "__main__")                                         # may import everything
 SOURCES = sorted(path for suffix in ("py", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
 CYTHON = [path for path in SOURCES if path.suffix != ".py"]

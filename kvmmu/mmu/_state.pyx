@@ -84,11 +84,14 @@ cdef class Kvm(KvmMemory):
                     unmap_gfns(self.k, slot, first, last)
 
     def invalidate(self, gpa, size, how):
-        """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect"."""
+        """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect".
+
+        "readonly" is "protect" without the copying that makes huge pages small: mprotect() by a VMM.
+        """
         cdef kvm_memory_slot *slot
         cdef uint64_t gfn, start, end
         cdef uint8_t *page
-        if how not in ("unmap", "move", "protect"):
+        if how not in ("unmap", "move", "protect", "readonly"):
             raise ValueError(f"how: want 'unmap', 'move' or 'protect', got {how!r}")
         with self.lock:
             for address, start, end in self._frames(gpa, size):
@@ -101,16 +104,16 @@ cdef class Kvm(KvmMemory):
                     page = &slot.host_page[gfn - slot.base_gfn]
                     if page[0] & HOST_UNMAPPED and how != "unmap":
                         pass                            # nothing there to be moved or protected
-                    elif how == "protect":
+                    elif how in ("protect", "readonly"):
                         page[0] |= HOST_READONLY
                     else:
                         move_host_page(slot, gfn)
                         page[0] &= ~(HOST_READONLY | HOST_UNMAPPED)
                         if how == "unmap":
                             page[0] |= HOST_UNMAPPED
-                    if how != "move":
+                    if how in ("unmap", "protect"):
                         page[0] = (page[0] & ~HOST_LEVEL_MASK) | PG_LEVEL_4K
-                if how != "move":
+                if how in ("unmap", "protect"):
                     self._limit_level(address, start, end)
             self.k.mmu_invalidate_seq += 1
 
