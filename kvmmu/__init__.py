@@ -30,6 +30,7 @@ from kvmmu.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    VmFail,
 )
 from kvmmu.figure import plot_walk
 from kvmmu.host import Host
@@ -49,7 +50,7 @@ __all__ = [
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageWalk", "Pferr", "Pml", "PmlFull", "Regs", "ReplayInterrupted", "Report", "RetPf",
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
-    "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
+    "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"

@@ -21,6 +21,7 @@ from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.record import WalkRecord
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.vm import Vm
+from kvmmu.vmx_instructions import VmxInstructions
 
 __all__ = ["Vcpu"]
 
@@ -31,7 +32,7 @@ _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
 
-class Vcpu(GuestAccesses):
+class Vcpu(GuestAccesses, VmxInstructions):
     """One virtual processor.
 
     Parameters

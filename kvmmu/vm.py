@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kvmmu._bits import PAGE_SIZE
 from kvmmu._memory import GuestMemory
+from kvmmu.columns import check_array
 from kvmmu.host import Host
 from kvmmu.mmu._audit import audit
 from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
@@ -197,15 +198,42 @@ class Vm:
             raise ValueError(f"n: want at least 1, got {n}")
         self.kvm.set_nr_mmu_pages(n)
 
-    def set_dirty_log(self, gpa: int, on: bool = True) -> None:
-        """Start or stop the dirty log of the slot that holds gpa."""
+    def set_dirty_log(self, gpa: int, on: bool = True, *, initially_set: bool = False) -> None:
+        """Start or stop the dirty log of the slot that holds gpa.
+
+        initially_set: it begins with every page, and nothing is protected or split until it is cleared
+        (KVM_DIRTY_LOG_INITIALLY_SET).
+        """
         self._drain()
-        self.kvm.set_dirty_log(gpa, on)
+        self.kvm.set_dirty_log(gpa, on, full=bool(initially_set))
 
     def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
         """Frames of the slot that holds gpa written since the log was cleared, ascending; `clear` protects them again."""
         self._drain()
         return self.kvm.dirty_log(gpa, clear)
+
+    def clear_dirty_log(self, gpa: int, size: int, pages: NDArray[np.uint64] | None = None) -> None:
+        """Clear a part of a dirty log, and protect it again (KVM_CLEAR_DIRTY_LOG): what a VMM does as it sends pages.
+
+        Parameters
+        ----------
+        gpa, size : int
+            Bytes: whole pages of one slot. KVM's call begins at a multiple of 64 pages and takes a bitmap; this one takes any.
+        pages : ndarray of uint64, optional
+            Frames in that range, as of `get_dirty_log(gpa, clear=False)`; the others stay as they are.
+
+        Raises
+        ------
+        ValueError
+            The slot has no dirty log, or does not hold the range; a frame beyond the range.
+        """
+        for name, value in (("gpa", gpa), ("size", size)):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << 52:
+                raise ValueError(f"{name}: want an integer of 52 bits, got {value!r}")
+        if pages is not None:
+            pages = check_array("pages", pages, np.dtype(np.uint64))
+        self._drain()
+        self.kvm.clear_dirty_log(int(gpa), int(size), pages)
 
     def _drain(self) -> None:
         for vcpu in self.vcpus:

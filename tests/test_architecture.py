@@ -15,8 +15,8 @@ LAYERS = ("_bits", "faults", "record", "columns", "_columns", "nested", "_roles"
           "control_blocks", "host", "_format", "_gpte", "_walk", "_walk_init", "_plain", "_lanes", "_prefixes",
           "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu", "_contexts", "_arguments", "_explain",
           "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_machine_modes", "_machine", "_audit_tlb",
-          "tracepoints", "vm", "guest_accesses", "vcpu", "_replay", "outcome", "progress", "recorded_faults", "trace_replay",
-          "replay", "report", "recorded_machine", "spt", "figure", "cli")
+          "tracepoints", "vm", "guest_accesses", "vmx_instructions", "vcpu", "_replay", "outcome", "progress", "recorded_faults",
+          "trace_replay", "replay", "report", "recorded_machine", "spt", "figure", "cli")
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
               "_zap", "_shadow_range", "_guest_tables", "_leaf", "_sync", "_shadow", "_roots", "_track",
