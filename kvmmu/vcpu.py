@@ -137,8 +137,16 @@ class Vcpu(GuestAccesses, VmxInstructions):
 
     @property
     def pdptrs(self) -> tuple[int, ...] | None:
-        """The four PDPTE registers, stale until reloaded; None outside PAE paging, and under nested paging of SVM."""
-        return self._regs.pdptrs
+        """The four PDPTE registers, stale until reloaded; None outside PAE paging.
+
+        Under nested paging of SVM there are no registers: the words in memory now, None where L1 does not map them.
+        """
+        if self._regs.pdptrs is not None or not self._regs.is_pae_paging:
+            return self._regs.pdptrs
+        try:
+            return tuple(self.gva_walk.get_pdptr(i) for i in range(4))
+        except NestedFault:
+            return None
 
     @property
     def cpu(self) -> CpuModel:

@@ -318,7 +318,7 @@ class Driver:
     def reload_all(self):
         """The registers that it has: nothing is flushed but where PDPTEs are loaded."""
         self.vcpu.set_regs(cr3=self.cr3)
-        if self.vcpu.pdptrs is not None:
+        if self.vcpu.regs.pdptrs is not None:
             self.flush()
 
     def unmap(self):
