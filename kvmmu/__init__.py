@@ -32,6 +32,7 @@ from kvmmu.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    VmFail,
 )
 from kvmmu.figure import plot_walk
 from kvmmu.host import Host
@@ -56,7 +57,7 @@ __all__ = [
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
     "ReplayInterrupted", "Report", "RetPf",
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
-    "Vm", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
+    "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_trace", "plot_walk", "regs_from_vmcb",
     "replay",
 ]

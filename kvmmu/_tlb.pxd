@@ -118,6 +118,9 @@ cdef void tlb_invlpg(tlb *t, uint64_t gva) noexcept nogil
 cdef void tlb_invpcid_address(tlb *t, uint32_t pcid, uint64_t gva) noexcept nogil
 # INVPCID 1, and MOV to CR3: entries of a PCID, global ones excepted
 cdef void tlb_flush_pcid(tlb *t, uint32_t pcid) noexcept nogil
+# INVVPID and INVEPT, in a space that need not be in force: one page, or all entries. A space that is not known has none
+cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept nogil
+cdef void tlb_flush_space_of(tlb *t, uint64_t space, bint globals_too) noexcept nogil
 # INVPCID 2 (globals too) and 3: entries of every PCID, in the space in force
 cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil
 

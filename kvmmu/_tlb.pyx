@@ -198,6 +198,43 @@ cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil:
     drop_matching(t, mask, t.local_tag & space_bits())
 
 
+cdef uint64_t space_number(const tlb *t, uint64_t space) noexcept nogil:
+    """The number of a space in its place in a key, 0 of one that has none."""
+    cdef int i
+    for i in range(1, t.nr_spaces):
+        if t.spaces[i] == space:
+            return <uint64_t>i << TLB_SPACE_SHIFT
+    return 0
+
+
+cdef void tlb_flush_space_of(tlb *t, uint64_t space, bint globals_too) noexcept nogil:
+    cdef uint64_t number = space_number(t, space), mask = space_bits()
+    if not globals_too:
+        mask |= <uint64_t>1 << TLB_GLOBAL_SHIFT
+    if number:
+        drop_matching(t, mask, number)
+
+
+cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept nogil:
+    """Of every PCID, and global ones."""
+    cdef uint64_t number = space_number(t, space), vpn_mask = (<uint64_t>1 << TLB_VPN_BITS) - 1
+    cdef uint64_t address = gva & ((vpn_mask << PAGE_SHIFT) | (((<uint64_t>1 << PAGE_SHIFT) - 1)))
+    cdef tlb_array *a
+    cdef size_t j
+    cdef int i
+    if number == 0:
+        return
+    for i in range(TLB_LEVELS):
+        a = &t.arrays[i]
+        if a.valid == 0:
+            continue
+        for j in range(a.sets * a.ways):
+            if a.keys[j] & space_bits() == number and (
+                    (a.keys[j] & vpn_mask) << a.shift >> a.entries[j].page_shift == address >> a.entries[j].page_shift):
+                a.keys[j] = 0
+                a.valid -= 1
+
+
 # ---- the Python face ---------------------------------------------------------------------------------------------------
 
 _GEOMETRY = ((128, 12), (128, 8), (4, 4))

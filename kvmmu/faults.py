@@ -6,7 +6,7 @@ from kvmmu._bits import Access, NpfInfo, Pferr, Status
 
 __all__ = [
     "EptMisconfig", "EptViolation", "GeneralProtection", "GuestFault", "InvalidOpcode", "NestedFault", "NestedPageFault",
-    "PageFault", "PmlFull", "fault_of", "nested_fault_of",
+    "PageFault", "PmlFull", "VmFail", "fault_of", "nested_fault_of",
 ]
 
 
@@ -82,6 +82,20 @@ class NestedPageFault(NestedFault):
 
 class PmlFull(NestedFault):
     """L1's page-modification log is full."""
+
+
+class VmFail(GuestFault):
+    """VMfail: a VMX instruction of L1's that fails without an exception.
+
+    Attributes
+    ----------
+    number : int
+        The VM-instruction error.
+    """
+
+    def __init__(self, message: str, *, number: int, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.number = number
 
 
 class InvalidOpcode(GuestFault):

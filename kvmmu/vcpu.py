@@ -23,6 +23,7 @@ from kvmmu.nested import Ept, Npt, Stage
 from kvmmu.record import WalkRecord
 from kvmmu.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.vm import Vm
+from kvmmu.vmx_instructions import VmxInstructions
 
 __all__ = ["Vcpu"]
 
@@ -33,7 +34,7 @@ _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
 
-class Vcpu(GuestAccesses):
+class Vcpu(GuestAccesses, VmxInstructions):
     """One virtual processor.
 
     Parameters
@@ -142,8 +143,16 @@ class Vcpu(GuestAccesses):
 
     @property
     def pdptrs(self) -> tuple[int, ...] | None:
-        """The four PDPTE registers, stale until reloaded; None outside PAE paging, and under nested paging of SVM."""
-        return self._regs.pdptrs
+        """The four PDPTE registers, stale until reloaded; None outside PAE paging.
+
+        Under nested paging of SVM there are no registers: the words in memory now, None where L1 does not map them.
+        """
+        if self._regs.pdptrs is not None or not self._regs.is_pae_paging:
+            return self._regs.pdptrs
+        try:
+            return tuple(self.gva_walk.get_pdptr(i) for i in range(4))
+        except NestedFault:
+            return None
 
     @property
     def cpu(self) -> CpuModel:

@@ -11,6 +11,7 @@ from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu._lock import MachineLock
 from kvmmu._memory import GuestMemory
 from kvmmu.arguments import check_bool, check_gpa, check_int, check_length, check_name, check_pages
+from kvmmu.columns import check_array
 from kvmmu.host import Host
 from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.mmu._audit import audit
@@ -268,11 +269,15 @@ class Vm(PartOfMachine):
         self.kvm.set_nr_mmu_pages(check_int("n", n, 1, _COUNT_MAX))
 
     @locked
-    def set_dirty_log(self, gpa: int, on: bool = True) -> None:
-        """Start or stop the dirty log of the slot that holds gpa."""
-        gpa, on = check_gpa("gpa", gpa), check_bool("on", on)
+    def set_dirty_log(self, gpa: int, on: bool = True, *, initially_set: bool = False) -> None:
+        """Start or stop the dirty log of the slot that holds gpa.
+
+        initially_set: it begins with every page, and nothing is protected or split until it is cleared
+        (KVM_DIRTY_LOG_INITIALLY_SET).
+        """
+        gpa, on, initially_set = check_gpa("gpa", gpa), check_bool("on", on), check_bool("initially_set", initially_set)
         self._drain()
-        self.kvm.set_dirty_log(gpa, on)
+        self.kvm.set_dirty_log(gpa, on, full=initially_set)
 
     @locked
     def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
@@ -280,6 +285,28 @@ class Vm(PartOfMachine):
         gpa, clear = check_gpa("gpa", gpa), check_bool("clear", clear)
         self._drain()
         return self.kvm.dirty_log(gpa, clear)
+
+    @locked
+    def clear_dirty_log(self, gpa: int, size: int, pages: NDArray[np.uint64] | None = None) -> None:
+        """Clear a part of a dirty log, and protect it again (KVM_CLEAR_DIRTY_LOG): what a VMM does as it sends pages.
+
+        Parameters
+        ----------
+        gpa, size : int
+            Bytes: whole pages of one slot. KVM's call begins at a multiple of 64 pages and takes a bitmap; this one takes any.
+        pages : ndarray of uint64, optional
+            Frames in that range, as of `get_dirty_log(gpa, clear=False)`; the others stay as they are.
+
+        Raises
+        ------
+        ValueError
+            The slot has no dirty log, or does not hold the range; a frame beyond the range.
+        """
+        gpa, size = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE), check_pages("size", size)
+        if pages is not None:
+            pages = check_array("pages", pages, np.dtype(np.uint64))
+        self._drain()
+        self.kvm.clear_dirty_log(gpa, size, pages)
 
     def _drain(self) -> None:
         for vcpu in self.vcpus:

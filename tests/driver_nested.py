@@ -269,6 +269,6 @@ class NestedDriver(ShadowDriver):
         ("access", 40), ("many", 6), ("write_pte", 6), ("store", 8), ("grow_old", 12), ("l1_store", 4), ("write_guest", 3),
         ("flood", 1), ("repair", 8), ("enter", 8), ("flush_all", 2), ("leave", 2), ("invlpg", 6), ("limit", 1), ("sweep", 1),
         ("unmap", 2), ("move", 2), ("protect", 2), ("set_backing", 1), ("under_invalidation", 1), ("age", 2),
-        ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4), ("write_protect", 1), ("zap_all", 1),
-        ("recover_nx", 1), ("recover", 1), ("split", 1), ("slot_change", 1), ("generations", 1))
+        ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4), ("dirty_log_clear", 3), ("write_protect", 1),
+        ("zap_all", 1), ("recover_nx", 1), ("recover", 1), ("split", 1), ("slot_change", 1), ("generations", 1))
     ALWAYS = ("access", "grow_old", "invlpg", "repair", "enter")

@@ -493,7 +493,8 @@ class ShadowDriver(SharedTables, Driver):
         ("toggle_pge", 1), ("toggle_nxe", 1), ("toggle_pcide", 2), ("toggle_paging", 1), ("reload_all", 1), ("toggle_smm", 1),
         ("toggle_guest_mode", 1), ("limit", 1), ("sweep", 1), ("unmap", 2), ("move", 2), ("protect", 2), ("set_backing", 1),
         ("under_invalidation", 1), ("age", 2), ("dirty_log_on", 2), ("dirty_log_off", 1), ("dirty_log_get", 4),
-        ("write_protect", 1), ("zap_all", 1), ("recover_nx", 1), ("recover", 1), ("slot_change", 1), ("generations", 1))
+        ("dirty_log_clear", 3), ("write_protect", 1), ("zap_all", 1), ("recover_nx", 1), ("recover", 1),
+        ("slot_change", 1), ("generations", 1))
     ALWAYS = ("access", "store", "grow_old", "invlpg", "repair")
 
     def choose_operations(self):

@@ -65,7 +65,6 @@ class _Sequence:
         self.crowded = paging and self.random.random() < 0.15
         slot_0 = dict(SLOT_0) | pick([{}, {}, {"backing": "2m"}])
         self.readonly = "flags" in slot_1
-        self.upper_half_is_plain = backing == "4k"
         self.cr3, self.cr0, self.cr4, self.efer = ROOTS[0], CR0 | CR0_WP, CR4_PAE, EFER | EFER_NX
         self.slot_1_at, self.slot_1_there, self.logging = SLOT_1_GPA, True, {0: 0, 1: 0}
         self.slot_2_at, self.slot_2_flags = SLOT_2_GPA, slot_2.get("flags", 0)
@@ -91,6 +90,8 @@ class _Sequence:
         kinds, weights = zip(*self._kinds().items(), strict=True)
         while len(self.ops) < operations:
             self.random.choices(kinds, weights)[0]()
+        if paging and self.random.random() < 0.3:
+            self._come_to_an_end()
 
     def _kinds(self):
         if not self.paging:
@@ -389,21 +390,28 @@ class _Sequence:
             return
         offset = self.random.choice((*range(0, 0x3000, 0x1000), 0x200000, 0x3FF000) if slot else (*DATA[:-4], *DATA[:-4], *PTS))
         size = self.random.choice((0x1000, 0x1000, 0x3000, 0x200000 if offset == 0x200000 else 0x1000))
-        self.upper_half_is_plain &= not (slot and offset >= 0x200000)
         size = min(size, (4 << 20 if slot else CODE[0]) - offset)
         self._add("dontneed", slot=slot, off=f"{offset:#x}", len=f"{size:#x}")
         if self.random.random() < 0.4 and (slot == 0 or self.slot_1_at == SLOT_1_GPA):
             self._add("host_touch", gpa=f"{offset + (SLOT_1_GPA if slot else 0):#x}")
 
     def _protect(self):
-        """Pages that nobody may write for some time; nobody does."""
-        if not self.slot_1_there or not self.upper_half_is_plain:
+        """Pages that nobody may write for some time; nobody does. To some edges the host zaps 2M around them."""
+        if not self.slot_1_there:
             return
-        where = {"slot": 1, "off": "0x200000", "len": "0x200000"}   # to other edges the host would zap 2M around them, too
-        self._add("mprotect", **where, prot=1)
-        for _ in range(self.random.randrange(1, 5)):
-            self._load()
-        self._add("mprotect", **where, prot=3)
+        whole = {"slot": 1, "off": "0x200000", "len": "0x200000"}
+        for _ in range(self.random.randrange(1, 4)):
+            if self.random.random() < 0.3:
+                self._add("mprotect", **whole, prot=self.random.choice((1, 1, 3)))
+            else:
+                low = self.random.randrange(SLOT_1_PT // 0x1000 + 1, 1024)
+                pages = self.random.choice((1, 1, 3, 1024)) if low >= 512 else self.random.choice((1, 700))
+                size = min(pages, 1024 - low) << 12
+                self._add("mprotect", slot=1, off=f"{low << 12:#x}", len=f"{size:#x}", prot=self.random.choice((1, 1, 3)))
+            for _ in range(self.random.randrange(1, 5)):
+                self._load()
+        low = SLOT_1_PT + 0x1000
+        self._add("mprotect", slot=1, off=f"{low:#x}", len=f"{(4 << 20) - low:#x}", prot=3)
 
     def _cross_pages(self):
         va = self._va() & ~0xFFF | 0x1000 - self.random.choice((1, 2, 3, 4, 7))
@@ -427,6 +435,16 @@ class _Sequence:
             lambda: self._add("efer", 0, val=f"{self.efer ^ 0x100:#x}"), lambda: self._add("nr_mmu_pages", n=20),
             lambda: self._add("invlpg", 0, va=f"{NOT_CANONICAL[0]:#x}")))()
         self._settle()
+
+    def _come_to_an_end(self):
+        """The guest loses its page tables, and with them the stub and its handlers: at the next entry, or when it faults."""
+        nowhere, empty = 0x8000000, DATA[0]
+        self.random.choice((
+            lambda: self._add("set_sregs", cr3=f"{nowhere:#x}"), lambda: self._add("cr3", 0, val=f"{nowhere:#x}"),
+            lambda: self._add("set_sregs", cr3=f"{empty:#x}"), lambda: self._add("cr3", 0, val=f"{empty:#x}"),
+            lambda: self._add("slot_delete", slot=0)))()
+        kind, cpl = self.random.choice((("null", 3), ("null", 0), ("load", 3), ("load", 0), ("store", 0)))
+        self._add(kind, cpl, **({} if kind == "null" else {"va": f"{self._va() & ~0xFFF:#x}", "val": "0x90"}))
 
     def _limit_pages(self):
         self._add("nr_mmu_pages", n=self.random.choice((64, 64, 70, 80, 1000)))

@@ -318,7 +318,7 @@ class Driver:
     def reload_all(self):
         """The registers that it has: nothing is flushed but where PDPTEs are loaded."""
         self.vcpu.set_regs(cr3=self.cr3)
-        if self.vcpu.pdptrs is not None:
+        if self.vcpu.regs.pdptrs is not None:
             self.flush()
 
     def unmap(self):
@@ -367,7 +367,7 @@ class Driver:
     def dirty_log_on(self):
         gpa = self.pick([0, self.high_at])
         if gpa not in self.dirty and self.slot_of(gpa) is not None:
-            self.vm.set_dirty_log(gpa)
+            self.vm.set_dirty_log(gpa, initially_set=bool(self.rng.random() < 0.3))
             self.dirty[gpa] = set()
 
     def dirty_log_off(self):
@@ -386,6 +386,20 @@ class Driver:
             assert not missing, f"written, not in the log: {sorted(map(hex, missing))}"
             if clear:
                 self.dirty[gpa] = set()
+
+    def dirty_log_clear(self):
+        """A range, or some pages of it, is clean: what is written there from now on is in the log again."""
+        if self.dirty:
+            gpa = self.pick(sorted(self.dirty))
+            pages = self.slot_of(gpa)["size"] // PAGE
+            first = int(self.rng.integers(pages))
+            last = int(self.rng.integers(first, min(pages, first + self.pick((1, 100, pages)))))
+            some = np.array([frame for frame in self.vm.get_dirty_log(gpa, clear=False).tolist()
+                             if first <= frame - gpa // PAGE <= last and self.rng.random() < 0.5], np.uint64)
+            all_of_it = self.rng.random() < 0.5
+            self.vm.clear_dirty_log(gpa + first * PAGE, (last + 1 - first) * PAGE, None if all_of_it else some)
+            frames = range(gpa // PAGE + first, gpa // PAGE + last + 1) if all_of_it else some.tolist()
+            self.dirty[gpa] -= set(frames)
 
     def write_protect(self):
         """As a shadow MMU would protect a table: W does not come back by a fast page fault."""
@@ -464,7 +478,7 @@ class Driver:
         ("toggle_pge", 1), ("load_cr3", 2), ("toggle_cr0_wp", 1), ("toggle_cr4", 1),
         ("reload_all", 1), ("unmap", 3), ("move", 3), ("protect", 3), ("set_backing", 2), ("under_invalidation", 2), ("age", 3),
         ("dirty_log_on", 2), ("dirty_log_off", 1), ("write_protect", 2), ("toggle_smm", 1), ("toggle_guest_mode", 1),
-        ("dirty_log_get", 4), ("zap_all", 1), ("recover_nx", 2), ("split", 1),
+        ("dirty_log_get", 4), ("dirty_log_clear", 3), ("zap_all", 1), ("recover_nx", 2), ("split", 1),
         ("recover", 1), ("slot_change", 2), ("generations", 1), ("write_guest", 3))
     NAMES = tuple(name for name, weight in OPERATIONS for _ in range(weight))
 

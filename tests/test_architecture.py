@@ -16,15 +16,16 @@ LAYERS = ("_bits", "_alloc", "_lock", "_maker", "arguments", "locked", "faults",
           "_walk_init", "_plain", "_lanes", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu",
           "_contexts", "_explain",
           "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_machine_modes", "_machine", "_audit_tlb",
-          "tracepoints", "vm", "guest_accesses", "vcpu", "_replay_blocks", "_replay", "outcome", "terminal", "progress",
-          "recorded_faults", "trace_memory", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure", "cli")
+          "tracepoints", "vm", "guest_accesses", "vmx_instructions", "vcpu", "_replay_blocks", "_replay", "outcome", "terminal",
+          "progress", "recorded_faults", "trace_memory", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure",
+          "cli")
 # The same within mmu/.
 MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
               "_zap", "_shadow_range", "_guest_tables", "_leaf", "_sync", "_shadow", "_roots", "_track",
               "_entry", "_kvm_memory", "_state", "_audit_leaf", "_audit_guest", "_audit_shadow", "_audit", "_inspect", "_damage")
 SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
 USES_TRACES = ("replay", "trace_memory", "trace_replay", "recorded_machine", "cli")
-USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py")   # users of the public face, like the command
+USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py", "oracles/vmm_memory.py")     # of the public face
 FACE = ("__init__", "__main__")                                         # may import everything
 SOURCES = sorted(path for suffix in ("py", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
 CYTHON = [path for path in SOURCES if path.suffix != ".py"]

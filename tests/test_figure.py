@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import PageTables, mode_regs
+from driver_nested import EptTables
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Npt, Vcpu, WalkRecord, cli
@@ -163,22 +164,23 @@ def test_a_fault_of_the_second_stage_on_the_page():
     assert {"\N{BALLOT X} write", "final nGPA"} <= set(texts(figure))
 
 
-def test_other_guests_under_a_second_stage():
-    """PAE: the PDPTE is a register, which nothing translates. Paging off: the final address is all there is."""
-    guest, host = PageTables("pae", 0x100000), PageTables("4l", NPT_BASE)
+@pytest.mark.parametrize(("kind", "of_pae"), [(PageTables, 19), (EptTables, 14)], ids=["npt", "ept"])
+def test_other_guests_under_a_second_stage(kind, of_pae):
+    """PAE: the PDPTE is an entry under NPT, else a register, which nothing translates. Paging off: a final address alone."""
+    guest, host = PageTables("pae", 0x100000), kind("4l", NPT_BASE)
     guest.map(0x403000, PAGE_NGPA)
     for ngpa in (*guest.tables(), PAGE_NGPA):
         host.map(ngpa, HOST + ngpa)
-    vcpu = Vcpu(memory(guest, host, offsets=(HOST, 0)), tdp="npt")
+    vcpu = Vcpu(memory(guest, host, offsets=(HOST, 0)), tdp="ept" if kind is EptTables else "npt")
     vcpu.set_regs(**mode_regs("4l", 0))
-    stage = Npt(NPT_BASE, cr4=vcpu.regs.cr4, efer=vcpu.regs.efer)
-    for registers, gva, refs in ((guest.regs(), 0x403123, 14), ({"cr0": 0x11, "cr4": 0, "efer": 0}, PAGE_NGPA, 4)):
+    stage = Ept(NPT_BASE | 0x1E) if kind is EptTables else Npt(NPT_BASE, cr4=vcpu.regs.cr4, efer=vcpu.regs.efer)
+    for registers, gva, refs in ((guest.regs(), 0x403123, of_pae), ({"cr0": 0x11, "cr4": 0, "efer": 0}, PAGE_NGPA, 4)):
         vcpu.leave_nested()
         vcpu.enter_nested(stage, **registers)
         record = vcpu.gva_walk.walk_record(gva)
         figure = kvmmu.plot_walk(record)
         assert record.refs == reads(figure) == refs
-        assert ("register" in cells(figure)) == bool(record.steps)
+        assert ("register" in cells(figure)) == bool(record.steps and kind is EptTables)
         assert "page" in cells(figure)
         assert overlaps(figure) == []
 

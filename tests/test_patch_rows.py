@@ -154,7 +154,7 @@ def test_move_gva_to_gpa_to_kvm_pagewalk(kind):
 # ---- get_pdptr moves to kvm_pagewalk -----------------------------------------------------------------------------------
 
 def test_move_get_pdptr_to_kvm_pagewalk():
-    """Registers for the guest's walk, memory for one of a PAE host's nested tables: a change of memory tells them apart."""
+    """Registers for the guest's walk, memory for one of a PAE host's nested tables, and for a guest under them."""
     guest = NestedGuest(kind="npt", enter=False)
     vcpu = guest.vcpu
     host = pae_guest(vcpu, 0x20000, 0x21000, 0)
@@ -164,9 +164,11 @@ def test_move_get_pdptr_to_kvm_pagewalk():
     vcpu.enter_nested(Npt(0x20000, cr4=host["cr4"], efer=0), **l2)
     assert [0x31001, 0x21001] == [walk.get_pdptr(0) for walk in (vcpu.gva_walk, vcpu.ngpa_walk)]
     assert 0x123 == vcpu.ngpa_walk.gva_to_gpa(0x123, USER)
-    vcpu.mem.write_u64(0x20000, 0x22001)
     vcpu.mem.write_u64(0x30000, 0x32001)
-    assert [0x31001, 0x22001] == [walk.get_pdptr(0) for walk in (vcpu.gva_walk, vcpu.ngpa_walk)]
+    assert [0x32001, 0x21001] == [walk.get_pdptr(0) for walk in (vcpu.gva_walk, vcpu.ngpa_walk)]
+    vcpu.mem.write_u64(0x20000, 0x22001)
+    vcpu.mem.write_u64(MB2 + 0x30000, 0x33001)                  # which is where the PDPT is now
+    assert [0x33001, 0x22001] == [walk.get_pdptr(0) for walk in (vcpu.gva_walk, vcpu.ngpa_walk)]
     assert MB2 + 0x123 == vcpu.ngpa_walk.gva_to_gpa(0x123, USER)
 
 

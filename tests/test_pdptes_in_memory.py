@@ -121,7 +121,8 @@ def test_an_illegal_pdpte_at_entry(kind, guest):
             guest.enter()
         return
     guest.enter()
-    assert guest.vcpu.pdptrs is None
+    assert guest.vcpu.regs.pdptrs is None
+    assert guest.vcpu.pdptrs == (PDS[0] | 1, BAD, 0, 0), "as they are in memory"
     assert (guest.read(USED), guest.read(UNUSED)) == (PAGES[0] | 0x123, -9)
 
 
@@ -175,6 +176,7 @@ def test_the_nested_fault_of_a_missing_pdpt_is_the_access_s(machine, conformance
     guest.vcpu.set_regs(cr0=PE)
     guest.vcpu.enter_nested(NPT, **REGS | {"cr3": 0x40002020})
     guest.vcpu.mov_cr(3, 0x40002020)
+    assert guest.vcpu.pdptrs is None
     with pytest.raises(NestedPageFault) as fault:
         guest.vcpu.access(UNUSED) if machine else guest.vcpu.gva_walk.gva_to_gpa(UNUSED)
     assert fault.value.exit_qualification == 1 << 33 | 6

@@ -79,10 +79,14 @@ cdef class _Findings:
     cdef dirty_log(self, const kvm_memory_slot *slot, uint32_t sp, uint64_t gfn, int level, uint64_t spte):
         cdef kvm *k = self.k
         cdef bint dirty
+        cdef int i
         if not slot.dirty_log:
             return
         if level > PG_LEVEL_4K:
-            if is_writable_pte(spte):
+            dirty = slot.log_began_full         # then it may be, as long as all of it is in the log
+            for i in range(<int>pages_per_hpage(level)):
+                dirty &= is_slot_dirty(slot, gfn + i)
+            if is_writable_pte(spte) and not dirty:
                 self.report(sp, gfn, level, spte, "writable and huge under the dirty log")
             return
         dirty = is_slot_dirty(slot, gfn)

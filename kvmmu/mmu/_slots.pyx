@@ -81,6 +81,7 @@ cdef int alloc_host_pages(kvm_memory_slot *slot) noexcept nogil:
 
 cdef int set_dirty_log(kvm_memory_slot *slot, bint on) noexcept nogil:
     slot.dirty_log = on
+    slot.log_began_full = False
     if not on:
         free(slot.dirty_bitmap)
         slot.dirty_bitmap = NULL

@@ -100,11 +100,14 @@ cdef class Kvm(KvmMemory):
             self.k.mmu_invalidate_seq += 1
 
     def invalidate(self, gpa, size, how):
-        """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect"."""
+        """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect".
+
+        "readonly" is "protect" without the copying that makes huge pages small: mprotect() by a VMM.
+        """
         cdef kvm_memory_slot *slot
         cdef uint64_t gfn, start, end
         cdef uint8_t *page
-        if how not in ("unmap", "move", "protect"):
+        if how not in ("unmap", "move", "protect", "readonly"):
             raise ValueError(f"how: want 'unmap', 'move' or 'protect', got {how!r}")
         with self.lock:
             for address, start, end in self._frames(gpa, size):
@@ -117,16 +120,16 @@ cdef class Kvm(KvmMemory):
                     page = &slot.host_page[gfn - slot.base_gfn]
                     if page[0] & HOST_UNMAPPED and how != "unmap":
                         pass                            # nothing there to be moved or protected
-                    elif how == "protect":
+                    elif how in ("protect", "readonly"):
                         page[0] |= HOST_READONLY
                     else:
                         move_host_page(slot, gfn)
                         page[0] &= ~(HOST_READONLY | HOST_UNMAPPED)
                         if how == "unmap":
                             page[0] |= HOST_UNMAPPED
-                    if how != "move":
+                    if how in ("unmap", "protect"):
                         page[0] = (page[0] & ~HOST_LEVEL_MASK) | PG_LEVEL_4K
-                if how != "move":
+                if how in ("unmap", "protect"):
                     limit_level(slot, start, end)
             self.k.mmu_invalidate_seq += 1
 
@@ -171,9 +174,9 @@ cdef class Kvm(KvmMemory):
 
     # ---- dirty log ---------------------------------------------------------------------------------------------------
 
-    def set_dirty_log(self, gpa, on, as_id=0, created=False, dirty=()):
+    def set_dirty_log(self, gpa, on, as_id=0, created=False, dirty=(), full=False):
         """Start or stop the dirty log of the slot at gpa; created: it was made a moment ago, and nothing maps it; dirty: pages of
-        it, by number, that the log begins with."""
+        it, by number, that the log begins with; full: it begins with all, and protects what is cleared."""
         cdef kvm_memory_slot *slot
         cdef uint64_t i
         with self.lock:
@@ -190,6 +193,11 @@ cdef class Kvm(KvmMemory):
                     mark_slot_dirty(slot, slot.base_gfn + i)
                 return
             next_generation(self.k, 1)
+            if on and full:
+                slot.log_began_full = True
+                for i in range(slot.npages):
+                    mark_slot_dirty(slot, slot.base_gfn + i)
+                return
             if slot.readonly:                           # none of it is mapped for writing
                 return
             if not on:
@@ -208,27 +216,70 @@ cdef class Kvm(KvmMemory):
     def dirty_log(self, gpa, clear, as_id=0):
         """Frames (uint64, ascending) written since the log was last cleared."""
         cdef kvm_memory_slot *slot
-        cdef uint64_t word
-        cdef size_t i, words
-        cdef bint flush = False
+        cdef size_t words
         with self.lock:
-            slot = self.slot_at(gpa, as_id)
-            if not slot.dirty_log:
-                raise ValueError(f"the slot that holds gpa {gpa:#x} has no dirty log; set_dirty_log() starts one")
+            slot = self.logged_slot(gpa, as_id)
             words = (slot.npages + 63) // 64
             bitmap = np.array(<uint64_t[:words]>slot.dirty_bitmap)
             if clear:
-                for i in range(words):
-                    word = slot.dirty_bitmap[i]
-                    slot.dirty_bitmap[i] = 0
-                    if word:                # a page that was aged may be writable in a TLB alone: flush in any case
-                        flush = True
-                        shadow_wrprot_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word)
-                        tdp_clear_dirty_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word, not self.k.spte.pml)
-                if flush:
-                    flush_remote_tlbs(self.k)
+                self.clear_dirty_words(slot, bitmap)
             bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little")
             return np.flatnonzero(bits).astype(np.uint64) + np.uint64(slot.base_gfn)
+
+    cdef kvm_memory_slot *logged_slot(self, gpa, as_id) except NULL:
+        cdef kvm_memory_slot *slot = self.slot_at(gpa, as_id)
+        if not slot.dirty_log:
+            raise ValueError(f"the slot that holds gpa {gpa:#x} has no dirty log; set_dirty_log() starts one")
+        return slot
+
+    def clear_dirty_log(self, gpa, size, pages, as_id=0):
+        """Clear pages of [gpa, gpa + size), all or those of the frames `pages` (uint64), in the log of the slot at gpa."""
+        cdef kvm_memory_slot *slot
+        cdef uint64_t first, last
+        with self.lock:
+            slot = self.logged_slot(gpa, as_id)
+            first, last = (gpa >> PAGE_SHIFT) - slot.base_gfn, ((gpa + size) >> PAGE_SHIFT) - slot.base_gfn
+            if (gpa | size) & (PAGE_SIZE - 1) or last > slot.npages or first > last:
+                raise ValueError(f"gpa {gpa:#x}, size {size:#x}: want whole pages of the slot that begins at "
+                                 f"{slot.base_gfn << PAGE_SHIFT:#x} and has {slot.npages << PAGE_SHIFT:#x} bytes")
+            bits = np.zeros((slot.npages + 63) // 64 * 64, np.uint8)
+            if pages is None:
+                bits[first:last] = 1
+            else:
+                numbers = pages - np.uint64(slot.base_gfn)              # below the slot they become large
+                if not ((numbers >= first) & (numbers < last)).all():
+                    raise ValueError(f"pages: want frames of [{gpa:#x}, {gpa + size:#x}), got {pages!r}")
+                bits[numbers] = 1
+            self.clear_dirty_words(slot, np.packbits(bits, bitorder="little").view(np.uint64))
+
+    cdef int clear_dirty_words(self, kvm_memory_slot *slot, const uint64_t[::1] wanted) except -1:
+        """Of pages with a bit set: those that are in the log are clean, and the next write to each is logged."""
+        cdef uint64_t word, first, last
+        cdef size_t i
+        cdef int bit
+        cdef bint flush = False
+        for i in range((slot.npages + 63) // 64):
+            word = slot.dirty_bitmap[i] & wanted[i]
+            slot.dirty_bitmap[i] ^= word
+            if word == 0:
+                continue
+            flush = True                    # a page that was aged may be writable in a TLB alone: flush in any case
+            if slot.log_began_full:
+                first = last = 64
+                for bit in range(64):
+                    if (word >> bit) & 1:
+                        first, last = min(first, <uint64_t>bit), bit
+                first, last = slot.base_gfn + 64 * i + first, slot.base_gfn + 64 * i + last
+                if self.host.eager_split:
+                    tdp_try_split_huge_pages(self.k, slot.as_id, first, last + 1, PG_LEVEL_4K)
+                slot_gfn_write_protect(self.k, slot, first, PG_LEVEL_2M)
+                if first // pages_per_hpage(PG_LEVEL_2M) != last // pages_per_hpage(PG_LEVEL_2M):
+                    slot_gfn_write_protect(self.k, slot, last, PG_LEVEL_2M)
+            shadow_wrprot_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word)
+            tdp_clear_dirty_pt_masked(self.k, slot, slot.base_gfn + 64 * i, word, not self.k.spte.pml)
+        if flush:
+            flush_remote_tlbs(self.k)
+        return 0
 
     def note_write(self, gpa, size, as_id=0, dirty=True):
         """KVM or the VMM writes bytes of the guest: the host page becomes a private one; dirty: KVM, which logs the frame."""

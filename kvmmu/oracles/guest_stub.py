@@ -11,9 +11,11 @@ guest runs in 32-bit protected mode, and accesses of 8 bytes become accesses of 
 import struct
 from typing import Any
 
-__all__ = ["FATAL", "INSTRUCTIONS", "PORT_OF_EXCEPTIONS", "PORT_OF_SUCCESS", "SELECTORS", "VECTORS_WITH_ERROR_CODE", "Stub"]
+__all__ = [
+    "FATAL", "INSTRUCTIONS", "PORT_OF_EXCEPTIONS", "PORT_OF_SUCCESS", "SELECTORS", "SHUTDOWN", "VECTORS_WITH_ERROR_CODE", "Stub"]
 
 FATAL = ("internal", "exit")            # results after which the guest does not run again
+SHUTDOWN = ("exit", 8)                  # KVM_EXIT_SHUTDOWN: an exception that cannot be delivered, nor a double fault
 PORT_OF_SUCCESS = 0x10
 PORT_OF_EXCEPTIONS = 0x20               # plus the vector
 VECTORS = 32
@@ -27,6 +29,12 @@ _HANDLERS = 0x800
 _OUT = 0xE6
 _GDT = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF)
 _SUPERVISOR, _USER, _IDT, _GDT_TSS, _STACK = range(5)       # pages
+
+# Where the recordings have their stub.
+_RECORDED: dict[str, Any] = {
+    "slot": 31, "gpa": "0x30000000", "size": "0x10000", "va": "0x300000000000", "user_code_va": "0x300000001000",
+    "mem": [["0x30005000", "0x30006067"], ["0x30006000", "0x30007067"], *(
+        [f"{0x30007000 + 8 * page:#x}", f"{0x30000063 + PAGE_SIZE * page | (page == _USER) << 2:#x}"] for page in range(5))]}
 
 # By name: the machine code, and the bytes that it moves.
 INSTRUCTIONS: dict[str, tuple[bytes, int]] = {
@@ -68,8 +76,8 @@ class Stub:
 
     Parameters
     ----------
-    stub : dict
-        The `stub` of a scenario.
+    stub : dict or None
+        The `stub` of a scenario. None: where the recordings have theirs.
     mode : str, optional
         The `mode` of a scenario: "nopg" for paging off, None for 4-level long mode.
 
@@ -80,7 +88,8 @@ class Stub:
     long_mode : bool
     """
 
-    def __init__(self, stub: dict[str, Any], mode: str | None = None) -> None:
+    def __init__(self, stub: dict[str, Any] | None, mode: str | None = None) -> None:
+        stub = _RECORDED if stub is None else stub
         if mode not in (None, "nopg"):
             raise ValueError(f"mode: want 'nopg' or none, got {mode!r}")
         self.long_mode = mode is None
@@ -108,6 +117,11 @@ class Stub:
     def return_va(self, name: str, cpl: int) -> int:
         """Linear address of the OUT after an instruction."""
         return self.code_va(name, cpl) + len(self.instruction(name)[0])
+
+    @property
+    def delivery(self) -> list[tuple[int, bool]]:
+        """Linear addresses that an exception of the guest needs, and whether it writes there."""
+        return [(self.idt[0], False), (self.gdt[0], False), (self.va + _HANDLERS, False), (self.stack_va - 1, True)]
 
     @property
     def stack_va(self) -> int:

@@ -155,7 +155,7 @@ class LiveMachine(FileDescriptors):
     ----------
     scenario : dict
         `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all` and `cpu` (vendor, maxphyaddr, or
-        both); numbers in strings are hexadecimal.
+        both); numbers in strings are hexadecimal. A stub of None is where the recordings have theirs.
 
     Raises
     ------
@@ -168,7 +168,7 @@ class LiveMachine(FileDescriptors):
     def __init__(self, scenario: dict[str, Any]) -> None:
         super().__init__()
         self._slots: dict[int, dict[str, Any]] = {slot["slot"]: dict(slot) for slot in scenario["slots"]}
-        self._stub = Stub(scenario["stub"], scenario.get("mode"))
+        self._stub = Stub(scenario.get("stub"), scenario.get("mode"))
         self._cpl: int | None = None
         try:
             self._create(bool(scenario.get("disable_quirk_slot_zap_all")), scenario.get("cpu", {}))

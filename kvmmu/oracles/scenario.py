@@ -5,13 +5,11 @@ the guest once. What that does to page tables besides the operation's own access
 mode only; all else that the stub does is emulated and leaves no trace.
 """
 
-import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvmmu import (
     INVALID_GPA,
@@ -24,23 +22,24 @@ from kvmmu import (
     PageFault,
     Pferr,
     RetPf,
+    Status,
     Tracepoints,
     Vm,
 )
 from kvmmu.arguments import check_bool, check_word
 from kvmmu.oracles.events import event_text
-from kvmmu.oracles.guest_stub import FATAL, Stub
+from kvmmu.oracles.guest_stub import FATAL, SHUTDOWN, Stub
+from kvmmu.oracles.vmm_memory import DIRTY_LOG_FLAG, HUGE_PAGE_SIZE, PAGE_SIZE, READONLY_FLAG, VmmSlot
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
-PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
-_STATE = ("slots", "regs", "stub", "mem", "watch")
-DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
+_STATE = ("slots", "regs", "mem", "watch")
 EINVAL = 22
 MIN_MMU_PAGES = 64
 CANONICAL_BITS = 48
 JMP_RDX, ADD_AL_TO_RAX = b"\xff\xe2", b"\0\0"
 GP_VECTOR = 13
+CR3_TABLE = (1 << 52) - PAGE_SIZE
 CPU = CpuModel(vendor="amd", maxphyaddr=48, gbpages=False, la57=False, pcid=False, conformance="kvm")
 CONTROL_REGISTERS = {"cr0": 0, "cr3": 3, "cr4": 4}
 # What instructions make of the bytes in memory and their operand. All but MOV and MOVNTI read first.
@@ -61,21 +60,6 @@ UPDATES: dict[str, Callable[[int, int], int]] = {
 NOT_PAGE_TABLE_WRITING = frozenset({"xadd", "add", "sub", "not", "inc", "btr", "movnti", "movups"})
 
 
-class _Slot:
-    """A slot of the VMM: its memory outlives the slot of the machine."""
-
-    def __init__(self, slot: dict[str, Any]) -> None:
-        self.number, self.gpa, self.size = slot["slot"], slot["gpa"], slot["size"]
-        self.flags = self.first_flags = slot.get("flags", 0)
-        self.backing = slot.get("backing", "4k")
-        self.data: NDArray[np.uint8] = np.zeros(self.size, np.uint8)
-        self.present = False
-        self.states: list[tuple[int, str]] = []         # offsets of host pages that are not plain ones, while it is not there
-        self.split: set[int] = set()                    # offsets of huge host pages that are none any more
-        if slot.get("unpopulated"):
-            self.states = [(offset, "unmap") for offset in range(0, self.size, PAGE_SIZE)]
-
-
 class ScenarioMachine:
     """A machine in the initial state of a scenario.
 
@@ -83,7 +67,7 @@ class ScenarioMachine:
     ----------
     scenario : dict
         `slots`, `regs`, `stub`, `mem`, `watch` and maybe `disable_quirk_slot_zap_all` and `cpu` (vendor, maxphyaddr, or
-        both); numbers in strings are hexadecimal.
+        both); numbers in strings are hexadecimal. A stub of None is where the recordings have theirs.
     trace : bool
         Whether records have the events of the page tables.
 
@@ -95,9 +79,9 @@ class ScenarioMachine:
     def __init__(self, scenario: dict[str, Any], *, trace: bool = True) -> None:
         _check_scenario(scenario, _STATE)
         trace = check_bool("trace", trace)
-        self._stub = Stub(scenario["stub"], scenario.get("mode"))
+        self._stub = Stub(scenario.get("stub"), scenario.get("mode"))
         stub = {"slot": self._stub.slot, "gpa": self._stub.gpa, "size": self._stub.size}
-        self._slots = {slot["slot"]: _Slot(slot) for slot in (*scenario["slots"], stub)}
+        self._slots = {slot["slot"]: VmmSlot(slot) for slot in (*scenario["slots"], stub)}
         first = next((slot for slot in self._slots.values() if slot.gpa == 0), None)
         if first is None:
             raise ValueError("slots: want one at gpa 0")
@@ -121,7 +105,7 @@ class ScenarioMachine:
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
-    def _create_slot(self, slot: _Slot, exists: bool = False) -> None:
+    def _create_slot(self, slot: VmmSlot, exists: bool = False) -> None:
         if not exists:
             flags = {"readonly": bool(slot.flags & READONLY_FLAG), "dirty_log": bool(slot.flags & DIRTY_LOG_FLAG)}
             self.vm.add_slot(slot.gpa, slot.data, **flags)
@@ -129,7 +113,7 @@ class ScenarioMachine:
             self.vm.set_dirty_log(slot.gpa, True)
         self._use_host_pages(slot)
 
-    def _use_host_pages(self, slot: _Slot) -> None:
+    def _use_host_pages(self, slot: VmmSlot) -> None:
         """Put the host's pages behind a slot that has just appeared where it is."""
         if slot.backing != "2m":
             self.vm.set_backing(slot.gpa, slot.size, slot.backing)
@@ -139,7 +123,7 @@ class ScenarioMachine:
             self.vm.invalidate(slot.gpa + offset, PAGE_SIZE, how)
         slot.present, slot.states = True, []
 
-    def _find(self, gpa: int) -> tuple[_Slot, int] | None:
+    def _find(self, gpa: int) -> tuple[VmmSlot, int] | None:
         """The slot that holds gpa, or did before it was deleted, and the offset in it."""
         for slot in self._slots.values():
             if slot.gpa <= gpa < slot.gpa + slot.size:
@@ -213,6 +197,8 @@ class ScenarioMachine:
             va = va + size * ((value ^ 1 << 63) - (1 << 63) >> 3 + size.bit_length() - 1) & 2**64 - 1
             value %= 8 * size
         self.vcpu.vm_enter()
+        if not self._has_root():
+            return list(SHUTDOWN)
         try:
             if cpl and self._stub.long_mode:
                 self.vcpu.access(self._stub.code_va(name, cpl), Access.USER | Access.FETCH)
@@ -221,17 +207,39 @@ class ScenarioMachine:
                     self.vcpu.vm_enter()
                     self.vcpu.access(self._stub.return_va(name, cpl), Access.USER | Access.FETCH)
             else:
+                self._fetch_emulated(self._stub.code_va(name, cpl), cpl)
                 result = self._emulated(name, size, va, value, Access.USER if cpl else 0, record)
-            return self._exits + result
+            if result[0] not in FATAL and self._has_root():
+                self._fetch_emulated(self._stub.return_va(name, cpl), cpl)
+            result = self._exits + result
         except PageFault as fault:
             self.vcpu.vm_enter()                        # to deliver it
-            return [*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"]
+            result = self._delivered([*self._exits, "#PF", f"{fault.error_code:x}", f"{fault.address:x}"])
         except GeneralProtection:
             self.vcpu.vm_enter()
-            return [*self._exits, "exc", GP_VECTOR, 0]
-        finally:
-            if self.vcpu.mmu.root_hpa is None:          # the OUT is emulated, too, and KVM wants a root for that
-                self.vcpu.vm_enter()
+            result = self._delivered([*self._exits, "exc", GP_VECTOR, 0])
+        if self.vcpu.mmu.root_hpa is None:              # the OUT is emulated, too, and KVM wants a root for that
+            self.vcpu.vm_enter()
+        return result if result[0] in FATAL or self._has_root() else list(SHUTDOWN)
+
+    def _has_root(self) -> bool:
+        """Whether memory is behind CR3: this kernel does not enter a guest without, it shuts it down."""
+        return not self._stub.long_mode or self.mem.is_backed(self.vcpu.regs.cr3 & CR3_TABLE, 1)
+
+    def _fetch_emulated(self, va: int, cpl: int) -> None:
+        """KVM fetches an instruction of the stub for its emulator; without a fault that leaves no trace."""
+        access = Access.FETCH | (Access.USER if cpl else 0)
+        if self._stub.long_mode and self.vcpu.gva_walk.walk_record(va, access).status != Status.OK:
+            self.vcpu.read_guest(va, 1, access)
+
+    def _delivered(self, result: list[Any]) -> list[Any]:
+        """How an operation ends that raised an exception: as it says, if the guest's handler can be reached."""
+        if not self._stub.long_mode:
+            return result
+        for va, writes in self._stub.delivery:
+            if self.vcpu.gva_walk.walk_record(va, Access.IMPLICIT | (Access.WRITE if writes else 0)).status != Status.OK:
+                return list(SHUTDOWN)
+        return result
 
     def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
         if va % PAGE_SIZE + size > PAGE_SIZE:
@@ -396,18 +404,9 @@ class ScenarioMachine:
 
     def _op_slot_delete(self, op: dict[str, Any], record: dict[str, Any]) -> None:
         slot = self._slots[op["slot"]]
-        slot.states = self._states(slot)
+        slot.states = slot.pages_not_plain(self.vm)
         self.vm.delete_slot(slot.gpa)
         slot.present = False
-
-    def _states(self, slot: _Slot) -> list[tuple[int, str]]:
-        """Host pages of a slot that are not there, or are the zero page."""
-        states = []
-        for offset in range(0, slot.size, PAGE_SIZE):
-            _, _, unmapped, readonly = self.vm.kvm.host_page(slot.gpa + offset)
-            if unmapped or readonly:
-                states.append((offset, "unmap" if unmapped else "protect"))
-        return states
 
     def _op_slot_set(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
         slot = self._slots[op["slot"]]
@@ -419,7 +418,7 @@ class ScenarioMachine:
         if (flags ^ slot.flags) & READONLY_FLAG:
             return -EINVAL
         if gpa != slot.gpa:
-            slot.states = self._states(slot)
+            slot.states = slot.pages_not_plain(self.vm)
             self.vm.move_slot(slot.gpa, gpa)
             slot.gpa = gpa
             self._use_host_pages(slot)
@@ -435,20 +434,11 @@ class ScenarioMachine:
 
     def _op_dontneed(self, op: dict[str, Any], record: dict[str, Any]) -> None:
         slot, offset, size = self._slots[op["slot"]], _number(op["off"]), _number(op["len"])
-        slot.data[offset:offset + size] = 0
-        if slot.backing == "2m":
-            slot.split |= {at - at % HUGE_PAGE_SIZE for at in range(offset, offset + size, PAGE_SIZE)}
-        if slot.present:
-            self.vm.invalidate(slot.gpa + offset, size, "unmap")
-            return
-        gone = range(offset, offset + size, PAGE_SIZE)
-        slot.states = [state for state in slot.states if state[0] not in gone] + [(at, "unmap") for at in gone]
+        slot.dontneed(self.vm, offset, size)
 
     def _op_mprotect(self, op: dict[str, Any], record: dict[str, Any]) -> None:
         slot, offset, size, prot = self._slots[op["slot"]], _number(op["off"]), _number(op["len"]), _number(op["prot"])
-        if not prot & mmap.PROT_READ:
-            raise ValueError(f"prot: want {mmap.PROT_READ} or {mmap.PROT_READ | mmap.PROT_WRITE}, got {prot}")
-        self.vm.invalidate(slot.gpa + offset, size, "move" if prot & mmap.PROT_WRITE else "protect")
+        slot.mprotect(self.vm, offset, size, prot)
 
     def _op_nr_mmu_pages(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
         if _number(op["n"]) < MIN_MMU_PAGES:
