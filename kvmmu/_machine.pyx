@@ -11,21 +11,19 @@ from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
 from kvmmu._bits cimport (
     ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GPA_BITS, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, ROLE_DIRECT_MASK,
-    ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
 )
 from kvmmu._contexts cimport VcpuArch, rflags_ac
 from kvmmu._exits cimport machine_drain_pml, machine_emulate
 from kvmmu._format cimport PageFormat, explicit_access
+from kvmmu._l1_flushes cimport flush_ept, flush_vpid
 from kvmmu._machine_modes cimport MachineModes
 from kvmmu._machine_state cimport access_columns, access_result, use_arena
 from kvmmu._tlb cimport (
-    Tlb, tlb_flush_pcid, tlb_flush_space, tlb_flush_space_of, tlb_invalidate_page_in, tlb_invlpg, tlb_invpcid_address,
+    Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,
 )
 from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
-from kvmmu.mmu._kvm cimport (
-    PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu, kvm_mmu_root, sp_hpa,
-)
+from kvmmu.mmu._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu._page cimport alloc_page, reserve_pages
 from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu._state cimport Kvm
@@ -354,48 +352,19 @@ cdef class Machine(MachineModes):
 
     def invept(self, eptp):
         """INVEPT by L1, while it runs: roots that shadow its EPT with this EPTP are left, all of them without one (None)."""
-        cdef kvm_mmu *mmu = &self.m.vcpu.guest_mmu
         cdef uint64_t pgd = 0 if eptp is None else check_scalar_word("eptp", eptp)
-        cdef uint64_t mask = 0 if eptp is None else PT64_BASE_ADDR_MASK
-        cdef uint32_t roots
-        cdef int i
+        cdef bint every = eptp is None
         with self.kvm.lock:
             self.kvm.sync()
-            roots = prev_roots_of(mmu, pgd, mask) << 1
-            if mmu.root.valid and mmu.root.pgd & mask == pgd & mask:
-                roots |= ROOT_CURRENT
-                tlb_flush_space_of(&self.tlb.t, sp_hpa(self.kvm.k, mmu.root.sp), True)
-            for i in range(PREV_ROOTS):
-                if (roots >> (i + 1)) & 1:
-                    tlb_flush_space_of(&self.tlb.t, sp_hpa(self.kvm.k, mmu.prev_roots[i].sp), True)
-            if eptp is None:
-                for i in range(1, self.tlb.t.nr_spaces):
-                    if is_nested_space(self.tlb.t.spaces[i]):
-                        tlb_flush_space_of(&self.tlb.t, self.tlb.t.spaces[i], True)
-            free_shadow_roots(self.kvm.k, mmu, roots)
+            flush_ept(&self.m, every, pgd)
 
     def invvpid(self, type, gva):
         """INVVPID by L1, while it runs: translations of L2's, whatever their VPID; type and address as of the instruction."""
-        cdef uint64_t space, addr = check_scalar_word("gva", gva)
-        cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
-        cdef uint32_t roots = 0
-        cdef int i
+        cdef uint64_t addr = check_scalar_word("gva", gva)
+        cdef int how = type
         with self.kvm.lock:
             self.kvm.sync()
-            for i in range(1, self.tlb.t.nr_spaces):
-                space = self.tlb.t.spaces[i]
-                if not is_nested_space(space) and not space & ROLE_GUEST_MODE_MASK:
-                    continue
-                if type == 0:
-                    tlb_invalidate_page_in(&self.tlb.t, space, addr)
-                else:
-                    tlb_flush_space_of(&self.tlb.t, space, type != 3)
-            if self.kvm.k.tdp_enabled:
-                return
-            for i in range(PREV_ROOTS):                 # L1 and L2 share this MMU
-                if mmu.prev_roots[i].valid and is_of_guest_mode(self.kvm.k, &mmu.prev_roots[i]):
-                    roots |= <uint32_t>2 << i
-            free_shadow_roots(self.kvm.k, mmu, roots)
+            flush_vpid(&self.m, how, addr)
 
     cdef int invalidate_pcid(self, uint32_t pcid) except -1:
         """All of one PCID, in the tables that shadow the guest's: synchronized at the next entry, or left."""
@@ -508,16 +477,6 @@ cdef class Machine(MachineModes):
 
 cdef uint8_t NO_DATA[1]
 cdef object _TOKEN = object()       # only this module can make an Mmu
-
-
-cdef inline bint is_nested_space(uint64_t space) noexcept nogil:
-    """Whether a space of the TLB is a root under L1's second stage, which is a host address; others are roles, of 32 bits."""
-    return space >> 32 != 0
-
-
-cdef inline bint is_of_guest_mode(const kvm *k, const kvm_mmu_root *root) noexcept nogil:
-    """Whether a root is L2's."""
-    return (k.pages[root.sp].role & <uint32_t>ROLE_GUEST_MODE_MASK) != 0
 
 
 cdef result_of(const access_result *out):

@@ -15,7 +15,7 @@ LAYERS = ("_bits", "_alloc", "_lock", "_maker", "arguments", "locked", "faults",
           "nested", "_roles", "_memory", "registers", "delivery", "control_blocks", "host", "_format", "_gpte", "tables", "_walk",
           "_walk_init", "_plain", "_lanes", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu",
           "_contexts", "_explain",
-          "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_machine_modes", "_machine", "_audit_tlb",
+          "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine", "_audit_tlb",
           "tracepoints", "vm", "guest_accesses", "vmx_instructions", "vcpu", "_replay_blocks", "_replay", "outcome", "terminal",
           "progress", "recorded_faults", "trace_memory", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure",
           "cli")
