@@ -36,10 +36,10 @@ def memory_with_high_leaves(leaf_tables=1):
     """(memory, mmap behind a second slot, rows): tables in the first slot, tables of leaves in the second."""
     mem = GuestMemory(0x100000)
     buffer = mmap.mmap(-1, leaf_tables * PAGE)
-    mem.write_u64(0x1000, 0x2007)
-    mem.write_u64(0x2000, 0x3007)
+    mem.write_u64(0x1000, 0x2067)
+    mem.write_u64(0x2000, 0x3067)
     for i in range(leaf_tables):
-        mem.write_u64(0x3000 + 8 * i, HIGH + i * PAGE | 7)
+        mem.write_u64(0x3000 + 8 * i, HIGH + i * PAGE | 0x67)
     entries = np.arange(512 * leaf_tables, dtype=np.uint64) * np.uint64(PAGE) | np.uint64(0x67)
     buffer[:] = entries.tobytes()
     mem.add_slot(HIGH, buffer)
@@ -164,7 +164,9 @@ def test_no_table_is_kept_longer_than_somebody_reads_it():
     nested.set_regs(cr0=1)
     nested.enter_nested(Ept(0x8000 | 0x1E))
     sets, under = vcpu.gva_walk.prepare([REGS]), nested.gva_walk.prepare([nested.regs])
+    vcpu.gva_walk.gva_to_gpa(0)
     before = tables_alive()
+    assert before                                                       # the collector sees them
     for number in range(100):
         mem.add_slot(1 << 40, PAGE)
         vcpu.gva_walk.translate(GVAS, regs=sets)
@@ -263,7 +265,7 @@ def test_columns_that_a_thread_changes(column):
     """Rows may come out wrong, and nothing else does: every index is held in its range where it is used."""
     mem, _ = memory_with_high_leaves()
     vcpu = vcpu_of(mem)
-    n = 100_000
+    n = 2_000_000
     columns = {"gva": np.zeros(n, np.uint64), "access": np.zeros(n, np.uint8), "ctx": np.zeros(n, np.uint32)}
     sets = vcpu.gva_walk.prepare([REGS, REGS, Regs(cr0=1, cr3=0, cr4=0, efer=0)])
     stop = threading.Event()
@@ -275,7 +277,7 @@ def test_columns_that_a_thread_changes(column):
 
     thread = threading.Thread(target=change)
     thread.start()
-    for _ in range(150):
+    for _ in range(40):
         try:
             vcpu.gva_walk.translate(columns["gva"], columns["access"], regs=sets, ctx=columns["ctx"])
         except ValueError as error:
