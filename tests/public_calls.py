@@ -188,6 +188,12 @@ def with_slot(mem):
     return mem
 
 
+def logged():
+    vm = machine()
+    vm.set_dirty_log(0)
+    return vm
+
+
 def tables():
     """Page tables that map a page."""
     made = kvmmu.PageTables(GuestMemory(1 << 20))
@@ -337,7 +343,13 @@ CALLS = {
                                     state=vm_state),
     "Vm.host_write": Call(method(machine, "host_write"), {"gpa": (64, 0, TOP - 1)}, others={"data": b"new"}, state=vm_state),
     "Vm.set_nr_mmu_pages": Call(method(machine, "set_nr_mmu_pages"), {"n": (100, 1, U32)}, state=vm_state),
-    "Vm.set_dirty_log": Call(method(machine, "set_dirty_log"), {"gpa": (64, 0, TOP - 1)}, {"on": True}, state=vm_state),
+    "Vm.set_dirty_log": Call(method(machine, "set_dirty_log"), {"gpa": (64, 0, TOP - 1)}, {"on": True, "initially_set": True},
+                             state=vm_state),
+    "Vm.clear_dirty_log": Call(method(logged, "clear_dirty_log"), {"gpa": (PAGE, 0, TOP - PAGE), "size": (PAGE, 0, TOP)},
+                               state=vm_state),
+    "VmxInstructions.invept": Call(method(paging_off, "invept"), {"type": (2, 0, U64), "eptp": (EPTP, 0, U64)}, state=vcpu_state),
+    "VmxInstructions.invvpid": Call(method(paging_off, "invvpid"), {"type": (1, 0, U64), "vpid": (3, 0, U64), "gva": (64, 0, U64)},
+                                    state=vcpu_state),
     "Vm.get_dirty_log": Call(method(machine, "get_dirty_log"), {"gpa": (1 << 30, 0, TOP - 1)}, {"clear": True}),
     "Vm.set_backing": range_call("set_backing", level="4k"),
     "Vm.invalidate": range_call("invalidate"),
@@ -388,7 +400,7 @@ CALLS = {
 }
 # Records that the package makes and callers read. Faults may be made by hand: deliver_page_fault() and its kin check them.
 RECORDS = ("Chunk", "ExceptionInjected", "ExitToL1", "GuestFault", "NestedFault", "Recording", "Report", "SvmExit", "TraceEvent",
-           "VmxExit", "WalkRecord", "WalkStep")
+           "VmFail", "VmxExit", "WalkRecord", "WalkStep")
 ELSEWHERE = {"convert", "ParquetTrace", "replay"}                   # tests of their own, below
 
 

@@ -326,7 +326,7 @@ def test_faults_made_by_hand():
     (lambda: kvmmu.replay([], paging_off(), progress=3), "progress: want a bool or a callable, got int"),
     (lambda: kvmmu.deliver_page_fault(PageFault("", address=0), 5, False), "stage: want"),
     (lambda: kvmmu.deliver_nested_fault(EptViolation("", fault_gpa=0), 5), "stage: want"),
-    (lambda: run_scenario({}), "scenario: 'slots' is missing; want slots, regs, stub, mem, watch, ops, got none"),
+    (lambda: run_scenario({}), "scenario: 'slots' is missing; want slots, regs, mem, watch, ops, got none"),
     (lambda: run_scenario(5), "scenario: want a dict, got int")])
 def test_other_arguments_are_named(call, named):
     with pytest.raises((TypeError, ValueError), match=named):

@@ -253,12 +253,15 @@ def test_signals_leave_nothing(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", COMMAND, "convert", CLIPS / "l4", tmp_path / "out.parquet",
                                 "--repeat", "10000"], env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not names(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert names(tmp_path)[0].endswith(".part")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while not names(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert names(tmp_path)[0].endswith(".part")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert names(tmp_path) == []
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert (out, err) == ("", "kvmmu: interrupted\n" if number == signal.SIGINT else "")

@@ -177,7 +177,7 @@ def test_operands(running):
     if running:
         assert visit(vcpu, ROOTS[0]) == DATA[0]
     for call in (lambda: vcpu.invept(-1), lambda: vcpu.invept(1, 1 << 64), lambda: vcpu.invvpid(0, -1)):
-        with pytest.raises(ValueError, match="want 64 bits"):
+        with pytest.raises(ValueError, match="want 0 to"):
             call()
     with pytest.raises(TypeError, match="vpid: want an integer"):
         vcpu.invvpid(1, 1.5)

@@ -71,6 +71,8 @@ class Checker:
         if name not in self._arrays:
             raise self._error(name, f"missing; the file has {', '.join(sorted(self._arrays)) or 'no arrays'}")
         array = self._arrays[name]
+        if not hasattr(array, "dtype"):
+            raise self._error(name, f"is a {type(array).__name__}; allowed is an array")
         if array.dtype not in [np.dtype(allowed) for allowed in column.dtypes]:
             raise self._error(name, f"dtype is {array.dtype.str}; allowed is {' or '.join(column.dtypes)}")
         if array.ndim != len(column.shape):
