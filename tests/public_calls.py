@@ -348,8 +348,8 @@ CALLS = {
     "Vm.clear_dirty_log": Call(method(logged, "clear_dirty_log"), {"gpa": (PAGE, 0, TOP - PAGE), "size": (PAGE, 0, TOP)},
                                state=vm_state),
     "VmxInstructions.invept": Call(method(paging_off, "invept"), {"type": (2, 0, U64), "eptp": (EPTP, 0, U64)}, state=vcpu_state),
-    "VmxInstructions.invvpid": Call(method(paging_off, "invvpid"), {"type": (1, 0, U64), "vpid": (3, 0, U64), "gva": (64, 0, U64)},
-                                    state=vcpu_state),
+    "VmxInstructions.invvpid": Call(method(paging_off, "invvpid"), {
+        "type": (1, 0, U64), "vpid": (3, 0, U64), "gva": (64, 0, U64)}, state=vcpu_state),
     "Vm.get_dirty_log": Call(method(machine, "get_dirty_log"), {"gpa": (1 << 30, 0, TOP - 1)}, {"clear": True}),
     "Vm.set_backing": range_call("set_backing", level="4k"),
     "Vm.invalidate": range_call("invalidate"),
