@@ -11,7 +11,7 @@ from kvmmu._batch import default_instruction_set, use_instruction_set
 
 
 def pytest_configure():
-    """Signals work in tests and in the processes that they start, also where the run has them ignored: a background job, nohup."""
+    """Signals work in tests and in the processes that they start, also where the run has them ignored (nohup, a job)."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
