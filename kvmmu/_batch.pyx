@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._blocks cimport drain_blocks, put_rows, put_run
@@ -24,7 +24,7 @@ from kvmmu._lanes cimport (
     KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
 from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies, kvmmu_load32, kvmmu_read64, kvmmu_store32
 from kvmmu._prefixes cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu._rows cimport (
     ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
@@ -128,8 +128,10 @@ cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     cdef waiting_rows *g
     cdef uint32_t last = b.last_context
     cdef size_t i, changes = 0
+    memcpy(ctx, &b.ctx[start], sizeof(ctx))
+    kvmmu_keep_copies()                             # a comparison that reads the column twice would let a change through
     for i in range(KVMMU_LANES):
-        ctx[i] = min(b.ctx[start + i], last)        # vector code
+        ctx[i] = min(ctx[i], last)
     for i in range(1, KVMMU_LANES):
         changes += ctx[i] != ctx[i - 1]
     if b.more or changes < MANY_CHANGES:

@@ -53,6 +53,10 @@ static inline void kvmmu_unlock(uint32_t *lock)
 {
     __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
 }
+static inline void kvmmu_keep_copies(void) /* what was read before is not read again behind this */
+{
+    __asm__ volatile("" ::: "memory");
+}
 static inline uint32_t kvmmu_load32(const uint32_t *p)
 {
     return __atomic_load_n(p, __ATOMIC_RELAXED);

@@ -16,6 +16,7 @@ cdef extern from "_memory.h" nogil:
     void kvmmu_lock(uint32_t *lock)
     void kvmmu_unlock(uint32_t *lock)
     uint32_t kvmmu_load32(const uint32_t *p)
+    void kvmmu_keep_copies()
     void kvmmu_store32(uint32_t *p, uint32_t v)
     void kvmmu_store(uint8_t *to, const uint8_t *from_, size_t n)
     uint64_t kvmmu_load64(const void *p)

@@ -7,7 +7,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu._memory cimport kvmmu_load64
+from kvmmu._memory cimport kvmmu_load32, kvmmu_load64
 from kvmmu._prefixes cimport judged_entry, lane_space, patience, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 
@@ -123,7 +123,7 @@ cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noe
 
 cdef inline uint32_t context_of(const batch *b, size_t i) noexcept nogil:
     """The context of a row of a batch that has some: in range, whoever has written to the column since it was checked."""
-    return min(b.ctx[i], b.last_context)
+    return min(kvmmu_load32(&b.ctx[i]), b.last_context)
 
 
 cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil:
