@@ -8,21 +8,23 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from kvmmu._bits cimport (
     ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
     EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
-    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT,
-    PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PG_LEVEL_4K, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK,
+    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK,
+    ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK,
+    STATUS_PAGE_FAULT,
 )
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
-    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page, tlb_use,
+    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,
+    tlb_remember_split, tlb_use,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.mmu._entry cimport prepare_mmu
 from kvmmu.mmu._fault cimport spte_walk, walk_sptes
-from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child
+from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child
 from kvmmu.mmu._page cimport first_spte, sp_get_gfn, spte_index
 from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu._spte cimport is_last_spte, is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
@@ -55,10 +57,10 @@ cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access
 
 # ---- the TLB -------------------------------------------------------------------------------------------------------------
 
-cdef uint64_t leaf_gpa(kvm *k, const spte_walk *walk, uint64_t hpa) noexcept nogil:
+cdef uint64_t leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
     """The guest-physical address that an address in the page of a shadow MMU's leaf stands for."""
     cdef uint64_t offset = (pages_per_hpage(walk.level) << PAGE_SHIFT) - 1
-    cdef uint64_t gfn = sp_get_gfn(sp_of(k, walk.sptep), <int>(walk.sptep % SPTE_ENT_PER_PAGE))
+    cdef uint64_t gfn = sp_get_gfn(sp, <int>(walk.sptep % SPTE_ENT_PER_PAGE))
     return (gfn << PAGE_SHIFT & ~offset) | (hpa & offset)
 
 
@@ -75,12 +77,13 @@ cdef int guest_level(kvm *k, uint32_t sp, uint64_t addr) noexcept nogil:
     return level
 
 
-cdef int page_shift_of(const machine *m, uint64_t addr, int walked) noexcept nogil:
-    """The size of the guest's page at addr. IN walked: the level that the processor's walk of the guest's tables came to."""
-    cdef bint small_entries = (m.sw.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK) != 0
+cdef int large_page_shift(machine *m, uint64_t addr, int level) noexcept nogil:
+    """The size of the guest's page at addr where an entry may be smaller. IN level: of the processor's walk of its tables."""
+    if m.sw.cpu_role & ROLE_DIRECT_MASK:
+        return PAGE_SHIFT
     if not m.k.tdp_enabled:
-        walked = guest_level(m.k, m.mmu.root.sp, addr)
-    return PAGE_SHIFT + (PT32_INDEX_BITS if small_entries else PT64_INDEX_BITS) * (walked - 1)
+        level = guest_level(m.k, m.mmu.root.sp, addr)
+    return PAGE_SHIFT + (PT32_INDEX_BITS if m.sw.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS) * (level - 1)
 
 
 cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
@@ -88,12 +91,19 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
     cdef kvm *k = m.k
     cdef spte_walk walk
     cdef tlb_entry *entry
+    cdef const kvm_mmu_page *sp
     cdef int level, page_shift
     cdef uint64_t offset, gpa
-    cdef bint paged = not m.hw.cpu_role & ROLE_DIRECT_MASK, is_global = False, dirty
+    cdef bint paged = not m.hw.cpu_role & ROLE_DIRECT_MASK, is_global = False, in_direct_page = False, dirty
     walk_sptes(k, m.mmu.root.sp, r.ngpa if k.tdp_enabled else addr, &walk)
     level = walk.level
-    gpa = r.ngpa if m.mmu.page_fault == tdp_page_fault else leaf_gpa(k, &walk, r.gpa)
+    if m.mmu.page_fault == tdp_page_fault:
+        gpa = r.ngpa
+    else:
+        sp = sp_of(k, walk.sptep)
+        gpa = leaf_gpa(sp, &walk, r.gpa)
+        # shadow paging: pages without a table of the guest's stand for parts of a large page
+        in_direct_page = not k.tdp_enabled and sp.role & <uint32_t>ROLE_DIRECT_MASK
     out.gpa, out.hpa = gpa, r.gpa
     dirty = (access & ACCESS_WRITE_MASK) != 0
     if paged:
@@ -103,10 +113,13 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
         dirty = (not paged or (r.pte & (m.hw.accessed_mask << 1)) != 0) and (
             not spte_ad_enabled(walk.spte) or not k.spte.dirty_mask or (walk.spte & k.spte.dirty_mask) != 0)
     offset = (<uint64_t>1 << (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) - 1
-    page_shift = PAGE_SHIFT + PT64_INDEX_BITS * (level - 1)
-    if not m.sw.cpu_role & ROLE_DIRECT_MASK:
-        page_shift = max(page_shift, page_shift_of(m, addr, r.level))
-    entry = tlb_fill(m.tlb, addr, level, is_global, page_shift)
+    entry = tlb_fill(m.tlb, addr, level, is_global)
+    entry.page_shift = PAGE_SHIFT
+    if paged and (r.level > PG_LEVEL_4K or in_direct_page):
+        page_shift = large_page_shift(m, addr, r.level)
+        entry.page_shift = <uint8_t>page_shift
+        if page_shift > m.tlb.arrays[level - 1].shift:
+            tlb_remember_split(m.tlb, addr, page_shift)
     entry.hpa, entry.gpa, entry.as_id = r.gpa & ~offset, gpa & ~offset, m.vcpu.as_id
     entry.acc = <uint8_t>r.pte_access
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)

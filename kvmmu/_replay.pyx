@@ -11,7 +11,7 @@ from kvmmu._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT
 from kvmmu._columns cimport aligned, column, column_of, plain_column
 from kvmmu._contexts cimport Contexts, ContextWalks
 from kvmmu._maker cimport maker
-from kvmmu._memory cimport NEVER_SEEN, SlotTable
+from kvmmu._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu._walk cimport kvm_pagewalk
@@ -216,7 +216,7 @@ cdef class Replayer(BlockWalker):
         if page_index is uint16_t:
             return pidx[row]
         else:
-            return min(pidx[row], self.last_page)
+            return min(kvmmu_load32(&pidx[row]), self.last_page)
 
 
 cdef class RowLoop(BlockWalker):
@@ -428,7 +428,10 @@ cdef class RowLoop(BlockWalker):
         if not one_vcpu:
             first = self.vcpu[start]
             for k in range(n):                      # in range, whoever has written there since
-                self.ctx[k] = min(<uint32_t>self.vcpu[start + k], last)
+                self.ctx[k] = self.vcpu[start + k]
+            kvmmu_keep_copies()
+            for k in range(n):
+                self.ctx[k] = min(self.ctx[k], last)
                 other |= self.ctx[k] ^ first
             if other or first:
                 ctx = self.ctx

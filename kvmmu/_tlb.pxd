@@ -41,7 +41,7 @@ cdef struct tlb_entry:
     uint8_t dirty                   # writing needs no D bit set
     uint16_t allowed                # accesses that all this allows, as of `epoch`
     uint8_t as_id                   # address space of gpa
-    uint8_t page_shift              # size of the guest's page that this is a part of, or all
+    uint8_t page_shift              # size of the guest's page, where that is larger than this entry
     uint32_t epoch
 
 cdef struct tlb_array:
@@ -58,9 +58,9 @@ cdef struct tlb:
     uint64_t spaces[64]             # what each space stands for
     int nr_spaces
     uint64_t local_tag, global_tag  # of the registers in force, in their place in a key
-    uint64_t split[3]               # bit of a hash of the page: entries smaller than it were made; by size
     uint64_t hits, misses, evictions
     uint32_t hints[1024]            # by 4K page: where the last look-up found its entry, level - 1 in the low bits
+    uint64_t split[3]               # bit of a hash of the page: entries smaller than it were made; by size
 
 
 cdef inline uint64_t tlb_page(const tlb_array *a, uint64_t gva) noexcept nogil:
@@ -107,8 +107,10 @@ cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
 cdef void tlb_free(tlb *t) noexcept nogil
 # Use a space and a PCID; a space that is new takes a number, if need be by dropping all
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
-# Enter a translation, in the place of the one that was used longest ago. IN page_shift: of the guest's page, 12, 21, 22 or 30
-cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int page_shift) noexcept nogil
+# Enter a translation, in the place of the one that was used longest ago. The caller sets page_shift and all that follows
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil
+# The entry for gva is smaller than the guest's page, of 2**21, 2**22 or 2**30 bytes
+cdef void tlb_remember_split(tlb *t, uint64_t gva, int page_shift) noexcept nogil
 # Forget the entry for one address; of a page that is in pieces this is one of them
 cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil
 cdef void tlb_flush_all(tlb *t) noexcept nogil

@@ -80,12 +80,11 @@ cdef inline uint64_t split_bit(uint64_t gva, int shift) noexcept nogil:
     return <uint64_t>1 << ((page ^ (page >> 6) ^ (page >> 12)) & 63)
 
 
-cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int page_shift) noexcept nogil:
+cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil:
     cdef tlb_array *a = &t.arrays[level - 1]
     cdef uint64_t page = tlb_page(a, gva), key = page | (t.global_tag if is_global else t.local_tag)
     cdef size_t base = (page & (a.sets - 1)) * a.ways, way, victim = 0
     cdef uint32_t age, oldest = 0
-    cdef int i
     for way in range(a.ways):
         if a.keys[base + way] == 0 or a.keys[base + way] == key:
             victim = way
@@ -100,12 +99,14 @@ cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global, int pa
     t.clock += 1
     a.keys[base + victim] = key
     a.entries[base + victim].stamp = t.clock
-    a.entries[base + victim].page_shift = <uint8_t>page_shift
-    if page_shift > a.shift:
-        for i in range(TLB_SPLIT_SIZES):
-            if split_shift(i) == page_shift:
-                t.split[i] |= split_bit(gva, page_shift)
     return &a.entries[base + victim]
+
+
+cdef void tlb_remember_split(tlb *t, uint64_t gva, int page_shift) noexcept nogil:
+    cdef int i
+    for i in range(TLB_SPLIT_SIZES):
+        if split_shift(i) == page_shift:
+            t.split[i] |= split_bit(gva, page_shift)
 
 
 cdef void drop_key(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
@@ -221,7 +222,7 @@ cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept 
     cdef uint64_t address = gva & ((vpn_mask << PAGE_SHIFT) | (((<uint64_t>1 << PAGE_SHIFT) - 1)))
     cdef tlb_array *a
     cdef size_t j
-    cdef int i
+    cdef int i, shift
     if number == 0:
         return
     for i in range(TLB_LEVELS):
@@ -229,8 +230,8 @@ cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept 
         if a.valid == 0:
             continue
         for j in range(a.sets * a.ways):
-            if a.keys[j] & space_bits() == number and (
-                    (a.keys[j] & vpn_mask) << a.shift >> a.entries[j].page_shift == address >> a.entries[j].page_shift):
+            shift = max(a.shift, <int>a.entries[j].page_shift)
+            if a.keys[j] & space_bits() == number and (a.keys[j] & vpn_mask) << a.shift >> shift == address >> shift:
                 a.keys[j] = 0
                 a.valid -= 1
 
@@ -315,16 +316,18 @@ cdef class Tlb:
         cdef uint64_t addr = check_scalar_word("gva", gva), page = check_scalar_word("hpa", hpa)
         cdef int size = check_int("level", level, 1, TLB_LEVELS)
         cdef bint kept = check_bool("is_global", is_global)
-        cdef int shift = self.t.arrays[size - 1].shift
+        cdef int shift = self.t.arrays[size - 1].shift, whole = shift
         cdef tlb_entry *entry
         if page_shift is not None and page_shift != shift:
-            page_shift = check_choice("page_shift", page_shift, (21, 22, 30))
-            if page_shift < shift:
+            whole = check_choice("page_shift", page_shift, (21, 22, 30))
+            if whole < shift:
                 raise ValueError(f"page_shift: want no less than that of level {size}, {shift}, got {page_shift}")
-            shift = page_shift
         with self.lock:
-            entry = tlb_fill(&self.t, addr, size, kept, shift)
+            entry = tlb_fill(&self.t, addr, size, kept)
             entry.hpa = page                            # all else is that of the entry that was there
+            entry.page_shift = <uint8_t>whole
+            if whole > shift:
+                tlb_remember_split(&self.t, addr, whole)
 
     def lookup(self, gva):
         """(hpa of the page, level) of the entry for gva, or None."""

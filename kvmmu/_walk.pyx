@@ -30,18 +30,10 @@ cdef inline uint64_t get_guest_pgd(const kvm_pagewalk *w) noexcept nogil:
 
 # ---- the second stage, as the first one sees it ------------------------------------------------------------------------
 
-cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
-                                  bint set_ad, uint64_t *gpa, walk_result *r) noexcept nogil:
-    cdef walk_result s
+cdef uint8_t second_stage_fault(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
+                                const walk_result *s, walk_result *r) noexcept nogil:
+    """The fault of a second stage that came to s, in r; returns its status. IN access: as the second stage saw it."""
     cdef uint64_t info
-    access = second_stage_access(n, access, final, pte_access)
-    n.gva_to_gpa(n, ngpa, access, set_ad, &s)
-    r.refs += s.refs
-    if s.status == STATUS_OK:
-        gpa[0] = s.gpa
-        return STATUS_OK
-
-    gpa[0] = INVALID_GPA
     r.pte, r.pte_gpa, r.level, r.hole = s.pte, s.pte_gpa, s.level, s.hole
     r.pte_access = s.pte_access
     r.fault_gpa = ngpa & n.fault_gpa_mask
@@ -74,6 +66,25 @@ cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t
             info |= EPT_VIOLATION_GVA_NX_MASK
     r.exit_qualification = info
     return n.fault_status
+
+
+cdef inline uint8_t nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
+                               bint set_ad, uint64_t *gpa, walk_result *r) noexcept nogil:
+    """`translate_nested_gpa()`, short enough to be inlined where it counts."""
+    cdef walk_result s
+    access = second_stage_access(n, access, final, pte_access)
+    n.gva_to_gpa(n, ngpa, access, set_ad, &s)
+    r.refs += s.refs
+    if s.status == STATUS_OK:
+        gpa[0] = s.gpa
+        return STATUS_OK
+    gpa[0] = INVALID_GPA
+    return second_stage_fault(n, ngpa, access, final, pte_access, &s, r)
+
+
+cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
+                                  bint set_ad, uint64_t *gpa, walk_result *r) noexcept nogil:
+    return nested_gpa(n, ngpa, access, final, pte_access, set_ad, gpa, r)
 
 
 cdef inline void log_dirty(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
@@ -150,13 +161,33 @@ cdef inline uint8_t final_gpa(guest_walker *walker, const kvm_pagewalk *w, uint3
     return translate_nested_gpa(w.ngpa, walker.gpa, access, True, walker.pte_access, set_ad, &walker.gpa, r)
 
 
+cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, bint set_ad, walk_result *r) noexcept nogil:
+    """Step 1 where PDPTEs are in memory. OUT r: pte, pte_gpa, hole, refs, all of a second-stage fault."""
+    cdef uint64_t gpa = get_guest_pgd(w) & CR3_PAE_PDPT_MASK
+    cdef uint64_t offset = ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(uint64_t)
+    cdef const uint8_t *hva
+    cdef uint8_t status
+    cdef bint readonly = False
+    r.pte_gpa = gpa + offset
+    if w.ngpa is not NULL:
+        status = translate_nested_gpa(
+            w.ngpa, gpa, w.ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
+        if status != STATUS_OK:                         # the exit names the table, not the entry
+            return status
+    r.refs += 1
+    hva = gpa_to_hva(w.mem, gpa + offset, &readonly)
+    r.hole = hva is NULL
+    r.pte = 0 if hva is NULL else kvmmu_read64(hva)
+    return STATUS_OK
+
+
 cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, uint32_t access, bint set_ad,
                                    walk_result *r) noexcept nogil:
     """Steps 1 to 8. Returns STATUS_* or WALK_RACE_LOST. OUT r: error_code (P, RSVD, PK), refs, all of a second-stage fault."""
     cdef int level = w.level
     cdef uint64_t pte = get_guest_pgd(w)
     cdef uint64_t rights = ~<uint64_t>0
-    cdef uint64_t unset, gpa, offset
+    cdef uint64_t unset, gpa
     cdef uint8_t *hva
     cdef uint8_t status
     cdef bint readonly = False, write = (access & ACCESS_WRITE_MASK) != 0
@@ -174,18 +205,10 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
         walker.pte_gpa[level - 1] = INVALID_GPA
         walker.pte_access = 0
         if w.pdptes_in_memory:
-            gpa = pte & CR3_PAE_PDPT_MASK
-            offset = ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
-            walker.pte_gpa[level - 1] = gpa + offset
-            if ngpa is not NULL:
-                status = translate_nested_gpa(
-                    ngpa, gpa, ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
-                if status != STATUS_OK:                 # the exit names the table, not the entry
-                    return status
-            r.refs += 1
-            hva = gpa_to_hva(mem, gpa + offset, &readonly)
-            walker.hole = hva is NULL
-            pte = 0 if hva is NULL else kvmmu_read64(hva)
+            status = read_pdpte(w, addr, set_ad, r)
+            if status != STATUS_OK:
+                return status
+            pte, walker.pte_gpa[level - 1], walker.hole = r.pte, r.pte_gpa, r.hole
         else:
             pte = w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
         walker.ptes[level - 1] = pte
@@ -202,7 +225,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
         gpa = gpte_to_gpa(walker, pte) + gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
         walker.pte_gpa[level - 1] = gpa
         if ngpa is not NULL:
-            status = translate_nested_gpa(
+            status = nested_gpa(
                 ngpa, gpa, ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
             if status != STATUS_OK:
                 return status

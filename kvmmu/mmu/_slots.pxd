@@ -33,9 +33,9 @@ cdef struct kvm_memory_slot:
     uint32_t id
     uint8_t as_id                   # address space: 1 is SMM
     uint8_t backing                 # level that the host maps the slot at
+    uint8_t log_began_full          # all pages dirty at first: nothing was protected, and no huge page split, yet
     bint readonly
     bint dirty_log
-    bint log_began_full             # all pages dirty at first: nothing was protected, and no huge page split, yet
     bint invalid                    # being deleted or moved
     uint8_t *host_page
     uint64_t *dirty_bitmap
