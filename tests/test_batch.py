@@ -110,7 +110,8 @@ def test_instruction_sets_that_never_ran_are_not_chosen():
     assert default_instruction_set() == next(name for name in instruction_sets() if name != "avx512")
     code = "from kvmmu import _batch; print(_batch.default_instruction_set())"
     for name in instruction_sets():
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KVMMU_INSTRUCTION_SET": name}, capture_output=True,
+        done = subprocess.run([sys.executable, "-Pc", code], env=os.environ | {"KVMMU_INSTRUCTION_SET": name},
+                              capture_output=True,
                               text=True, check=True)
         assert default_instruction_set() == done.stdout.strip()
 

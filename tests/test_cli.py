@@ -544,7 +544,7 @@ def started(before, *args, ignored=False):
         f"        if name == {before!r}:", "            print('here', flush=True)", "            import time",
         f"            time.sleep({1 if ignored else 60})", "sys.meta_path.insert(0, Waiting())",
         "signal.signal(signal.SIGINT, signal.SIG_IGN)" if ignored else "", LAUNCHED])
-    return subprocess.Popen([sys.executable, "-c", program, *args], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-Pc", program, *args], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": os.pathsep.join(
                                 [str(Path(kvmmu.__file__).parents[1]), str(ROOT)])})
 

@@ -130,7 +130,7 @@ def in_limits(program, *args, megabytes=1500):
                f"from kvmmu.traces import *\n{program}\nprint(peak())")
     started = time.perf_counter()
     limit = None if megabytes is None else lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20,) * 2)
-    done = subprocess.run([sys.executable, "-c", program, *map(str, args)], text=True, capture_output=True, check=False,
+    done = subprocess.run([sys.executable, "-Pc", program, *map(str, args)], text=True, capture_output=True, check=False,
                           env=ENVIRONMENT, timeout=120, preexec_fn=limit)
     assert done.returncode == 0, done.stderr
     *text, peak = done.stdout.splitlines()

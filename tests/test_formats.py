@@ -417,7 +417,7 @@ def test_entry_points(tmp_path):
     (tmp_path / "x.tens").write_bytes(b"TENS\1\2\3")
     program = ("import sys; from kvmmu.traces.opening import open_trace\n"
                "print([int(a) for c in open_trace(sys.argv[1], step=100).columns() for a in c['addr']])")
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "x.tens"], env={"PYTHONPATH": str(tmp_path)}, text=True,
+    done = subprocess.run([sys.executable, "-Pc", program, tmp_path / "x.tens"], env={"PYTHONPATH": str(tmp_path)}, text=True,
                           capture_output=True, check=True)
     assert "[100, 200, 300]\n" == done.stdout
     assert "the trace format 'bad' (tens:broken) cannot be used: RuntimeError: not today" in done.stderr

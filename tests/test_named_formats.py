@@ -172,7 +172,7 @@ def test_without_pyarrow(tmp_path):
     program = ("import sys; sys.modules['pyarrow'] = None\nfrom kvmmu.traces.opening import open_trace\n"
                "print(len(next(open_trace('a.lackey').columns())['op']))\n"
                "try: open_trace('a.csv')\nexcept ImportError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-Pc", program], cwd=tmp_path, text=True, capture_output=True, check=True)
     assert "2\nTables as CSV and Parquet need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'\n" == done.stdout
 
 

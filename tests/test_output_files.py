@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_with_the_name(tmp_path):
     (tmp_path / "out.parquet").write_text("before")
     program = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
                f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n{COMMAND}")
-    done = subprocess.run([sys.executable, "-c", program, "convert", CLIP, tmp_path / "out.parquet"], text=True, check=False,
+    done = subprocess.run([sys.executable, "-Pc", program, "convert", CLIP, tmp_path / "out.parquet"], text=True, check=False,
                           capture_output=True, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (2, f"kvmmu: {tmp_path / 'out.parquet'}: File too large\n")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.parquet", "before")]
@@ -204,7 +204,7 @@ def test_a_writer_that_is_dropped_leaves_nothing(tmp_path):
 def test_a_program_that_ends_without_close_leaves_nothing(tmp_path):
     program = ("import sys\nfrom kvmmu.traces import *\nwriter = ParquetWriter(sys.argv[1], "
                "Header(registers=(RegisterSet(cr0=1, cr3=0, cr4=0, efer=0),)))\nsys.modules['keep'] = writer")
-    subprocess.run([sys.executable, "-c", program, tmp_path / "out.parquet"], check=True, env=ENVIRONMENT)
+    subprocess.run([sys.executable, "-Pc", program, tmp_path / "out.parquet"], check=True, env=ENVIRONMENT)
     assert names(tmp_path) == []
 
 
@@ -213,7 +213,7 @@ def test_a_fork_leaves_the_file_of_its_parent(tmp_path):
     program = ("import os, sys\nfrom kvmmu.traces import *\nwriter = ParquetWriter(sys.argv[1], "
                "Header(registers=(RegisterSet(cr0=1, cr3=0, cr4=0, efer=0),)))\n"
                "if os.fork() == 0:\n    sys.exit()\nos.wait()\nwriter.close()")
-    subprocess.run([sys.executable, "-c", program, tmp_path / "out.parquet"], check=True, env=ENVIRONMENT)
+    subprocess.run([sys.executable, "-Pc", program, tmp_path / "out.parquet"], check=True, env=ENVIRONMENT)
     assert names(tmp_path) == ["out.parquet"]
 
 
@@ -250,7 +250,7 @@ def test_two_writers_of_one_file(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signals_leave_nothing(tmp_path, number):
     """The temporary file is removed; the exit status is that of the signal."""
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, "convert", CLIPS / "l4", tmp_path / "out.parquet",
+    process = subprocess.Popen([sys.executable, "-Pc", COMMAND, "convert", CLIPS / "l4", tmp_path / "out.parquet",
                                 "--repeat", "10000"], env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -271,7 +271,7 @@ def test_a_signal_that_a_parent_has_ignored_stays_ignored(tmp_path):
     """As under nohup."""
     program = ("import signal, sys, threading\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom kvmmu.cli import main\n"
                "threading.Timer(0, lambda: signal.raise_signal(signal.SIGHUP)).start()\nsys.exit(main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", program, "convert", CLIP, tmp_path / "out.parquet"], env=ENVIRONMENT, text=True,
+    done = subprocess.run([sys.executable, "-Pc", program, "convert", CLIP, tmp_path / "out.parquet"], env=ENVIRONMENT, text=True,
                           capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert is_trace(tmp_path / "out.parquet")
