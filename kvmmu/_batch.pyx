@@ -52,7 +52,7 @@ _PIECES = 8
 _BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
 # More threads than this count as so many.
 _MOST_THREADS = 64
-# A thread looks at the clock after so many rows at first: a few hundredths of a second if every row is of the slowest kind.
+# A thread looks at the clock after so many rows at first: a tenth of a second or so if every row is of the slowest kind.
 cdef size_t FIRST_SLICE = 524288
 cdef size_t LAST_SLICE = 4194304
 # Nanoseconds that a slice should take, and after which Python may handle signals. 0.2 s is what a person takes for at once.
