@@ -2,13 +2,15 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
 
 from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_2M, PG_LEVEL_4K, PT64_BASE_ADDR_MASK
 from kvmmu._gpte cimport kvmmu_level_shift
-from kvmmu._memory cimport SlotTable
+from kvmmu._memory cimport SlotTable, hash_gfn
 from kvmmu.tables._builder cimport TableBuilder
-from kvmmu.tables._edit cimport BUILD_DONE, BUILD_NO_MEMORY, builder, descend, find_page, map_row, read_entry
+from kvmmu.tables._edit cimport (
+    BUILD_DONE, BUILD_NO_MEMORY, builder, descend, find_page, frame_list, map_row, push_frame, read_entry,
+)
 
 cdef enum:
     FIRST_CAPACITY = 1 << 10
@@ -23,13 +25,6 @@ cdef struct region_count:
     uint64_t key                # number of the region + 1; 0: free
     uint64_t count
 
-# Frames that are given out from the end.
-cdef struct frame_stack:
-    uint64_t *frames
-    size_t count
-    size_t capacity
-
-
 # Demand paging of one set of tables.
 cdef struct filler:
     builder *b
@@ -38,8 +33,8 @@ cdef struct filler:
     int unused_bits             # of a linear address, at its upper end
     bint canonical
     uint64_t bits               # the entry of a page, without its address
-    frame_stack small
-    frame_stack large
+    frame_list small
+    frame_list large
     region_count *regions       # an open-addressing table, at most half full
     size_t region_mask
     size_t region_total
@@ -49,22 +44,6 @@ cdef struct filler:
     uint64_t replaced
 
 
-cdef bint push(frame_stack *s, uint64_t gpa) noexcept nogil:
-    cdef uint64_t *larger
-    if s.count == s.capacity:
-        larger = <uint64_t *>realloc(s.frames, (2 * s.capacity + FIRST_CAPACITY) * sizeof(uint64_t))
-        if larger is NULL:
-            return False
-        s.frames, s.capacity = larger, 2 * s.capacity + FIRST_CAPACITY
-    s.frames[s.count] = gpa
-    s.count += 1
-    return True
-
-
-cdef inline size_t place_of(uint64_t key, size_t mask) noexcept nogil:
-    return <size_t>((key * <uint64_t>0x9E3779B97F4A7C15ULL) >> 20) & mask
-
-
 cdef bint double_regions(filler *f) noexcept nogil:
     cdef size_t capacity = 2 * (f.region_mask + 1), i, place
     cdef region_count *regions = <region_count *>calloc(capacity, sizeof(region_count))
@@ -72,7 +51,7 @@ cdef bint double_regions(filler *f) noexcept nogil:
         return False
     for i in range(f.region_mask + 1):
         if f.regions[i].key:
-            place = place_of(f.regions[i].key, capacity - 1)
+            place = hash_gfn(f.regions[i].key) & (capacity - 1)
             while regions[place].key:
                 place = (place + 1) & (capacity - 1)
             regions[place] = f.regions[i]
@@ -87,7 +66,7 @@ cdef region_count *region_of(filler *f, uint64_t addr) noexcept nogil:
     cdef size_t place
     if 2 * f.region_total >= f.region_mask and not double_regions(f):
         return NULL
-    place = place_of(key, f.region_mask)
+    place = hash_gfn(key) & f.region_mask
     while f.regions[place].key and f.regions[place].key != key:
         place = (place + 1) & f.region_mask
     if not f.regions[place].key:
@@ -109,7 +88,7 @@ cdef int fill_region(filler *f, uint64_t addr, region_count *region) noexcept no
         for i in range(f.b.entries):
             entry = read_entry(f.b, hva + i * f.b.entry_bytes)
             if entry & f.b.present_mask:
-                if not push(&f.small, entry & PT64_BASE_ADDR_MASK):
+                if not push_frame(&f.small, entry & PT64_BASE_ADDR_MASK):
                     return BUILD_NO_MEMORY
                 f.small_pages -= 1
     status = map_row(f.b, start, f.large.frames[f.large.count - 1], PG_LEVEL_2M, f.bits)
@@ -220,7 +199,7 @@ cdef class PageFiller(TableBuilder):
         """Add frames for pages; the last one is used first. IN large: for pages that replace those of a region."""
         cdef Py_ssize_t i
         for i in range(frames.shape[0]):
-            if not push(&self.f.large if large else &self.f.small, frames[i]):
+            if not push_frame(&self.f.large if large else &self.f.small, frames[i]):
                 raise MemoryError
 
     def take_pages(self):

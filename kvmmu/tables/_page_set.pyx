@@ -7,6 +7,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu._bits cimport PAGE_SHIFT
+from kvmmu._memory cimport hash_gfn
 
 cdef enum:
     FIRST_CAPACITY = 1 << 12
@@ -19,10 +20,6 @@ cdef struct page_table:
     uint64_t last               # key of the address before
 
 
-cdef inline size_t place_of(uint64_t page, size_t mask) noexcept nogil:
-    return <size_t>((page * <uint64_t>0x9E3779B97F4A7C15ULL) >> 20) & mask
-
-
 cdef bint double_size(page_table *t) noexcept nogil:
     cdef size_t capacity = 2 * (t.mask + 1), i, place
     cdef uint64_t *keys = <uint64_t *>calloc(capacity, sizeof(uint64_t))
@@ -30,7 +27,7 @@ cdef bint double_size(page_table *t) noexcept nogil:
         return False
     for i in range(t.mask + 1):
         if t.keys[i]:
-            place = place_of(t.keys[i], capacity - 1)
+            place = hash_gfn(t.keys[i]) & (capacity - 1)
             while keys[place]:
                 place = (place + 1) & (capacity - 1)
             keys[place] = t.keys[i]
@@ -46,14 +43,14 @@ cdef bint add_rows(page_table *t, const uint64_t *addr, size_t rows) noexcept no
         key = (addr[i] >> PAGE_SHIFT) + 1
         if key == t.last:
             continue
-        place = place_of(key, t.mask)
+        place = hash_gfn(key) & t.mask
         while t.keys[place] and t.keys[place] != key:
             place = (place + 1) & t.mask
         if not t.keys[place]:
             if 2 * t.count >= t.mask:
                 if not double_size(t):
                     return False
-                place = place_of(key, t.mask)
+                place = hash_gfn(key) & t.mask
                 while t.keys[place]:
                     place = (place + 1) & t.mask
             t.keys[place] = key
