@@ -27,7 +27,7 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil
 cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil
 
 
-# Where a thread stands in the rows of a batch.
+# The rows of a batch that a thread walks at the moment.
 cdef struct place:
     size_t row
     size_t stop                         # of its piece
@@ -52,7 +52,7 @@ cdef class Job:
     # The arguments of `PageWalk.translate()`, plain, checked: no code of the caller's runs. Returns how many rows there are.
     cdef Py_ssize_t take_rows(self, gva, access) except -1
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1
-    # Which of count walks each row takes; IN ctx: plain, or None
+    # The number of the walk of each row, below count. IN ctx: plain, or None
     cdef int take_contexts(self, ctx, uint64_t count) except -1
     # IN walks: what owns `first`, the walk of context 0, and those that follow; table: that they are over
     cdef void take_walks(self, walks, const kvm_pagewalk *first, uint64_t count, SlotTable table, bint set_ad)

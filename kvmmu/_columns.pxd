@@ -22,7 +22,7 @@ cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize
 cdef object aligned(array, Py_ssize_t itemsize)
 # The access column; all bytes are modelled accesses. IN access: plain; an Access for all rows: one row, in *one.
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *
-# Which of count register sets each row uses; NULL where one serves all rows. IN ctx: plain, or None
+# The number of the register set of each row, below count; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
 # Columns of one batch, and where the bytes of one lie.
 cdef enum:

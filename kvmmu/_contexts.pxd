@@ -81,7 +81,7 @@ cdef class Contexts:
 
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
 cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
-# Whether it is nested paging of SVM; False of None
+# True if it is nested paging of SVM; False of None
 cdef bint is_npt(SecondStage second)
 cdef SecondStage second_stage(stage, const cpu_caps *caps)
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;

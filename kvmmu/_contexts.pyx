@@ -330,7 +330,7 @@ cdef class Contexts:
 
 
 cdef str differences(one, other):
-    """What two processor models differ in."""
+    """Name the fields in which two processor models differ."""
     return ", ".join(f"{name} {getattr(one, name)} and not {getattr(other, name)}" for name in one.__dataclass_fields__
                      if getattr(one, name) != getattr(other, name))
 

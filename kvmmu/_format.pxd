@@ -56,7 +56,7 @@ cdef inline uint32_t explicit_access(uint32_t access) noexcept nogil:
 
 
 cdef inline uint32_t look_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
-    """What `looks` says of an access byte, which somebody may have changed since it was checked."""
+    """Look an access byte up in `looks`; another thread may have changed it since it was checked."""
     return fmt.looks[access & (KVMMU_ACCESS_BYTES - 1)]
 
 
