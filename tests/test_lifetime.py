@@ -510,29 +510,46 @@ def test_a_page_that_is_dirty_already_takes_no_entry():
 
 # ---- interruptions -----------------------------------------------------------------------------------------------------------
 
+class Stop(BaseException):
+    """What the handlers of these tests raise."""
+
+
+@contextlib.contextmanager
+def alarms():
+    def stop(*_):
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def slow_batch():
+    """(walk, gva, Translation, seconds): a batch of faults of all kinds, that takes longer than Python waits for signals."""
+    mem, _ = memory_with_high_leaves(64)
+    walk = vcpu_of(mem).gva_walk
+    gva = np.random.default_rng(1).integers(0, 1 << 48, 24_000_000, np.uint64)
+    start = time.monotonic()
+    out = walk.translate(gva, Access.USER, threads=2)
+    return walk, gva, out, time.monotonic() - start
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer()")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_batch_can_be_interrupted(threads):
     """A signal handler that raises, as that of Ctrl-C does, ends a batch before its last row; the walk can be used again."""
-    mem, _ = memory_with_high_leaves()
-    walk = vcpu_of(mem).gva_walk
-    n = 100_000_000
-    gva, status = np.zeros(n, np.uint64), np.empty(n, np.uint8)
-    status[-n // 4:] = 99
-    out = Translation(status=status)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.03)
-        with pytest.raises(KeyboardInterrupt):
-            walk.translate(gva, Access.USER, fields="status", threads=threads, out=out)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert 99 == status[-1]
+    walk, gva, out, seconds = slow_batch()
+    for _ in range(20):
+        out.status[:] = 99
+        with alarms(), contextlib.suppress(Stop):
+            signal.setitimer(signal.ITIMER_REAL, seconds / 20)
+            walk.translate(gva, Access.USER, threads=threads, out=out)
+        if 99 in out.status[-out.status.size // 4:]:
+            break
+    assert 99 in out.status[-out.status.size // 4:]
     assert GVAS.tolist() == walk.translate(GVAS, Access.USER).gpa.tolist()
 
 
@@ -540,24 +557,14 @@ def test_a_batch_can_be_interrupted(threads):
 def test_workers_that_nobody_waits_for():
     """A second interruption ends the wait for the other threads: what they still walk is theirs, and the rows that they write are
     right."""
-    mem, _ = memory_with_high_leaves(64)
-    walk, plain = vcpu_of(mem).gva_walk, Vcpu(GuestMemory(PAGE)).gva_walk
-    gva = np.random.default_rng(1).integers(0, 512 * 64, 6_000_000, np.uint64) * np.uint64(PAGE)
-    out = Translation.empty(gva.size)
+    walk, gva, out, seconds = slow_batch()
+    plain = Vcpu(GuestMemory(PAGE)).gva_walk
+    right = out.gpa.copy()
     raised = 0
-
-    class Stop(BaseException):
-        pass
-
-    def interrupt(*_):
-        raise Stop
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for _ in range(8):
-            out.gpa[:] = gva
+    for tried in range(40):
+        with alarms():
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.01, 0.002)
+                signal.setitimer(signal.ITIMER_REAL, seconds * (tried % 4 + 1) / 10, 0.002)
                 walk.translate(gva, Access.USER, threads=2, out=out)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Stop:
@@ -570,9 +577,9 @@ def test_workers_that_nobody_waits_for():
                     continue
             while threading.active_count() > 1:
                 plain.translate(gva[:640])
-            assert np.array_equal(out.gpa, gva)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        assert np.array_equal(out.gpa, right)
+        if raised == 4:
+            break
     assert raised
 
 
