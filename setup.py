@@ -42,8 +42,8 @@ if SANITIZE:
 
 def extensions(names, directives):
     modules = [
-        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["kvmmu"],
-                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/*.h"))
+        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["."],
+                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/**/*.h", recursive=True))
         for name in names
     ]
     return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")

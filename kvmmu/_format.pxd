@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRESENT_MASK
 
-cdef extern from "_format.h" nogil:
+cdef extern from "kvmmu/_format.h" nogil:
     enum:
         KVMMU_ACCESS_BYTES
         KVMMU_LOOK_ACCESS_SHIFT

@@ -15,7 +15,7 @@ from kvmmu._bits cimport (
 from kvmmu._format cimport kvm_page_format
 from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
 
-cdef extern from "_gpte.h" nogil:
+cdef extern from "kvmmu/_gpte.h" nogil:
     enum:
         KVMMU_FORMAT_32
         KVMMU_FORMAT_64

@@ -4,8 +4,8 @@
 
 #include <string.h>
 
-#include "_gpte.h"
-#include "_memory.h"
+#include "kvmmu/_gpte.h"
+#include "kvmmu/_memory.h"
 
 #define KVMMU_LANES ((size_t)64)
 

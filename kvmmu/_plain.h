@@ -2,8 +2,8 @@
 #ifndef KVMMU_PLAIN_H
 #define KVMMU_PLAIN_H
 
-#include "_gpte.h"
-#include "_memory.h"
+#include "kvmmu/_gpte.h"
+#include "kvmmu/_memory.h"
 
 #if defined(__GNUC__)
 #define KVMMU_LIKELY(x) __builtin_expect(!!(x), 1)

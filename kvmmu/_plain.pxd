@@ -13,7 +13,7 @@ from kvmmu._gpte cimport KVMMU_FORMAT_64
 from kvmmu._memory cimport guest_mem
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 
-cdef extern from "_plain.h" nogil:
+cdef extern from "kvmmu/_plain.h" nogil:
     enum:
         KVMMU_PLAIN_ACCESSES
 

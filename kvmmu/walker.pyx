@@ -23,13 +23,13 @@ NO_MEMORY.slots, NO_MEMORY.count = &NO_SLOT, 1
 
 
 def get_include():
-    """The directory of the C headers that the `.pxd` files of kvmmu include: for the include path of extensions.
+    """Return the directory that holds `kvmmu/`: its `.pxd` files name their C headers by the path from there.
 
     Returns
     -------
     str
     """
-    return os.path.dirname(os.path.abspath(__file__))
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 cdef translation translate_slowly(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad) noexcept nogil:
