@@ -10,49 +10,74 @@ import pytest
 import kvmmu
 
 ROOT = Path(__file__).parents[1] / "kvmmu"                               # the sources, not what is installed
-# Lowest first; a module imports modules before it.
-LAYERS = ("_bits", "_alloc", "_lock", "_maker", "arguments", "locked", "faults", "record", "columns", "_arguments", "_columns",
-          "nested", "_roles", "_memory", "registers", "delivery", "control_blocks", "host", "_format", "_gpte", "tables", "_walk",
-          "_walk_init", "_plain", "_lanes", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch", "_tlb", "mmu",
-          "_contexts", "_explain",
-          "_pagewalk", "walker", "_machine_state", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine", "_audit_tlb",
-          "tracepoints", "vm", "guest_accesses", "vmx_instructions", "vcpu", "_replay_blocks", "_replay", "outcome", "terminal",
-          "progress", "recorded_faults", "trace_memory", "trace_replay", "replay", "report", "recorded_machine", "spt", "figure",
-          "cli")
-# The same within mmu/.
-MMU_LAYERS = ("_spte", "_slots", "_rmap", "_trace", "_kvm", "_page", "_unsync", "_fault", "_tdp", "_tdp_range",
-              "_zap", "_shadow_range", "_guest_tables", "_leaf", "_sync", "_shadow", "_roots", "_track",
-              "_entry", "_kvm_memory", "_state", "_audit_leaf", "_audit_guest", "_audit_shadow", "_audit", "_inspect", "_damage")
-SIDE_ROOMS = ("traces", "oracles", "images", "embed", "data")           # they know nothing of the MMU
-USES_TRACES = ("replay", "trace_memory", "trace_replay", "recorded_machine", "cli")
-USES_FACE = ("oracles/__init__.py", "oracles/events.py", "oracles/scenario.py", "oracles/vmm_memory.py")     # of the public face
+# Each package says under its docstring in which order its modules and packages stand, lowest first ("# Order:"), and each
+# package at the top says which others it imports ("# Below:"; "kvmmu" is the public face).
+LAYERS = re.compile(r"^# (Order|Below): (.*(?:\n#     .*)*)$", re.MULTILINE)
 FACE = ("__init__", "__main__")                                         # may import everything
-SOURCES = sorted(path for suffix in ("py", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
-CYTHON = [path for path in SOURCES if path.suffix != ".py"]
-IMPORT = re.compile(r"^\s*(?:from\s+(kvmmu[\w.]*)\s+c?import\s+(\(?[^#\n]*)|c?import\s+(kvmmu[\w.]*))", re.MULTILINE)
+FACE_USERS = ("cli",)                                                   # the command: a user of the public face
+KNOW_FORMATS = ("replay", "trace_memory", "trace_replay", "recorded_machine", "cli")
+# Imports that go up, and are to go: each is still there.
+UPWARD = {("_gpte", "_memory"), ("traces.stream", "traces.parquet")}
+SOURCES = sorted(path for suffix in ("py", "pyi", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
+CYTHON = [path for path in SOURCES if path.suffix in (".pyx", ".pxd")]
+HEADERS = sorted(ROOT.rglob("*.h"))
+PACKAGES = sorted(path.parent for path in ROOT.rglob("__init__.py"))
+IMPORT = re.compile(r"^[ \t]*(?:from[ ]+(kvmmu[\w.]*)\s+c?import\s+(\([^)]*\)|[^#\n]*)|c?import\s+(kvmmu[\w.]*))", re.MULTILINE)
+INCLUDE = re.compile(r'^\s*(?:cdef extern from|#\s*include)\s+"([^"]*)"', re.MULTILINE)
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 each_cython_source = pytest.mark.parametrize("path", CYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+each_package = pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT.parent)))
 
 
-def room(path):
-    """The module of a file: its stem at the top, its folder below."""
-    parts = path.relative_to(ROOT).parts
-    return parts[0] if len(parts) > 1 else path.stem
+def name_of(path):
+    """The dotted name of a module below kvmmu; of a package "room.__init__"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {name_of(path) for path in SOURCES}
+
+
+def layers_of(package):
+    """The two lines of a package, as lists of names."""
+    text = (package / "__init__.py").read_text()
+    return {head: re.sub(r"\s*\n#\s*", " ", names).split(", ") for head, names in LAYERS.findall(text)}
+
+
+def place(name, *, package=ROOT):
+    """Where a module stands: a tuple that is larger for a module further up."""
+    head, _, rest = name.partition(".")
+    if head in FACE:
+        return (len(MODULES),)
+    order = layers_of(package)["Order"]
+    assert head in order, f"{package.name} does not say where {head} stands"
+    return (order.index(head), *(place(rest, package=package / head) if rest else ()))
 
 
 def imported(path):
-    """Modules of the package that a file imports, as first part of the name below kvmmu; "" is the package itself."""
+    """Modules of the package that a file imports: dotted names below kvmmu; a package itself is "room.__init__"."""
     found = set()
     for source, names, plain in IMPORT.findall(path.read_text()):
-        module = source or plain
-        parts = module.split(".")[1:]
-        if parts:
-            found.add(parts[0])
+        module = (source or plain)[len("kvmmu."):]
+        if module in MODULES:
+            found.add(module)
             continue
-        submodules = [name.split(" as ")[0].strip(" ()") for name in names.split(",")] if source else []
-        submodules = [name for name in submodules if name in LAYERS + SIDE_ROOMS]
-        found.update(submodules or [""])
+        prefix = f"{module}." if module else ""
+        for word in names.strip("()").replace("\n", " ").split(",") if source else [""]:
+            name = prefix + word.split(" as ")[0].strip()
+            is_package = f"{name}.__init__" in MODULES and name not in kvmmu.__all__
+            found.add(name if name in MODULES else f"{name}.__init__" if is_package else f"{prefix}__init__")
     return found
+
+
+def room_of(name):
+    """The first part of a dotted name."""
+    return name.split(".")[0]
+
+
+def one(name):
+    """The only file of this name, in whatever room."""
+    path, = ROOT.rglob(name)
+    return path
 
 
 def code_of(path):
@@ -65,55 +90,93 @@ def code_of(path):
 def test_the_pattern_of_imports_sees_all_of_them():
     """The regular expression finds what Python's own parser finds."""
     for path in SOURCES:
-        if path.suffix != ".py":
+        if path.suffix not in (".py", ".pyi"):
             continue
         expected = set()
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else (
                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
-            expected |= {name.split(".")[1] for name in names if name and name.startswith("kvmmu.")}
+            expected |= {name[len("kvmmu."):] for name in names if name and name.startswith("kvmmu.")}
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
-        assert expected <= imported(path), str(path)
+        found = imported(path) | {name.removesuffix(".__init__") for name in imported(path)}
+        found |= {name.rpartition(".")[0] for name in found}
+        assert expected <= found, str(path)
+
+
+@each_package
+def test_each_package_says_what_it_is_and_where_its_modules_stand(path):
+    """A docstring, and a place for every module and package in it, for nothing else."""
+    text = (path / "__init__.py").read_text()
+    assert ast.get_docstring(ast.parse(text))
+    order = layers_of(path)["Order"]
+    children = {child.stem for child in path.iterdir() if child in SOURCES or child in PACKAGES} - set(FACE)
+    assert sorted(order) == sorted(children)
 
 
 @each_source
 def test_imports_run_downward(path):
-    """Nothing imports a module above it; the rooms at the side import nothing above arguments."""
-    here = room(path)
-    if here in FACE:
+    """Nothing imports a module that stands above it."""
+    here = name_of(path)
+    for name in imported(path) - {"__init__", here}:
+        package = name.removesuffix("__init__")
+        if here.startswith(package) and package or (here, name) in UPWARD:
+            continue                                                    # of the package that it is in; named above
+        assert place(name.removesuffix(".__init__")) < place(here), f"{here} imports {name}"
+
+
+@each_package
+def test_each_room_names_the_rooms_that_it_imports(path):
+    """All of them, and no other. Who names a module of a room imports this one alone."""
+    if path.parent != ROOT:
+        assert "Below" not in layers_of(path)
         return
-    assert here in LAYERS + SIDE_ROOMS, f"{here} has no place in the order of layers"
-    allowed = {here} | (set(LAYERS[:LAYERS.index(here)]) if here in LAYERS else {"_bits", "arguments"})
-    if here in USES_TRACES:
-        allowed |= {"traces"}
-    if str(path.relative_to(ROOT)) in USES_FACE:
-        allowed |= {""}
-    if here == "cli":
-        allowed |= {"", "oracles"}                                      # the command is a user of the public face
-    assert imported(path) - allowed == set(), f"{here} imports upward"
+    here, used = path.name, set()
+    for source in SOURCES:
+        if path in source.parents:
+            used |= {name for name in imported(source) if room_of(name) != here and (name_of(source), name) not in UPWARD}
+    below = layers_of(path)["Below"]
+    found = {name if name in below else "kvmmu" if name == "__init__" else room_of(name) for name in used}
+    assert sorted(found) == sorted(set(below) - {"nothing"})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mmu").glob("_[a-z]*.p*")), ids=lambda path: path.name)
-def test_imports_run_downward_in_the_mmu(path):
-    """Nothing in mmu/ imports a module of mmu/ above it."""
-    if path.suffix not in (".pyx", ".pxd"):
-        return
-    names = {source.split(".")[2] for source, _, _ in IMPORT.findall(path.read_text()) if source.startswith("kvmmu.mmu.")}
-    assert path.stem in MMU_LAYERS
-    assert names - set(MMU_LAYERS[:MMU_LAYERS.index(path.stem) + 1]) == set(), f"mmu/{path.name} imports upward"
+def test_the_public_face_is_for_its_users():
+    """No module below imports `kvmmu` itself."""
+    users = {name_of(path) for path in SOURCES if "__init__" in imported(path)}
+    rooms = {path.name for path in PACKAGES if path.parent == ROOT and "kvmmu" in layers_of(path)["Below"]}
+    assert {room_of(user) for user in users} - set(FACE) <= rooms | set(FACE_USERS)
 
 
-@each_source
-def test_nothing_else_knows_the_file_formats(path):
+def test_imports_that_go_up_are_those_that_are_named():
+    """An entry of UPWARD that is mended goes."""
+    found = {(name_of(path), name) for path in SOURCES for name in imported(path)}
+    assert UPWARD <= found
+
+
+@pytest.mark.parametrize("path", [*HEADERS, *CYTHON], ids=lambda path: str(path.relative_to(ROOT)))
+def test_headers_are_included_downward(path):
+    """By their path from the root; those of a room come from it, or from rooms below."""
+    for target in INCLUDE.findall(path.read_text()):
+        if not target.startswith("kvmmu/"):                             # of Python or of the system
+            assert Path(target).name not in {header.name for header in HEADERS}, f"not a path from the root: {target}"
+            continue
+        header = ROOT.parent / target
+        assert header.is_file()
+        for mine, other in zip(path.relative_to(ROOT).parts[:-1], header.relative_to(ROOT).parts[:-1], strict=False):
+            if mine != other:
+                assert place(other) < place(mine), f"{path.name} includes {target}"
+                break
+
+
+def test_nothing_else_knows_the_file_formats():
     """Of the MMU only replay and the command import traces."""
-    if room(path) not in (*USES_TRACES, *FACE, "traces"):
-        assert "traces" not in imported(path)
+    users = {room_of(name_of(path)) for path in SOURCES if "traces" in {room_of(name) for name in imported(path)}}
+    assert users - {"traces"} == set(KNOW_FORMATS)
 
 
 def test_numbers_of_the_header_and_of_cython_are_the_same():
     """_bits.pxd declares every name that _bits.h defines, and no other."""
-    header = re.findall(r"^#define\s+(\w+)", (ROOT / "_bits.h").read_text(), re.MULTILINE)
-    declared = re.findall(r"^\s+(?:const\s+)?(?:u?int\d*_t|int)\s+(\w+)", (ROOT / "_bits.pxd").read_text(), re.MULTILINE)
+    header = re.findall(r"^#define\s+(\w+)", one("_bits.h").read_text(), re.MULTILINE)
+    declared = re.findall(r"^\s+(?:const\s+)?(?:u?int\d*_t|int)\s+(\w+)", one("_bits.pxd").read_text(), re.MULTILINE)
     macros = {"KVMMU_BITS_H", "KVMMU_BIT"}
     assert set(header) - macros - set(declared) == set(), "in _bits.h only"
     assert set(declared) - set(header) == set(), "in _bits.pxd only"
@@ -123,7 +186,7 @@ def test_numbers_of_the_header_and_of_cython_are_the_same():
 def test_flags_are_the_numbers_of_the_header():
     """IntFlag members have the values that the preprocessor would compute."""
     values = {}
-    for name, text in re.findall(r"^#define\s+(\w+)\s+(.+?)(?:\s*/\*.*)?$", (ROOT / "_bits.h").read_text(), re.MULTILINE):
+    for name, text in re.findall(r"^#define\s+(\w+)\s+(.+?)(?:\s*/\*.*)?$", one("_bits.h").read_text(), re.MULTILINE):
         expression = re.sub(r"KVMMU_BITS\(", "bits(", re.sub(r"KVMMU_BIT\(", "bit(", text))
         expression = re.sub(r"UINT64_C\((\d+)\)", r"\1", expression)
         try:
@@ -155,11 +218,12 @@ def test_formats_are_told_apart_in_one_file(path):
         assert not re.search(r"\bif\s+guest_walker\s+is\b", code_of(path))
 
 
-@pytest.mark.parametrize("name", ["_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_batch.pyx", *(
-    f"mmu/{path.name}" for path in CYTHON if path.parent.name == "mmu")])
-def test_walks_have_no_literal_masks(name):
+@pytest.mark.parametrize("path", [*(one(name) for name in ("_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_batch.pyx")),
+                                  *(path for path in CYTHON if ROOT / "mmu" in path.parents)],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_walks_have_no_literal_masks(path):
     """Architectural numbers have names: no hexadecimal constants above 0xff, no shifts of a literal one by a literal."""
-    code = code_of(ROOT / name)
+    code = code_of(path)
     assert [] == [text for text in re.findall(r"\b0[xX][0-9a-fA-F]+", code) if int(text, 16) > 0xFF]
     assert [] == re.findall(r"\b1(?:[uU]?[lL]{0,2})?\s*<<\s*\d+", code)
 
