@@ -1,24 +1,22 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: _bits, arguments, faults, nested, _roles, registers, delivery, control_blocks, _format, _gpte, _maker, _alloc, _lock,
-#     _memory, _walk, columns, record, _walk_init, _plain, _contexts, _arguments, _explain, _columns, _lanes, _prefixes,
-#     _verdicts, _rows, _straight, _blocks, _batch, _pagewalk, walker, tables, _tlb, host, mmu, _machine_state, _exits,
-#     _l1_flushes, _access, _machine_modes, _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu,
-#     traces, _replay_blocks, _replay, outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay,
-#     recorded_machine, report, spt, figure, oracles, cli
+# Order: arch, _maker, _alloc, _lock, _memory, _walk, columns, record, _walk_init, _plain, _contexts, _arguments, _explain,
+#     _columns, _lanes, _prefixes, _verdicts, _rows, _straight, _blocks, _batch, _pagewalk, walker, tables, _tlb, host, mmu,
+#     _machine_state, _exits, _l1_flushes, _access, _machine_modes, _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses,
+#     vmx_instructions, vcpu, traces, _replay_blocks, _replay, outcome, terminal, progress, recorded_faults, trace_memory,
+#     trace_replay, replay, recorded_machine, report, spt, figure, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
-from kvmmu._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu._contexts import Contexts
-from kvmmu._format import PageFormat
 from kvmmu._machine import ShadowMmu, TdpMmu
 from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk
-from kvmmu._roles import CpuRole, calc_cpu_roles
 from kvmmu._tlb import Tlb
-from kvmmu.columns import Accesses, Span, Translation
-from kvmmu.control_blocks import ept_from_vmcs12, npt_from_vmcb, regs_from_vmcb
-from kvmmu.delivery import (
+from kvmmu.arch._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
+from kvmmu.arch._format import PageFormat
+from kvmmu.arch._roles import CpuRole, calc_cpu_roles
+from kvmmu.arch.control_blocks import ept_from_vmcs12, npt_from_vmcb, regs_from_vmcb
+from kvmmu.arch.delivery import (
     ExceptionInjected,
     ExitToL1,
     SvmExit,
@@ -28,7 +26,7 @@ from kvmmu.delivery import (
     deliver_nested_fault,
     deliver_page_fault,
 )
-from kvmmu.faults import (
+from kvmmu.arch.faults import (
     EptMisconfig,
     EptViolation,
     GeneralProtection,
@@ -40,12 +38,13 @@ from kvmmu.faults import (
     PmlFull,
     VmFail,
 )
+from kvmmu.arch.registers import CpuModel, Regs
+from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
+from kvmmu.columns import Accesses, Span, Translation
 from kvmmu.figure import plot_walk
 from kvmmu.host import Host
-from kvmmu.nested import Ept, Intercepts, Npt, Pml
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.record import WalkRecord, WalkStep
-from kvmmu.registers import CpuModel, Regs
 from kvmmu.replay import replay
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tracepoints import TraceEvent, Tracepoints

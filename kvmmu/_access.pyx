@@ -5,16 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from kvmmu._bits cimport (
-    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
-    EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
-    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PG_LEVEL_4K, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK,
-    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK,
-    ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK,
-    STATUS_PAGE_FAULT,
-)
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
-from kvmmu._format cimport explicit_access, permission_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
@@ -22,6 +13,15 @@ from kvmmu._tlb cimport (
     tlb_remember_split, tlb_use,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
+from kvmmu.arch._bits cimport (
+    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
+    EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
+    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PG_LEVEL_4K, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK,
+    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK,
+    ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK,
+    STATUS_PAGE_FAULT,
+)
+from kvmmu.arch._format cimport explicit_access, permission_fault
 from kvmmu.mmu._entry cimport prepare_mmu
 from kvmmu.mmu._fault cimport spte_walk, walk_sptes
 from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child

@@ -5,7 +5,7 @@ from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_Check
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ACCESS_VALID_MASK
+from kvmmu.arch._bits cimport ACCESS_VALID_MASK
 
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object value) noexcept

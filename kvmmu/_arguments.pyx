@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.arguments import check_word
+from kvmmu.arch.arguments import check_word
 from kvmmu.columns import check_one_access
 
 

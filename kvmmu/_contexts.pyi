@@ -1,7 +1,7 @@
-from kvmmu._format import PageFormat
 from kvmmu._memory import GuestMemory
-from kvmmu.nested import Stage
-from kvmmu.registers import Regs
+from kvmmu.arch._format import PageFormat
+from kvmmu.arch.registers import Regs
+from kvmmu.arch.second_stages import Stage
 
 class VcpuArch:
     def load(self, regs: Regs) -> None: ...

@@ -7,25 +7,25 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmmu._bits cimport (
+from kvmmu._maker cimport check_maker, maker
+from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
+from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
+from kvmmu.arch._bits cimport (
     ACC_ALL, ACCESS_USER_MASK, CR4_PKE_MASK, CR4_SMAP_MASK, CR4_SMEP_MASK, EPT_VIOLATION_GVA_VALID_MASK, ROLE_ACCESS_SHIFT,
     ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK,
     ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK,
     ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, STATUS_OK,
 )
-from kvmmu._format cimport (
+from kvmmu.arch._format cimport (
     PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
     update_permission_bitmask, update_pkru_bitmask,
 )
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
-from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
+from kvmmu.arch._roles cimport calc_cpu_role, kvm_mmu_role_regs
 
-from kvmmu.faults import nested_fault_of
-from kvmmu.nested import Ept, Npt
-from kvmmu.registers import Regs
+from kvmmu.arch.faults import nested_fault_of
+from kvmmu.arch.registers import Regs
+from kvmmu.arch.second_stages import Ept, Npt
 
 
 cdef extern from "Python.h":

@@ -2,7 +2,11 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._machine_state cimport access_result, machine, use_arena
+from kvmmu._memory cimport kvmmu_store
+from kvmmu._tlb cimport tlb_invlpg
+from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
+from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
     EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, EPT_VIOLATION_GVA_USER_MASK,
     EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK,
@@ -11,11 +15,7 @@ from kvmmu._bits cimport (
     PFERR_RSVD_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK, PML_ENTITY_NUM, RET_PF_RETRY, ROLE_CR4_SMEP_MASK,
     STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._gpte cimport KVMMU_FORMAT_EPT
-from kvmmu._machine_state cimport access_result, machine, use_arena
-from kvmmu._memory cimport kvmmu_store
-from kvmmu._tlb cimport tlb_invlpg
-from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu._fault cimport host_reads, host_writes
 from kvmmu.mmu._guest_tables cimport trace_walk

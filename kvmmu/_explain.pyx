@@ -4,20 +4,20 @@ from dataclasses import replace
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._contexts cimport WalkCopy
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, walk_result, walk_step
+from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK,
     EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_WRITE_MASK, INVALID_GPA, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK,
     PFERR_PK_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PT32_INDEX_BITS, PT64_INDEX_BITS, PT_MAX_LEVELS,
     ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL,
     STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._contexts cimport WalkCopy
-from kvmmu._format cimport PageFormat, explicit_access
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, walk_result, walk_step
+from kvmmu.arch._format cimport PageFormat, explicit_access
 
-from kvmmu._bits import Access, Status
-from kvmmu.faults import fault_of, nested_fault_of
-from kvmmu.nested import Ept
+from kvmmu.arch._bits import Access, Status
+from kvmmu.arch.faults import fault_of, nested_fault_of
+from kvmmu.arch.second_stages import Ept
 from kvmmu.record import WalkRecord, WalkStep
 
 

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "kvmmu/_gpte.h"
+#include "kvmmu/arch/_gpte.h"
 #include "kvmmu/_memory.h"
 
 #define KVMMU_LANES ((size_t)64)

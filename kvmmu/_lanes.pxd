@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._format cimport kvm_page_format
+from kvmmu.arch._format cimport kvm_page_format
 
 cdef extern from "kvmmu/_lanes.h" nogil:
     const size_t KVMMU_LANES

@@ -9,19 +9,19 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr
 
 from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine_run_for, machine_store
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu._bits cimport (
-    ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GPA_BITS, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
-)
 from kvmmu._contexts cimport VcpuArch, rflags_ac
 from kvmmu._exits cimport machine_drain_pml, machine_emulate
-from kvmmu._format cimport PageFormat, explicit_access
 from kvmmu._l1_flushes cimport flush_ept, flush_vpid
 from kvmmu._machine_modes cimport MachineModes
 from kvmmu._machine_state cimport access_columns, access_result, use_arena
 from kvmmu._tlb cimport (
     Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,
 )
+from kvmmu.arch._bits cimport (
+    ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GPA_BITS, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
+)
+from kvmmu.arch._format cimport PageFormat, explicit_access
 from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
 from kvmmu.mmu._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu._page cimport alloc_page, reserve_pages
@@ -30,7 +30,7 @@ from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._sync cimport mmu_invalidate_addr
 from kvmmu.mmu._tdp cimport tdp_page_fault
 
-from kvmmu._bits import RetPf
+from kvmmu.arch._bits import RetPf
 from kvmmu.columns import check_access, check_array
 
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two looks at signals: Ctrl-C seems immediate, and 20 cost nothing

@@ -4,15 +4,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvmmu._contexts import Contexts, SecondStage, VcpuArch
-from kvmmu._format import PageFormat
 from kvmmu._memory import GuestMemory
-from kvmmu._roles import CpuRole
+from kvmmu.arch._format import PageFormat
+from kvmmu.arch._roles import CpuRole
+from kvmmu.arch.delivery import ExceptionInjected, ExitToL1
+from kvmmu.arch.faults import GuestFault
+from kvmmu.arch.registers import CpuModel, Regs
+from kvmmu.arch.second_stages import Stage
 from kvmmu.columns import Span, Translation
-from kvmmu.delivery import ExceptionInjected, ExitToL1
-from kvmmu.faults import GuestFault
-from kvmmu.nested import Stage
 from kvmmu.record import WalkRecord
-from kvmmu.registers import CpuModel, Regs
 
 _RegsRow = Regs | tuple[Regs, Stage | None]
 

@@ -2,7 +2,7 @@
 #ifndef KVMMU_PLAIN_H
 #define KVMMU_PLAIN_H
 
-#include "kvmmu/_gpte.h"
+#include "kvmmu/arch/_gpte.h"
 #include "kvmmu/_memory.h"
 
 #if defined(__GNUC__)

@@ -3,18 +3,18 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
-    PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
-)
-from kvmmu._format cimport explicit_access
-from kvmmu._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
 from kvmmu._memory cimport guest_mem, kvmmu_read64
 from kvmmu._plain cimport (
     KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
 )
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
+from kvmmu.arch._bits cimport (
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
+    PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+)
+from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
 
 
 cdef kvmmu_translation no_plain_walk(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,

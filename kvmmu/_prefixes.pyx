@@ -4,16 +4,6 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu._bits cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_1G,
-    PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
-)
-from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
-from kvmmu._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
-    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
-    kvmmu_gpte_rights, kvmmu_leaf_gpa, kvmmu_level_shift, read_gpte,
-)
 from kvmmu._lanes cimport (
     PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
     PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, PREFIX_TAG_COLD, TLB_ASID_BITS,
@@ -26,6 +16,16 @@ from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
 )
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access
+from kvmmu.arch._bits cimport (
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_1G,
+    PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
+)
+from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, kvm_page_format, permission_fault
+from kvmmu.arch._gpte cimport (
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
+    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
+    kvmmu_gpte_rights, kvmmu_leaf_gpa, kvmmu_level_shift, read_gpte,
+)
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 

@@ -4,8 +4,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._bits cimport STATUS_OK
-from kvmmu._format cimport explicit_access, look_of
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
 from kvmmu._prefixes cimport is_resting, judged_entry, lane_space, rest_longer, start_patience
 from kvmmu._rows cimport (
@@ -14,6 +12,8 @@ from kvmmu._rows cimport (
 )
 from kvmmu._verdicts cimport learn_passes, rights_count, set_bits_of
 from kvmmu._walk cimport WALK_TABLES, kvm_pagewalk
+from kvmmu.arch._bits cimport STATUS_OK
+from kvmmu.arch._format cimport explicit_access, look_of
 
 # Of 64 rows so many or fewer that do not surely pass are dealt with one after the other.
 cdef int FEW_ODD = 12

@@ -9,14 +9,14 @@ from libc.string cimport memset
 
 from kvmmu._alloc cimport kvmmu_alloc_table
 from kvmmu._arguments cimport check_scalar_word
-from kvmmu._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 from kvmmu._lock cimport MachineLock
 from kvmmu._tlb cimport (
     TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_SPLIT_SIZES, TLB_VPN_BITS,
     tlb, tlb_array, tlb_entry, tlb_lookup, tlb_page,
 )
+from kvmmu.arch._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 
-from kvmmu.arguments import check_bool, check_choice, check_int, check_word
+from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_word
 
 
 cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil:

@@ -3,9 +3,6 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
-from kvmmu._format cimport KVMMU_LOOK_ACCESS_SHIFT, look_of
-from kvmmu._gpte cimport KVMMU_FORMAT_32
 from kvmmu._lanes cimport (
     PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
     kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
@@ -18,6 +15,9 @@ from kvmmu._prefixes cimport (
 )
 from kvmmu._verdicts cimport FEW_ODD, lane_bit, rights_count
 from kvmmu._walk cimport second_stage_access
+from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
+from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, look_of
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 
 
 cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,

@@ -2,7 +2,9 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
+from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
     ACC_WRITE_MASK, CR3_PAE_PDPT_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK,
     EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_USER_MASK, EPT_VIOLATION_GVA_VALID_MASK,
@@ -11,13 +13,11 @@ from kvmmu._bits cimport (
     PML_ENTITY_NUM, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT_PRESENT_MASK, ROLE_CR4_SMEP_MASK,
     STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
-from kvmmu._format cimport kvm_page_format, permission_fault
-from kvmmu._gpte cimport (
+from kvmmu.arch._format cimport kvm_page_format, permission_fault
+from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
     guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
-from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
-from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
 
 # What a walk came to, beside STATUS_*.
 cdef enum:

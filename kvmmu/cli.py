@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 import kvmmu
-from kvmmu._bits import Access, Status
-from kvmmu.faults import error_code_text
+from kvmmu.arch._bits import Access, Status
+from kvmmu.arch.faults import error_code_text
 from kvmmu.figure import plot_walk
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.progress import progress_bar

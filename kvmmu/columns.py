@@ -6,8 +6,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import Access
-from kvmmu.arguments import check_int, refuse_masked
+from kvmmu.arch._bits import Access
+from kvmmu.arch.arguments import check_int, refuse_masked
 
 __all__ = ["COLUMNS", "Accesses", "Span", "Translation"]
 

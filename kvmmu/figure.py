@@ -3,8 +3,8 @@
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from kvmmu._bits import Status
-from kvmmu.faults import access_text, nested_title
+from kvmmu.arch._bits import Status
+from kvmmu.arch.faults import access_text, nested_title
 from kvmmu.record import WalkRecord, WalkStep, rights_text, size_text
 
 if TYPE_CHECKING:

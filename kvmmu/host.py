@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvmmu._bits import MAXPHYADDR_MAX
-from kvmmu.arguments import check_bool, check_int, check_name
+from kvmmu.arch._bits import MAXPHYADDR_MAX
+from kvmmu.arch.arguments import check_bool, check_int, check_name
 
 __all__ = ["Host"]
 

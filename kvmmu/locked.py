@@ -6,7 +6,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from kvmmu._lock import MachineLock
-from kvmmu.arguments import check_bytes
+from kvmmu.arch.arguments import check_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvmmu._bits import Acc, Access, Status
-from kvmmu.faults import access_text, entry_name, error_code_text, nested_title, rule_text
+from kvmmu.arch._bits import Acc, Access, Status
+from kvmmu.arch.faults import access_text, entry_name, error_code_text, nested_title, rule_text
 
 __all__ = ["WalkRecord", "WalkStep"]
 

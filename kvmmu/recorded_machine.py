@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from kvmmu._bits import CR3_PAE_PDPT, Access
 from kvmmu._memory import GuestMemory
+from kvmmu.arch._bits import CR3_PAE_PDPT, Access
+from kvmmu.arch.registers import Regs
 from kvmmu.host import Host
 from kvmmu.recorded_faults import Context, use_context
-from kvmmu.registers import Regs
 from kvmmu.replay import recording_vcpu
 from kvmmu.trace_memory import reserve
 from kvmmu.trace_replay import trace_start

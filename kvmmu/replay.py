@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._bits import INVALID_GPA
 from kvmmu._memory import GuestMemory
 from kvmmu._replay import new_replayer
-from kvmmu.faults import GuestFault, access_text, error_code_text, npf_info_text
-from kvmmu.nested import Npt
+from kvmmu.arch._bits import INVALID_GPA
+from kvmmu.arch.faults import GuestFault, access_text, error_code_text, npf_info_text
+from kvmmu.arch.registers import CpuModel, Regs
+from kvmmu.arch.second_stages import Npt
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
 from kvmmu.progress import progress_bar
 from kvmmu.recorded_faults import (
@@ -25,7 +26,6 @@ from kvmmu.recorded_faults import (
     pdptrs_at,
     use_context,
 )
-from kvmmu.registers import CpuModel, Regs
 from kvmmu.trace_replay import replay_trace
 from kvmmu.traces import Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, is_parquet
 from kvmmu.traces._npz import StrPath

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmmu._roles import CpuRole
+from kvmmu.arch._roles import CpuRole
 from kvmmu.record import size_text
 from kvmmu.vm import Vm
 

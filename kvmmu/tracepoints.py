@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kvmmu._bits import RetPf
-from kvmmu._roles import CpuRole
-from kvmmu.arguments import check_int
-from kvmmu.faults import error_code_text
+from kvmmu.arch._bits import RetPf
+from kvmmu.arch._roles import CpuRole
+from kvmmu.arch.arguments import check_int
+from kvmmu.arch.faults import error_code_text
 from kvmmu.host import Host, RoleBits
 from kvmmu.mmu._inspect import set_trace, trace_events
 from kvmmu.mmu._state import Kvm

@@ -30,17 +30,17 @@ compare-and-set. None may while `refresh()` runs.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
-    ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_USER_MASK,
-    ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
-)
 from kvmmu._contexts cimport WalkCopy
-from kvmmu._format cimport explicit_access
 from kvmmu._memory cimport SlotTable
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._plain cimport kvmmu_translation, plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
+from kvmmu.arch._bits cimport (
+    ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_USER_MASK,
+    ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+)
+from kvmmu.arch._format cimport explicit_access
 
 cdef struct walk_state:
     kvm_pagewalk w

@@ -45,7 +45,7 @@ from kvmmu import (
     Tracepoints,
     Translation,
 )
-from kvmmu.arguments import check_bytes, check_integers
+from kvmmu.arch.arguments import check_bytes, check_integers
 from kvmmu.oracles import run_scenario
 from kvmmu.traces import Header, ParquetTrace, RegisterSet, Stage, convert
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from kvmmu import CpuModel, GeneralProtection, GuestMemory, Host, InvalidOpcode, Vcpu, Vm
-from kvmmu.registers import FEATURES
+from kvmmu.arch.registers import FEATURES
 
 LONG = {"cr0": 0x80010033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD01}
 # From the manuals, by name: vendors, register, bit.

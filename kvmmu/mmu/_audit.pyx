@@ -12,11 +12,11 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     PG_LEVEL_4K, PT64_INDEX_BITS, ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT, ROLE_INVALID_MASK, ROLE_LEVEL_MASK,
     SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu._format cimport PageFormat
+from kvmmu.arch._format cimport PageFormat
 from kvmmu.mmu._audit_leaf cimport _Findings
 from kvmmu.mmu._audit_shadow cimport audit_shadow, is_page_of_entries
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, kvm, kvm_vcpu, spte_to_child

@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvmmu._format cimport PageFormat
+from kvmmu.arch._format cimport PageFormat
 from kvmmu.mmu._kvm cimport kvm
 from kvmmu.mmu._slots cimport kvm_memory_slot
 

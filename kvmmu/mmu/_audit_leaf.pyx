@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport MMIO_SPTE_GEN_MASK, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
-from kvmmu._format cimport PageFormat
+from kvmmu.arch._bits cimport MMIO_SPTE_GEN_MASK, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
+from kvmmu.arch._format cimport PageFormat
 from kvmmu.mmu._kvm cimport invalidation_under_way, kvm, memslots_of
 from kvmmu.mmu._slots cimport (
     HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty,

@@ -3,14 +3,14 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._bits cimport (
     ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT,
     ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_GUEST_MODE_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
     ROLE_INVALID_MASK, ROLE_LEVEL_MASK, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
     SHADOW_NONPRESENT_VALUE, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE,
 )
-from kvmmu._format cimport PageFormat
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._format cimport PageFormat
 from kvmmu.mmu._audit_guest cimport audit_guest_entry, walk_of
 from kvmmu.mmu._audit_leaf cimport _Findings
 from kvmmu.mmu._kvm cimport (

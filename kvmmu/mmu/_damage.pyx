@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
+from kvmmu.arch._bits cimport ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu._page cimport (
     first_spte, list_remove, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,

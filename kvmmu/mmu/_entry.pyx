@@ -3,15 +3,15 @@
 from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._walk cimport walk_result
+from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_USER_MASK, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK,
     PML_ENTITY_NUM, PT64_BASE_ADDR_MASK, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT, STATUS_EPT_VIOLATION,
     STATUS_NESTED_PAGE_FAULT, STATUS_PAGE_FAULT,
 )
-from kvmmu._gpte cimport KVMMU_FORMAT_EPT
-from kvmmu._walk cimport walk_result
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.mmu._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,

@@ -2,11 +2,11 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._bits cimport (
     ACC_WRITE_MASK, PG_LEVEL_4K, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_MASK,
     ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.mmu._fault cimport fault_make_mmio_spte, fault_make_spte, trace_mark_mmio_spte
 from kvmmu.mmu._guest_tables cimport (
     first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,

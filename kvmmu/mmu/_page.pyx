@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from kvmmu._alloc cimport kvmmu_grow_array
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     PAGE_SIZE, PG_LEVEL_1G, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, page_list

@@ -3,14 +3,14 @@
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._bits cimport (
     ACCESS_PFEC_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, PAGE_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_2M,
     PG_LEVEL_4K, RET_PF_CONTINUE, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_MASK,
     ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
     ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
 )
-from kvmmu._gpte cimport KVMMU_FORMAT_EPT
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.mmu._fault cimport (
     disallowed_hugepage_adjust, fast_page_fault, faultin_pfn, hugepage_adjust, page_fault_handle_page_track,
 )

@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport PG_LEVEL_1G, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
+from kvmmu.arch._bits cimport PG_LEVEL_1G, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, page_list, sp_level, sp_of
 from kvmmu.mmu._page cimport hash_first, list_init, sp_has_gptes
 from kvmmu.mmu._rmap cimport pte_list_count, pte_list_get, rmap_head

@@ -15,7 +15,7 @@ huge up to `max_mapping_level()`. `account_shadowed` of a shadow MMU raises writ
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport PG_LEVEL_2M, PT64_INDEX_BITS
+from kvmmu.arch._bits cimport PG_LEVEL_2M, PT64_INDEX_BITS
 
 cdef enum:
     SLOT_VERSIONS = 4               # images of a slot in host-physical space

@@ -19,14 +19,14 @@ Sources: SDM vol. 3, "EPT Translation Mechanism", "EPT Misconfigurations"; APM v
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_PFEC_MASK,
     EPT_EXECUTABLE_MASK, EPT_USER_EXECUTABLE_MASK, FROZEN_SPTE, MMIO_SPTE_GEN_HIGH_SHIFT, MMIO_SPTE_GEN_LOW_BITS,
     MMIO_SPTE_GEN_LOW_MASK, MMIO_SPTE_GEN_LOW_SHIFT, MMIO_SPTE_GEN_HIGH_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
     PG_LEVEL_4K, PT64_INDEX_BITS, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, PT_USER_MASK, PT_WRITABLE_MASK,
     SPTE_BASE_ADDR_MASK, SPTE_MMU_PRESENT_MASK, SPTE_TDP_AD_DISABLED, SPTE_TDP_AD_MASK,
 )
-from kvmmu._format cimport PageFormat, has_bad_mt_xwr, has_rsvd_bits, kvm_page_format
+from kvmmu.arch._format cimport PageFormat, has_bad_mt_xwr, has_rsvd_bits, kvm_page_format
 
 # The layout of SPTEs on one host: KVM's shadow_*_mask.
 cdef struct spte_format:

@@ -3,7 +3,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._format import PageFormat
+from kvmmu.arch._format import PageFormat
 from kvmmu.host import Host
 
 class SpteFormat:

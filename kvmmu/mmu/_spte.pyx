@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu._arguments cimport check_scalar_word
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, EPT_ACCESSED_MASK, EPT_DIRTY_MASK,
     EPT_EXECUTABLE_MASK, EPT_IPAT_MASK, EPT_MMIO_VALUE, EPT_MT_WB_MASK, EPT_RWX_MASK, EPT_SPTE_HOST_WRITABLE,
     EPT_SPTE_MMU_WRITABLE, EPT_SUPPRESS_VE_MASK, EPT_USER_EXECUTABLE_MASK, GPA_BITS, GPA_LIMIT, KVMMU_BITS, L1TF_BITS,
@@ -16,7 +16,7 @@ from kvmmu._bits cimport (
     ROLE_AD_DISABLED_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, SPTE_ACC_TRACK_BITS_MASK, SPTE_ACC_TRACK_SAVED_SHIFT,
     SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE, SPTE_MMU_PRESENT_MASK, SPTE_TDP_AD_DISABLED, SPTE_TDP_AD_WRPROT_ONLY,
 )
-from kvmmu._format cimport (
+from kvmmu.arch._format cimport (
     PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
     update_permission_bitmask,
 )
@@ -28,7 +28,7 @@ from kvmmu.mmu._spte cimport make_huge_spte as c_make_huge_spte
 from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
 from kvmmu.mmu._spte cimport make_spte as c_make_spte
 
-from kvmmu.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
+from kvmmu.arch.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
 from kvmmu.host import Host
 
 # What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.

@@ -5,7 +5,7 @@ import numpy as np
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
-from kvmmu._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.mmu._fault cimport host_writes, move_host_page
 from kvmmu.mmu._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, kvm
 from kvmmu.mmu._kvm_memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast

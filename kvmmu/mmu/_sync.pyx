@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     PAGE_SHIFT, PG_LEVEL_4K, ROLE_ACCESS_MASK, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK,
     SPTE_ENT_PER_PAGE,
 )

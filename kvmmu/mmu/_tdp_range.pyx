@@ -4,7 +4,7 @@ from libc.errno cimport ENOMEM
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_INVALID_MASK, ROLE_LEVEL_MASK,
     ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )

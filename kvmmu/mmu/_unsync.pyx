@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport PG_LEVEL_2M, PG_LEVEL_4K, ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
+from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K, ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, sp_level
 from kvmmu.mmu._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu._rmap cimport pte_list_count, pte_list_get

@@ -9,7 +9,7 @@ A root that a vCPU still uses is not freed but left invalid; who frees the root 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._bits cimport ROLE_INVALID_MASK
+from kvmmu.arch._bits cimport ROLE_INVALID_MASK
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, page_list
 from kvmmu.mmu._slots cimport kvm_memory_slot
 

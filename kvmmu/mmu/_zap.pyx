@@ -4,7 +4,7 @@ from libc.errno cimport ENOSPC
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     PG_LEVEL_4K, ROLE_GUEST_MODE_MASK, ROLE_INVALID_MASK, ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.mmu._kvm cimport (

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu.arguments import check_int, check_integers, check_pages, check_word
+from kvmmu.arch.arguments import check_int, check_integers, check_pages, check_word
 from kvmmu.oracles.ioctls import FileDescriptors, GeneralRegs, MemoryRegion, Segment, Sregs, ioctl, load_cpuid, open_device
 
 INVALID_GPA = 2**64 - 1

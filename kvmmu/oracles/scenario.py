@@ -26,7 +26,7 @@ from kvmmu import (
     Tracepoints,
     Vm,
 )
-from kvmmu.arguments import check_bool, check_word
+from kvmmu.arch.arguments import check_bool, check_word
 from kvmmu.oracles.events import event_text
 from kvmmu.oracles.guest_stub import FATAL, SHUTDOWN, Stub
 from kvmmu.oracles.vmm_memory import DIRTY_LOG_FLAG, HUGE_PAGE_SIZE, PAGE_SIZE, READONLY_FLAG, VmmSlot

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from kvmmu._bits import GPA_BITS, PAGE_SIZE
+from kvmmu.arch._bits import GPA_BITS, PAGE_SIZE
 
 __all__ = ["FORMAT_32", "FORMAT_64", "FORMAT_EPT", "MODES", "Mode", "ModeShape"]
 

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._bits import GPA_BITS, PT64_PKEY_SHIFT
-from kvmmu.arguments import check_bools, check_integers
+from kvmmu.arch._bits import GPA_BITS, PT64_PKEY_SHIFT
+from kvmmu.arch.arguments import check_bools, check_integers
 from kvmmu.tables.modes import FORMAT_32, ModeShape
 
 __all__ = ["Flag", "Rows", "as_words", "either_mask", "entry_mask", "gpa_bits", "key_bits"]

@@ -1,12 +1,12 @@
 """Readers and writers of memory traces. They know nothing of the MMU and need numpy alone, but for Parquet (extra `arrow`)."""
-# Below: _bits, arguments
+# Below: arch._bits, arch.arguments
 # Order: _sink, _text, _text_events, _binary, _qemu, _files, _npz, _schema, header, named, compressed, _rows, stream, foreign,
 #     tables, qemu_plugin, qemu_execlog, pinatrace, perf_script, numpy_arrays, csv, lackey, ftrace, drmemtrace, champsim, parquet,
 #     opening, recording, conversion
 
 from typing import TYPE_CHECKING, Any
 
-from kvmmu._bits import Op
+from kvmmu.arch._bits import Op
 from kvmmu.traces._npz import RecordingError, open_npz
 from kvmmu.traces.conversion import convert
 from kvmmu.traces.header import Header, RegisterSet, Stage, TraceError

@@ -7,7 +7,7 @@ where Python calls; sizes of records are fixed.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from kvmmu._bits cimport GPA_LIMIT, INVALID_GPA, OP_FETCH, OP_LOAD, OP_STORE, PAGE_SHIFT, PAGE_SIZE
+from kvmmu.arch._bits cimport GPA_LIMIT, INVALID_GPA, OP_FETCH, OP_LOAD, OP_STORE, PAGE_SHIFT, PAGE_SIZE
 from kvmmu.traces._sink cimport Sink, access_of, is_full, map_free, map_get, map_init, map_set, put, row_sink, u64_map
 
 

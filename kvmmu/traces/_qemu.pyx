@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
-from kvmmu._bits cimport INVALID_GPA, OP_FETCH, OP_GUEST_WRITE, OP_LOAD, OP_MMIO_MASK, OP_MOV_CR3, OP_STORE
+from kvmmu.arch._bits cimport INVALID_GPA, OP_FETCH, OP_GUEST_WRITE, OP_LOAD, OP_MMIO_MASK, OP_MOV_CR3, OP_STORE
 from kvmmu.traces._binary cimport check_span
 from kvmmu.traces._sink cimport Sink, access_of, is_full, put, put_event, row_sink
 

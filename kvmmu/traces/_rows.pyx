@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, GPA_LIMIT, INVALID_GPA, OP_EVENT, OP_FETCH,
     OP_KIND_MASK, OP_MEMORY_WORD, OP_MMIO_MASK, OP_STORE,
 )

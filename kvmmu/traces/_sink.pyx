@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, OP_EVENT, OP_KIND_MASK, OP_FETCH,
     OP_LOAD, OP_STORE, PAGE_SHIFT,
 )

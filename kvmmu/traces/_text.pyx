@@ -7,7 +7,7 @@ has no other end: a parser that reads bytes one after the other and stops at a l
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memchr
 
-from kvmmu._bits cimport INVALID_GPA, OP_FETCH, OP_LOAD, OP_MMIO_MASK, OP_STORE
+from kvmmu.arch._bits cimport INVALID_GPA, OP_FETCH, OP_LOAD, OP_MMIO_MASK, OP_STORE
 from kvmmu.traces._sink cimport Sink, access_of, is_full, put, row_sink
 
 cdef enum:

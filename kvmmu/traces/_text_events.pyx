@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memchr, memcmp, memset
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, GPA_LIMIT, INVALID_GPA, OP_FETCH, OP_LOAD, OP_MMIO_MASK, OP_STORE, PAGE_OFFSET_MASK, PAGE_SHIFT,
     PFERR_FETCH_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK,
 )

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._bits import Cr4, Op
-from kvmmu.arguments import check_int
+from kvmmu.arch._bits import Cr4, Op
+from kvmmu.arch.arguments import check_int
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath
 from kvmmu.traces.header import Header, RegisterSet, Stage
 from kvmmu.traces.parquet import ROW_GROUP, ParquetWriter

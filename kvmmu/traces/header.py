@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from kvmmu.arguments import check_bool, check_word, check_words
+from kvmmu.arch.arguments import check_bool, check_word, check_words
 
 __all__ = ["Header", "RegisterSet", "Stage", "TraceError"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import GPA_LIMIT, INVALID_GPA, Access, Op
+from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, Access, Op
 from kvmmu.traces._sink import MODIFY, Sink, add_rows
 from kvmmu.traces.header import MAX_VCPUS, TraceError
 

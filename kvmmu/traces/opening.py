@@ -9,7 +9,7 @@ from warnings import warn
 
 import numpy as np
 
-from kvmmu._bits import Op
+from kvmmu.arch._bits import Op
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvmmu._bits import INVALID_GPA, Op
-from kvmmu.arguments import check_bool, check_threads
+from kvmmu.arch._bits import INVALID_GPA, Op
+from kvmmu.arch.arguments import check_bool, check_threads
 from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses

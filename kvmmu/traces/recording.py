@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arguments import check_int
+from kvmmu.arch.arguments import check_int
 from kvmmu.traces import _schema
 from kvmmu.traces._files import all_there, kind_of, open_regular
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz

@@ -11,8 +11,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import GPA_LIMIT, INVALID_GPA, PAGE_SIZE, Access, Op
-from kvmmu.arguments import check_word
+from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, PAGE_SIZE, Access, Op
+from kvmmu.arch.arguments import check_word
 from kvmmu.traces._rows import scan
 from kvmmu.traces.header import Header, TraceError
 

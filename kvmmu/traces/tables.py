@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import INVALID_GPA
+from kvmmu.arch._bits import INVALID_GPA
 from kvmmu.traces._sink import ROWS
 from kvmmu.traces.foreign import Brings, Columns, ForeignTrace, Notes
 from kvmmu.traces.header import MAX_VCPUS, TraceError

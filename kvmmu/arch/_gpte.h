@@ -2,7 +2,7 @@
 #ifndef KVMMU_GPTE_H
 #define KVMMU_GPTE_H
 
-#include "kvmmu/_format.h"
+#include "kvmmu/arch/_format.h"
 
 enum kvmmu_format { KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT };
 

@@ -8,10 +8,10 @@ import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvmmu._bits import EptQual, NpfInfo, Pferr
-from kvmmu.arguments import check_bool, check_name, check_word
-from kvmmu.faults import EptMisconfig, EptViolation, NestedFault, NestedPageFault, PageFault, PmlFull
-from kvmmu.nested import Ept, Intercepts, Npt, Stage
+from kvmmu.arch._bits import EptQual, NpfInfo, Pferr
+from kvmmu.arch.arguments import check_bool, check_name, check_word
+from kvmmu.arch.faults import EptMisconfig, EptViolation, NestedFault, NestedPageFault, PageFault, PmlFull
+from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Stage
 
 __all__ = ["ExceptionInjected", "ExitToL1", "SvmExit", "SvmExitCode", "VmxExit", "VmxExitReason", "deliver_nested_fault",
            "deliver_page_fault"]

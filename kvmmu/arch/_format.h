@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "kvmmu/_bits.h"
+#include "kvmmu/arch/_bits.h"
 
 #if defined(_MSC_VER)
 #define KVMMU_INLINE static __forceinline

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kvmmu._bits import (
+from kvmmu.arch._bits import (
     CR3_NOFLUSH,
     CR3_PAE_PDPT,
     CR3_PCID,
@@ -23,8 +23,8 @@ from kvmmu._bits import (
     Cr4,
     Efer,
 )
-from kvmmu.arguments import check_bool, check_int, check_name, check_word, check_words
-from kvmmu.faults import GeneralProtection, InvalidOpcode
+from kvmmu.arch.arguments import check_bool, check_int, check_name, check_word, check_words
+from kvmmu.arch.faults import GeneralProtection, InvalidOpcode
 
 __all__ = ["FEATURES", "CpuModel", "Regs"]
 

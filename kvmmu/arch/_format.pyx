@@ -9,7 +9,7 @@ import numpy as np
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK,
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
     EPT_EXECUTABLE_MASK, EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_USER_EXECUTABLE_MASK,
@@ -18,12 +18,12 @@ from kvmmu._bits cimport (
     PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
     PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
-from kvmmu._format cimport (
+from kvmmu.arch._format cimport (
     KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_params, rsvd_params,
 )
-from kvmmu._format cimport permission_fault as c_permission_fault
+from kvmmu.arch._format cimport permission_fault as c_permission_fault
 
-from kvmmu.arguments import check_bool, check_bools, check_int, check_integers, check_word
+from kvmmu.arch.arguments import check_bool, check_bools, check_int, check_integers, check_word
 
 
 # ---- permissions ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 
 from libc.stdint cimport uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PSE_MASK,
     ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_HAS_PFERR_FETCH_MASK,
@@ -12,9 +12,9 @@ from kvmmu._bits cimport (
     ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
     ROLE_SMAP_ANDNOT_WP_MASK, ROLE_SMM_MASK, ROLE_SMM_SHIFT,
 )
-from kvmmu._roles cimport calc_cpu_role, kvm_mmu_role_regs
+from kvmmu.arch._roles cimport calc_cpu_role, kvm_mmu_role_regs
 
-from kvmmu.arguments import check_bool, check_integers, check_word
+from kvmmu.arch.arguments import check_bool, check_integers, check_word
 
 _ALL_ONES = (1 << 64) - 1
 _FLAGS = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvmmu._bits import Access, NpfInfo, Pferr, Status
+from kvmmu.arch._bits import Access, NpfInfo, Pferr, Status
 
 __all__ = [
     "EptMisconfig", "EptViolation", "GeneralProtection", "GuestFault", "InvalidOpcode", "NestedFault", "NestedPageFault",

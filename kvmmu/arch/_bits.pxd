@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint64_t
 
-cdef extern from "kvmmu/_bits.h" nogil:
+cdef extern from "kvmmu/arch/_bits.h" nogil:
     uint64_t KVMMU_BITS(int first, int last)
 
     const int PG_LEVEL_NONE

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 
 __all__ = ["check_bool", "check_bools", "check_bytes", "check_choice", "check_gpa", "check_int", "check_integers",
            "check_length", "check_name", "check_pages", "check_threads", "check_word", "check_words", "is_masked",

@@ -6,7 +6,7 @@ word that did not change is the licence to do no work.
 
 from libc.stdint cimport uint64_t
 
-from kvmmu._bits cimport (
+from kvmmu.arch._bits cimport (
     CR0_PG_MASK, CR0_WP_MASK, CR4_LA57_MASK, CR4_PAE_MASK, CR4_PKE_MASK, CR4_PSE_MASK, CR4_SMAP_MASK, CR4_SMEP_MASK,
     EFER_LMA_MASK, EFER_NX_MASK, ACC_ALL, ROLE_ACCESS_SHIFT, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK,
     ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_CR4_SMAP_MASK,

@@ -9,10 +9,10 @@ Sources: APM vol. 2, "Layout of VMCB"; SDM vol. 3, "VM-Execution Control Fields"
 
 from typing import Protocol
 
-from kvmmu._bits import GPA_LIMIT, PAGE_SIZE
-from kvmmu.arguments import check_pages
-from kvmmu.nested import Ept, Intercepts, Npt, Pml
-from kvmmu.registers import Regs
+from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.arch.arguments import check_pages
+from kvmmu.arch.registers import Regs
+from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 
 __all__ = ["ept_from_vmcs12", "npt_from_vmcb", "regs_from_vmcb"]
 

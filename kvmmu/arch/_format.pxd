@@ -6,9 +6,9 @@ side by side. One format serves the entries of a guest and those of the host ali
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRESENT_MASK
+from kvmmu.arch._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRESENT_MASK
 
-cdef extern from "kvmmu/_format.h" nogil:
+cdef extern from "kvmmu/arch/_format.h" nogil:
     enum:
         KVMMU_ACCESS_BYTES
         KVMMU_LOOK_ACCESS_SHIFT

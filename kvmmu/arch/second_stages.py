@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvmmu._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, GPA_LIMIT, Cr0, Cr4
-from kvmmu.arguments import check_bool, check_pages, check_word
+from kvmmu.arch._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, GPA_LIMIT, Cr0, Cr4
+from kvmmu.arch.arguments import check_bool, check_pages, check_word
 
 __all__ = ["Ept", "Intercepts", "Npt", "Pml", "Stage"]
 
