@@ -9,9 +9,9 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["arch._bits", "_maker", "_columns", "arch._roles", "_memory", "arch._format", "_contexts", "_arguments", "_explain",
-        "_pagewalk", "walker", "_lock", "_audit_tlb", "mmu._kvm_memory", "mmu._state", "mmu._audit_leaf", "mmu._audit_guest",
-        "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
+SAFE = ["arch._bits", "memory._maker", "_columns", "arch._roles", "memory._memory", "arch._format", "_contexts", "_arguments",
+        "_explain", "_pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu._kvm_memory", "mmu._state", "mmu._audit_leaf",
+        "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
 KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch",
           "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler",
           "_tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine", "mmu._spte", "mmu._slots", "mmu._rmap",

@@ -7,7 +7,6 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
-from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport (
     TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,
     tlb_remember_split, tlb_use,
@@ -22,6 +21,7 @@ from kvmmu.arch._bits cimport (
     STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport explicit_access, permission_fault
+from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu._entry cimport prepare_mmu
 from kvmmu.mmu._fault cimport spte_walk, walk_sptes
 from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child

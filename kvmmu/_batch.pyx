@@ -23,8 +23,6 @@ from kvmmu._columns cimport MOST_COLUMNS, access_column, aligned, check_apart, c
 from kvmmu._lanes cimport (
     KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
 )
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies, kvmmu_load32, kvmmu_read64, kvmmu_store32
 from kvmmu._prefixes cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu._rows cimport (
     ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
@@ -32,6 +30,8 @@ from kvmmu._rows cimport (
 )
 from kvmmu._straight cimport go_straight
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies, kvmmu_load32, kvmmu_read64, kvmmu_store32
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1

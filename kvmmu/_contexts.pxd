@@ -2,10 +2,10 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
 from kvmmu.arch._bits cimport PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
 from kvmmu.arch._format cimport PageFormat
+from kvmmu.memory._memory cimport GuestMemory, SlotTable
 
 
 cdef class VcpuArch:

@@ -1,7 +1,7 @@
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch.registers import Regs
 from kvmmu.arch.second_stages import Stage
+from kvmmu.memory._memory import GuestMemory
 
 class VcpuArch:
     def load(self, regs: Regs) -> None: ...

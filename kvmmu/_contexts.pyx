@@ -7,8 +7,6 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
 from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
 from kvmmu.arch._bits cimport (
@@ -22,6 +20,8 @@ from kvmmu.arch._format cimport (
     update_permission_bitmask, update_pkru_bitmask,
 )
 from kvmmu.arch._roles cimport calc_cpu_role, kvm_mmu_role_regs
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 
 from kvmmu.arch.faults import nested_fault_of
 from kvmmu.arch.registers import Regs

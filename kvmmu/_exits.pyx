@@ -3,7 +3,6 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._machine_state cimport access_result, machine, use_arena
-from kvmmu._memory cimport kvmmu_store
 from kvmmu._tlb cimport tlb_invlpg
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.arch._bits cimport (
@@ -16,6 +15,7 @@ from kvmmu.arch._bits cimport (
     STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
+from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu._fault cimport host_reads, host_writes
 from kvmmu.mmu._guest_tables cimport trace_walk

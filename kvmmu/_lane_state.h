@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "kvmmu/arch/_gpte.h"
-#include "kvmmu/_memory.h"
+#include "kvmmu/memory/_memory.h"
 
 #define KVMMU_LANES ((size_t)64)
 

@@ -1,7 +1,7 @@
 from kvmmu._contexts import SecondStage
-from kvmmu._memory import GuestMemory
 from kvmmu._tlb import Tlb
 from kvmmu.arch.registers import CpuModel
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu._state import Kvm
 
 class MachineModes:

@@ -7,7 +7,6 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
 from kvmmu._exits cimport machine_drain_pml
-from kvmmu._memory cimport GuestMemory
 from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
 from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
@@ -17,6 +16,7 @@ from kvmmu.arch._bits cimport (
     ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
 from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
 from kvmmu.mmu._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu._roots cimport new_pgd, shadow_root_role

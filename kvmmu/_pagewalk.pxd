@@ -3,10 +3,10 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
-from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu._plain cimport plain_walk
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
+from kvmmu.memory._memory cimport GuestMemory, SlotTable
 
 
 cdef class PageWalk:

@@ -4,7 +4,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvmmu._contexts import Contexts, SecondStage, VcpuArch
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1
@@ -12,6 +11,7 @@ from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.columns import Span, Translation
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.record import WalkRecord
 
 _RegsRow = Regs | tuple[Regs, Stage | None]

@@ -12,13 +12,13 @@ from kvmmu._contexts cimport (
     role_of, second_stage, widths_of,
 )
 from kvmmu._explain cimport fault_behind, record_of
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport translate_nested_gpa, walk_result
 from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.arch._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
 from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_bool, check_int, check_threads

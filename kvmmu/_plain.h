@@ -3,7 +3,7 @@
 #define KVMMU_PLAIN_H
 
 #include "kvmmu/arch/_gpte.h"
-#include "kvmmu/_memory.h"
+#include "kvmmu/memory/_memory.h"
 
 #if defined(__GNUC__)
 #define KVMMU_LIKELY(x) __builtin_expect(!!(x), 1)

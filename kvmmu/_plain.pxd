@@ -8,10 +8,10 @@ both.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport guest_mem
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 from kvmmu.arch._bits cimport PG_LEVEL_512G
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
+from kvmmu.memory._memory cimport guest_mem
 
 cdef extern from "kvmmu/_plain.h" nogil:
     enum:

@@ -3,7 +3,6 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._memory cimport guest_mem, kvmmu_read64
 from kvmmu._plain cimport (
     KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
 )
@@ -15,6 +14,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu.memory._memory cimport guest_mem, kvmmu_read64
 
 
 cdef kvmmu_translation no_plain_walk(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,

@@ -10,8 +10,6 @@ from kvmmu._lanes cimport (
     TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_place_of, kvmmu_prefix_slot, kvmmu_prefix_tag,
     kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry, kvmmu_use_tables,
 )
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
 )
@@ -26,6 +24,8 @@ from kvmmu.arch._gpte cimport (
     guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
     kvmmu_gpte_rights, kvmmu_leaf_gpa, kvmmu_level_shift, read_gpte,
 )
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 

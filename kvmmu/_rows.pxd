@@ -7,9 +7,9 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu._memory cimport kvmmu_load32, kvmmu_load64
 from kvmmu._prefixes cimport judged_entry, lane_space, patience, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu.memory._memory cimport kvmmu_load32, kvmmu_load64
 
 # Columns of a batch; a NULL column is not wanted.
 cdef struct batch_columns:

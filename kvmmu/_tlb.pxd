@@ -17,8 +17,8 @@ Address Translation"; vol. 2, "INVLPG", "INVPCID".
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._lock cimport MachineLock
 from kvmmu.arch._bits cimport PAGE_SHIFT
+from kvmmu.memory._lock cimport MachineLock
 
 cdef enum:
     TLB_LEVELS = 3

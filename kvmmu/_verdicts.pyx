@@ -8,7 +8,6 @@ from kvmmu._lanes cimport (
     kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
     kvmmu_use_tables,
 )
-from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
 from kvmmu._prefixes cimport (
     JUDGED_FAULT, JUDGED_SLOW, is_canonical, is_resting, judge_one, judged_entry, lane_space, prefix_of, remember_table,
     rest_longer, start_patience, table_of,
@@ -18,6 +17,7 @@ from kvmmu._walk cimport second_stage_access
 from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
 from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, look_of
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
+from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
 
 
 cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,

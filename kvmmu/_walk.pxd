@@ -19,9 +19,9 @@ Protection", "Nested Paging".
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport guest_mem
 from kvmmu.arch._bits cimport ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACC_USER_MASK
 from kvmmu.arch._format cimport kvm_page_format
+from kvmmu.memory._memory cimport guest_mem
 
 # Registers of a vCPU that translation looks at. The PDPTEs are the vCPU's, not a walk's.
 cdef struct vcpu_arch:

@@ -2,7 +2,6 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
@@ -18,6 +17,7 @@ from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
     guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
 )
+from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
 
 # What a walk came to, beside STATUS_*.
 cdef enum:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from kvmmu._lock import MachineLock
 from kvmmu.arch.arguments import check_bytes
+from kvmmu.memory._lock import MachineLock
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

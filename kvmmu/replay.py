@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._memory import GuestMemory
 from kvmmu._replay import new_replayer
 from kvmmu.arch._bits import INVALID_GPA
 from kvmmu.arch.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Npt
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
 from kvmmu.progress import progress_bar
 from kvmmu.recorded_faults import (

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import Op
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.traces import Chunk, TraceError
 from kvmmu.traces._files import limit_of
 

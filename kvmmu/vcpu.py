@@ -6,9 +6,7 @@ from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
 from kvmmu._contexts import SecondStage, new_arch
-from kvmmu._lock import MachineLock
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
-from kvmmu._memory import GuestMemory
 from kvmmu._pagewalk import PageWalk, new_walk
 from kvmmu._tlb import Tlb
 from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
@@ -21,6 +19,8 @@ from kvmmu.columns import check_one_access
 from kvmmu.guest_accesses import GuestAccesses
 from kvmmu.host import Host
 from kvmmu.locked import locked
+from kvmmu.memory._lock import MachineLock
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.record import WalkRecord
 from kvmmu.vm import Vm
 from kvmmu.vmx_instructions import VmxInstructions

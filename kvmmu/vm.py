@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._lock import MachineLock
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu.arch.arguments import check_bool, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.arch.registers import CpuModel
 from kvmmu.columns import check_array
 from kvmmu.host import Host
 from kvmmu.locked import PartOfMachine, as_bytes, locked
+from kvmmu.memory._lock import MachineLock
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu._audit import audit
 from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu._state import Kvm

@@ -31,7 +31,6 @@ compare-and-set. None may while `refresh()` runs.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._contexts cimport WalkCopy
-from kvmmu._memory cimport SlotTable
 from kvmmu._pagewalk cimport PageWalk
 from kvmmu._plain cimport kvmmu_translation, plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
@@ -41,6 +40,7 @@ from kvmmu.arch._bits cimport (
     STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._format cimport explicit_access
+from kvmmu.memory._memory cimport SlotTable
 
 cdef struct walk_state:
     kvm_pagewalk w

@@ -17,7 +17,7 @@ FACE = ("__init__", "__main__")                                         # may im
 FACE_USERS = ("cli",)                                                   # the command: a user of the public face
 KNOW_FORMATS = ("replay", "trace_memory", "trace_replay", "recorded_machine", "cli")
 # Imports that go up, and are to go: each is still there.
-UPWARD = {("arch._gpte", "_memory"), ("traces.stream", "traces.parquet")}
+UPWARD = {("arch._gpte", "memory._memory"), ("traces.stream", "traces.parquet")}
 SOURCES = sorted(path for suffix in ("py", "pyi", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
 CYTHON = [path for path in SOURCES if path.suffix in (".pyx", ".pxd")]
 HEADERS = sorted(ROOT.rglob("*.h"))

@@ -11,7 +11,7 @@ import pytest
 from children import outcome
 
 from kvmmu import INVALID_GPA, Access, Accesses, Ept, GuestMemory, Host, Npt, Tracepoints, Vcpu, Vm
-from kvmmu._lock import MachineLock
+from kvmmu.memory._lock import MachineLock
 
 PAGE = 4096
 SECONDS = float(os.environ.get("KVMMU_THREAD_SECONDS", "1"))            # of each race

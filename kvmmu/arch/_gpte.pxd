@@ -8,12 +8,12 @@ Levels, reserved bits, permissions and page sizes are data of the walk (`kvm_pag
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
 from kvmmu.arch._bits cimport (
     PAGE_SHIFT, PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT32_INDEX_MASK, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS,
     PT64_INDEX_MASK,
 )
 from kvmmu.arch._format cimport kvm_page_format
+from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
 
 cdef extern from "kvmmu/arch/_gpte.h" nogil:
     enum:

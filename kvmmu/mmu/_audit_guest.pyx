@@ -3,7 +3,6 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
     ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, PT64_INDEX_BITS, ROLE_ACCESS_MASK,
@@ -11,6 +10,7 @@ from kvmmu.arch._bits cimport (
     ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT, SPTE_BASE_ADDR_MASK,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT, kvmmu_leaf_gpa
+from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu._audit_leaf cimport _Findings
 from kvmmu.mmu._guest_tables cimport (
     gpte_rights_of, gpte_size, is_accessed_gpte, is_malformed_gpte, is_present_gpte, protect_clean,

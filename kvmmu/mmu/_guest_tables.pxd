@@ -2,12 +2,12 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACC_WRITE_MASK, PAGE_SHIFT, PT64_INDEX_BITS, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_rights, kvmmu_leaf_gpa
+from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu._kvm cimport kvm_mmu_page, kvm_vcpu, memslots_of
 from kvmmu.mmu._slots cimport HOST_UNMAPPED, gfn_to_memslot, host_page_of, kvm_memory_slot
 

@@ -5,8 +5,8 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memmove
 
-from kvmmu._alloc cimport kvmmu_grow_array
 from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K
+from kvmmu.memory._alloc cimport kvmmu_grow_array
 from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_vcpu
 from kvmmu.mmu._rmap cimport free_pool
 from kvmmu.mmu._slots cimport free_memslot

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._lock cimport MachineLock
-from kvmmu._memory cimport guest_mem, guest_slot
+from kvmmu.memory._lock cimport MachineLock
+from kvmmu.memory._memory cimport guest_mem, guest_slot
 from kvmmu.mmu._kvm cimport kvm
 from kvmmu.mmu._slots cimport kvm_memory_slot
 

@@ -4,12 +4,12 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort
 
-from kvmmu._alloc cimport kvmmu_alloc_table
-from kvmmu._lock cimport MachineLock
-from kvmmu._memory cimport GuestMemory, SlotTable, guest_slot
 from kvmmu.arch._bits cimport (
     GPA_BITS, GPA_LIMIT, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G,
 )
+from kvmmu.memory._alloc cimport kvmmu_alloc_table
+from kvmmu.memory._lock cimport MachineLock
+from kvmmu.memory._memory cimport GuestMemory, SlotTable, guest_slot
 from kvmmu.mmu._entry cimport free_vcpu_pages
 from kvmmu.mmu._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, free_kvm, kvm, make_all_vcpus_request, memslots_of, new_kvm, page_list,

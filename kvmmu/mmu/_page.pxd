@@ -11,11 +11,11 @@ or less remembers frame and rights of each entry (`shadowed_translation`), becau
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._memory cimport hash_gfn
 from kvmmu.arch._bits cimport (
     ACC_ALL, PAGE_SHIFT, PT64_INDEX_BITS, ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT, ROLE_DIRECT_MASK,
     ROLE_PASSTHROUGH_MASK, SPTE_ENT_PER_PAGE,
 )
+from kvmmu.memory._memory cimport hash_gfn
 from kvmmu.mmu._kvm cimport KVM_MMU_HASH_BUCKETS, kvm, kvm_mmu_page, page_list, sp_level
 
 

@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu._alloc cimport kvmmu_grow_array
+from kvmmu.memory._alloc cimport kvmmu_grow_array
 from kvmmu.mmu._rmap cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
 
 

@@ -3,7 +3,6 @@
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
     CR3_PAE_PDPT_MASK, PAGE_SHIFT, PG_LEVEL_1G, PT32_BASE_ADDR_MASK, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT_PRESENT_MASK,
@@ -11,6 +10,7 @@ from kvmmu.arch._bits cimport (
     ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_SHIFT, SHADOW_NONPRESENT_VALUE,
     SPTE_MMU_PRESENT_MASK,
 )
+from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu.mmu._kvm cimport (
     PREV_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, kvm, kvm_mmu, kvm_mmu_page, kvm_mmu_root, kvm_vcpu,
     memslots_of, page_list, slot_table, sp_hpa, spte_to_child,

@@ -3,11 +3,11 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.arch._bits cimport (
     PAGE_OFFSET_MASK, PAGE_SHIFT, PG_LEVEL_4K, PT64_INDEX_BITS, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_QUADRANT_MASK,
     ROLE_QUADRANT_SHIFT, ROLE_SMM_SHIFT, SPTE_ENT_PER_PAGE,
 )
+from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, memslots_of, page_list, sp_level
 from kvmmu.mmu._page cimport first_spte, hash_first, list_init, sp_has_gptes
 from kvmmu.mmu._shadow_range cimport zap_pages_of_gfns

@@ -1,5 +1,5 @@
 """How do I make guest page tables? Tables to order, for the addresses of a trace, and by demand paging."""
-# Below: arch, _memory
+# Below: arch, memory
 # Order: modes, rows, frames, _page_set, layout, _edit, _builder, page_tables, _filler, pager
 
 from kvmmu.tables._page_set import PageSet

@@ -1,6 +1,6 @@
 """TableBuilder: one set of page tables over arrays of rows."""
 
-from kvmmu._memory cimport GuestMemory, SlotTable
+from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.tables._edit cimport builder
 
 

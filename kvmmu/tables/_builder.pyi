@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._memory import GuestMemory
+from kvmmu.memory._memory import GuestMemory
 
 STATUS_NAMES: tuple[str, ...]
 

@@ -4,12 +4,12 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
-from kvmmu._memory cimport GuestMemory, SlotTable
 from kvmmu.arch._bits cimport (
     EPT_EXECUTABLE_MASK, EPT_READABLE_MASK, EPT_RWX_MASK, EPT_USER_EXECUTABLE_MASK, EPT_WRITABLE_MASK, PT32_INDEX_BITS,
     PT64_INDEX_BITS, PT_PRESENT_MASK, PT_USER_MASK, PT_WRITABLE_MASK,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, kvmmu_level_shift
+from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.tables._edit cimport (
     BUILD_DONE, build_status, descend, level_of, map_row, protect_row, push_frame, store_entry, table_hva, take_frame, unmap_row,
 )

@@ -6,9 +6,9 @@ The caller sets `mem` and the path of the root before a run of rows, and keeps t
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 
-from kvmmu._memory cimport guest_mem, kvmmu_read32, kvmmu_read64
 from kvmmu.arch._bits cimport PG_LEVEL_4K
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
+from kvmmu.memory._memory cimport guest_mem, kvmmu_read32, kvmmu_read64
 
 # Why a row could not be carried out.
 cdef enum build_status:

@@ -15,12 +15,12 @@ from libc.stdint cimport SIZE_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from kvmmu._memory cimport gpa_to_hva, kvmmu_write64
 from kvmmu.arch._bits cimport (
     KVMMU_BITS, PAGE_SIZE, PG_LEVEL_2M, PG_LEVEL_4K, PT32_BASE_ADDR_MASK, PT32_PSE36_LAST_SHIFT, PT32_PSE36_SHIFT,
     PT64_BASE_ADDR_MASK, PT_PAGE_SIZE_MASK,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_level_shift
+from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_write64
 from kvmmu.tables._edit cimport (
     BUILD_CANNOT_SPLIT, BUILD_DONE, BUILD_FRAME_OUTSIDE, BUILD_NO_FRAME, BUILD_NO_MEMORY, BUILD_NOT_MAPPED, BUILD_SMALLER_PAGES,
     BUILD_TABLE_OUTSIDE, build_status, builder, entry_store, frame_list, read_entry,

@@ -4,9 +4,9 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu._memory cimport SlotTable, hash_gfn
 from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_2M, PG_LEVEL_4K, PT64_BASE_ADDR_MASK
 from kvmmu.arch._gpte cimport kvmmu_level_shift
+from kvmmu.memory._memory cimport SlotTable, hash_gfn
 from kvmmu.tables._builder cimport TableBuilder
 from kvmmu.tables._edit cimport (
     BUILD_DONE, BUILD_NO_MEMORY, builder, descend, find_page, frame_list, map_row, push_frame, read_entry,

@@ -6,8 +6,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu._memory cimport hash_gfn
 from kvmmu.arch._bits cimport PAGE_SHIFT
+from kvmmu.memory._memory cimport hash_gfn
 
 cdef enum:
     FIRST_CAPACITY = 1 << 12

@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.memory._memory import GuestMemory
 
 __all__ = ["FrameList", "FrameSource", "FreeFrames", "ListedFrames", "frame_source"]
 

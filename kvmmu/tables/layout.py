@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import PAGE_SIZE
 from kvmmu.arch.arguments import check_int, check_name
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.frames import FreeFrames
 from kvmmu.tables.modes import MODES, ModeShape

@@ -6,11 +6,11 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import EPTP_AD, EPTP_LEVEL_SHIFT, EPTP_MT_WB, PAGE_SIZE, PT64_PKEY, Cr0, Cr4, Efer, EptPte, Pte
 from kvmmu.arch.arguments import check_bool, check_name, check_word
 from kvmmu.arch.registers import Regs
 from kvmmu.arch.second_stages import Ept, Npt
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._builder import STATUS_NAMES, TableBuilder
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.frames import FrameList, FrameSource, frame_source

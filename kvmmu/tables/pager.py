@@ -5,9 +5,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._memory import GuestMemory
 from kvmmu.arch._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE, Pte
 from kvmmu.arch.arguments import check_int, check_name
+from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._filler import OUT_OF_LARGE_FRAMES, OUT_OF_SMALL_FRAMES, PageFiller
 from kvmmu.tables.layout import SEED_MAX, Frames, Page, check_layout
 from kvmmu.tables.modes import MODES, Mode

@@ -2,7 +2,7 @@
 
 from libc.stddef cimport size_t
 
-cdef extern from "kvmmu/_alloc.h" nogil:
+cdef extern from "kvmmu/memory/_alloc.h" nogil:
     # NULL for want of memory, or where the product is too large: p stays as it is. IN n: elements
     void *kvmmu_grow_array(void *p, size_t n, size_t size)
     # Zeroed; NULL likewise

@@ -8,9 +8,9 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu._maker cimport check_maker, maker
-from kvmmu._memory cimport NEVER_SEEN, NO_TABLE, guest_mem, guest_page, guest_slot, hash_gfn
 from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_SHIFT, PAGE_SIZE
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport NEVER_SEEN, NO_TABLE, guest_mem, guest_page, guest_slot, hash_gfn
 
 from kvmmu.arch.arguments import (
     check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,

@@ -7,7 +7,7 @@ pages, and every caller asks for an aligned 4- or 8-byte entry, which therefore 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-cdef extern from "kvmmu/_memory.h" nogil:
+cdef extern from "kvmmu/memory/_memory.h" nogil:
     bint kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
     bint kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
     uint64_t kvmmu_read64(const void *p)
