@@ -9,15 +9,15 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["arch._bits", "memory._maker", "_columns", "arch._roles", "memory._memory", "arch._format", "_contexts", "_arguments",
-        "_explain", "_pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu._kvm_memory", "mmu._state", "mmu._audit_leaf",
-        "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
-KERNEL = ["_walk", "_walk_init", "_plain", "_prefixes", "_verdicts", "_rows", "_straight", "_blocks", "_batch",
-          "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler",
-          "_tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine", "mmu._spte", "mmu._slots", "mmu._rmap",
-          "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault", "mmu._tdp", "mmu._tdp_range", "mmu._zap",
-          "mmu._shadow_range", "mmu._guest_tables", "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track",
-          "mmu._entry"]
+SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "_contexts",
+        "_arguments", "_explain", "_pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu._kvm_memory", "mmu._state",
+        "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
+KERNEL = ["_walk", "_walk_init", "_plain", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
+          "walk.batch._blocks", "walk.batch._job", "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder",
+          "tables._page_set", "tables._filler", "_tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",
+          "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault", "mmu._tdp",
+          "mmu._tdp_range", "mmu._zap", "mmu._shadow_range", "mmu._guest_tables", "mmu._leaf", "mmu._sync", "mmu._shadow",
+          "mmu._roots", "mmu._track", "mmu._entry"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 

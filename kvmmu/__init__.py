@@ -1,9 +1,8 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, columns, record, _walk_init, _plain, _contexts, _arguments, _explain, _columns, _lanes, _prefixes,
-#     _verdicts, _rows, _straight, _blocks, _batch, _pagewalk, walker, tables, _tlb, host, mmu, _machine_state, _exits,
-#     _l1_flushes, _access, _machine_modes, _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu,
-#     traces, _replay_blocks, _replay, outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay,
-#     recorded_machine, report, spt, figure, oracles, cli
+# Order: arch, memory, _walk, columns, record, _walk_init, _plain, _contexts, _arguments, _explain, walk, _pagewalk, walker,
+#     tables, _tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes, _machine, _audit_tlb, locked,
+#     tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay, outcome, terminal, progress,
+#     recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ import numpy as np
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu._batch cimport Job, new_job
-from kvmmu._columns cimport plain_access, plain_column
 from kvmmu._contexts cimport (
     Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
     role_of, second_stage, widths_of,
@@ -19,6 +17,8 @@ from kvmmu.arch._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADD
 from kvmmu.arch._format cimport PageFormat, explicit_access
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
+from kvmmu.walk.batch._arrays cimport plain_access, plain_column
+from kvmmu.walk.batch._job cimport Job, new_job
 
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_bool, check_int, check_threads

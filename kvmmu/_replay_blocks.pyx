@@ -3,7 +3,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmmu._batch cimport begin_batch, depends_on, new_workspace, translate_rows
 from kvmmu._replay_blocks cimport (
     BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
     replay_counters,
@@ -14,6 +13,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.memory._maker cimport check_maker
 from kvmmu.memory._memory cimport gpa_to_hva
+from kvmmu.walk.batch._job cimport begin_batch, depends_on, new_workspace, translate_rows
 
 
 cdef class BlockWalker:

@@ -13,7 +13,7 @@ from builders import PageTables, random_tables, words_to_pages
 from machines import ACCESSES, ALL_FIELDS, NXE, PKE, SMAP, SMEP, WP, A, D, assert_same_columns, columns, snapshot, vcpu_over
 
 from kvmmu import INVALID_GPA, Access, Contexts, CpuModel, GeneralProtection, GuestMemory, Regs, Status, Translation, Vcpu
-from kvmmu._batch import default_instruction_set, instruction_sets
+from kvmmu.walk.batch._job import default_instruction_set, instruction_sets
 
 GVA, GPA = 0x40201000, 0x7654000
 MODES = ("32", "pae", "4l", "5l")

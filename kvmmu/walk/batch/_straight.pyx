@@ -4,16 +4,16 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
-from kvmmu._prefixes cimport is_resting, judged_entry, lane_space, rest_longer, start_patience
-from kvmmu._rows cimport (
-    accesses_from, batch, columns_from, common_columns, judge_row, of_one_context, order_shows, quick_row, spaces_of,
-    walk_of, walk_spaces, write_row,
-)
-from kvmmu._verdicts cimport learn_passes, rights_count, set_bits_of
 from kvmmu._walk cimport WALK_TABLES, kvm_pagewalk
 from kvmmu.arch._bits cimport STATUS_OK
 from kvmmu.arch._format cimport explicit_access, look_of
+from kvmmu.walk.batch._lanes cimport KVMMU_LANES, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
+from kvmmu.walk.batch._leaf cimport learn_passes, rights_count, set_bits_of
+from kvmmu.walk.batch._psc cimport is_resting, judged_entry, lane_space, rest_longer, start_patience
+from kvmmu.walk.batch._rows cimport (
+    accesses_from, batch, columns_from, common_columns, judge_row, of_one_context, order_shows, quick_row, spaces_of,
+    walk_of, walk_spaces, write_row,
+)
 
 # Of 64 rows so many or fewer that do not surely pass are dealt with one after the other.
 cdef int FEW_ODD = 12

@@ -2,7 +2,7 @@
 
     recall     64 rows at a time, translations that this batch made already (by page and access)
     straight   what is left, 64 rows of one walk at a time, where most of them pass and few tables are in use: their last
-               entries, which prefixes of their walks lead to (`_prefixes.pxd`), are read side by side and compared with what
+               entries, which prefixes of their walks lead to (`_psc.pxd`), are read side by side and compared with what
                surely passes (`_straight.pxd`, `_lanes.h`)
     lanes      elsewhere, blocks of up to 64 rows of one walk, a few of them on their way at a time: their last entries are
                fetched ahead, and judged side by side by the whole rules (`_blocks.pxd`)
@@ -18,20 +18,22 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from kvmmu._blocks cimport drain_blocks, put_rows, put_run
-from kvmmu._columns cimport MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch
-from kvmmu._lanes cimport (
-    KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
-)
-from kvmmu._prefixes cimport TOUCHED_BYTES, is_marked, new_walk_cache
-from kvmmu._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
-    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
-)
-from kvmmu._straight cimport go_straight
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu.walk.batch._arrays cimport (
+    MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
+)
+from kvmmu.walk.batch._blocks cimport drain_blocks, put_rows, put_run
+from kvmmu.walk.batch._lanes cimport (
+    KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
+)
+from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache
+from kvmmu.walk.batch._rows cimport (
+    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
+    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
+)
+from kvmmu.walk.batch._straight cimport go_straight
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1

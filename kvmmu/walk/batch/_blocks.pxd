@@ -11,8 +11,8 @@ Rows that set bits in upper levels, lose a race, or whose prefix cannot be known
 
 from libc.stddef cimport size_t
 
-from kvmmu._rows cimport batch
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.walk.batch._rows cimport batch
 
 # Up to 64 rows of one walk that stand side by side; few of them are walked one by one.
 cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil

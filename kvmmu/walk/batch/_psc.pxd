@@ -10,8 +10,8 @@ one with unset accessed bits says so, and the rows that would set them are walke
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from kvmmu._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_stage, kvmmu_tlb_entry
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.walk.batch._lanes cimport kvmmu_lane_walk, kvmmu_prefix, kvmmu_stage, kvmmu_tlb_entry
 
 # How long to do without something that did not pay: ever longer, up to a limit.
 cdef struct patience:
@@ -38,7 +38,7 @@ cdef struct lane_space:
     uint64_t upper_pte          # what leads to the table of level 2
     uint64_t upper_rights
     uint8_t *touched            # NULL, or which words of memory prefixes depend on
-    # of blocks: see `_verdicts.pxd`
+    # of blocks: see `_leaf.pxd`
     kvmmu_stage stage
     bint known                  # what surely passes
     patience sure               # for asking it

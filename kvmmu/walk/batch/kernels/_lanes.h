@@ -8,7 +8,7 @@
 #ifndef KVMMU_LANES_H
 #define KVMMU_LANES_H
 
-#include "kvmmu/_passes.h"
+#include "kvmmu/walk/batch/kernels/_passes.h"
 
 /* Where the last entries lie: ref, entry. Returns the lanes whose prefix is not among those remembered, or is cold.
  * IN far: they are probably not in the cache; then they are on their way there afterwards. */
@@ -309,7 +309,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_body)
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
-#include "kvmmu/_lanes_avx2.h"
+#include "kvmmu/walk/batch/kernels/_lanes_avx2.h"
 KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_words, read_words, recall_words)
 KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, find_words, read_words, recall_words)
 #endif

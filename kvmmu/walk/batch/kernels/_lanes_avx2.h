@@ -6,7 +6,7 @@
 #ifndef KVMMU_LANES_AVX2_H
 #define KVMMU_LANES_AVX2_H
 
-#include "kvmmu/_vectors_avx2.h"
+#include "kvmmu/walk/batch/kernels/_vectors_avx2.h"
 
 KVMMU_AVX2 KVMMU_INLINE uint64_t find_words(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
 {

@@ -3,10 +3,10 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._prefixes cimport WalkCache
-from kvmmu._rows cimport batch, batch_columns, block, waiting_rows, walk_spaces
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.memory._memory cimport SlotTable
+from kvmmu.walk.batch._psc cimport WalkCache
+from kvmmu.walk.batch._rows cimport batch, batch_columns, block, waiting_rows, walk_spaces
 
 
 cdef class Workspace:

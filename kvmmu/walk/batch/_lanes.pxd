@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._format cimport kvm_page_format
 
-cdef extern from "kvmmu/_lanes.h" nogil:
+cdef extern from "kvmmu/walk/batch/kernels/_lanes.h" nogil:
     const size_t KVMMU_LANES
     const size_t KVMMU_LANES_ALIGNMENT
     enum:

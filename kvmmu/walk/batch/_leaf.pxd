@@ -3,10 +3,10 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t
 
-from kvmmu._lanes cimport kvmmu_lane_ops, kvmmu_lanes
-from kvmmu._prefixes cimport lane_space
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport ROLE_CR4_SMEP_MASK
+from kvmmu.walk.batch._lanes cimport kvmmu_lane_ops, kvmmu_lanes
+from kvmmu.walk.batch._psc cimport lane_space
 
 # Of 64 lanes so many or fewer that are not like the others are dealt with one after the other.
 cdef enum:

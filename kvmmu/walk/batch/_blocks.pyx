@@ -2,19 +2,21 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._lanes cimport KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level
-from kvmmu._prefixes cimport find_prefix, mark_word
-from kvmmu._rows cimport (
-    BLOCKS, accesses_from, batch, block, columns_from, common_columns, quick_row, remember, spaces_of, walk_row, write_more,
-    write_row,
-)
-from kvmmu._verdicts cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
     STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
+from kvmmu.walk.batch._lanes cimport (
+    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level,
+)
+from kvmmu.walk.batch._leaf cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
+from kvmmu.walk.batch._psc cimport find_prefix, mark_word
+from kvmmu.walk.batch._rows cimport (
+    BLOCKS, accesses_from, batch, block, columns_from, common_columns, quick_row, remember, spaces_of, walk_row, write_more,
+    write_row,
+)
 
 # Fewer rows than this are walked one by one.
 cdef size_t MIN_LANES = 8

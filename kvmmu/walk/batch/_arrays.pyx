@@ -1,4 +1,4 @@
-"""Columns that callers pass; see `_columns.pxd`."""
+"""Columns that callers pass; see `_arrays.pxd`."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObj
 from cpython.long cimport PyLong_AsLong, PyLong_Check
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._columns cimport stretch
 from kvmmu.arch._bits cimport ACCESS_VALID_MASK
+from kvmmu.walk.batch._arrays cimport stretch
 
 from kvmmu.arch.arguments import is_masked
 from kvmmu.columns import check_access, check_array

@@ -6,10 +6,10 @@ A row is recalled, or found quickly from the prefixes of its walk, or walked by 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu._prefixes cimport judged_entry, lane_space, patience, walk_tables
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.memory._memory cimport kvmmu_load32, kvmmu_load64
+from kvmmu.walk.batch._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
+from kvmmu.walk.batch._psc cimport judged_entry, lane_space, patience, walk_tables
 
 # Columns of a batch; a NULL column is not wanted.
 cdef struct batch_columns:

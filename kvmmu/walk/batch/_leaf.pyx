@@ -1,23 +1,23 @@
-"""Blocks of lanes, one stage; see `_verdicts.pxd`."""
+"""Blocks of lanes, one stage; see `_leaf.pxd`."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._lanes cimport (
-    PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
-    kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
-    kvmmu_use_tables,
-)
-from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_SLOW, is_canonical, is_resting, judge_one, judged_entry, lane_space, prefix_of, remember_table,
-    rest_longer, start_patience, table_of,
-)
-from kvmmu._verdicts cimport FEW_ODD, lane_bit, rights_count
 from kvmmu._walk cimport second_stage_access
 from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
 from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, look_of
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
+from kvmmu.walk.batch._lanes cimport (
+    PREFIX_COLD_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
+    kvmmu_lane_ops, kvmmu_lanes, kvmmu_learn_passes, kvmmu_prefix_level, kvmmu_read_entry, kvmmu_set_prefix,
+    kvmmu_use_tables,
+)
+from kvmmu.walk.batch._leaf cimport FEW_ODD, lane_bit, rights_count
+from kvmmu.walk.batch._psc cimport (
+    JUDGED_FAULT, JUDGED_SLOW, is_canonical, is_resting, judge_one, judged_entry, lane_space, prefix_of, remember_table,
+    rest_longer, start_patience, table_of,
+)
 
 
 cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,

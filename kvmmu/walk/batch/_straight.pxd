@@ -5,7 +5,7 @@ What does not surely pass is found one by one. Where too many rows are like that
 
 from libc.stddef cimport size_t
 
-from kvmmu._rows cimport batch
+from kvmmu.walk.batch._rows cimport batch
 
 # Rows of one walk, from first on, 64 at a time, as far as they go. Returns how many.
 cdef size_t go_straight(batch *b, size_t first, size_t stop) noexcept nogil

@@ -2,22 +2,24 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._lanes cimport (
-    PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_entry_hva, kvmmu_prefix_level, kvmmu_tlb_entry,
-    kvmmu_tlb_gpa, kvmmu_tlb_slot,
-)
-from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, find_prefix, forget_all, forget_upper, init_space, is_canonical, judge_one, judged_entry,
-    mark_word, prefix_of, start_patience,
-)
-from kvmmu._rows cimport ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, context_of, walk_of, walk_spaces, write_row
-from kvmmu._verdicts cimport set_leaf_bits
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
     STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
+from kvmmu.walk.batch._lanes cimport (
+    PREFIX_ADDR_MASK, TLB_ASID_BITS, TLB_FRAME_SHIFT, TLB_LEVEL_SHIFT, kvmmu_entry_hva, kvmmu_prefix_level, kvmmu_tlb_entry,
+    kvmmu_tlb_gpa, kvmmu_tlb_slot,
+)
+from kvmmu.walk.batch._leaf cimport set_leaf_bits
+from kvmmu.walk.batch._psc cimport (
+    JUDGED_FAULT, JUDGED_OK, find_prefix, forget_all, forget_upper, init_space, is_canonical, judge_one, judged_entry,
+    mark_word, prefix_of, start_patience,
+)
+from kvmmu.walk.batch._rows cimport (
+    ALL_SPACES, BLOCK_SPACES, ROW_SPACES, batch, batch_columns, context_of, walk_of, walk_spaces, write_row,
+)
 
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil:

@@ -3,7 +3,7 @@
 #ifndef KVMMU_PASSES_H
 #define KVMMU_PASSES_H
 
-#include "kvmmu/_lane_state.h"
+#include "kvmmu/walk/batch/kernels/_lane_state.h"
 
 /* Prefixes of tables of this level count. */
 KVMMU_INLINE void kvmmu_use_tables(int format, struct kvmmu_stage *s, uint32_t asid, int level)

@@ -1,18 +1,9 @@
-"""Prefixes of walks, and the tables that a batch keeps them in; see `_prefixes.pxd`."""
+"""Prefixes of walks, and the tables that a batch keeps them in; see `_psc.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu._lanes cimport (
-    PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
-    PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, PREFIX_TAG_COLD, TLB_ASID_BITS,
-    TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_place_of, kvmmu_prefix_slot, kvmmu_prefix_tag,
-    kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry, kvmmu_use_tables,
-)
-from kvmmu._prefixes cimport (
-    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
-)
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_1G,
@@ -26,6 +17,15 @@ from kvmmu.arch._gpte cimport (
 )
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
+from kvmmu.walk.batch._lanes cimport (
+    PREFIX_ACCESS_SHIFT, PREFIX_ADDR_MASK, PREFIX_ASID_BITS, PREFIX_BITS, PREFIX_COLD_SHIFT, PREFIX_HVA_MASK,
+    PREFIX_LEVEL_SHIFT, PREFIX_READONLY_SHIFT, PREFIX_REFUSED_SHIFT, PREFIX_TABLE_SHIFT, PREFIX_TAG_COLD, TLB_ASID_BITS,
+    TLB_BITS, kvmmu_entry_hva, kvmmu_prefix, kvmmu_prefix_level, kvmmu_prefix_place_of, kvmmu_prefix_slot, kvmmu_prefix_tag,
+    kvmmu_read_entry, kvmmu_region, kvmmu_tlb_entry, kvmmu_use_tables,
+)
+from kvmmu.walk.batch._psc cimport (
+    JUDGED_FAULT, JUDGED_OK, JUDGED_SLOW, forget_upper, judged_entry, lane_space, mark_word, start_patience, walk_tables,
+)
 
 cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
 
