@@ -9,10 +9,10 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "_contexts",
-        "_arguments", "_explain", "_pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu._kvm_memory", "mmu._state",
-        "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
-KERNEL = ["_walk", "_walk_init", "_plain", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
+SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "walk._contexts",
+        "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu._kvm_memory",
+        "mmu._state", "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
           "walk.batch._blocks", "walk.batch._job", "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder",
           "tables._page_set", "tables._filler", "_tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",
           "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault", "mmu._tdp",

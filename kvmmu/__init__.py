@@ -1,14 +1,12 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, columns, record, _walk_init, _plain, _contexts, _arguments, _explain, walk, _pagewalk, walker,
-#     tables, _tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes, _machine, _audit_tlb, locked,
-#     tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay, outcome, terminal, progress,
-#     recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure, oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, _tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
+#     _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay,
+#     outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure,
+#     oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
-from kvmmu._contexts import Contexts
 from kvmmu._machine import ShadowMmu, TdpMmu
-from kvmmu._pagewalk import PageWalk
 from kvmmu._tlb import Tlb
 from kvmmu.arch._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu.arch._format import PageFormat
@@ -38,17 +36,19 @@ from kvmmu.arch.faults import (
 )
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
-from kvmmu.columns import Accesses, Span, Translation
 from kvmmu.figure import plot_walk
 from kvmmu.host import Host
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.outcome import ReplayInterrupted, Report
-from kvmmu.record import WalkRecord, WalkStep
 from kvmmu.replay import replay
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vcpu import Vcpu
 from kvmmu.vm import Vm
+from kvmmu.walk._contexts import Contexts
+from kvmmu.walk.pagewalk import PageWalk
+from kvmmu.walk.record import WalkRecord, WalkStep
+from kvmmu.walk.results import Accesses, Span, Translation
 from kvmmu.walker import Walker, get_include
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine_run_for, machine_store
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu._contexts cimport VcpuArch, rflags_ac
 from kvmmu._exits cimport machine_drain_pml, machine_emulate
 from kvmmu._l1_flushes cimport flush_ept, flush_vpid
 from kvmmu._machine_modes cimport MachineModes
@@ -29,9 +27,11 @@ from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pg
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._sync cimport mmu_invalidate_addr
 from kvmmu.mmu._tdp cimport tdp_page_fault
+from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
+from kvmmu.walk._contexts cimport VcpuArch, rflags_ac
 
 from kvmmu.arch._bits import RetPf
-from kvmmu.columns import check_access, check_array
+from kvmmu.walk.results import check_access, check_array
 
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two looks at signals: Ctrl-C seems immediate, and 20 cost nothing
 

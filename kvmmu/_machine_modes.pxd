@@ -3,7 +3,6 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport SecondStage, VcpuArch
 from kvmmu._machine_state cimport machine
 from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
@@ -11,6 +10,7 @@ from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.mmu._kvm cimport kvm_mmu
 from kvmmu.mmu._state cimport Kvm
+from kvmmu.walk._contexts cimport SecondStage, VcpuArch
 
 
 cdef class MachineModes:

@@ -1,8 +1,8 @@
-from kvmmu._contexts import SecondStage
 from kvmmu._tlb import Tlb
 from kvmmu.arch.registers import CpuModel
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu._state import Kvm
+from kvmmu.walk._contexts import SecondStage
 
 class MachineModes:
     @property

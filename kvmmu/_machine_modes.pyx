@@ -5,11 +5,9 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
-from kvmmu._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
 from kvmmu._exits cimport machine_drain_pml
 from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
 from kvmmu.arch._bits cimport (
     CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
@@ -24,6 +22,8 @@ from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu._spte cimport init_shadow_format, init_tdp_format
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._tdp cimport tdp_page_fault
+from kvmmu.walk._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
+from kvmmu.walk._setup cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
 
 from kvmmu.arch.registers import CpuModel
 from kvmmu.arch.second_stages import Ept, Npt

@@ -3,9 +3,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._contexts import Contexts
-from kvmmu._pagewalk import PageWalk
 from kvmmu._replay_blocks import BlockWalker
+from kvmmu.walk._contexts import Contexts
+from kvmmu.walk.pagewalk import PageWalk
 
 def new_replayer(
     walk: PageWalk, contexts: Contexts, recording: Any, access_of: NDArray[np.uint8], explain: int = 0

@@ -7,10 +7,10 @@ change. A block is translated by one call and then compared with the recorded ad
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._pagewalk cimport PageWalk
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._job cimport Workspace
 from kvmmu.walk.batch._rows cimport batch, batch_columns
+from kvmmu.walk.pagewalk cimport PageWalk
 
 cdef enum:
     BLOCK = 8192                    # rows whose scratch columns stay in the second-level cache

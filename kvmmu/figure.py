@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmmu.arch._bits import Status
 from kvmmu.arch.faults import access_text, nested_title
-from kvmmu.record import WalkRecord, WalkStep, rights_text, size_text
+from kvmmu.walk.record import WalkRecord, WalkStep, rights_text, size_text
 
 if TYPE_CHECKING:
     from os import PathLike

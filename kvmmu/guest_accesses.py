@@ -12,10 +12,10 @@ from kvmmu.arch._bits import INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, RetPf, S
 from kvmmu.arch.arguments import check_bool, check_int, check_word
 from kvmmu.arch.faults import fault_of, nested_fault_of
 from kvmmu.arch.registers import Regs
-from kvmmu.columns import Accesses, check_one_access
 from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.record import WalkRecord
+from kvmmu.walk.record import WalkRecord
+from kvmmu.walk.results import Accesses, check_one_access
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._contexts import Contexts
-from kvmmu._pagewalk import PageWalk
 from kvmmu.arch._bits import CR3_PAE_PDPT, Access, NpfInfo, Status
 from kvmmu.arch.faults import GeneralProtection, NestedFault, npf_info_text
 from kvmmu.arch.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.arch.second_stages import Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.vcpu import Vcpu
+from kvmmu.walk._contexts import Contexts
+from kvmmu.walk.pagewalk import PageWalk
 
 __all__ = ["Context", "FaultCounts", "npt_fault", "page_fault_access", "page_fault_reproduced", "pdptrs_at", "use_context"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmmu.arch._roles import CpuRole
-from kvmmu.record import size_text
 from kvmmu.vm import Vm
+from kvmmu.walk.record import size_text
 
 __all__ = ["SpteRun", "spte_runs", "spte_text"]
 

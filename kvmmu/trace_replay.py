@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvmmu._contexts import Contexts
 from kvmmu._replay import RowLoop, new_row_loop
 from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, Cr0, Cr4, Efer, Op, Status
 from kvmmu.arch.faults import GuestFault, access_text, error_code_text, npf_info_text
@@ -29,6 +28,7 @@ from kvmmu.trace_memory import SetUp, TraceMemory
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vcpu import Vcpu
+from kvmmu.walk._contexts import Contexts
 
 __all__ = ["TraceStart", "replay_trace", "trace_start"]
 

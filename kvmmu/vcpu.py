@@ -5,9 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
-from kvmmu._contexts import SecondStage, new_arch
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
-from kvmmu._pagewalk import PageWalk, new_walk
 from kvmmu._tlb import Tlb
 from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
@@ -15,15 +13,17 @@ from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_faul
 from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFault
 from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
-from kvmmu.columns import check_one_access
 from kvmmu.guest_accesses import GuestAccesses
 from kvmmu.host import Host
 from kvmmu.locked import locked
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.record import WalkRecord
 from kvmmu.vm import Vm
 from kvmmu.vmx_instructions import VmxInstructions
+from kvmmu.walk._contexts import SecondStage, new_arch
+from kvmmu.walk.pagewalk import PageWalk, new_walk
+from kvmmu.walk.record import WalkRecord
+from kvmmu.walk.results import check_one_access
 
 __all__ = ["Vcpu"]
 

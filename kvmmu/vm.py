@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu.arch.arguments import check_bool, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.arch.registers import CpuModel
-from kvmmu.columns import check_array
 from kvmmu.host import Host
 from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.memory._lock import MachineLock
@@ -19,6 +18,7 @@ from kvmmu.mmu._audit import audit
 from kvmmu.mmu._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu._state import Kvm
 from kvmmu.tracepoints import Tracepoints
+from kvmmu.walk.results import check_array
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -30,9 +30,6 @@ compare-and-set. None may while `refresh()` runs.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._contexts cimport WalkCopy
-from kvmmu._pagewalk cimport PageWalk
-from kvmmu._plain cimport kvmmu_translation, plain_walk, translate_plainly
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
 from kvmmu.arch._bits cimport (
     ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_USER_MASK,
@@ -41,6 +38,9 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.memory._memory cimport SlotTable
+from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._fast cimport kvmmu_translation, plain_walk, translate_plainly
+from kvmmu.walk.pagewalk cimport PageWalk
 
 cdef struct walk_state:
     kvm_pagewalk w

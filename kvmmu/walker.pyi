@@ -1,4 +1,4 @@
-from kvmmu._pagewalk import PageWalk
+from kvmmu.walk.pagewalk import PageWalk
 
 def get_include() -> str: ...
 

@@ -4,14 +4,14 @@ import os
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport WalkCopy
-from kvmmu._pagewalk cimport PageWalk
-from kvmmu._plain cimport init_plain_walk
 from kvmmu._walk cimport WALK_TABLES, kvm_pagewalk, use_walker, walk_result
 from kvmmu.arch._bits cimport PG_LEVEL_512G, PT_PRESENT_MASK
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
 from kvmmu.memory._memory cimport SlotTable, guest_mem, guest_slot
+from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._fast cimport init_plain_walk
+from kvmmu.walk.pagewalk cimport PageWalk
 from kvmmu.walker cimport translate_fully, translation, walk_handle
 
 

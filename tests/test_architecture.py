@@ -218,7 +218,7 @@ def test_formats_are_told_apart_in_one_file(path):
         assert not re.search(r"\bif\s+guest_walker\s+is\b", code_of(path))
 
 
-@pytest.mark.parametrize("path", [*(one(name) for name in ("_walk.pyx", "_walk.pxd", "_gpte.pxd", "_plain.pyx", "_job.pyx")),
+@pytest.mark.parametrize("path", [*(one(name) for name in ("_walk.pyx", "_walk.pxd", "_gpte.pxd", "_fast.pyx", "_job.pyx")),
                                   *(path for path in CYTHON if ROOT / "mmu" in path.parents)],
                          ids=lambda path: str(path.relative_to(ROOT)))
 def test_walks_have_no_literal_masks(path):

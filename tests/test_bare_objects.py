@@ -25,9 +25,9 @@ import pytest
 
 import kvmmu
 import kvmmu.traces
-from kvmmu._contexts import new_arch
-from kvmmu._pagewalk import new_walk
 from kvmmu._replay import new_replayer, new_row_loop
+from kvmmu.walk._contexts import new_arch
+from kvmmu.walk.pagewalk import new_walk
 
 SECONDS = 10                            # for one call, on a machine that does much else
 ADDRESS_SPACE = 3 << 30                 # more than what a process has already: a size that makes no sense is refused at once

@@ -21,7 +21,7 @@ from test_nested import guest
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Status, Translation, Vcpu, Walker
-from kvmmu.columns import COLUMNS
+from kvmmu.walk.results import COLUMNS
 
 SETUP = """
 from Cython.Build import cythonize

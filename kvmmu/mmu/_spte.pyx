@@ -5,7 +5,6 @@ import numpy as np
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._arguments cimport check_scalar_word
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, EPT_ACCESSED_MASK, EPT_DIRTY_MASK,
     EPT_EXECUTABLE_MASK, EPT_IPAT_MASK, EPT_MMIO_VALUE, EPT_MT_WB_MASK, EPT_RWX_MASK, EPT_SPTE_HOST_WRITABLE,
@@ -27,6 +26,7 @@ from kvmmu.mmu._spte cimport (
 from kvmmu.mmu._spte cimport make_huge_spte as c_make_huge_spte
 from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
 from kvmmu.mmu._spte cimport make_spte as c_make_spte
+from kvmmu.walk._arguments cimport check_scalar_word
 
 from kvmmu.arch.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
 from kvmmu.host import Host

@@ -11,7 +11,7 @@ from kvmmu.arch._bits cimport ACCESS_VALID_MASK
 from kvmmu.walk.batch._arrays cimport stretch
 
 from kvmmu.arch.arguments import is_masked
-from kvmmu.columns import check_access, check_array
+from kvmmu.walk.results import check_access, check_array
 
 cdef object ndarray = np.ndarray
 cdef object asarray = np.asarray

@@ -1,4 +1,4 @@
-"""The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`_pagewalk.pyx`).
+"""The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`pagewalk.pyx`).
 
     recall     64 rows at a time, translations that this batch made already (by page and access)
     straight   what is left, 64 rows of one walk at a time, where most of them pass and few tables are in use: their last

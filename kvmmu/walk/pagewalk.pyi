@@ -3,16 +3,16 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu._contexts import Contexts, SecondStage, VcpuArch
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1
 from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Stage
-from kvmmu.columns import Span, Translation
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.record import WalkRecord
+from kvmmu.walk._contexts import Contexts, SecondStage, VcpuArch
+from kvmmu.walk.record import WalkRecord
+from kvmmu.walk.results import Span, Translation
 
 _RegsRow = Regs | tuple[Regs, Stage | None]
 

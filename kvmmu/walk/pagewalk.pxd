@@ -2,11 +2,11 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
-from kvmmu._plain cimport plain_walk
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
+from kvmmu.walk._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
+from kvmmu.walk._fast cimport plain_walk
 
 
 cdef class PageWalk:

@@ -1,11 +1,8 @@
-"""The walk of one address when nothing stands in its way; see `_plain.pxd`. The steps are those listed in `_walk.pxd`."""
+"""The walk of one address when nothing stands in its way; see `_fast.pxd`. The steps are those listed in `_walk.pxd`."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._plain cimport (
-    KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
-)
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
@@ -15,6 +12,9 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
 from kvmmu.memory._memory cimport guest_mem, kvmmu_read64
+from kvmmu.walk._fast cimport (
+    KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
+)
 
 
 cdef kvmmu_translation no_plain_walk(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,

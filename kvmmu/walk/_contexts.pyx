@@ -8,7 +8,6 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, vcpu_arch, walk_result
-from kvmmu._walk_init cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACCESS_USER_MASK, CR4_PKE_MASK, CR4_SMAP_MASK, CR4_SMEP_MASK, EPT_VIOLATION_GVA_VALID_MASK, ROLE_ACCESS_SHIFT,
     ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK,
@@ -22,6 +21,7 @@ from kvmmu.arch._format cimport (
 from kvmmu.arch._roles cimport calc_cpu_role, kvm_mmu_role_regs
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
+from kvmmu.walk._setup cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, pse36_bits, use_second_stage
 
 from kvmmu.arch.faults import nested_fault_of
 from kvmmu.arch.registers import Regs

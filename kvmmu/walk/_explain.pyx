@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport WalkCopy
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK,
@@ -14,11 +13,12 @@ from kvmmu.arch._bits cimport (
     STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.walk._contexts cimport WalkCopy
 
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import fault_of, nested_fault_of
 from kvmmu.arch.second_stages import Ept
-from kvmmu.record import WalkRecord, WalkStep
+from kvmmu.walk.record import WalkRecord, WalkStep
 
 
 cdef list walk_steps(const kvm_pagewalk *w, uint64_t addr, uint32_t access):

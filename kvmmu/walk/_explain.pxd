@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._contexts cimport WalkCopy
 from kvmmu._walk cimport walk_result
+from kvmmu.walk._contexts cimport WalkCopy
 
 # These need the table of slots that the walk is over kept as long as they run. IN access: EFLAGS.AC added.
 # The whole walk of an address, as a WalkRecord

@@ -4,19 +4,19 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu._contexts cimport (
-    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
-    role_of, second_stage, widths_of,
-)
-from kvmmu._explain cimport fault_behind, record_of
-from kvmmu._plain cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
 from kvmmu._walk cimport translate_nested_gpa, walk_result
-from kvmmu._walk_init cimport init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.arch._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
 from kvmmu.arch._format cimport PageFormat, explicit_access
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
+from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
+from kvmmu.walk._contexts cimport (
+    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
+    role_of, second_stage, widths_of,
+)
+from kvmmu.walk._explain cimport fault_behind, record_of
+from kvmmu.walk._fast cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
+from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.walk.batch._arrays cimport plain_access, plain_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
@@ -24,7 +24,7 @@ from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_bool, check_int, check_threads
 from kvmmu.arch.registers import CpuModel
 from kvmmu.arch.second_stages import Ept, Npt
-from kvmmu.columns import Span, Translation, check_access, check_array, check_fields, check_one_size, check_size
+from kvmmu.walk.results import Span, Translation, check_access, check_array, check_fields, check_one_size, check_size
 
 _PAGE = int(PAGE_SIZE)
 

@@ -2,7 +2,7 @@
 
 It succeeds where a walk of one stage reads all entries in the largest slot, finds them present and well formed, may make the
 access and has no accessed or dirty bit to set; then it has changed nothing, and the answer is that of `kvm_pagewalk.gva_to_gpa`.
-Everything else it leaves to that one. The walk itself is C (`_plain.h`); entries mean what `_gpte.h` and `_format.h` say, for
+Everything else it leaves to that one. The walk itself is C (`_fast.h`); entries mean what `_gpte.h` and `_format.h` say, for
 both.
 """
 
@@ -13,7 +13,7 @@ from kvmmu.arch._bits cimport PG_LEVEL_512G
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
 from kvmmu.memory._memory cimport guest_mem
 
-cdef extern from "kvmmu/_plain.h" nogil:
+cdef extern from "kvmmu/walk/_fast.h" nogil:
     enum:
         KVMMU_PLAIN_ACCESSES
 

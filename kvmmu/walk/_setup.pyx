@@ -1,4 +1,4 @@
-"""From a role and a processor model to a walk, as `_walk_init.pxd` says."""
+"""From a role and a processor model to a walk, as `_setup.pxd` says."""
 
 from libc.stdint cimport uint32_t, uint64_t
 

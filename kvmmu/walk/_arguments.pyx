@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch.arguments import check_word
-from kvmmu.columns import check_one_access
+from kvmmu.walk.results import check_one_access
 
 
 cdef uint32_t convert_access(access) except? 0xffffffff:
