@@ -14,7 +14,7 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "mmu._state", "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu._inspect", "mmu._damage"]
 KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
           "walk.batch._blocks", "walk.batch._job", "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder",
-          "tables._page_set", "tables._filler", "_tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",
+          "tables._page_set", "tables._filler", "tlb._tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",
           "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._trace", "mmu._kvm", "mmu._page", "mmu._unsync", "mmu._fault", "mmu._tdp",
           "mmu._tdp_range", "mmu._zap", "mmu._shadow_range", "mmu._guest_tables", "mmu._leaf", "mmu._sync", "mmu._shadow",
           "mmu._roots", "mmu._track", "mmu._entry"]

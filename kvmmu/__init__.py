@@ -1,5 +1,5 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, _tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
+# Order: arch, memory, _walk, walk, walker, tables, tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
 #     _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay,
 #     outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure,
 #     oracles, cli
@@ -7,7 +7,6 @@
 from typing import TYPE_CHECKING, Any
 
 from kvmmu._machine import ShadowMmu, TdpMmu
-from kvmmu._tlb import Tlb
 from kvmmu.arch._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch._roles import CpuRole, calc_cpu_roles
@@ -42,6 +41,7 @@ from kvmmu.memory._memory import GuestMemory
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.replay import replay
 from kvmmu.tables import Pager, PageTables
+from kvmmu.tlb._tlb import Tlb
 from kvmmu.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vcpu import Vcpu
 from kvmmu.vm import Vm

@@ -7,10 +7,6 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
 from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
-from kvmmu._tlb cimport (
-    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,
-    tlb_remember_split, tlb_use,
-)
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
@@ -29,6 +25,10 @@ from kvmmu.mmu._page cimport first_spte, sp_get_gfn, spte_index
 from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu._spte cimport is_last_spte, is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
 from kvmmu.mmu._tdp cimport tdp_page_fault
+from kvmmu.tlb._tlb cimport (
+    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,
+    tlb_remember_split, tlb_use,
+)
 
 cdef enum:
     MAX_EXITS = 64              # of one access: more means that the host never lets it through

@@ -8,7 +8,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._machine cimport Machine
-from kvmmu._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 from kvmmu.arch._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVALID_MASK
 from kvmmu.mmu._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu._page cimport hash_first, sp_has_gptes
@@ -18,6 +17,7 @@ from kvmmu.mmu._slots cimport (
 )
 from kvmmu.mmu._spte cimport pages_per_hpage
 from kvmmu.mmu._zap cimport slot_of_sp
+from kvmmu.tlb._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 
 
 cdef bint holds_synced_table(kvm *k, const kvm_memory_slot *slot, uint64_t gfn) noexcept:

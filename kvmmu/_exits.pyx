@@ -3,7 +3,6 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._machine_state cimport access_result, machine, use_arena
-from kvmmu._tlb cimport tlb_invlpg
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
@@ -22,6 +21,7 @@ from kvmmu.mmu._guest_tables cimport trace_walk
 from kvmmu.mmu._kvm cimport kvm, memslots_of
 from kvmmu.mmu._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu._track cimport track_write
+from kvmmu.tlb._tlb cimport tlb_invlpg
 
 
 # ---- exits ---------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,6 @@ from kvmmu._exits cimport machine_drain_pml, machine_emulate
 from kvmmu._l1_flushes cimport flush_ept, flush_vpid
 from kvmmu._machine_modes cimport MachineModes
 from kvmmu._machine_state cimport access_columns, access_result, use_arena
-from kvmmu._tlb cimport (
-    Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,
-)
 from kvmmu.arch._bits cimport (
     ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GPA_BITS, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
     PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
@@ -27,6 +24,9 @@ from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pg
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._sync cimport mmu_invalidate_addr
 from kvmmu.mmu._tdp cimport tdp_page_fault
+from kvmmu.tlb._tlb cimport (
+    Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,
+)
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
 from kvmmu.walk._contexts cimport VcpuArch, rflags_ac
 

@@ -4,12 +4,12 @@ from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._machine_state cimport machine
-from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.mmu._kvm cimport kvm_mmu
 from kvmmu.mmu._state cimport Kvm
+from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._contexts cimport SecondStage, VcpuArch
 
 

@@ -6,7 +6,6 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu._exits cimport machine_drain_pml
-from kvmmu._tlb cimport Tlb
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._bits cimport (
     CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
@@ -22,6 +21,7 @@ from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu._spte cimport init_shadow_format, init_tdp_format
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu._tdp cimport tdp_page_fault
+from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
 from kvmmu.walk._setup cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
 

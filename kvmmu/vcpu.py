@@ -6,7 +6,6 @@ from typing import Any
 
 from kvmmu._audit_tlb import audit_tlb
 from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
-from kvmmu._tlb import Tlb
 from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
@@ -18,6 +17,7 @@ from kvmmu.host import Host
 from kvmmu.locked import locked
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm import Vm
 from kvmmu.vmx_instructions import VmxInstructions
 from kvmmu.walk._contexts import SecondStage, new_arch

@@ -7,13 +7,13 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from kvmmu._tlb cimport (
-    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_SPLIT_SIZES, TLB_VPN_BITS,
-    tlb, tlb_array, tlb_entry, tlb_lookup, tlb_page,
-)
 from kvmmu.arch._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 from kvmmu.memory._alloc cimport kvmmu_alloc_table
 from kvmmu.memory._lock cimport MachineLock
+from kvmmu.tlb._tlb cimport (
+    TLB_GLOBAL_SHIFT, TLB_LEVELS, TLB_MAX_ENTRIES, TLB_PCID_BITS, TLB_SPACE_SHIFT, TLB_SPACES, TLB_SPLIT_SIZES, TLB_VPN_BITS,
+    tlb, tlb_array, tlb_entry, tlb_lookup, tlb_page,
+)
 from kvmmu.walk._arguments cimport check_scalar_word
 
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_word
