@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmu._machine_modes cimport MachineModes
 from kvmmu._machine_state cimport access_columns
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu._kvm cimport kvm_mmu
+from kvmmu.mmu.core._kvm cimport kvm_mmu
 
 
 cdef class Mmu:

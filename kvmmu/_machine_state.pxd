@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmu._walk cimport gva_to_gpa_fn, kvm_pagewalk, pml_log, vcpu_arch
 from kvmmu.arch._bits cimport PAGE_SIZE
 from kvmmu.memory._memory cimport guest_slot
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 from kvmmu.tlb._tlb cimport tlb
 
 # What became of one access.

@@ -36,7 +36,7 @@ from kvmmu import (
     Vcpu,
     Vm,
 )
-from kvmmu.mmu._spte import SpteFormat
+from kvmmu.mmu.core._spte import SpteFormat
 from kvmmu.traces import Chunk, Header, Recording, RegisterSet, Stage, bundled
 
 PAGE = 4096

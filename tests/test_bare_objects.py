@@ -91,7 +91,7 @@ REAL = {
     "CpuRole": lambda w: w.walk.cpu_role, "Replayer": lambda w: w.replayer, "RowLoop": lambda w: w.loop,
     "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine, "TdpMmu": lambda w: w.vcpu.tdp_mmu,
     "ShadowMmu": lambda w: w.vcpu.shadow_mmu, "Kvm": lambda w: w.vm.kvm,
-    "SpteFormat": lambda w: importlib.import_module("kvmmu.mmu._spte").SpteFormat(w.host),
+    "SpteFormat": lambda w: importlib.import_module("kvmmu.mmu.core._spte").SpteFormat(w.host),
 }
 
 # Arguments that make sense, by their names; 0 for all others.

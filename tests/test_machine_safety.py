@@ -15,8 +15,8 @@ from children import outcome
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
 from kvmmu.mmu._damage import damage
-from kvmmu.mmu._rmap import PteLists
-from kvmmu.mmu._slots import Memslot
+from kvmmu.mmu.core._rmap import PteLists
+from kvmmu.mmu.core._slots import Memslot
 
 PAGE = 4096
 LONG = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}

@@ -13,7 +13,7 @@ from shadow_guests import DATA, GVA, LEAF, MAP, MB2, OTHER, PAGE, A, D, NestedGu
 
 import kvmmu
 from kvmmu import Access, CpuModel, CpuRole, Ept, GuestMemory, Host, Npt, PageFormat, PageWalk, Status, Vcpu, Vm
-from kvmmu.mmu._spte import SpteFormat
+from kvmmu.mmu.core._spte import SpteFormat
 
 CR0_WP, CR4_PAE, CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 16, 1 << 5, 1 << 20, 1 << 21, 1 << 22
 PF, FINAL = 1, 1 << 32

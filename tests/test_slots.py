@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
-from kvmmu.mmu._rmap import PteLists
-from kvmmu.mmu._slots import Memslot
+from kvmmu.mmu.core._rmap import PteLists
+from kvmmu.mmu.core._slots import Memslot
 
 M2, G1 = 512, 512 * 512
 

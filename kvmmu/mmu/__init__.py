@@ -23,6 +23,5 @@ From the bottom up, each module importing those before it:
            of it, `_inspect` shows counters, events and pages as arrays.
 """
 # Below: arch, memory, _walk, walk, host
-# Order: _spte, _slots, _rmap, _trace, _kvm, _page, _unsync, _fault, _tdp, _tdp_range, _zap, _shadow_range, _guest_tables, _leaf,
-#     _sync, _shadow, _roots, _track, _entry, _kvm_memory, _state, _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit,
-#     _damage
+# Order: core, _tdp, _tdp_range, _zap, _shadow_range, _guest_tables, _leaf, _sync, _shadow, _roots, _track, _entry, _kvm_memory,
+#     _state, _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage

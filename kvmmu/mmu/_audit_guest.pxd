@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.mmu._audit_leaf cimport _Findings
-from kvmmu.mmu._kvm cimport kvm
+from kvmmu.mmu.core._kvm cimport kvm
 
 
 # A walk of tables that a page may shadow a part of; NULL: nobody walks such tables now

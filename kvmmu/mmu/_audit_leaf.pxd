@@ -4,8 +4,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 
 cdef class _Findings:

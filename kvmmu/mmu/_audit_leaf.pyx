@@ -4,12 +4,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport MMIO_SPTE_GEN_MASK, PG_LEVEL_2M, PG_LEVEL_4K, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu._kvm cimport invalidation_under_way, kvm, memslots_of
-from kvmmu.mmu._slots cimport (
+from kvmmu.mmu.core._kvm cimport invalidation_under_way, kvm, memslots_of
+from kvmmu.mmu.core._slots cimport (
     HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty,
     is_write_tracked, kvm_memory_slot, lpage_disallowed,
 )
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._spte cimport (
     audit_spte, get_mmio_spte_generation, get_mmio_spte_gfn, is_mmio_spte, is_mmu_writable_spte, is_writable_pte,
     pages_per_hpage, spte_access, spte_ad_need_write_protect, spte_to_pfn,
 )

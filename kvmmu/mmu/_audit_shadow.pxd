@@ -15,8 +15,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.mmu._audit_leaf cimport _Findings
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._spte cimport SpteFormat
+from kvmmu.mmu.core._kvm cimport kvm
+from kvmmu.mmu.core._spte cimport SpteFormat
 
 
 # Whether a present entry points into the arena

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 
 # One exit. IN addr: guest-physical for a direct MMU; error_code: of #PF or #NPF, or decoded from an EPT violation. Returns
 # RET_PF_*: EMULATE asks the caller to carry the access out, all others to run the vCPU again; or a negative errno

@@ -8,8 +8,8 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_rights, kvmmu_leaf_gpa
 from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
-from kvmmu.mmu._kvm cimport kvm_mmu_page, kvm_vcpu, memslots_of
-from kvmmu.mmu._slots cimport HOST_UNMAPPED, gfn_to_memslot, host_page_of, kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm_mmu_page, kvm_vcpu, memslots_of
+from kvmmu.mmu.core._slots cimport HOST_UNMAPPED, gfn_to_memslot, host_page_of, kvm_memory_slot
 
 # A walk of the guest's tables that came to a page, level by level.
 cdef struct guest_walk:

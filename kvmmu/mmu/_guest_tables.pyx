@@ -5,10 +5,10 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_ALL, PAGE_SHIFT, PG_LEVEL_1G, STATUS_OK
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
-from kvmmu.mmu._fault cimport host_reads
-from kvmmu.mmu._kvm cimport kvm_vcpu, memslots_of
-from kvmmu.mmu._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
-from kvmmu.mmu._trace cimport (
+from kvmmu.mmu.core._fault cimport host_reads
+from kvmmu.mmu.core._kvm cimport kvm_vcpu, memslots_of
+from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu.core._trace cimport (
     TRACE_PAGETABLE_WALK, TRACE_PAGING_ELEMENT, TRACE_SET_ACCESSED_BIT, TRACE_SET_DIRTY_BIT, TRACE_WALKER_ERROR, trace,
 )
 

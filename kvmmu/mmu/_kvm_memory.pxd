@@ -4,8 +4,8 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.memory._lock cimport MachineLock
 from kvmmu.memory._memory cimport guest_mem, guest_slot
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 
 # ValueError unless it is the number of an address space

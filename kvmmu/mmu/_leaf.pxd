@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm_page_fault, kvm_vcpu
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm_page_fault, kvm_vcpu
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 # Put a leaf in the place of an entry: RET_PF_*. IN access: ACC_* by the guest's tables; gfn, pfn: first ones of the page;
 # fault: NULL for a prefetch

@@ -7,21 +7,21 @@ from kvmmu.arch._bits cimport (
     ACC_WRITE_MASK, PG_LEVEL_4K, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_MASK,
     ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._fault cimport fault_make_mmio_spte, fault_make_spte, trace_mark_mmio_spte
 from kvmmu.mmu._guest_tables cimport (
     first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,
     protect_clean, read_guest_pte,
 )
-from kvmmu.mmu._kvm cimport (
+from kvmmu.mmu._zap cimport drop_spte, rmap_add
+from kvmmu.mmu.core._fault cimport fault_make_mmio_spte, fault_make_spte, trace_mark_mmio_spte
+from kvmmu.mmu.core._kvm cimport (
     flush_remote_tlbs, kvm, kvm_mmu_page, kvm_page_fault, kvm_vcpu, memslots_of, sp_level, sp_of, spte_to_child,
 )
-from kvmmu.mmu._page cimport sp_get_access, sp_get_gfn, sp_set_translation, unlink_parent
-from kvmmu.mmu._slots cimport HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._page cimport sp_get_access, sp_get_gfn, sp_set_translation, unlink_parent
+from kvmmu.mmu.core._slots cimport HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot
+from kvmmu.mmu.core._spte cimport (
     get_mmio_spte_gfn, is_last_spte, is_mmio_spte, is_mmu_writable_spte, is_shadow_present_pte, spte_to_pfn,
 )
-from kvmmu.mmu._trace cimport TRACE_SET_SPTE, trace
-from kvmmu.mmu._zap cimport drop_spte, rmap_add
+from kvmmu.mmu.core._trace cimport TRACE_SET_SPTE, trace
 
 cdef enum:
     PTE_PREFETCH_NUM = 8

@@ -10,7 +10,7 @@ A vCPU keeps the three roots that it used before the present one (`prev_roots`),
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 
 cdef enum:
     ROOT_CURRENT = 1

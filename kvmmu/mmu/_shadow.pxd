@@ -15,7 +15,7 @@ A page shadows one guest table under one role; a 4-byte table of 1024 entries ha
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm_page_fault, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm_page_fault, kvm_vcpu
 
 # The page of (gfn, role), found or made; needs a reserved page; 0 for want of memory. IN vcpu: whose walk it shadows
 cdef uint32_t get_shadow_page(kvm_vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept nogil

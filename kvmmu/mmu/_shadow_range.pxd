@@ -6,8 +6,8 @@ What returns a flush need leaves the flush to the caller.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 
-from kvmmu.mmu._kvm cimport kvm, page_list
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm, page_list
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 # Leaves that map any of [start, end) go; flush if True
 cdef bint shadow_zap_gfn_range(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil

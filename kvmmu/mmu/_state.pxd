@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 
 from kvmmu.mmu._kvm_memory cimport KvmMemory
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 
 cdef class Kvm(KvmMemory):

@@ -13,7 +13,7 @@ How a fault is mapped (`tdp_mmu_map`):
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm, kvm_page_fault, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm, kvm_page_fault, kvm_vcpu
 
 # A root of this role: an old one, or a new one; 0 for want of memory. Takes a reference
 cdef uint32_t tdp_get_root(kvm *k, uint32_t role) noexcept nogil

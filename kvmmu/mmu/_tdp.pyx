@@ -8,24 +8,24 @@ from kvmmu.arch._bits cimport (
     RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_INVALID_MASK,
     ROLE_LEVEL_MASK, ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._fault cimport (
+from kvmmu.mmu.core._fault cimport (
     disallowed_hugepage_adjust, fast_page_fault, fault_make_mmio_spte, fault_make_spte, faultin_pfn, hugepage_adjust,
     page_fault_handle_page_track, trace_mark_mmio_spte,
 )
-from kvmmu.mmu._kvm cimport (
+from kvmmu.mmu.core._kvm cimport (
     KVM_TDP_MMU, REQ_FREE_OBSOLETE_ROOTS, count_leaf, flush_remote_tlbs, kvm, kvm_page_fault, kvm_vcpu, sp_hpa,
     spte_to_child,
 )
-from kvmmu.mmu._page cimport (
+from kvmmu.mmu.core._page cimport (
     alloc_page, first_spte, free_page, link_parent, list_append, list_remove, reserve_pages, spte_index,
     track_possible_nx_huge_page, unlink_parent, untrack_possible_nx_huge_page,
 )
-from kvmmu.mmu._rmap cimport reserve_descs
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._rmap cimport reserve_descs
+from kvmmu.mmu.core._spte cimport (
     is_frozen_spte, is_last_spte, is_mmio_spte, is_shadow_present_pte, make_nonleaf_spte, make_small_spte, pages_per_hpage,
     spte_permission_fault, spte_to_pfn,
 )
-from kvmmu.mmu._trace cimport TRACE_SET_SPTE, TRACE_SPLIT_HUGE_PAGE, TRACE_SPTE_REQUESTED, TRACE_TDP_SPTE_CHANGED, trace
+from kvmmu.mmu.core._trace cimport TRACE_SET_SPTE, TRACE_SPLIT_HUGE_PAGE, TRACE_SPTE_REQUESTED, TRACE_TDP_SPTE_CHANGED, trace
 
 cdef enum:
     PAGES_OF_A_FAULT = 8            # one table or split per level, and some

@@ -6,8 +6,8 @@ What returns a flush need leaves the flush to the caller; the others need none, 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 # Leaves that map any of [start, end) go; whether there were any, and a flush is needed
 cdef bint tdp_zap_leafs(kvm *k, int as_id, uint64_t start, uint64_t end) noexcept nogil

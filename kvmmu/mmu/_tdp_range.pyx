@@ -8,20 +8,20 @@ from kvmmu.arch._bits cimport (
     PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_INVALID_MASK, ROLE_LEVEL_MASK,
     ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._kvm cimport (
+from kvmmu.mmu._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
+from kvmmu.mmu.core._kvm cimport (
     KVM_TDP_MMU, REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, kvm, make_all_vcpus_request, memslots_of, spte_to_child,
 )
-from kvmmu.mmu._page cimport first_spte, reserve_pages
-from kvmmu.mmu._rmap cimport pte_list_first, reserve_descs
-from kvmmu.mmu._slots cimport (
+from kvmmu.mmu.core._page cimport first_spte, reserve_pages
+from kvmmu.mmu.core._rmap cimport pte_list_first, reserve_descs
+from kvmmu.mmu.core._slots cimport (
     gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, max_mapping_level,
 )
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._spte cimport (
     is_accessed_spte, is_last_spte, is_shadow_present_pte, is_writable_pte, make_huge_spte, mark_spte_for_access_track,
     pages_per_hpage, spte_ad_need_write_protect, spte_to_pfn,
 )
-from kvmmu.mmu._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
-from kvmmu.mmu._trace cimport TRACE_SPLIT_HUGE_PAGE, trace
+from kvmmu.mmu.core._trace cimport TRACE_SPLIT_HUGE_PAGE, trace
 
 # What a visit of leaves is about.
 cdef struct visit:

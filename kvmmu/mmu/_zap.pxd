@@ -10,8 +10,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport ROLE_INVALID_MASK
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, page_list
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, page_list
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 cdef enum:
     KVM_MIN_FREE_MMU_PAGES = 5

@@ -7,19 +7,19 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from kvmmu.arch._bits cimport (
     PG_LEVEL_4K, ROLE_GUEST_MODE_MASK, ROLE_INVALID_MASK, ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._kvm cimport (
+from kvmmu.mmu.core._kvm cimport (
     KVM_SHADOW_MMU, REQ_FREE_OBSOLETE_ROOTS, count_leaf, flush_remote_tlbs, kvm, kvm_mmu_page, make_all_vcpus_request,
     memslots_of, page_list, sp_level, sp_of, spte_to_child,
 )
-from kvmmu.mmu._page cimport (
+from kvmmu.mmu.core._page cimport (
     first_spte, free_page, list_append, list_init, list_remove, sp_get_gfn, sp_has_gptes, sp_set_translation, unhash_page,
     unlink_parent, untrack_possible_nx_huge_page,
 )
-from kvmmu.mmu._rmap cimport pte_list_add, pte_list_first, pte_list_remove, rmap_head
-from kvmmu.mmu._slots cimport account_disallow_lpage, account_write_track, gfn_to_memslot, kvm_memory_slot
-from kvmmu.mmu._spte cimport is_last_spte, is_shadow_present_pte
-from kvmmu.mmu._trace cimport TRACE_PREPARE_ZAP_PAGE, trace
-from kvmmu.mmu._unsync cimport clear_unsync
+from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_first, pte_list_remove, rmap_head
+from kvmmu.mmu.core._slots cimport account_disallow_lpage, account_write_track, gfn_to_memslot, kvm_memory_slot
+from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte
+from kvmmu.mmu.core._trace cimport TRACE_PREPARE_ZAP_PAGE, trace
+from kvmmu.mmu.core._unsync cimport clear_unsync
 
 cdef enum:
     RMAP_RECYCLE_THRESHOLD = 1000

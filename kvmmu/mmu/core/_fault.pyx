@@ -9,23 +9,23 @@ from kvmmu.arch._bits cimport (
     RET_PF_EMULATE, RET_PF_FIXED, RET_PF_INVALID, RET_PF_RETRY, RET_PF_SPURIOUS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
     SHADOW_NONPRESENT_VALUE,
 )
-from kvmmu.mmu._kvm cimport (
+from kvmmu.mmu.core._kvm cimport (
     invalidation_under_way, kvm, kvm_page_fault, kvm_vcpu, memslots_of, spte_to_child,
 )
-from kvmmu.mmu._page cimport first_spte, spte_index
-from kvmmu.mmu._slots cimport (
+from kvmmu.mmu.core._page cimport first_spte, spte_index
+from kvmmu.mmu.core._slots cimport (
     HOST_READONLY, HOST_UNMAPPED, HOST_VERSION_SHIFT, SLOT_VERSIONS, gfn_to_memslot,
     host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot, mark_slot_dirty, max_mapping_level,
 )
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._spte cimport (
     get_mmio_spte_access, get_mmio_spte_generation, get_mmio_spte_gfn, is_access_track_spte, is_last_spte, is_mmio_spte,
     is_mmu_writable_spte, is_rsvd_spte, is_shadow_present_pte, is_writable_pte, make_mmio_spte, make_spte, pages_per_hpage,
     restore_acc_track_spte, spte_permission_fault, spte_request,
 )
-from kvmmu.mmu._trace cimport (
+from kvmmu.mmu.core._trace cimport (
     TRACE_CHECK_MMIO_SPTE, TRACE_FAST_PAGE_FAULT, TRACE_HANDLE_MMIO_PAGE_FAULT, TRACE_MARK_MMIO_SPTE, trace,
 )
-from kvmmu.mmu._unsync cimport UNSYNC_OK, try_to_unsync
+from kvmmu.mmu.core._unsync cimport UNSYNC_OK, try_to_unsync
 
 
 cdef void init_fault(kvm_vcpu *vcpu, kvm_page_fault *fault, uint64_t addr, uint64_t error_code) noexcept nogil:

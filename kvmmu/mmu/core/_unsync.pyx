@@ -4,11 +4,11 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K, ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, sp_level
-from kvmmu.mmu._page cimport hash_first, sp_has_gptes
-from kvmmu.mmu._rmap cimport pte_list_count, pte_list_get
-from kvmmu.mmu._slots cimport is_write_tracked, kvm_memory_slot, lpage_disallowed
-from kvmmu.mmu._trace cimport TRACE_SYNC_PAGE, TRACE_UNSYNC_PAGE, trace
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, sp_level
+from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
+from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._slots cimport is_write_tracked, kvm_memory_slot, lpage_disallowed
+from kvmmu.mmu.core._trace cimport TRACE_SYNC_PAGE, TRACE_UNSYNC_PAGE, trace
 
 
 cdef void mark_unsync_child(kvm *k, uint64_t sptep) noexcept nogil:

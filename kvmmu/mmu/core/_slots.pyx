@@ -7,7 +7,7 @@ from libc.string cimport memset
 
 from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
 from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu._slots cimport (
+from kvmmu.mmu.core._slots cimport (
     HOST_LEVEL_MASK, SLOT_VERSIONS, host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot, level_index,
     lpage_disallowed, slot_table,
 )

@@ -10,8 +10,8 @@ parent and has unsync children makes the parent know by `mark_unsync_child()`.
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 cdef enum unsync_result:
     UNSYNC_OK = 0                   # the frame may be writable

@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu._rmap cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
+from kvmmu.mmu.core._rmap cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
 
 
 cdef inline uint64_t single(uint64_t sptep) noexcept nogil:

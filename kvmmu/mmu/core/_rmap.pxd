@@ -12,7 +12,7 @@ To visit a list that the visit changes, take `pte_list_first()` until it is empt
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._slots cimport kvm_memory_slot, level_index
+from kvmmu.mmu.core._slots cimport kvm_memory_slot, level_index
 
 cdef enum:
     PTE_LIST_EXT = 14

@@ -9,8 +9,8 @@ A shadow MMU sets `gfn`, `slot` and `max_level` of the fault from the guest's wa
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._kvm cimport kvm, kvm_page_fault, kvm_vcpu
-from kvmmu.mmu._slots cimport kvm_memory_slot
+from kvmmu.mmu.core._kvm cimport kvm, kvm_page_fault, kvm_vcpu
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 # One entry of the way from a root to a leaf.
 cdef struct spte_walk:

@@ -16,7 +16,7 @@ from kvmmu.arch._bits cimport (
     ROLE_PASSTHROUGH_MASK, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.memory._memory cimport hash_gfn
-from kvmmu.mmu._kvm cimport KVM_MMU_HASH_BUCKETS, kvm, kvm_mmu_page, page_list, sp_level
+from kvmmu.mmu.core._kvm cimport KVM_MMU_HASH_BUCKETS, kvm, kvm_mmu_page, page_list, sp_level
 
 
 cdef inline uint64_t first_spte(uint32_t sp) noexcept nogil:

@@ -9,9 +9,9 @@ from kvmmu.arch._bits cimport (
     PAGE_SIZE, PG_LEVEL_1G, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu._kvm cimport kvm, kvm_mmu_page, page_list
-from kvmmu.mmu._page cimport first_spte, hash_bucket
-from kvmmu.mmu._rmap cimport pte_list_add, pte_list_remove
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, page_list
+from kvmmu.mmu.core._page cimport first_spte, hash_bucket
+from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_remove
 
 cdef enum:
     FIRST_PAGES = 64

@@ -15,10 +15,10 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport PAGE_SHIFT, ROLE_LEVEL_MASK, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.arch._format cimport kvm_page_format
-from kvmmu.mmu._rmap cimport pte_list_pool
-from kvmmu.mmu._slots cimport kvm_memory_slot, slot_table
-from kvmmu.mmu._spte cimport spte_format
-from kvmmu.mmu._trace cimport trace_ring
+from kvmmu.mmu.core._rmap cimport pte_list_pool
+from kvmmu.mmu.core._slots cimport kvm_memory_slot, slot_table
+from kvmmu.mmu.core._spte cimport spte_format
+from kvmmu.mmu.core._trace cimport trace_ring
 
 cdef enum:
     KVM_MMU_HASH_BUCKETS = 4096

@@ -7,9 +7,9 @@ from libc.string cimport memmove
 
 from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu._kvm cimport REQ_TLB_FLUSH, kvm, kvm_vcpu
-from kvmmu.mmu._rmap cimport free_pool
-from kvmmu.mmu._slots cimport free_memslot
+from kvmmu.mmu.core._kvm cimport REQ_TLB_FLUSH, kvm, kvm_vcpu
+from kvmmu.mmu.core._rmap cimport free_pool
+from kvmmu.mmu.core._slots cimport free_memslot
 
 
 cdef kvm *new_kvm() noexcept nogil:

@@ -19,13 +19,13 @@ from kvmmu.arch._format cimport (
     PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
     update_permission_bitmask,
 )
-from kvmmu.mmu._spte cimport (
+from kvmmu.mmu.core._spte cimport (
     check_writable, generation_mmio_spte_mask, get_mmio_spte_generation, is_access_track_spte, is_last_spte, is_mmio_spte,
     is_rsvd_spte, is_shadow_present_pte, spte_access, spte_ad_enabled, spte_format, spte_permission_fault, spte_request,
 )
-from kvmmu.mmu._spte cimport make_huge_spte as c_make_huge_spte
-from kvmmu.mmu._spte cimport make_small_spte as c_make_small_spte
-from kvmmu.mmu._spte cimport make_spte as c_make_spte
+from kvmmu.mmu.core._spte cimport make_huge_spte as c_make_huge_spte
+from kvmmu.mmu.core._spte cimport make_small_spte as c_make_small_spte
+from kvmmu.mmu.core._spte cimport make_spte as c_make_spte
 from kvmmu.walk._arguments cimport check_scalar_word
 
 from kvmmu.arch.arguments import check_bool, check_int, check_pages, check_word, refuse_masked

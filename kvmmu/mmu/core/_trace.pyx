@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._trace cimport trace_event, trace_ring
+from kvmmu.mmu.core._trace cimport trace_event, trace_ring
 
 
 cdef void trace_write(trace_ring *ring, uint32_t id, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f,
