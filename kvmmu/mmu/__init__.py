@@ -10,7 +10,7 @@ From the bottom up, each module importing those before it:
 `_page`    shadow pages: the arena, the hash, the lists, parents.
 `_unsync`  shadow pages that the guest may write to: who may become unsync, and what its parents know of it.
 `_fault`   one page fault: what it asks for, host look-up, huge-page adjustment, the SPTE it ends in, MMIO.
-`_tdp`     TdpMmu: roots and the mapping of a fault. `_tdp_range`: zap, age, write protection, split, recovery.
+`_tdp`     TdpMmu: roots and the mapping of a fault. `_range`: zap, age, write protection, split, recovery.
 `_zap`     entries and shadow pages that go; the limit on their number. `_shadow_range`: by frames, through the reverse maps.
 `_guest_tables`  walks of the guest's tables, and what one entry of them says.
 `_leaf`    leaf entries of shadow pages: of a fault, prefetched, synchronized.
@@ -23,5 +23,5 @@ From the bottom up, each module importing those before it:
            of it, `_inspect` shows counters, events and pages as arrays.
 """
 # Below: arch, memory, _walk, walk, host
-# Order: core, _tdp, _tdp_range, _zap, _shadow_range, _guest_tables, _leaf, _sync, _shadow, _roots, _track, _entry, _kvm_memory,
-#     _state, _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage
+# Order: core, tdp, _zap, _shadow_range, _guest_tables, _leaf, _sync, _shadow, _roots, _track, _entry, _kvm_memory, _state,
+#     _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage

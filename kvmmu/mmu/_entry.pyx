@@ -16,7 +16,6 @@ from kvmmu.mmu._roots cimport (
     ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
 )
 from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
-from kvmmu.mmu._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 from kvmmu.mmu._track cimport unprotect_gfn
 from kvmmu.mmu.core._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu.core._kvm cimport (
@@ -25,6 +24,7 @@ from kvmmu.mmu.core._kvm cimport (
 )
 from kvmmu.mmu.core._page cimport first_spte, free_page
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu.tdp._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 
 
 cdef int write_protect_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:

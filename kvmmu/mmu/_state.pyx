@@ -11,10 +11,6 @@ from kvmmu.mmu._shadow_range cimport (
     shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
     slot_gfn_write_protect,
 )
-from kvmmu.mmu._tdp_range cimport (
-    tdp_age_gfn_range, tdp_clear_dirty_pt_masked, tdp_clear_dirty_slot, tdp_recover_huge_pages, tdp_recover_nx_huge_pages,
-    tdp_try_split_huge_pages, tdp_wrprot_slot,
-)
 from kvmmu.mmu._track cimport track_write
 from kvmmu.mmu.core._fault cimport host_writes, move_host_page
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, kvm
@@ -23,6 +19,10 @@ from kvmmu.mmu.core._slots cimport (
     mark_slot_dirty, set_dirty_log,
 )
 from kvmmu.mmu.core._spte cimport pages_per_hpage
+from kvmmu.mmu.tdp._range cimport (
+    tdp_age_gfn_range, tdp_clear_dirty_pt_masked, tdp_clear_dirty_slot, tdp_recover_huge_pages, tdp_recover_nx_huge_pages,
+    tdp_try_split_huge_pages, tdp_wrprot_slot,
+)
 
 
 cdef int break_up(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) except -1:

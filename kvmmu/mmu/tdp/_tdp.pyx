@@ -1,4 +1,4 @@
-"""TdpMmu: roots, the mapping of a fault, and the accounting of every change. Ranges are in `_tdp_range.pyx`."""
+"""TdpMmu: roots, the mapping of a fault, and the accounting of every change. Ranges are in `_range.pyx`."""
 
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t

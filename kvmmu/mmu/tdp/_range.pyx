@@ -1,4 +1,4 @@
-"""TdpMmu over ranges of frames, as `_tdp_range.pxd` describes it."""
+"""TdpMmu over ranges of frames, as `_range.pxd` describes it."""
 
 from libc.errno cimport ENOMEM
 from libc.stddef cimport size_t
@@ -8,7 +8,6 @@ from kvmmu.arch._bits cimport (
     PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_INVALID_MASK, ROLE_LEVEL_MASK,
     ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
 from kvmmu.mmu.core._kvm cimport (
     KVM_TDP_MMU, REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, kvm, make_all_vcpus_request, memslots_of, spte_to_child,
 )
@@ -22,6 +21,7 @@ from kvmmu.mmu.core._spte cimport (
     pages_per_hpage, spte_ad_need_write_protect, spte_to_pfn,
 )
 from kvmmu.mmu.core._trace cimport TRACE_SPLIT_HUGE_PAGE, trace
+from kvmmu.mmu.tdp._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
 
 # What a visit of leaves is about.
 cdef struct visit:
