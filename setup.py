@@ -16,8 +16,9 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._
           "walk.batch._blocks", "walk.batch._job", "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder",
           "tables._page_set", "tables._filler", "tlb._tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",
           "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace", "mmu.core._kvm", "mmu.core._page",
-          "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu._zap", "mmu._shadow_range",
-          "mmu._guest_tables", "mmu._leaf", "mmu._sync", "mmu._shadow", "mmu._roots", "mmu._track", "mmu._entry"]
+          "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu.shadow._zap", "mmu.shadow._range",
+          "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync", "mmu.shadow._shadow", "mmu.shadow._roots",
+          "mmu.shadow._track", "mmu._entry"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 

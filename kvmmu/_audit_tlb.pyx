@@ -9,7 +9,6 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._machine cimport Machine
 from kvmmu.arch._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVALID_MASK
-from kvmmu.mmu._zap cimport slot_of_sp
 from kvmmu.mmu.core._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu.core._slots cimport (
@@ -17,6 +16,7 @@ from kvmmu.mmu.core._slots cimport (
     kvm_memory_slot, lpage_disallowed,
 )
 from kvmmu.mmu.core._spte cimport pages_per_hpage
+from kvmmu.mmu.shadow._zap cimport slot_of_sp
 from kvmmu.tlb._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 
 

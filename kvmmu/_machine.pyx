@@ -18,11 +18,11 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
 from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
-from kvmmu.mmu._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu._state cimport Kvm
-from kvmmu.mmu._sync cimport mmu_invalidate_addr
 from kvmmu.mmu.core._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
+from kvmmu.mmu.shadow._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
+from kvmmu.mmu.shadow._sync cimport mmu_invalidate_addr
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport (
     Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,

@@ -15,11 +15,11 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
 from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
-from kvmmu.mmu._roots cimport new_pgd, shadow_root_role
-from kvmmu.mmu._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format
+from kvmmu.mmu.shadow._roots cimport new_pgd, shadow_root_role
+from kvmmu.mmu.shadow._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage

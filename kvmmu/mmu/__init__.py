@@ -11,7 +11,7 @@ From the bottom up, each module importing those before it:
 `_unsync`  shadow pages that the guest may write to: who may become unsync, and what its parents know of it.
 `_fault`   one page fault: what it asks for, host look-up, huge-page adjustment, the SPTE it ends in, MMIO.
 `_tdp`     TdpMmu: roots and the mapping of a fault. `_range`: zap, age, write protection, split, recovery.
-`_zap`     entries and shadow pages that go; the limit on their number. `_shadow_range`: by frames, through the reverse maps.
+`_zap`     entries and shadow pages that go; the limit on their number. `_range`: by frames, through the reverse maps.
 `_guest_tables`  walks of the guest's tables, and what one entry of them says.
 `_leaf`    leaf entries of shadow pages: of a fault, prefetched, synchronized.
 `_sync`    unsync pages become what the guest's tables say; invalidation of an address.
@@ -23,5 +23,4 @@ From the bottom up, each module importing those before it:
            of it, `_inspect` shows counters, events and pages as arrays.
 """
 # Below: arch, memory, _walk, walk, host
-# Order: core, tdp, _zap, _shadow_range, _guest_tables, _leaf, _sync, _shadow, _roots, _track, _entry, _kvm_memory, _state,
-#     _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage
+# Order: core, tdp, shadow, _entry, _kvm_memory, _state, _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage

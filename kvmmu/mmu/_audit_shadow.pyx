@@ -13,7 +13,6 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.mmu._audit_guest cimport audit_guest_entry, walk_of
 from kvmmu.mmu._audit_leaf cimport _Findings
-from kvmmu.mmu._zap cimport is_obsolete_sp, slot_of_sp
 from kvmmu.mmu.core._kvm cimport (
     KVM_MMU_HASH_BUCKETS, KVM_SHADOW_MMU, PREV_ROOTS, kvm, kvm_mmu, kvm_mmu_page, page_list, slot_table, sp_level,
     spte_to_child,
@@ -22,6 +21,7 @@ from kvmmu.mmu.core._page cimport first_spte, hash_bucket, sp_get_access, sp_get
 from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get
 from kvmmu.mmu.core._slots cimport kvm_memory_slot, level_index, lpage_disallowed
 from kvmmu.mmu.core._spte cimport SpteFormat, is_last_spte, is_shadow_present_pte, pages_per_hpage
+from kvmmu.mmu.shadow._zap cimport is_obsolete_sp, slot_of_sp
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 
 

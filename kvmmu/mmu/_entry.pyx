@@ -12,11 +12,6 @@ from kvmmu.arch._bits cimport (
     STATUS_NESTED_PAGE_FAULT, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
-from kvmmu.mmu._roots cimport (
-    ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
-)
-from kvmmu.mmu._sync cimport mmu_invalidate_addr, sync_roots
-from kvmmu.mmu._track cimport unprotect_gfn
 from kvmmu.mmu.core._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu.core._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,
@@ -24,6 +19,11 @@ from kvmmu.mmu.core._kvm cimport (
 )
 from kvmmu.mmu.core._page cimport first_spte, free_page
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu.shadow._roots cimport (
+    ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
+)
+from kvmmu.mmu.shadow._sync cimport mmu_invalidate_addr, sync_roots
+from kvmmu.mmu.shadow._track cimport unprotect_gfn
 from kvmmu.mmu.tdp._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 
 

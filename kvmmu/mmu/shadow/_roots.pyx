@@ -11,9 +11,6 @@ from kvmmu.arch._bits cimport (
     SPTE_MMU_PRESENT_MASK,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
-from kvmmu.mmu._shadow cimport get_shadow_page
-from kvmmu.mmu._sync cimport sync_roots
-from kvmmu.mmu._zap cimport commit_zap, is_obsolete_sp, make_pages_available, prepare_zap_page
 from kvmmu.mmu.core._kvm cimport (
     PREV_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, kvm, kvm_mmu, kvm_mmu_page, kvm_mmu_root, kvm_vcpu,
     memslots_of, page_list, slot_table, sp_hpa, spte_to_child,
@@ -22,6 +19,9 @@ from kvmmu.mmu.core._page cimport alloc_page, clear_page, first_spte, list_init,
 from kvmmu.mmu.core._rmap cimport reserve_descs
 from kvmmu.mmu.core._slots cimport alloc_rmaps, gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_shadow_present_pte, make_nonleaf_spte
+from kvmmu.mmu.shadow._shadow cimport get_shadow_page
+from kvmmu.mmu.shadow._sync cimport sync_roots
+from kvmmu.mmu.shadow._zap cimport commit_zap, is_obsolete_sp, make_pages_available, prepare_zap_page
 
 cdef enum:
     PAGES_OF_A_ROOT = 8

@@ -11,13 +11,6 @@ from kvmmu.arch._bits cimport (
     ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
-from kvmmu.mmu._guest_tables cimport gpte_changed, guest_walk, walk_guest
-from kvmmu.mmu._leaf cimport mmu_set_spte, pte_prefetch
-from kvmmu.mmu._shadow_range cimport slot_gfn_write_protect
-from kvmmu.mmu._sync cimport mmu_sync_children, sync_page
-from kvmmu.mmu._zap cimport (
-    commit_zap, drop_spte, is_obsolete_sp, make_pages_available, prepare_zap_page, slot_of_sp, zap_spte,
-)
 from kvmmu.mmu.core._fault cimport (
     disallowed_hugepage_adjust, fast_page_fault, faultin_pfn, hugepage_adjust, page_fault_handle_page_track,
 )
@@ -34,6 +27,13 @@ from kvmmu.mmu.core._slots cimport account_disallow_lpage, account_write_track, 
 from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte, make_nonleaf_spte, pages_per_hpage
 from kvmmu.mmu.core._trace cimport TRACE_GET_PAGE, TRACE_SPTE_REQUESTED, trace
 from kvmmu.mmu.core._unsync cimport mark_unsync_child
+from kvmmu.mmu.shadow._guest_tables cimport gpte_changed, guest_walk, walk_guest
+from kvmmu.mmu.shadow._leaf cimport mmu_set_spte, pte_prefetch
+from kvmmu.mmu.shadow._range cimport slot_gfn_write_protect
+from kvmmu.mmu.shadow._sync cimport mmu_sync_children, sync_page
+from kvmmu.mmu.shadow._zap cimport (
+    commit_zap, drop_spte, is_obsolete_sp, make_pages_available, prepare_zap_page, slot_of_sp, zap_spte,
+)
 
 cdef enum:
     PAGES_OF_A_FAULT = 8            # one per level, and some

@@ -7,11 +7,6 @@ from kvmmu.arch._bits cimport (
     ACC_WRITE_MASK, PG_LEVEL_4K, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED, ROLE_ACCESS_MASK,
     ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
-from kvmmu.mmu._guest_tables cimport (
-    first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,
-    protect_clean, read_guest_pte,
-)
-from kvmmu.mmu._zap cimport drop_spte, rmap_add
 from kvmmu.mmu.core._fault cimport fault_make_mmio_spte, fault_make_spte, trace_mark_mmio_spte
 from kvmmu.mmu.core._kvm cimport (
     flush_remote_tlbs, kvm, kvm_mmu_page, kvm_page_fault, kvm_vcpu, memslots_of, sp_level, sp_of, spte_to_child,
@@ -22,6 +17,11 @@ from kvmmu.mmu.core._spte cimport (
     get_mmio_spte_gfn, is_last_spte, is_mmio_spte, is_mmu_writable_spte, is_shadow_present_pte, spte_to_pfn,
 )
 from kvmmu.mmu.core._trace cimport TRACE_SET_SPTE, trace
+from kvmmu.mmu.shadow._guest_tables cimport (
+    first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,
+    protect_clean, read_guest_pte,
+)
+from kvmmu.mmu.shadow._zap cimport drop_spte, rmap_add
 
 cdef enum:
     PTE_PREFETCH_NUM = 8

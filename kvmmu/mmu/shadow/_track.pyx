@@ -8,12 +8,12 @@ from kvmmu.arch._bits cimport (
     ROLE_QUADRANT_SHIFT, ROLE_SMM_SHIFT, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
-from kvmmu.mmu._shadow_range cimport zap_pages_of_gfns
-from kvmmu.mmu._zap cimport commit_zap, flush_or_zap, is_obsolete_sp, prepare_zap_page, zap_spte
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, memslots_of, page_list, sp_level
 from kvmmu.mmu.core._page cimport first_spte, hash_first, list_init, sp_has_gptes
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_shadow_present_pte
+from kvmmu.mmu.shadow._range cimport zap_pages_of_gfns
+from kvmmu.mmu.shadow._zap cimport commit_zap, flush_or_zap, is_obsolete_sp, prepare_zap_page, zap_spte
 
 cdef enum:
     WRITE_FLOODING = 3
