@@ -18,12 +18,12 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport explicit_access, permission_fault
 from kvmmu.memory._memory cimport kvmmu_store
-from kvmmu.mmu._entry cimport prepare_mmu
 from kvmmu.mmu.core._fault cimport spte_walk, walk_sptes
 from kvmmu.mmu.core._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child
 from kvmmu.mmu.core._page cimport first_spte, sp_get_gfn, spte_index
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
+from kvmmu.mmu.kvm._entry cimport prepare_mmu
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport (
     TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,

@@ -15,10 +15,10 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.memory._memory cimport kvmmu_store
-from kvmmu.mmu._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu.core._fault cimport host_reads, host_writes
 from kvmmu.mmu.core._kvm cimport kvm, memslots_of
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
+from kvmmu.mmu.kvm._entry cimport drain_pml, inject_guest_fault, kvm_mmu_page_fault, unprotect_and_retry
 from kvmmu.mmu.shadow._guest_tables cimport trace_walk
 from kvmmu.mmu.shadow._track cimport track_write
 from kvmmu.tlb._tlb cimport tlb_invlpg

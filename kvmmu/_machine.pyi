@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from kvmmu._machine_modes import MachineModes
 from kvmmu.arch._bits import RetPf
 from kvmmu.arch._format import PageFormat
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.walk._contexts import VcpuArch
 from kvmmu.walk.pagewalk import PageWalk

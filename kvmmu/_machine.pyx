@@ -17,10 +17,10 @@ from kvmmu.arch._bits cimport (
     PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
-from kvmmu.mmu._entry cimport free_mmu_roots, kvm_mmu_page_fault
-from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
+from kvmmu.mmu.kvm._entry cimport free_mmu_roots, kvm_mmu_page_fault
+from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.mmu.shadow._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu.shadow._sync cimport mmu_invalidate_addr
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault

@@ -7,8 +7,8 @@ from kvmmu._machine_state cimport machine
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
-from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport kvm_mmu
+from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._contexts cimport SecondStage, VcpuArch
 

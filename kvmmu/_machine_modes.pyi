@@ -1,6 +1,6 @@
 from kvmmu.arch.registers import CpuModel
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.walk._contexts import SecondStage
 

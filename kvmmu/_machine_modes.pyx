@@ -14,10 +14,10 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
 from kvmmu.memory._memory cimport GuestMemory
-from kvmmu.mmu._entry cimport free_mmu_roots, tdp_root_role
-from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format
+from kvmmu.mmu.kvm._entry cimport free_mmu_roots, tdp_root_role
+from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.mmu.shadow._roots cimport new_pgd, shadow_root_role
 from kvmmu.mmu.shadow._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault

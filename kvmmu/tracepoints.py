@@ -8,8 +8,8 @@ from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import error_code_text
 from kvmmu.host import Host, RoleBits
-from kvmmu.mmu._inspect import set_trace, trace_events
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._inspect import set_trace, trace_events
+from kvmmu.mmu.kvm._state import Kvm
 
 __all__ = ["TraceEvent", "Tracepoints"]
 

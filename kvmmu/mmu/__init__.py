@@ -19,8 +19,8 @@ From the bottom up, each module importing those before it:
 `_roots`   roots of a ShadowMmu: made, kept for later, left.
 `_track`   writes that KVM carries out for the guest.
 `_entry`   from an exit to a return code; roots of a vCPU.
-`_kvm_memory`, `_state`  Kvm: a virtual machine's state as a Python object: memslots; notifiers, dirty log. `_audit` checks all
+`_memory`, `_state`  Kvm: a virtual machine's state as a Python object: memslots; notifiers, dirty log. `_audit` checks all
            of it, `_inspect` shows counters, events and pages as arrays.
 """
 # Below: arch, memory, _walk, walk, host
-# Order: core, tdp, shadow, _entry, _kvm_memory, _state, _inspect, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage
+# Order: core, tdp, shadow, kvm, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage

@@ -1,3 +1,3 @@
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._state import Kvm
 
 def audit(machine: Kvm, guest_tables: bool = False) -> list[str]: ...

@@ -1,3 +1,3 @@
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._state import Kvm
 
 def damage(machine: Kvm, what: str, sp: int, index: int = 0, value: int = 0) -> None: ...

@@ -3,7 +3,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
-from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu.core._page cimport (
     first_spte, list_remove, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,
@@ -11,6 +10,7 @@ from kvmmu.mmu.core._page cimport (
 )
 from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_remove, reserve_descs, rmap_head
 from kvmmu.mmu.core._slots cimport account_disallow_lpage, kvm_memory_slot
+from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.mmu.shadow._zap cimport slot_of_sp
 
 

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.mmu._kvm_memory import KvmMemory
+from kvmmu.mmu.kvm._memory import KvmMemory
 
 class Kvm(KvmMemory):
     @property

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint64_t
 
-from kvmmu.mmu._kvm_memory cimport KvmMemory
 from kvmmu.mmu.core._slots cimport kvm_memory_slot
+from kvmmu.mmu.kvm._memory cimport KvmMemory
 
 
 cdef class Kvm(KvmMemory):

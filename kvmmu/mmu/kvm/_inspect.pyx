@@ -7,9 +7,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu.mmu._state cimport Kvm
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, kvm_stats
 from kvmmu.mmu.core._trace cimport trace_event, trace_ring
+from kvmmu.mmu.kvm._state cimport Kvm
 
 
 _STATS = (

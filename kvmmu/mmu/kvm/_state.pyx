@@ -6,7 +6,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
-from kvmmu.mmu._kvm_memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast
 from kvmmu.mmu.core._fault cimport host_writes, move_host_page
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, kvm
 from kvmmu.mmu.core._slots cimport (
@@ -14,6 +13,7 @@ from kvmmu.mmu.core._slots cimport (
     mark_slot_dirty, set_dirty_log,
 )
 from kvmmu.mmu.core._spte cimport pages_per_hpage
+from kvmmu.mmu.kvm._memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast
 from kvmmu.mmu.shadow._range cimport (
     shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
     slot_gfn_write_protect,

@@ -10,7 +10,6 @@ from kvmmu.arch._bits cimport (
 from kvmmu.memory._alloc cimport kvmmu_alloc_table
 from kvmmu.memory._lock cimport MachineLock
 from kvmmu.memory._memory cimport GuestMemory, SlotTable, guest_slot
-from kvmmu.mmu._entry cimport free_vcpu_pages
 from kvmmu.mmu.core._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, free_kvm, kvm, make_all_vcpus_request, memslots_of, new_kvm, page_list,
     remove_vcpu,
@@ -22,6 +21,7 @@ from kvmmu.mmu.core._slots cimport (
 )
 from kvmmu.mmu.core._spte cimport SpteFormat, pages_per_hpage
 from kvmmu.mmu.core._trace cimport TRACE_ZAP_ALL_FAST, trace
+from kvmmu.mmu.kvm._entry cimport free_vcpu_pages
 from kvmmu.mmu.shadow._range cimport shadow_zap_gfn_range, zap_obsolete_pages, zap_pages_of_gfns
 from kvmmu.mmu.shadow._zap cimport KVM_MIN_ALLOC_MMU_PAGES, KVM_PERMILLE_MMU_PAGES, change_mmu_pages, flush_or_zap
 from kvmmu.mmu.tdp._range cimport tdp_invalidate_all_roots, tdp_zap_invalidated_roots, tdp_zap_leafs

@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.mmu._state import Kvm
+from kvmmu.mmu.kvm._state import Kvm
 
 def trace_events(machine: Kvm) -> tuple[int, NDArray[np.uint64]]: ...
 def pages(machine: Kvm) -> dict[str, NDArray[np.uint64]]: ...
