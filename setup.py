@@ -11,8 +11,8 @@ from setuptools import Extension, setup
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "walk._contexts",
         "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "_audit_tlb", "mmu.kvm._memory",
-        "mmu.kvm._state", "mmu._audit_leaf", "mmu._audit_guest", "mmu._audit_shadow", "mmu._audit", "mmu.kvm._inspect",
-        "mmu._damage"]
+        "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
+        "mmu.audit._damage"]
 KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
           "walk.batch._blocks", "walk.batch._job", "_replay_blocks", "_replay", "traces._rows", "tables._edit", "tables._builder",
           "tables._page_set", "tables._filler", "tlb._tlb", "_exits", "_access", "_l1_flushes", "_machine_modes", "_machine",

@@ -14,7 +14,7 @@ from kvmmu.host import Host
 from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.mmu._audit import audit
+from kvmmu.mmu.audit._audit import audit
 from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tracepoints import Tracepoints

@@ -8,7 +8,7 @@ from builders import PageTables, flag_bits
 from shadow_guests import shadow_pages
 
 from kvmmu import Access, GuestMemory, Host, Vm
-from kvmmu.mmu._damage import damage
+from kvmmu.mmu.audit._damage import damage
 from kvmmu.oracles.scenario import ScenarioMachine
 
 PAGE, MB2 = 0x1000, 0x200000

@@ -14,7 +14,7 @@ from children import outcome
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
-from kvmmu.mmu._damage import damage
+from kvmmu.mmu.audit._damage import damage
 from kvmmu.mmu.core._rmap import PteLists
 from kvmmu.mmu.core._slots import Memslot
 
@@ -115,7 +115,7 @@ def test_members_of_a_live_machine_take_anything(name, thing):
 
 def test_functions_of_the_machine_refuse_none():
     from kvmmu._audit_tlb import audit_tlb
-    from kvmmu.mmu._audit import audit
+    from kvmmu.mmu.audit._audit import audit
     from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats, trace_events
     for function in (audit_tlb, audit, clear_stats, pages, stats, trace_events):
         with pytest.raises(TypeError):

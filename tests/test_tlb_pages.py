@@ -13,7 +13,7 @@ from builders import PageTables, flag_bits, mode_regs
 from driver_nested import EptTables
 
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, Status, Tlb, Vm
-from kvmmu.mmu._damage import damage
+from kvmmu.mmu.audit._damage import damage
 
 MB, GB, PAGE, PGE = 1 << 20, 1 << 30, 0x1000, 1 << 7
 TABLES, STAGE = 0x10000, 13 * MB

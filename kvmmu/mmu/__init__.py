@@ -23,4 +23,4 @@ From the bottom up, each module importing those before it:
            of it, `_inspect` shows counters, events and pages as arrays.
 """
 # Below: arch, memory, _walk, walk, host
-# Order: core, tdp, shadow, kvm, _audit_leaf, _audit_guest, _audit_shadow, _audit, _damage
+# Order: core, tdp, shadow, kvm, audit

@@ -1,7 +1,7 @@
 """The audit: every invariant of the page tables of a machine, checked entry by entry.
 
     pages    each one of a TdpMmu is reached from a root once, knows its parent, has the level, frame and role of its place;
-             for those of a shadow MMU see `_audit_shadow.pyx`
+             for those of a shadow MMU see `_shadow.pyx`
     entries  W, MMU-writable and host-writable; reserved bits; A/D type; no executable huge page under the NX mitigation
     leaves   map the host page that is behind the frame now, no larger than slot and host allow, with no right that role, guest,
              slot, host, write tracking, shadowed tables or dirty log deny
@@ -17,8 +17,8 @@ from kvmmu.arch._bits cimport (
     SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu._audit_leaf cimport _Findings
-from kvmmu.mmu._audit_shadow cimport audit_shadow, is_page_of_entries
+from kvmmu.mmu.audit._leaf cimport _Findings
+from kvmmu.mmu.audit._shadow cimport audit_shadow, is_page_of_entries
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, kvm, kvm_vcpu, spte_to_child
 from kvmmu.mmu.core._page cimport first_spte
 from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_first
@@ -103,7 +103,7 @@ cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
 def audit(Kvm machine not None, guest_tables=False):
     """What is wrong with the page tables of a machine: one line each.
 
-    guest_tables: what shadows the guest's tables is compared with them, too (see `_audit_guest.pxd`).
+    guest_tables: what shadows the guest's tables is compared with them, too (see `_guest.pxd`).
     """
     cdef _Findings f = _Findings()
     cdef kvm *k = machine.k

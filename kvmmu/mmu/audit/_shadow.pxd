@@ -8,13 +8,13 @@
     rmaps     hold each leaf once, under its frame and level, and nothing else
     unsync    leaf tables alone; every way from above knows; bitmaps and counts agree
     counters  write tracking, huge pages that tables forbid, shadowed tables, pages in use, unsync pages, NX lists
-    guest     entries of pages in sync say no more than the guest's entries (`_audit_guest.pyx`)
+    guest     entries of pages in sync say no more than the guest's entries (`_guest.pyx`)
 """
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu._audit_leaf cimport _Findings
+from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm
 from kvmmu.mmu.core._spte cimport SpteFormat
 

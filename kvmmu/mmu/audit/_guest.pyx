@@ -1,4 +1,4 @@
-"""Shadow pages against the guest's tables, as `_audit_guest.pxd` describes it."""
+"""Shadow pages against the guest's tables, as `_guest.pxd` describes it."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
@@ -11,7 +11,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT, kvmmu_leaf_gpa
 from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
-from kvmmu.mmu._audit_leaf cimport _Findings
+from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu.core._page cimport sp_get_access, sp_get_gfn
 from kvmmu.mmu.core._slots cimport kvm_memory_slot

@@ -1,4 +1,4 @@
-"""Leaves and MMIO entries under audit, as `_audit_leaf.pxd` describes it."""
+"""Leaves and MMIO entries under audit, as `_leaf.pxd` describes it."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 

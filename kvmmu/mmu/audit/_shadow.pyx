@@ -1,4 +1,4 @@
-"""Shadow pages under audit, as `_audit_shadow.pxd` describes it."""
+"""Shadow pages under audit, as `_shadow.pxd` describes it."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
@@ -11,8 +11,8 @@ from kvmmu.arch._bits cimport (
     SHADOW_NONPRESENT_VALUE, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu._audit_guest cimport audit_guest_entry, walk_of
-from kvmmu.mmu._audit_leaf cimport _Findings
+from kvmmu.mmu.audit._guest cimport audit_guest_entry, walk_of
+from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport (
     KVM_MMU_HASH_BUCKETS, KVM_SHADOW_MMU, PREV_ROOTS, kvm, kvm_mmu, kvm_mmu_page, page_list, slot_table, sp_level,
     spte_to_child,

@@ -7,7 +7,7 @@ what the guest's says: the same frame, rights no wider, and it was accessed. Wha
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.mmu._audit_leaf cimport _Findings
+from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm
 
 
