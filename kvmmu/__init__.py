@@ -1,5 +1,5 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, host, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
 #     _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay,
 #     outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure,
 #     oracles, cli
@@ -36,8 +36,8 @@ from kvmmu.arch.faults import (
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 from kvmmu.figure import plot_walk
-from kvmmu.host import Host
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.host import Host
 from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.replay import replay
 from kvmmu.tables import Pager, PageTables

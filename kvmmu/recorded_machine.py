@@ -4,8 +4,8 @@ import numpy as np
 
 from kvmmu.arch._bits import CR3_PAE_PDPT, Access
 from kvmmu.arch.registers import Regs
-from kvmmu.host import Host
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.host import Host
 from kvmmu.recorded_faults import Context, use_context
 from kvmmu.replay import recording_vcpu
 from kvmmu.trace_memory import reserve

@@ -7,7 +7,7 @@ from kvmmu.arch._bits import RetPf
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import error_code_text
-from kvmmu.host import Host, RoleBits
+from kvmmu.mmu.host import Host, RoleBits
 from kvmmu.mmu.kvm._inspect import set_trace, trace_events
 from kvmmu.mmu.kvm._state import Kvm
 

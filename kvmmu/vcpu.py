@@ -13,10 +13,10 @@ from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFa
 from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.guest_accesses import GuestAccesses
-from kvmmu.host import Host
 from kvmmu.locked import locked
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.host import Host
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm import Vm
 from kvmmu.vmx_instructions import VmxInstructions

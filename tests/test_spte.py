@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from kvmmu.host import Host
 from kvmmu.mmu.core._spte import SpteFormat
+from kvmmu.mmu.host import Host
 
 R, W, U, X = 1, 2, 4, 8                                 # rights (ACC_*)
 MMU_PRESENT, A_D_OFF, WRPROT_ONLY, BIT63 = 1 << 11, 1 << 60, 2 << 60, 1 << 63

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._format import PageFormat
-from kvmmu.host import Host
+from kvmmu.mmu.host import Host
 
 class SpteFormat:
     def __new__(cls, host: Host) -> Self: ...

@@ -29,7 +29,7 @@ from kvmmu.mmu.core._spte cimport make_spte as c_make_spte
 from kvmmu.walk._arguments cimport check_scalar_word
 
 from kvmmu.arch.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
-from kvmmu.host import Host
+from kvmmu.mmu.host import Host
 
 # What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.
 cdef enum:

@@ -1,8 +1,8 @@
 from typing import Any, Self
 
-from kvmmu.host import Host
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.host import Host
 
 class KvmMemory:
     def __new__(cls, host: Host, mem: GuestMemory, smm_mem: GuestMemory, backing: int | None = None,
