@@ -1,12 +1,10 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, _machine_state, _exits, _l1_flushes, _access, _machine_modes,
-#     _machine, _audit_tlb, locked, tracepoints, vm, guest_accesses, vmx_instructions, vcpu, traces, _replay_blocks, _replay,
-#     outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure,
-#     oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, locked, tracepoints, vm, guest_accesses, vmx_instructions,
+#     vcpu, traces, _replay_blocks, _replay, outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay,
+#     recorded_machine, report, spt, figure, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
-from kvmmu._machine import ShadowMmu, TdpMmu
 from kvmmu.arch._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch._roles import CpuRole, calc_cpu_roles
@@ -36,6 +34,7 @@ from kvmmu.arch.faults import (
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 from kvmmu.figure import plot_walk
+from kvmmu.machine._machine import ShadowMmu, TdpMmu
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.outcome import ReplayInterrupted, Report

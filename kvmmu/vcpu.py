@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from kvmmu._audit_tlb import audit_tlb
-from kvmmu._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
@@ -14,6 +12,8 @@ from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.guest_accesses import GuestAccesses
 from kvmmu.locked import locked
+from kvmmu.machine._audit_tlb import audit_tlb
+from kvmmu.machine._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host

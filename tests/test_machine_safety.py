@@ -114,7 +114,7 @@ def test_members_of_a_live_machine_take_anything(name, thing):
 
 
 def test_functions_of_the_machine_refuse_none():
-    from kvmmu._audit_tlb import audit_tlb
+    from kvmmu.machine._audit_tlb import audit_tlb
     from kvmmu.mmu.audit._audit import audit
     from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats, trace_events
     for function in (audit_tlb, audit, clear_stats, pages, stats, trace_events):

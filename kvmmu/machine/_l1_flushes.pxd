@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint64_t
 
-from kvmmu._machine_state cimport machine
+from kvmmu.machine._state cimport machine
 
 # INVEPT: roots that shadow L1's EPT with this EPTP are left. IN every: of any EPTP
 cdef void flush_ept(machine *m, bint every, uint64_t eptp) noexcept nogil

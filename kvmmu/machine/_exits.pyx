@@ -2,7 +2,6 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from kvmmu._machine_state cimport access_result, machine, use_arena
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_WRITE_MASK, ACC_USER_MASK, CR4_PAE_MASK, EPT_VIOLATION_ACC_INSTR_MASK,
@@ -14,6 +13,7 @@ from kvmmu.arch._bits cimport (
     STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
+from kvmmu.machine._state cimport access_result, machine, use_arena
 from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu.core._fault cimport host_reads, host_writes
 from kvmmu.mmu.core._kvm cimport kvm, memslots_of

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._machine_state cimport access_result, machine
 from kvmmu._walk cimport walk_result
+from kvmmu.machine._state cimport access_result, machine
 
 # Step 5 of an access. IN addr: linear. RET_PF_*, or a negative errno
 cdef int handle_exit(machine *m, uint64_t addr, const walk_result *r) noexcept nogil

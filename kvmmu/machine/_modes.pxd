@@ -3,9 +3,9 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._machine_state cimport machine
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._format cimport PageFormat
+from kvmmu.machine._state cimport machine
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.mmu.core._kvm cimport kvm_mmu
 from kvmmu.mmu.kvm._state cimport Kvm

@@ -4,9 +4,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._machine_modes import MachineModes
 from kvmmu.arch._bits import RetPf
 from kvmmu.arch._format import PageFormat
+from kvmmu.machine._modes import MachineModes
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.walk._contexts import VcpuArch

@@ -5,8 +5,6 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from kvmmu._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
-from kvmmu._machine_state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
@@ -17,6 +15,8 @@ from kvmmu.arch._bits cimport (
     STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport explicit_access, permission_fault
+from kvmmu.machine._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
+from kvmmu.machine._state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
 from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu.core._fault cimport spte_walk, walk_sptes
 from kvmmu.mmu.core._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._machine_state cimport machine
 from kvmmu.arch._bits cimport PT64_BASE_ADDR_MASK, ROLE_GUEST_MODE_MASK
+from kvmmu.machine._state cimport machine
 from kvmmu.mmu.core._kvm cimport PREV_ROOTS, kvm, kvm_mmu, kvm_mmu_root, sp_hpa
 from kvmmu.mmu.shadow._roots cimport ROOT_CURRENT, free_shadow_roots, prev_roots_of
 from kvmmu.tlb._tlb cimport tlb_flush_space_of, tlb_invalidate_page_in

@@ -7,8 +7,8 @@ written, is KVM's: whenever it takes one of the two away it has to flush.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._machine cimport Machine
 from kvmmu.arch._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVALID_MASK
+from kvmmu.machine._machine cimport Machine
 from kvmmu.mmu.core._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
 from kvmmu.mmu.core._slots cimport (

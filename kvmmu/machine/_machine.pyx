@@ -7,16 +7,16 @@ from libc.errno cimport ENOMEM
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._access cimport allows, machine_access, machine_prepare_root, machine_run_for, machine_store
-from kvmmu._exits cimport machine_drain_pml, machine_emulate
-from kvmmu._l1_flushes cimport flush_ept, flush_vpid
-from kvmmu._machine_modes cimport MachineModes
-from kvmmu._machine_state cimport access_columns, access_result, use_arena
 from kvmmu.arch._bits cimport (
     ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, GPA_BITS, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
     PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.machine._access cimport allows, machine_access, machine_prepare_root, machine_run_for, machine_store
+from kvmmu.machine._exits cimport machine_drain_pml, machine_emulate
+from kvmmu.machine._l1_flushes cimport flush_ept, flush_vpid
+from kvmmu.machine._modes cimport MachineModes
+from kvmmu.machine._state cimport access_columns, access_result, use_arena
 from kvmmu.mmu.core._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
 from kvmmu.mmu.kvm._entry cimport free_mmu_roots, kvm_mmu_page_fault

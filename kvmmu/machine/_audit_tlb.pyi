@@ -1,3 +1,3 @@
-from kvmmu._machine import Machine
+from kvmmu.machine._machine import Machine
 
 def audit_tlb(machine: Machine) -> list[str]: ...

@@ -4,8 +4,6 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
-from kvmmu._exits cimport machine_drain_pml
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._bits cimport (
     CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
@@ -13,6 +11,8 @@ from kvmmu.arch._bits cimport (
     ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
 from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu.machine._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
+from kvmmu.machine._exits cimport machine_drain_pml
 from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format

@@ -16,8 +16,8 @@ The SPTEs are walked by the guest walker, over the host memory that they lie in.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._machine_state cimport access_columns, access_result, machine
 from kvmmu._walk cimport kvm_pagewalk, walk_result
+from kvmmu.machine._state cimport access_columns, access_result, machine
 
 cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access, bint set_ad, walk_result *r) noexcept nogil
 # The registers that rights depend on have changed

@@ -1,0 +1,3 @@
+"""The machine of one vCPU: what one access costs in walks, TLB look-ups, exits and page faults."""
+# Below: arch, memory, _walk, walk, tlb, mmu
+# Order: _state, _exits, _l1_flushes, _access, _modes, _machine, _audit_tlb
