@@ -1,7 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, locked, tracepoints, vm, guest_accesses, vmx_instructions,
-#     vcpu, traces, _replay_blocks, _replay, outcome, terminal, progress, recorded_faults, trace_memory, trace_replay, replay,
-#     recorded_machine, report, spt, figure, oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, _replay_blocks, _replay, outcome, terminal,
+#     progress, recorded_faults, trace_memory, trace_replay, replay, recorded_machine, report, spt, figure, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +40,9 @@ from kvmmu.outcome import ReplayInterrupted, Report
 from kvmmu.replay import replay
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.tracepoints import TraceEvent, Tracepoints
-from kvmmu.vcpu import Vcpu
-from kvmmu.vm import Vm
+from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
+from kvmmu.vm.vcpu import Vcpu
+from kvmmu.vm.vm import Vm
 from kvmmu.walk._contexts import Contexts
 from kvmmu.walk.pagewalk import PageWalk
 from kvmmu.walk.record import WalkRecord, WalkStep

@@ -32,7 +32,7 @@ from kvmmu.traces import ParquetTrace, Recording, TraceError, bundled, convert, 
 from kvmmu.traces._files import check_output
 from kvmmu.traces.parquet import COMPRESSIONS
 from kvmmu.traces.recording import recording_files
-from kvmmu.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["main"]
 

@@ -9,7 +9,7 @@ from kvmmu.arch.faults import GeneralProtection, NestedFault, npf_info_text
 from kvmmu.arch.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.arch.second_stages import Npt, Stage
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu
 from kvmmu.walk._contexts import Contexts
 from kvmmu.walk.pagewalk import PageWalk
 

@@ -11,7 +11,7 @@ from kvmmu.replay import recording_vcpu
 from kvmmu.trace_memory import reserve
 from kvmmu.trace_replay import trace_start
 from kvmmu.traces import ParquetTrace, Recording, RecordingError, TraceError
-from kvmmu.vm import Vm
+from kvmmu.vm.vm import Vm
 
 __all__ = ["touched_machine"]
 

@@ -30,7 +30,7 @@ from kvmmu.trace_replay import replay_trace
 from kvmmu.traces import Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, is_parquet
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
-from kvmmu.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
 

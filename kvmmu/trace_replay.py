@@ -27,7 +27,7 @@ from kvmmu.recorded_faults import (
 from kvmmu.trace_memory import SetUp, TraceMemory
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
-from kvmmu.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu
 from kvmmu.walk._contexts import Contexts
 
 __all__ = ["TraceStart", "replay_trace", "trace_start"]

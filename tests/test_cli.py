@@ -550,7 +550,7 @@ def started(before, *args, ignored=False):
 
 
 @POSIX
-@pytest.mark.parametrize("module", ["kvmmu", "numpy", "kvmmu.arch._bits", "kvmmu.vcpu", "kvmmu.cli", "rich.table"])
+@pytest.mark.parametrize("module", ["kvmmu", "numpy", "kvmmu.arch._bits", "kvmmu.vm.vcpu", "kvmmu.cli", "rich.table"])
 def test_ctrl_c_during_the_imports(module):
     """One line and 130, wherever it comes."""
     process = started(module, "replay", PAE)

@@ -1,4 +1,4 @@
-"""The ring that tracepoints of the MMU write to; `kvmmu.tracepoints` makes text of it.
+"""The ring that tracepoints of the MMU write to; `kvmmu.vm.tracepoints` makes text of it.
 
 An event is a word each for up to seven fields, in the order of the tracepoint's own fields. Which events are on is a bit mask;
 an event that is off costs one test.

@@ -7,8 +7,8 @@ from kvmmu.arch.arguments import check_word
 from kvmmu.arch.faults import InvalidOpcode, VmFail
 from kvmmu.arch.registers import CpuModel, Regs, is_canonical
 from kvmmu.arch.second_stages import Ept
-from kvmmu.locked import PartOfMachine, locked
 from kvmmu.machine._machine import Machine
+from kvmmu.vm.locked import PartOfMachine, locked
 
 _INVALID_OPERAND = 28                   # VM-instruction error: invalid operand to INVEPT/INVVPID
 _EPT_CONTEXT, _EPT_GLOBAL = 1, 2

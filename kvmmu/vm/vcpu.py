@@ -10,16 +10,16 @@ from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_faul
 from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFault
 from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
-from kvmmu.guest_accesses import GuestAccesses
-from kvmmu.locked import locked
 from kvmmu.machine._audit_tlb import audit_tlb
 from kvmmu.machine._machine import Machine, Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.vm import Vm
-from kvmmu.vmx_instructions import VmxInstructions
+from kvmmu.vm.guest_accesses import GuestAccesses
+from kvmmu.vm.locked import locked
+from kvmmu.vm.vm import Vm
+from kvmmu.vm.vmx_instructions import VmxInstructions
 from kvmmu.walk._contexts import SecondStage, new_arch
 from kvmmu.walk.pagewalk import PageWalk, new_walk
 from kvmmu.walk.record import WalkRecord

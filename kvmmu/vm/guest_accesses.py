@@ -11,9 +11,9 @@ from kvmmu.arch._bits import INVALID_GPA, PAGE_SIZE, RFLAGS_AC, Access, RetPf, S
 from kvmmu.arch.arguments import check_bool, check_int, check_word
 from kvmmu.arch.faults import fault_of, nested_fault_of
 from kvmmu.arch.registers import Regs
-from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.machine._machine import Machine
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
 from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import Accesses, check_one_access
 

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu.arch.arguments import check_bool, check_gpa, check_int, check_length, check_name, check_pages
 from kvmmu.arch.registers import CpuModel
-from kvmmu.locked import PartOfMachine, as_bytes, locked
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.audit._audit import audit
 from kvmmu.mmu.host import Host
 from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu.kvm._state import Kvm
-from kvmmu.tracepoints import Tracepoints
+from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
+from kvmmu.vm.tracepoints import Tracepoints
 from kvmmu.walk.results import check_array
 
 if TYPE_CHECKING:
