@@ -12,7 +12,7 @@ import pytest
 from conftest import QUICK, ROUNDS
 
 from kvmmu import Translation
-from kvmmu.replay import recording_vcpu
+from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording
 from kvmmu.traces.recording import bundled
 

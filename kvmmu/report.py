@@ -4,8 +4,8 @@ import io
 import sys
 from typing import TextIO
 
-from kvmmu.outcome import Report
-from kvmmu.terminal import has_boxes, printable, say
+from kvmmu.replay.result import Report
+from kvmmu.replay.terminal import has_boxes, printable, say
 
 try:
     import rich.box

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvmmu import GuestMemory, Regs, Vm
-from kvmmu.recorded_faults import use_context
-from kvmmu.replay import recording_vcpu
+from kvmmu.replay.recorded_faults import use_context
+from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording, RecordingError
 
 CLIPS = Path(__file__).parent / "data" / "linux"

@@ -187,7 +187,7 @@ def walk_batches(kvmmu, rng, counts):
 
 def damaged_recording(kvmmu, rng, counts):
     """Open a recording of which one file was cut or changed; replay it if it passes, with its table pages changed."""
-    from kvmmu.replay import replay
+    from kvmmu.replay.replay import replay
     from kvmmu.traces import Recording, RecordingError
 
     source = rng.choice([path for path in sorted(RECORDINGS.iterdir()) if path.is_dir()])

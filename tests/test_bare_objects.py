@@ -25,7 +25,7 @@ import pytest
 
 import kvmmu
 import kvmmu.traces
-from kvmmu._replay import new_replayer, new_row_loop
+from kvmmu.replay._replay import new_replayer, new_row_loop
 from kvmmu.walk._contexts import new_arch
 from kvmmu.walk.pagewalk import new_walk
 

@@ -15,7 +15,8 @@ import pytest
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
-from kvmmu import cli, progress, report
+from kvmmu import cli, report
+from kvmmu.replay import progress
 from kvmmu.traces import Recording, bundled, open_npz
 
 ROOT = Path(__file__).parents[1]

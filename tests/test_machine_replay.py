@@ -9,7 +9,7 @@ import pytest
 from recorded_guest import CLIPS, PAGE, Guest, cases, clear_ad, open_recording, table_frames
 
 from kvmmu import Access, Host
-from kvmmu.replay import replay
+from kvmmu.replay.replay import replay
 
 
 @pytest.mark.parametrize("backing", ["4k", "2m"])

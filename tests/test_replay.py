@@ -18,7 +18,7 @@ from test_recording import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu
-from kvmmu.replay import recording_vcpu
+from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording, RecordingError, Trace, bundled
 from kvmmu.traces.conversion import recording_chunks, recording_header
 
@@ -457,7 +457,7 @@ def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monk
 @pytest.mark.parametrize("after", [1, 2, 10])
 def test_a_fault_is_counted_once_and_for_all(trace, after, monkeypatch):
     """A Ctrl-C while a fault is checked: it is in no counter, and those before it are in all."""
-    module = sys.modules["kvmmu.trace_replay" if trace else "kvmmu.replay"]
+    module = sys.modules["kvmmu.replay.trace_replay" if trace else "kvmmu.replay"]
     judge, left = module.page_fault_reproduced, [after]
 
     def stopping(*args):

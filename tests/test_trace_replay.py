@@ -388,7 +388,8 @@ def test_the_command_stops_on_sigint_with_its_report(tmp_path):
     convert(Recording.open(CLIPS / "l4"), out, repeat=20)
     program = """if True:
         import sys, time
-        from kvmmu import cli, trace_replay
+        from kvmmu import cli
+        from kvmmu.replay import trace_replay
         walk, chunks = trace_replay._TraceRun.chunk, []
         def chunk(run, rows):
             walk(run, rows)

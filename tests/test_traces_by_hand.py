@@ -10,8 +10,8 @@ import pytest
 
 import kvmmu
 from kvmmu import GuestMemory, Regs, Vcpu
-from kvmmu._replay import new_replayer, new_row_loop
-from kvmmu.replay import recording_vcpu
+from kvmmu.replay._replay import new_replayer, new_row_loop
+from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Chunk, Header, Op, Recording, RegisterSet, Trace
 
 CLIP = Path(__file__).parent / "data" / "linux" / "l4"

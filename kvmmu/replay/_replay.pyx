@@ -7,11 +7,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmmu._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
+from kvmmu.replay._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu.walk._contexts cimport Contexts, ContextWalks
 from kvmmu.walk.batch._arrays cimport aligned, column, column_of, plain_column
 from kvmmu.walk.pagewalk cimport PageWalk

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvmmu.terminal import encodable, has_boxes, printable
+from kvmmu.replay.terminal import encodable, has_boxes, printable
 
 try:
     import rich.console

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu._replay_blocks import BlockWalker
+from kvmmu.replay._replay_blocks import BlockWalker
 from kvmmu.walk._contexts import Contexts
 from kvmmu.walk.pagewalk import PageWalk
 

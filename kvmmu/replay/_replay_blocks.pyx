@@ -3,16 +3,16 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmmu._replay_blocks cimport (
-    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
-    replay_counters,
-)
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
     GPA_LIMIT, INVALID_GPA, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.memory._maker cimport check_maker
 from kvmmu.memory._memory cimport gpa_to_hva
+from kvmmu.replay._replay_blocks cimport (
+    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
+    replay_counters,
+)
 from kvmmu.walk.batch._job cimport begin_batch, depends_on, new_workspace, translate_rows
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvmmu._replay import RowLoop, new_row_loop
 from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, Cr0, Cr4, Efer, Op, Status
 from kvmmu.arch.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru
 from kvmmu.arch.second_stages import Ept, Npt, Stage
-from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
-from kvmmu.recorded_faults import (
+from kvmmu.replay._replay import RowLoop, new_row_loop
+from kvmmu.replay.recorded_faults import (
     Context,
     FaultCounts,
     npt_fault,
@@ -24,7 +23,8 @@ from kvmmu.recorded_faults import (
     pdptrs_at,
     use_context,
 )
-from kvmmu.trace_memory import SetUp, TraceMemory
+from kvmmu.replay.result import EXPLAINED, Mismatch, ReplayInterrupted, Report
+from kvmmu.replay.trace_memory import SetUp, TraceMemory
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vm.vcpu import Vcpu

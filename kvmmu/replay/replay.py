@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu._replay import new_replayer
 from kvmmu.arch._bits import INVALID_GPA
 from kvmmu.arch.faults import GuestFault, access_text, error_code_text, npf_info_text
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Npt
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.outcome import EXPLAINED, Mismatch, ReplayInterrupted, Report
-from kvmmu.progress import progress_bar
-from kvmmu.recorded_faults import (
+from kvmmu.replay._replay import new_replayer
+from kvmmu.replay.progress import progress_bar
+from kvmmu.replay.recorded_faults import (
     Context,
     FaultCounts,
     npt_fault,
@@ -26,7 +25,8 @@ from kvmmu.recorded_faults import (
     pdptrs_at,
     use_context,
 )
-from kvmmu.trace_replay import replay_trace
+from kvmmu.replay.result import EXPLAINED, Mismatch, ReplayInterrupted, Report
+from kvmmu.replay.trace_replay import replay_trace
 from kvmmu.traces import Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, is_parquet
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV

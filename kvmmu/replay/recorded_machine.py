@@ -6,10 +6,10 @@ from kvmmu.arch._bits import CR3_PAE_PDPT, Access
 from kvmmu.arch.registers import Regs
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
-from kvmmu.recorded_faults import Context, use_context
-from kvmmu.replay import recording_vcpu
-from kvmmu.trace_memory import reserve
-from kvmmu.trace_replay import trace_start
+from kvmmu.replay.recorded_faults import Context, use_context
+from kvmmu.replay.replay import recording_vcpu
+from kvmmu.replay.trace_memory import reserve
+from kvmmu.replay.trace_replay import trace_start
 from kvmmu.traces import ParquetTrace, Recording, RecordingError, TraceError
 from kvmmu.vm.vm import Vm
 
