@@ -1,5 +1,5 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, replay, report, spt, figure, oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, replay, report, spt, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,12 @@ from kvmmu.arch.faults import (
 )
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
-from kvmmu.figure import plot_walk
 from kvmmu.machine._machine import ShadowMmu, TdpMmu
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report
+from kvmmu.report.figure import plot_walk
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints

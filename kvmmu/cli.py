@@ -18,7 +18,6 @@ import numpy as np
 import kvmmu
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
-from kvmmu.figure import plot_walk
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.recorded_faults import Context
 from kvmmu.replay.recorded_machine import touched_machine
@@ -26,8 +25,9 @@ from kvmmu.replay.replay import recording_vcpu, replay, use_context
 from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.replay.terminal import StreamError, encodable, printable, say, warn, write
 from kvmmu.replay.trace_replay import trace_start
-from kvmmu.report import replay_tables, show_tables
-from kvmmu.spt import spte_runs, spte_text
+from kvmmu.report.figure import plot_walk
+from kvmmu.report.spte_tree import spte_runs, spte_text
+from kvmmu.report.tables import replay_tables, show_tables
 from kvmmu.traces import ParquetTrace, Recording, TraceError, bundled, convert, is_parquet
 from kvmmu.traces._files import check_output
 from kvmmu.traces.parquet import COMPRESSIONS

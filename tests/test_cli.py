@@ -15,8 +15,9 @@ import pytest
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
-from kvmmu import cli, report
+from kvmmu import cli
 from kvmmu.replay import progress
+from kvmmu.report import tables as report
 from kvmmu.traces import Recording, bundled, open_npz
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from builders import PageTables
 
 from kvmmu import Access, GuestMemory, Host, Vm
 from kvmmu.cli import main
-from kvmmu.spt import spte_runs, spte_text
+from kvmmu.report.spte_tree import spte_runs, spte_text
 
 PAGE, MB2 = 0x1000, 0x200000
 
