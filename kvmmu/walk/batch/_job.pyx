@@ -43,7 +43,7 @@ cdef size_t FEW_ROWS = 8
 # Of 64 rows so many or fewer unknown translations are looked up one after the other.
 cdef int FEW_MISSES = 12
 # Changes of the context in 64 rows, from which on rows wait for others of their context.
-cdef size_t MANY_CHANGES = 2
+cdef uint32_t MANY_CHANGES = 2
 # Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
 cdef size_t TRIAL = 32
 cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
@@ -128,12 +128,15 @@ cdef bint let_wait(batch *b, size_t start) noexcept nogil:
     """64 rows of several contexts, until there are enough of each. False: they go on at once."""
     cdef uint32_t ctx[64]
     cdef waiting_rows *g
-    cdef uint32_t last = b.last_context
-    cdef size_t i, changes = 0
+    cdef uint32_t last = b.last_context, beyond = 0, changes = 0
+    cdef size_t i
     memcpy(ctx, &b.ctx[start], sizeof(ctx))
     kvmmu_keep_copies()                             # a comparison that reads the column twice would let a change through
     for i in range(KVMMU_LANES):
-        ctx[i] = min(ctx[i], last)
+        beyond |= ctx[i] | (last - ctx[i])          # the highest bit: ctx[i] > last, both being below 2^31 as a rule
+    if beyond >> 31:
+        for i in range(KVMMU_LANES):
+            ctx[i] = min(ctx[i], last)
     for i in range(1, KVMMU_LANES):
         changes += ctx[i] != ctx[i - 1]
     if b.more or changes < MANY_CHANGES:
@@ -145,7 +148,8 @@ cdef bint let_wait(batch *b, size_t start) noexcept nogil:
         g = &b.waiting[ctx[i] % WAITING]
         if g.count and g.ctx != ctx[i]:
             put_waiting(b, g)
-        g.ctx = ctx[i]
+        if not g.count:
+            g.ctx = ctx[i]
         g.rows[g.count] = start + i
         g.count += 1
         if g.count == KVMMU_LANES:
