@@ -20,8 +20,8 @@ from kvmmu.mmu.core._slots import Memslot
 
 PAGE = 4096
 LONG = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
-MODULES = ("_lock", "_tlb", "_machine_modes", "_machine", "_audit_tlb", "mmu._spte", "mmu._slots", "mmu._rmap", "mmu._kvm_memory",
-           "mmu._state", "mmu._audit_leaf", "mmu._audit_shadow")
+MODULES = ("memory._lock", "tlb._tlb", "machine._modes", "machine._machine", "machine._audit_tlb", "mmu.core._spte",
+           "mmu.core._slots", "mmu.core._rmap", "mmu.kvm._memory", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._shadow")
 ODD = (None, 0, 1, -1, 1 << 63, 1 << 64, -(1 << 70), 0.5, "x", b"\xff" * 9, [], (), {}, True, object())
 ODD_ARRAYS = (np.zeros(1, np.uint64), np.zeros(3, np.uint8), np.zeros((2, 2), np.uint64))
 
