@@ -170,7 +170,7 @@ def test_headers_are_included_downward(path):
 def test_nothing_else_knows_the_file_formats():
     """Of the MMU only replay and the command import traces."""
     users = {room_of(name_of(path)) for path in SOURCES if "traces" in {room_of(name) for name in imported(path)}}
-    assert users - {"traces"} == set(KNOW_FORMATS)
+    assert users - {"traces", *FACE} == set(KNOW_FORMATS)
 
 
 def test_numbers_of_the_header_and_of_cython_are_the_same():

@@ -172,7 +172,7 @@ def test_interrupt(capsys, monkeypatch):
     """Ctrl-C: 130, as shells have it, and one line."""
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "replay", interrupted)
+    monkeypatch.setattr("kvmmu.cli.replay.replay", interrupted)
     status, out, err = run(capsys, "replay", L4)
     assert (status, out, err) == (130, "", "kvmmu: interrupted\n")
 
@@ -526,7 +526,7 @@ def test_a_long_message_is_cut(capsys, copy):
 def test_exit_status_1_is_a_mismatch_and_nothing_else(capsys, monkeypatch, error, status, words):
     def failing(*_, **__):
         raise error
-    monkeypatch.setattr(cli, "replay", failing)
+    monkeypatch.setattr("kvmmu.cli.replay.replay", failing)
     assert cli.main(["replay", L4]) == status
     assert capsys.readouterr().err.splitlines()[0].startswith(words)
 

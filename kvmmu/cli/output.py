@@ -1,0 +1,65 @@
+"""What all subcommands do with their output, and how they end."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from kvmmu.replay.terminal import StreamError
+
+__all__ = ["BAD", "BUG", "INTERRUPTED", "MISMATCH", "OK", "Deadly", "cleaning_up", "drop_output", "flush"]
+
+OK, MISMATCH, BAD, BUG, INTERRUPTED = 0, 1, 2, 3, 130           # exit status
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+
+
+def flush() -> None:
+    """Write what is still to be written to stdout, so that a failure is told here and not by Python at its end."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StreamError(f"standard output: {getattr(error, 'strerror', None) or error}") from error
+
+
+def drop_output() -> None:
+    """Let what Python still wants to flush at exit go nowhere."""
+    with suppress(AttributeError, OSError, ValueError):             # no stdout, or none with a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Deadly(BaseException):
+    """A signal that is to end the process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Signals that would end the process at once end the block by an exception first, which removes temporary files."""
+    before: dict[int, Any] = {}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)        # until all is removed
+        raise Deadly(number)
+
+    try:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    except ValueError:
+        pass                                            # not in the main thread
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""kvmmu walk: print walks level by level."""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+import kvmmu
+from kvmmu.arch._bits import Access, Status
+from kvmmu.arch.faults import error_code_text
+from kvmmu.cli.output import MISMATCH, OK
+from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
+from kvmmu.cli.sources import open_any
+from kvmmu.replay.recorded_faults import Context
+from kvmmu.replay.replay import recording_vcpu, use_context
+from kvmmu.replay.terminal import say
+from kvmmu.replay.trace_replay import trace_start
+from kvmmu.report.figure import plot_walk
+from kvmmu.traces import ParquetTrace, Recording
+from kvmmu.vm.vcpu import Vcpu
+
+__all__ = ["add"]
+
+_PAGE = 0xFFF
+
+
+def add(commands: Commands) -> None:
+    """Add the subcommand to the parser."""
+    walk = command(commands, "walk", _walk, "print walks level by level",
+                   "Walk linear addresses through the page tables of a recording or trace, as they are at the start of the "
+                   "phase or trace. Exit status 1 if a walk contradicts an address that the recording has; a trace is not "
+                   "searched for addresses.",
+                   "walk bundled 0x401000", "walk RECORDING 0xffffffff81000000 --access x --ctx 3",
+                   "walk bundled 0x401000 --plot walk.png", "walk l4.parquet 0x401000 --json")
+    walk.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
+    walk.add_argument("gva", nargs="+", type=address, metavar="GVA", help="linear address, hexadecimal with 0x")
+    add_phase(walk)
+    walk.add_argument("--ctx", type=int, metavar="N",
+                      help="row of the register contexts of the recording (default: 0) or of the trace's header (default: the "
+                           "registers at the start)")
+    walk.add_argument("--access", type=access_of, default=Access.AC, metavar="LETTERS",
+                      help="r read, w write, x fetch; u user; a EFLAGS.AC set; i implicit (default: ra)")
+    walk.add_argument("--json", action="store_true", help="print one JSON object")
+    walk.add_argument("--plot", metavar="FILE", help="save a figure of the walk of a single GVA (.png, .svg, .pdf)")
+
+
+def _walk_in(source: Recording | ParquetTrace, ctx: int | None) -> tuple[Vcpu, int]:
+    """A vCPU that has the registers of a context, and the number of that context; -1 are those of a trace's start."""
+    if isinstance(source, Recording):
+        vcpu, contexts = recording_vcpu(source)
+        what, number = "recording", ctx or 0
+    else:
+        start = trace_start(source)
+        vcpu, contexts = start.vcpu, start.contexts
+        if ctx is None:
+            return vcpu, -1
+        what, number = "trace", ctx
+    if not 0 <= number < len(contexts):
+        there = f"contexts 0 to {len(contexts) - 1}" if contexts else "no contexts"
+        raise ValueError(f"--ctx {number}: the {what} has {there}")
+    _use(vcpu, contexts[number], source, number)
+    return vcpu, number
+
+
+def _use(vcpu: Vcpu, context: Context, source: Recording | ParquetTrace, number: int) -> None:
+    try:
+        use_context(vcpu, context)
+    except (kvmmu.GuestFault, ValueError) as error:
+        raise ValueError(f"{source.path}: context {number}: {error}") from error
+
+
+def _walk(args: argparse.Namespace) -> int:
+    if args.plot is not None and len(args.gva) > 1:
+        raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
+    source = open_any(args)
+    vcpu, ctx = _walk_in(source, args.ctx)
+    started = time.perf_counter()
+    records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
+    seconds = time.perf_counter() - started
+    if args.plot is not None:
+        plot_walk(records[0], args.plot)
+    recorded = [_recorded_gpas(source, ctx, record.gva) if isinstance(source, Recording) else [] for record in records]
+    verified = [record.gpa in gpas for record, gpas in zip(records, recorded, strict=True)]
+    # the tables of a dyn phase move on: an address recorded later proves nothing about its start
+    is_static = isinstance(source, Recording) and source.phase == "static"
+    wrong = [is_static and bool(gpas) and record.status == Status.OK and not right
+             for record, gpas, right in zip(records, recorded, verified, strict=True)]
+    if args.json:
+        faults: dict[str, int] = {}
+        for record in records:
+            if record.status:
+                kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else Status(record.status).name
+                faults[kind] = faults.get(kind, 0) + 1
+        walks = [record.to_dict() | {"recorded_gpa": [hex(gpa) for gpa in gpas]}
+                 for record, gpas in zip(records, recorded, strict=True)]
+        say(json.dumps({"accesses": len(records), "verified": sum(verified), "faults": faults, "mismatches": sum(wrong),
+                        "seconds": seconds, "walks": walks}))
+    else:
+        for record, gpas, right in zip(records, recorded, verified, strict=True):
+            say(str(record))
+            if gpas:
+                say(f"  recorded: gpa {' then '.join(hex(gpa) for gpa in gpas)}{' - as walked' if right else ''}")
+    return MISMATCH if any(wrong) else OK
+
+
+def _recorded_gpas(recording: Recording, ctx: int, gva: int) -> list[int]:
+    """Physical addresses that the trace recorded for a linear address in this context, in order of first use."""
+    rows = (recording.pages_gva == np.uint64(gva & ~_PAGE)) & (recording.pages_ctx == ctx)
+    return [gpa + (gva & _PAGE) for gpa in recording.pages_gpa[rows].tolist()]
