@@ -18,7 +18,7 @@ cdef enum:
     BROKEN_LINE                     # begins like a row and is none
     NO_TEXT                         # has a NUL
 
-REASONS = {BROKEN_LINE: "is no row of this format", NO_TEXT: "is no text: it has a byte of 0"}
+_REASONS = {BROKEN_LINE: "is no row of this format", NO_TEXT: "is no text: it has a byte of 0"}
 
 
 cdef void fill_digits() noexcept nogil:
@@ -86,7 +86,7 @@ cdef class LineParser:
         self.state.end = first + text.shape[0]
         with nogil:
             result = self.parse(&p, &sink.rows)
-        return p - first, REASONS.get(result)
+        return p - first, _REASONS.get(result)
 
 
 # A line that is not a row is passed over, unless every line shall be one. OUT p: behind it.
