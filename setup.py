@@ -1,5 +1,6 @@
 """The extension modules of kvmmu, their two directive sets, and the build switches. All else is in pyproject.toml."""
 
+import multiprocessing
 import os
 import sys
 from glob import glob
@@ -32,7 +33,7 @@ DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks ev
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
 SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
 
-COMPILE_ARGS = ["/std:c11", "/O2"] if sys.platform == "win32" else ["-O3", "-std=gnu11", "-Wno-unused-function"]
+COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function", "-g0"]
 LINK_ARGS = []
 if WERROR:
     Options.warning_errors = True
@@ -42,13 +43,23 @@ if SANITIZE:
     LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 
 
+# The code of memoryviews, which all modules share.
+SHARED = Extension("kvmmu._cython", [], extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS)
+# Processes that run Cython. A new start method would import this file once more.
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+if CAN_FORK:
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def extensions(names, directives):
     modules = [
         Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["."],
                   extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/**/*.h", recursive=True))
         for name in names
     ]
-    return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")
+    return cythonize(modules + ([SHARED] if names is SAFE else []), compiler_directives=directives,
+                     build_dir="build/cython-debug" if DEBUG else "build/cython", nthreads=os.cpu_count() if CAN_FORK else 0,
+                     shared_utility_qualified_name=SHARED.name)
 
 
 setup(

@@ -5,7 +5,7 @@ import numpy as np
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, kvm_stats
 from kvmmu.mmu.core._trace cimport trace_event, trace_ring
@@ -59,7 +59,9 @@ def pages(Kvm machine not None):
     (n, 512), translations (n, 512): gfn << 12 | ACC_* of the leaf entries of pages that shadow a guest's table, else 0."""
     cdef kvm *k = machine.k
     cdef const kvm_mmu_page *page
+    cdef uint64_t[:, ::1] entries, leaves
     cdef uint32_t sp
+    cdef Py_ssize_t i
     with machine.lock:
         rows = []
         for sp in range(1, <uint32_t>k.page_end):
@@ -68,11 +70,12 @@ def pages(Kvm machine not None):
                 rows.append((sp, page.gfn, page.role, page.root_count, page.nx_huge_page_disallowed, page.unsync, page.special))
         table = np.array(rows, np.uint64).reshape(len(rows), 7)
         sptes, translations = np.empty((len(rows), 512), np.uint64), np.zeros((len(rows), 512), np.uint64)
-        for i, row in enumerate(rows):
-            sptes[i] = <uint64_t[:512]>&k.sptes[<uint64_t>row[0] * 512]
-            page = &k.pages[<uint32_t>row[0]]
-            if page.shadowed_translation is not NULL:
-                translations[i] = <uint64_t[:512]>page.shadowed_translation
+        entries, leaves = sptes, translations
+        for i in range(entries.shape[0]):
+            sp = <uint32_t>table[i, 0]
+            memcpy(&entries[i, 0], &k.sptes[<uint64_t>sp * 512], 512 * sizeof(uint64_t))
+            if k.pages[sp].shadowed_translation is not NULL:
+                memcpy(&leaves[i, 0], k.pages[sp].shadowed_translation, 512 * sizeof(uint64_t))
     names = ("sp", "gfn", "role", "root_count", "nx", "unsync", "special")
     return {name: table[:, i].copy() for i, name in enumerate(names)} | {"sptes": sptes, "translations": translations}
 

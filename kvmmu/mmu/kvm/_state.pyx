@@ -4,6 +4,7 @@ import numpy as np
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcpy
 
 from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.mmu.core._fault cimport host_writes, move_host_page
@@ -216,11 +217,12 @@ cdef class Kvm(KvmMemory):
     def dirty_log(self, gpa, clear, as_id=0):
         """Frames (uint64, ascending) written since the log was last cleared."""
         cdef kvm_memory_slot *slot
-        cdef size_t words
+        cdef uint64_t[::1] words
         with self.lock:
             slot = self.logged_slot(gpa, as_id)
-            words = (slot.npages + 63) // 64
-            bitmap = np.array(<uint64_t[:words]>slot.dirty_bitmap)
+            bitmap = np.empty((slot.npages + 63) // 64, np.uint64)
+            words = bitmap
+            memcpy(&words[0], slot.dirty_bitmap, words.shape[0] * sizeof(uint64_t))
             if clear:
                 self.clear_dirty_words(slot, bitmap)
             bits = np.unpackbits(bitmap.view(np.uint8), bitorder="little")
