@@ -17,7 +17,6 @@ from test_recording import NEEDS_ZSTD
 import kvmmu
 from kvmmu import cli
 from kvmmu.replay import progress
-from kvmmu.report import tables as report
 from kvmmu.traces import Recording, bundled, open_npz
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +50,7 @@ def command(*args, before="", **kwargs):
 def tables(request, monkeypatch):
     """Tables with rich, and without it."""
     if request.param == "plain":
-        monkeypatch.setattr(report, "rich", None)
-        monkeypatch.setattr(progress, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich", None)
     else:
         pytest.importorskip("rich")
     return request.param

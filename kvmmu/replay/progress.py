@@ -7,13 +7,6 @@ from contextlib import contextmanager
 
 from kvmmu.replay.terminal import encodable, has_boxes, printable
 
-try:
-    import rich.console
-    import rich.progress
-    import rich.text
-except ImportError:
-    rich = None  # type: ignore[assignment]
-
 __all__ = ["progress_bar"]
 
 _PLAIN_SECONDS = 0.2                    # between two texts
@@ -30,7 +23,13 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], object] | No
         yield None
         return
     description = encodable(printable(description), sys.stderr)
-    if rich is None or not has_boxes(sys.stderr):
+    try:
+        import rich.console
+        import rich.progress
+        wants_bar = has_boxes(sys.stderr)
+    except ImportError:
+        wants_bar = False
+    if not wants_bar:
         yield _Plain(description)
     else:
         columns = (rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(),

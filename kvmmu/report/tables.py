@@ -7,14 +7,6 @@ from typing import TextIO
 from kvmmu.replay.result import Report
 from kvmmu.replay.terminal import has_boxes, printable, say
 
-try:
-    import rich.box
-    import rich.console
-    import rich.table
-    import rich.text
-except ImportError:
-    rich = None  # type: ignore[assignment]
-
 __all__ = ["replay_tables", "show_tables"]
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -64,7 +56,15 @@ def _percent(share: float, report: Report) -> str:
 def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
     """Print tables, with rich if it is there. Their text is text, not markup."""
     file = sys.stdout if file is None else file
-    if rich is None or file is None:
+    try:
+        import rich.box
+        import rich.console
+        import rich.table
+        import rich.text
+        has_rich = True
+    except ImportError:
+        has_rich = False
+    if not has_rich or file is None:
         say(_plain_text(tables), file)
         return
     terminal = rich.console.Console(file=file)

@@ -8,8 +8,6 @@ member is read whole and its CRC checked. What decompressors give is limited.
 import errno
 import io
 import math
-import shutil
-import subprocess
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from os import PathLike
@@ -325,6 +323,8 @@ def _unzstd_frames(source: BinaryIO, output: _Output, new_decoder: Callable[[], 
 
 
 def _unzstd_tool(source: BinaryIO, output: _Output) -> None:
+    import shutil
+    import subprocess
     tool = shutil.which("zstd")
     if tool is None:
         raise ImportError("no zstd command line tool")

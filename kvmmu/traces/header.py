@@ -1,6 +1,5 @@
 """The header of a trace: registers, processor, source; as JSON text and back, checked. `docs/trace-format.md` defines it."""
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -157,6 +156,7 @@ class Header:
 
     def to_json(self) -> str:
         """The header as text: registers and addresses are hexadecimal strings."""
+        import json
         plain = {"version": VERSION, **{name: getattr(self, name) for name in ("name", "phase", "mode", "source", "tables_at")},
                  "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
                  "registers": [_plain_registers(regs) for regs in self.registers],
@@ -166,6 +166,7 @@ class Header:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Read and check a header."""
+        import json
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -4,10 +4,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -16,6 +15,9 @@ from kvmmu.arch.arguments import check_bool, check_threads
 from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["COMPRESSIONS", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
 
@@ -187,6 +189,7 @@ class ParquetTrace(Trace):
     def chunks(self) -> Generator[Chunk]:
         """The chunks, checked and in order. Closing the iterator ends the decoding threads."""
         ahead = self._decoders + 1
+        from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
             pending: deque[Future[list[Chunk]]] = deque()
             try:

@@ -5,8 +5,6 @@ phases, dictionary coded per page; `tables` and `dyn_tables` the page tables; `g
 `kvm_translate` what QEMU and KVM said about single addresses. All but the first are `.npz` or `.npz.zst`.
 """
 
-import importlib.resources
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +272,7 @@ def _slice(start: int, stop: int | None) -> slice:
 
 def bundled() -> Path:
     """Return the directory of the recording that ships inside the package."""
+    import importlib.resources
     return Path(str(importlib.resources.files("kvmmu") / "data" / "l4"))
 
 
@@ -362,6 +361,7 @@ class _Meta:
             raise RecordingError(f"{file}: missing; every recording has one") from None
         if len(content) > _META_BYTES:
             raise RecordingError(f"{file}: is longer than {_META_BYTES} bytes, which is all that is allowed")
+        import json
         try:
             self._values = json.loads(content)
         except (ValueError, RecursionError) as error:

@@ -11,8 +11,6 @@
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -469,6 +467,7 @@ cdef class Job:
             self.run_pieces()
             return 0
         self.piece = -(-<Py_ssize_t>self.rows // (threads * _PIECES) // _BLOCK) * _BLOCK
+        from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(threads - 1) as pool:
             try:
                 others = [pool.submit(self.run) for _ in range(threads - 1)]
