@@ -47,25 +47,25 @@ build: $(VENV)/.dev
 	@ls dist
 
 matrix: $(VENV)/.kvmmu $(VENV)/.test
-	KVMMU_MATRIX_CASES=20000000 $(BIN)/pytest tests/test_access_matrix.py -s
+	KVMMU_MATRIX_CASES=20000000 $(BIN)/pytest tests/walk/test_access_matrix.py -s
 
 asan: $(VENV)/.kvmmu $(VENV)/.test
-	$(BIN)/python tests/sanitize.py --walks 10000000
+	$(BIN)/python tests/support/sanitize.py --walks 10000000
 
 tsan: $(VENV)/.kvmmu $(VENV)/.test
-	$(BIN)/python tests/thread_sanitize.py --walks 10000000 --operations 20000
+	$(BIN)/python tests/support/thread_sanitize.py --walks 10000000 --operations 20000
 
 # Each run has other sequences; the first seed is in the output of a failure, and KVMMU_LIVE_SEED chooses it.
 live: $(VENV)/.kvmmu $(VENV)/.test
-	KVMMU_LIVE_OPERATIONS=100000 KVMMU_LIVE_SEED=$${KVMMU_LIVE_SEED:-$$(date +%s)} $(BIN)/pytest tests/test_live_machine.py -rs
+	KVMMU_LIVE_OPERATIONS=100000 KVMMU_LIVE_SEED=$${KVMMU_LIVE_SEED:-$$(date +%s)} $(BIN)/pytest tests/vm/test_live_machine.py -rs
 
 long: matrix asan tsan live
-	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/test_differential.py
-	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/test_batch_equality.py tests/test_replay_writes.py
-	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/test_live_kvm.py -rs
-	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/test_machine_random.py
-	KVMMU_HOSTILE=1 $(BIN)/pytest tests/test_files_hostile.py
-	KVMMU_GARBAGE_GUESTS=4000 KVMMU_WILD_MACHINES=4000 $(BIN)/pytest tests/test_machine_garbage.py tests/test_wild_machines.py
+	KVMMU_DIFF_SEEDS=2000 $(BIN)/pytest tests/walk/test_differential.py
+	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/walk/batch/test_batch_equality.py tests/replay/test_replay_writes.py
+	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/walk/test_live_kvm.py -rs
+	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/machine/test_machine_random.py
+	KVMMU_HOSTILE=1 $(BIN)/pytest tests/traces/test_files_hostile.py
+	KVMMU_GARBAGE_GUESTS=4000 KVMMU_WILD_MACHINES=4000 $(BIN)/pytest tests/machine/test_machine_garbage.py tests/machine/test_wild_machines.py
 
 clean:
 	rm -rf $(VENV) build dist kvmmu.egg-info

@@ -1,6 +1,6 @@
 """Random walks over random table memory, with the extension modules built for AddressSanitizer and UBSan.
 
-    python tests/sanitize.py [--walks N] [--seed S]
+    python tests/support/sanitize.py [--walks N] [--seed S]
 
 Builds into build/asan, then runs itself there, over random guests: tables that make no sense, registers, processor models,
 accesses, recordings, and machines below such guests. A finding of a sanitizer ends the run at once with its report and a
@@ -21,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from paths import ROOT
 from random_guests import EDGE_GVAS, MODES, PAGE, random_accesses, random_gvas, random_memory, random_regs, random_stage
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDINGS = ROOT / "tests" / "data" / "linux"
 SANITIZERS = "address,undefined"
 RUNTIMES = ("libasan.so", "libubsan.so")
@@ -53,7 +53,7 @@ def run_child(arguments):
     compiler = os.environ.get("CC", "cc").split()
     runtimes = [subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES]
     environment = os.environ | {
-        IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests'}", "PYTHONMALLOC": "malloc",
+        IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests' / 'support'}", "PYTHONMALLOC": "malloc",
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     return subprocess.run([sys.executable, "-P", __file__, *arguments], env=environment, check=False).returncode

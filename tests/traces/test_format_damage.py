@@ -7,17 +7,17 @@ import lzma
 import random
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import format_files as files
 import numpy as np
 import pytest
+from paths import DATA
 
 from kvmmu.traces import TraceError
 from kvmmu.traces.compressed import BLOCK_BYTES, ByteStream, open_bytes
 from kvmmu.traces.opening import describe_trace, open_trace
 
-DATA = Path(__file__).parent / "data" / "formats"
+FILES = DATA / "formats"
 CUTS, CORRUPTIONS = 50, 500
 
 
@@ -43,7 +43,7 @@ def table(kind):
 
 
 def small_lackey():
-    return lzma.decompress((DATA / "true.lackey.xz").read_bytes())[:20_000].rsplit(b"\n", 1)[0] + b"\n"
+    return lzma.decompress((FILES / "true.lackey.xz").read_bytes())[:20_000].rsplit(b"\n", 1)[0] + b"\n"
 
 
 def small_drmemtrace():

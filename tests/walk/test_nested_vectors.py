@@ -4,10 +4,10 @@
 Bochs has no GMET; they are held against the expectations of the public tests instead (kut_info1).
 """
 
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 
 from kvmmu import (
     CpuModel,
@@ -24,7 +24,7 @@ from kvmmu import (
     Vcpu,
 )
 
-VECTORS = Path(__file__).parent / "data" / "vectors"
+VECTORS = DATA / "vectors"
 FILES = ("ept_rand_pa39", "ept_kut_nombec_noxo", "npt_rand_5l", "npt_rand_pae", "npt_exh_perm", "npt_kut")
 ORACLE = {"sdm": "bochs", "kvm": "kmodel"}
 MBEC, NO_EXECONLY, NO_ADVANCED_INFO, GMET = 1, 4, 8, 16

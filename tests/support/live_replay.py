@@ -1,6 +1,6 @@
 """One random sequence again, on a live KVM and here: where they differ, and the shortest scenario in which they still do.
 
-    python tests/live_replay.py SEED [--operations N] [--shrink] [--save FILE]
+    python tests/support/live_replay.py SEED [--operations N] [--shrink] [--save FILE]
 
 ``--shrink`` drops operations and initial memory as long as the first difference stays one of its kind; ``--save`` appends what is
 left, with what the live KVM did, to a file of recorded scenarios.

@@ -3,9 +3,10 @@
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
 
-LIVE = Path(__file__).parent / "data" / "live"
+from paths import DATA
+
+LIVE = DATA / "live"
 # Counters that a host does not disturb.
 TRUSTED = (
     "mmu_cache_miss", "mmu_shadow_zapped", "mmu_recycled", "mmu_flooded", "mmu_pde_zapped", "mmu_unsync", "mmu_pte_write",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
@@ -22,7 +23,7 @@ from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording, RecordingError, Trace, bundled
 from kvmmu.traces.conversion import recording_chunks, recording_header
 
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 FULL = os.environ.get("KVMMU_LINUX_DATA")
 LONG = pytest.mark.skipif(not FULL, reason="KVMMU_LINUX_DATA names no directory of full recordings")
 CR3_LOAD = 1

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA, ROOT
 
 import kvmmu
 from kvmmu.traces import Recording, RecordingError, bundled, open_npz
 
-ROOT = Path(__file__).parents[1]
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 ZIP_METHODS = {"stored": zipfile.ZIP_STORED, "deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2,
                "lzma": zipfile.ZIP_LZMA}
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64

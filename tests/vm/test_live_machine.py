@@ -48,7 +48,7 @@ def test_a_random_sequence_does_the_same_live_and_here(first, capsys):
     for seed in range(first, min(first + SEQUENCES_PER_TEST, FIRST + SEQUENCES)):
         scenario = sequence(seed)
         found, live = live_replay.compare(scenario)
-        assert not found, f"{scenarios.report(scenario, found)}\nagain: python tests/live_replay.py {seed} --shrink"
+        assert not found, f"{scenarios.report(scenario, found)}\nagain: python tests/support/live_replay.py {seed} --shrink"
         compared += len(live)
     assert compared > 100
     with capsys.disabled():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA, ROOT
 from test_recording import NEEDS_ZSTD, npy, toy_tables, toy_trace, write_toy, zip_of
 from test_trace_replay import memory_rows, rows_of, tables
 
@@ -41,8 +42,8 @@ from kvmmu.traces import (
 pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="limits and special files of POSIX")
 
-TESTS = Path(__file__).parent
-CLIPS = TESTS / "data" / "linux"
+SUPPORT = ROOT / "tests" / "support"
+CLIPS = DATA / "linux"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])}
 WHOLE = os.environ.get("KVMMU_HOSTILE") == "1"
 TRUNCATIONS, CORRUPTIONS = (50, 500) if WHOLE else (3, 9)
@@ -72,8 +73,8 @@ def small_trace(folder):
 
 
 def sweep(folder, name, seed):
-    """What tests/damage.py counts, in a process of its own."""
-    done = subprocess.run([sys.executable, TESTS / "damage.py", folder, name, str(TRUNCATIONS), str(CORRUPTIONS), str(seed)],
+    """What tests/support/damage.py counts, in a process of its own."""
+    done = subprocess.run([sys.executable, SUPPORT / "damage.py", folder, name, str(TRUNCATIONS), str(CORRUPTIONS), str(seed)],
                           text=True, capture_output=True, check=False, env=ENVIRONMENT, timeout=1800 if WHOLE else 300)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
@@ -126,7 +127,7 @@ def test_random_values_in_a_header_never_raise_anything_but_trace_errors(tmp_pat
 
 def in_limits(program, *args, megabytes=1500):
     """(what a program prints, its peak of memory in MiB, its seconds); with so much address space."""
-    program = (f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nimport kvmmu\nfrom damage import peak\n"
+    program = (f"import sys\nsys.path.insert(0, {str(SUPPORT)!r})\nimport kvmmu\nfrom damage import peak\n"
                f"from kvmmu.traces import *\n{program}\nprint(peak())")
     started = time.perf_counter()
     limit = None if megabytes is None else lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20,) * 2)

@@ -6,14 +6,14 @@ two-stage file of data/vectors, and the public tests of EPT and nested paging th
 mode execute trap; those cases rest on the public tests alone.
 """
 
-from pathlib import Path
 
 import numpy as np
 import oracle
 import oracle_nested
 import pytest
+from paths import DATA
 
-VECTORS = Path(__file__).parent / "data" / "vectors"
+VECTORS = DATA / "vectors"
 FILES = ("ept_rand_pa39", "ept_kut_nombec_noxo", "npt_rand_5l", "npt_rand_pae", "npt_exh_perm", "npt_kut")
 RECORDED_BY = {"sdm": "bochs", "kvm": "kmodel"}
 INVALID = 2**64 - 1

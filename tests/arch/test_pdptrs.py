@@ -5,10 +5,10 @@ Source: SDM vol. 3, "PDPTE Registers".
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 from test_vcpu import CD, NW, NXE, PAE, PAE_MODE, PAGES, PDS, PE, PG, PGE, PKE, PSE, ROOT, SMAP, SMEP, WP, machine, refused
 
 import kvmmu
@@ -16,7 +16,7 @@ from kvmmu import Access
 from kvmmu.traces import Recording
 from kvmmu.traces.recording import Events, Writes
 
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 
 
 def moved_pdpt():

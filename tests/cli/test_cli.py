@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA, ROOT
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
@@ -19,8 +20,7 @@ from kvmmu import cli
 from kvmmu.replay import progress
 from kvmmu.traces import Recording, bundled, open_npz
 
-ROOT = Path(__file__).parents[1]
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 L4, L5, PAE = (str(CLIPS / name) for name in ("l4", "l5", "pae"))
 JSON_KEYS = {"accesses", "verified", "faults", "mismatches", "seconds"}
 CODE, HEAP, DIRECT = 0x402000, 0xFFFFFE0000000000, 0xFFFFFFFF86800000      # mapped in l4: 4K user, 4K kernel, 2M kernel
@@ -573,7 +573,7 @@ def test_an_ignored_ctrl_c_stays_ignored():
 def test_tests_that_inherit_an_ignored_ctrl_c(tmp_path):
     """`trap "" INT; make test`, as in a background job: the test that sends a Ctrl-C passes, and at once."""
     began = time.monotonic()
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "test_trace_replay.py",
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "replay" / "test_trace_replay.py",
              "-k", "test_the_command_stops_on_sigint"]
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, *tests], cwd=tmp_path, text=True,
                           capture_output=True, check=False)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from test_trace_replay import CLIPS, header, machine, memory_rows, rows_of, tables
 
 import kvmmu
@@ -22,7 +23,7 @@ from kvmmu.traces.header import checksum
 pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 pq = pytest.importorskip("pyarrow.parquet")
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "trace-format.md"
+DOCUMENT = ROOT / "docs" / "trace-format.md"
 DTYPES = {"op": np.uint8, "addr": np.uint64, "access": np.uint8, "size": np.uint8, "vcpu": np.uint16, "value": np.uint64,
           "gpa": np.uint64}
 REGS = RegisterSet(cr0=0x80050033, cr3=0x1000, cr4=0x20, efer=0xD01)

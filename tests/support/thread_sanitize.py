@@ -1,6 +1,6 @@
 """Threads over shared memory and shared machines, with the extension modules built for ThreadSanitizer.
 
-    python tests/thread_sanitize.py [--walks N] [--operations N] [--seed S]
+    python tests/support/thread_sanitize.py [--walks N] [--operations N] [--seed S]
 
 Builds into build/tsan, then runs itself there: batches and scalar walks of several threads over the same tables, with updates
 of accessed and dirty bits, while another thread writes the entries; machines of two vCPUs in threads of their own, while a third
@@ -16,11 +16,10 @@ import sys
 import sysconfig
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 IN_CHILD = "KVMMU_THREAD_SANITIZE_CHILD"
 PAGE = 4096
 PAGES = 256
@@ -40,7 +39,8 @@ def run_child(arguments):
     compiler = [word for word in os.environ.get("CC", "cc").split() if word != "ccache"]
     runtime = subprocess.check_output([*compiler, "-print-file-name=libtsan.so"], text=True).strip()
     environment = os.environ | {
-        IN_CHILD: "1", "PYTHONPATH": str(build()), "PYTHONMALLOC": "malloc", "LD_PRELOAD": runtime,
+        IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests' / 'support'}", "PYTHONMALLOC": "malloc",
+        "LD_PRELOAD": runtime,
         "KVMMU_INSTRUCTION_SET": "portable",            # C has no word for a vector load each of whose parts is atomic
         "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 history_size=4"}
     return subprocess.run([sys.executable, "-P", __file__, *arguments], env=environment, check=False).returncode

@@ -7,16 +7,16 @@ the recorded final words and nothing else may have changed.
 """
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from machines import scalar, snapshot
+from paths import DATA
 
 import kvmmu
 from kvmmu import INVALID_GPA, Access, CpuModel, GuestMemory, Regs, Status, Vcpu
 
-VECTORS = Path(__file__).parent / "data" / "vectors"
+VECTORS = DATA / "vectors"
 FILES = ("live_4l_pa40_amd", "live_4l_pa48_amd", "live_4l_pa40_no1g", "wide_4l_pa46", "wide_5l_pa51", "wide_pae_pa45",
          "wide_2l_pa48", "wide_2l_pa36", "tcg_nopg_pa40")
 PAGING_OFF = Regs(cr0=0x11, cr3=0, cr4=0, efer=0)

@@ -3,10 +3,10 @@
 
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 
 import kvmmu
 from kvmmu import GuestMemory, Regs, Vcpu
@@ -14,7 +14,7 @@ from kvmmu.replay._replay import new_replayer, new_row_loop
 from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Chunk, Header, Op, Recording, RegisterSet, Trace
 
-CLIP = Path(__file__).parent / "data" / "linux" / "l4"
+CLIP = DATA / "linux" / "l4"
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import format_files as files
 import numpy as np
 import pytest
+from paths import DATA
 
 from kvmmu.traces import TraceError
 from kvmmu.traces.opening import describe_trace, formats, open_trace
 
-DATA = Path(__file__).parent / "data" / "formats"
+FILES = DATA / "formats"
 INVALID_GPA = 2**64 - 1
 
 
@@ -65,12 +65,12 @@ def write(tmp_path, name, data):
 def test_lackey_of_real_programs(name, tmp_path):
     """Three programs under Valgrind 3.19: every row, against a regular expression."""
     if name.endswith("zst"):
-        text = pytest.importorskip("zstandard").ZstdDecompressor().stream_reader((DATA / name).read_bytes()).read().decode()
+        text = pytest.importorskip("zstandard").ZstdDecompressor().stream_reader((FILES / name).read_bytes()).read().decode()
     else:
-        text = (lzma if name.endswith("xz") else gzip).decompress((DATA / name).read_bytes()).decode()
-    check(read(DATA / name), files.lackey_rows(text))
+        text = (lzma if name.endswith("xz") else gzip).decompress((FILES / name).read_bytes()).decode()
+    check(read(FILES / name), files.lackey_rows(text))
     noise = len(re.findall(r"^==", text, re.MULTILINE))
-    assert {"lines": noise} == describe_trace(DATA / name)["skipped"]
+    assert {"lines": noise} == describe_trace(FILES / name)["skipped"]
 
 
 def test_lackey_a_modify_is_a_load_and_a_store(tmp_path):
@@ -115,7 +115,7 @@ def test_lackey_in_blocks(tmp_path, monkeypatch):
     """Lines that blocks cut are whole again."""
     from kvmmu.traces import compressed
 
-    text = lzma.decompress((DATA / "true.lackey.xz").read_bytes())[:200_000].rsplit(b"\n", 1)[0]
+    text = lzma.decompress((FILES / "true.lackey.xz").read_bytes())[:200_000].rsplit(b"\n", 1)[0]
     expected = files.lackey_rows(text.decode())
     real = compressed.ByteStream.blocks
     for size in (1000, 4097, 65536):
@@ -287,10 +287,10 @@ def test_execlog_with_registers(tmp_path):
 @pytest.mark.parametrize(("name", "samples", "vcpus"), [("sort.perf.xz", 86, 1), ("machine.perf.xz", 110, 2)])
 def test_perf_of_real_programs(name, samples, vcpus):
     """Page faults of sort, and of a machine: `perf record -e page-faults -d`, against a regular expression."""
-    text = lzma.decompress((DATA / name).read_bytes()).decode()
+    text = lzma.decompress((FILES / name).read_bytes()).decode()
     expected = re.findall(r"^.*?(\d+) +(?:\[(\d+)\] +)?[\d.]+: +page-faults: +(\w+) +(\w+)(?: +(\w+))?$", text, re.MULTILINE)
     assert samples == len(expected)
-    found = read(DATA / name)
+    found = read(FILES / name)
     rows = []
     for _, cpu, addr, ip, gpa in expected:
         addr, ip, gpa = int(addr, 16), int(ip, 16), int(gpa or "0", 16)

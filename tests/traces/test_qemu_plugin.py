@@ -4,17 +4,17 @@
 import lzma
 import re
 import struct
-from pathlib import Path
 
 import format_files as files
 import numpy as np
 import pytest
-from test_formats import DATA, check, read, until_damage, write
+from paths import ROOT
+from test_formats import FILES, check, read, until_damage, write
 
 from kvmmu.traces import TraceError
 from kvmmu.traces.opening import describe_trace, open_trace
 
-SOURCE = Path(__file__).parents[1] / "examples" / "qemu-plugin" / "kvmmu_trace.c"
+SOURCE = ROOT / "examples" / "qemu-plugin" / "kvmmu_trace.c"
 
 
 @pytest.mark.parametrize("packing", ["none", "zstd"])
@@ -67,7 +67,7 @@ def test_headers(tmp_path):
 
 def test_a_real_program():
     """QEMU 7.2 ran the program of walk.lackey.gz: it made the accesses that Valgrind saw, 1,000 loads and 2,025 stores."""
-    of_qemu, of_valgrind = read(DATA / "walk.qtrace.xz"), read(DATA / "walk.lackey.gz")
+    of_qemu, of_valgrind = read(FILES / "walk.qtrace.xz"), read(FILES / "walk.lackey.gz")
     for op in (files.LOAD, files.STORE, files.FETCH):
         assert np.array_equal(of_qemu["addr"][of_qemu["op"] == op], of_valgrind["addr"][of_valgrind["op"] == op])
         assert np.array_equal(of_qemu["size"][of_qemu["op"] == op], of_valgrind["size"][of_valgrind["op"] == op])
@@ -80,4 +80,4 @@ def test_the_layout_in_the_source():
     assert 64 == struct.calcsize("<8sIIII16s24x") == len(files.qemu_header())
     assert re.search(r"char magic\[8\];.*uint32_t bytes;.*uint32_t flags;.*uint32_t vcpus;.*uint32_t api;.*char target\[16\];"
                      r".*char zero\[24\];", source, re.DOTALL)
-    assert lzma.decompress((DATA / "walk.qtrace.xz").read_bytes()).startswith(b"kvmmuQT1\x40\0\0\0")
+    assert lzma.decompress((FILES / "walk.qtrace.xz").read_bytes()).startswith(b"kvmmuQT1\x40\0\0\0")

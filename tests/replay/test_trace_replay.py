@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 from test_recording import NEEDS_ZSTD
 
 import kvmmu
@@ -20,7 +21,7 @@ from kvmmu.traces.conversion import recording_chunks, recording_header
 
 pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 EVERY_CLIP = pytest.mark.parametrize("name", [
     pytest.param(name, marks=NEEDS_ZSTD if name == "p32" else ()) for name in ("l4", "l5", "pae", "p32", "ntoy", "ndyn", "nlin")])
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])}

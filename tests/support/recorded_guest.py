@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import DATA
 
 from kvmmu import GuestMemory, Regs, Vm
 from kvmmu.replay.recorded_faults import use_context
 from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording, RecordingError
 
-CLIPS = Path(__file__).parent / "data" / "linux"
+CLIPS = DATA / "linux"
 WHOLE = os.environ.get("KVMMU_RECORDINGS")
 PAGE, MB2 = 0x1000, 0x200000
 INVALID = 2**64 - 1
