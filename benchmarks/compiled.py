@@ -64,6 +64,18 @@ def plain_walk():
 
 
 @functools.cache
+def plain_tlb():
+    """The shared object of plain_tlb.c."""
+    target = folder() / "plain_tlb.so"
+    subprocess.run([*compiler(), *FLAGS, "-std=gnu11", "-shared", "-fPIC", "-o", target, HERE / "plain_tlb.c"], check=True)
+    library = ctypes.CDLL(str(target))
+    library.plain_tlb_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    library.plain_tlb_run.restype = None
+    library.plain_tlb_size.restype = ctypes.c_size_t
+    return library
+
+
+@functools.cache
 def scalar_loops():
     """The extension module of scalar_loops.pyx, built as one outside the tree."""
     compiler()

@@ -39,6 +39,7 @@ from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.report.figure import plot_walk
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
+from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel, TlbStats
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu
 from kvmmu.vm.vm import Vm
@@ -57,7 +58,8 @@ __all__ = [
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
     "ReplayInterrupted", "Report", "RetPf",
-    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
+    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_trace", "plot_walk", "regs_from_vmcb",
     "replay",

@@ -7,3 +7,4 @@ cdef extern from "kvmmu/memory/_alloc.h" nogil:
     void *kvmmu_grow_array(void *p, size_t n, size_t size)
     # Zeroed; NULL likewise
     void *kvmmu_alloc_table(size_t rows, size_t columns, size_t size)
+    void *kvmmu_alloc_lines(size_t rows, size_t columns, size_t size)

@@ -1,3 +1,3 @@
 """The TLB: what the processor remembers of translations."""
 # Below: arch, memory, walk
-# Order: _tlb
+# Order: _tlb, _structure, _hierarchy, hierarchy

@@ -2,6 +2,7 @@
 """Every public callable that takes integers or flags: how to call it, and what each of them may be."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -31,6 +32,8 @@ from kvmmu import (
     Pml,
     Regs,
     Tlb,
+    TlbHierarchy,
+    TlbLevel,
     Tracepoints,
     Translation,
     Vcpu,
@@ -88,6 +91,19 @@ def filled_tlb():
     tlb.use(3, 2)
     tlb.fill(0x1000, 0x5000)
     return tlb
+
+
+def used_hierarchy():
+    tlb = TlbHierarchy([TlbLevel("a", 4, 2, "random")])
+    tlb.use(3, 2)
+    tlb.access([PAGE, 0x5000])
+    return tlb
+
+
+def hierarchy_state(tlb):
+    """What it holds once it has seen some pages more."""
+    tlb.access([0x9000, 0xD000, 0x11000])
+    return tlb._core.keys(0).tolist(), tlb.stats().to_dict()
 
 
 def walk_format():
@@ -306,6 +322,20 @@ CALLS = {
     "Tlb.invlpg": Call(method(filled_tlb, "invlpg"), {"gva": (PAGE, 0, U64)}, state=tlb_state),
     "Tlb.invpcid": Call(method(filled_tlb, "invpcid"), {"type": (0, 0, 3), "pcid": (2, 0, 4095), "gva": (PAGE, 0, U64)},
                         state=tlb_state),
+    "TlbLevel": Call(lambda: functools.partial(TlbLevel, "a"), {"sets": (3, 1, 1 << 24), "ways": (1, 1, 1 << 24)}),
+    "TlbHierarchy": Call(lambda: lambda seed: hierarchy_state(TlbHierarchy([TlbLevel("a", 1, 2, "random")], seed=seed)),
+                         {"seed": (5, 0, U64)}),
+    "TlbHierarchy.use": Call(method(used_hierarchy, "use"), {"space": (3, 0, U64), "pcid": (2, 0, 4095)}, state=hierarchy_state),
+    "TlbHierarchy.mov_cr3": Call(method(used_hierarchy, "mov_cr3"), {"pcid": (2, 0, 4095)}, {"keep": True},
+                                 state=hierarchy_state),
+    "TlbHierarchy.invlpg": Call(method(used_hierarchy, "invlpg"), {"gva": (PAGE, 0, U64)}, state=hierarchy_state),
+    "TlbHierarchy.invpcid": Call(method(used_hierarchy, "invpcid"),
+                                 {"type": (0, 0, 3), "pcid": (2, 0, 4095), "gva": (PAGE, 0, U64)}, state=hierarchy_state),
+    "TlbHierarchy.flush_space": Call(method(used_hierarchy, "flush_space"), {"space": (3, 0, U64)}, state=hierarchy_state),
+    "TlbHierarchy.access": Call(method(used_hierarchy, "access"),
+                                {"gva": (PAGE, 0, U64), "access": (4, 0, 255), "level": (2, 0, 255)}, {"is_global": True},
+                                state=hierarchy_state, arrays=("gva", "access", "level", "is_global"),
+                                optional=("is_global",)),
     "Tracepoints": Call(lambda: Tracepoints, {"capacity": (8, 1, 1 << 32)}),
     "Vcpu.smm": Call(lambda: set_smm(paging_off()), flags={"smm": True}),
     "Vcpu.set_regs": Call(method(paging_off, "set_regs"), REGISTERS | {"pkru": (3, 0, U32), "rflags": (2, 0, U64)},
@@ -399,8 +429,8 @@ CALLS = {
         "fmt": PageFormat(), "spte": BITS}),
 }
 # Records that the package makes and callers read. Faults may be made by hand: deliver_page_fault() and its kin check them.
-RECORDS = ("Chunk", "ExceptionInjected", "ExitToL1", "GuestFault", "NestedFault", "Recording", "Report", "SvmExit", "TraceEvent",
-           "VmFail", "VmxExit", "WalkRecord", "WalkStep")
+RECORDS = ("Chunk", "ExceptionInjected", "ExitToL1", "GuestFault", "NestedFault", "Recording", "Report", "SvmExit", "TlbStats",
+           "TraceEvent", "VmFail", "VmxExit", "WalkRecord", "WalkStep")
 ELSEWHERE = {"convert", "ParquetTrace", "replay"}                   # tests of their own, below
 
 
