@@ -1,8 +1,9 @@
 """The extension modules of kvmmu, their two directive sets, and the build switches. All else is in pyproject.toml."""
 
 import os
-import sys
-from glob import glob
+import re
+from functools import cache
+from pathlib import Path
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
@@ -32,7 +33,7 @@ DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks ev
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
 SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
 
-COMPILE_ARGS = ["/std:c11", "/O2"] if sys.platform == "win32" else ["-O3", "-std=gnu11", "-Wno-unused-function"]
+COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function"]      # of gcc and clang
 LINK_ARGS = []
 if WERROR:
     Options.warning_errors = True
@@ -42,12 +43,31 @@ if SANITIZE:
     LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 
 
+@cache
+def files_behind(path):
+    """Return the files of kvmmu that a Cython or C source is compiled from: what it includes and cimports, and their own."""
+    path = Path(path)
+    text = path.read_text()
+    found = {Path(name) for name in re.findall(r'^\s*(?:cdef extern from|#\s*include)\s+"(kvmmu/[^"]*)"', text, re.MULTILINE)}
+    if path.suffix == ".pyx":
+        found.add(path.with_suffix(".pxd"))
+    for module in re.findall(r"^\s*(?:from|cimport) (kvmmu[\w.]*)(?: cimport|\s*$)", text, re.MULTILINE):
+        found.add(Path(module.replace(".", "/")).with_suffix(".pxd"))
+    found = {file for file in found if file.exists() and file != path}
+    return frozenset(found.union(*map(files_behind, found)))
+
+
+def headers_of(source):
+    """Return the C files that a Cython source is compiled with."""
+    return sorted(str(file) for file in files_behind(source) if file.suffix in (".h", ".c"))
+
+
 def extensions(names, directives):
-    modules = [
-        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["."],
-                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/**/*.h", recursive=True))
-        for name in names
-    ]
+    modules = []
+    for name in names:
+        source = f"kvmmu/{name.replace('.', '/')}.pyx"
+        modules.append(Extension(f"kvmmu.{name}", [source], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
+                                 extra_link_args=LINK_ARGS, depends=headers_of(source)))
     return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")
 
 
