@@ -6,11 +6,7 @@
 
 #include "kvmmu/arch/_bits.h"
 
-#if defined(_MSC_VER)
-#define KVMMU_INLINE static __forceinline
-#else
 #define KVMMU_INLINE static inline __attribute__((always_inline))
-#endif
 
 #define KVMMU_ACCESS_BYTES 64 /* an access byte without SHADOW_STACK; a power of two */
 #define KVMMU_LOOK_ACCESS_SHIFT 16

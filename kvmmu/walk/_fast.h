@@ -5,19 +5,11 @@
 #include "kvmmu/arch/_gpte.h"
 #include "kvmmu/memory/_memory.h"
 
-#if defined(__GNUC__)
-#define KVMMU_LIKELY(x) __builtin_expect(!!(x), 1)
 #define KVMMU_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#else
-#define KVMMU_LIKELY(x) (x)
-#define KVMMU_UNLIKELY(x) (x)
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define KVMMU_UNROLL _Pragma("GCC unroll 5")
-#elif defined(__clang__)
+#if defined(__clang__)
 #define KVMMU_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define KVMMU_UNROLL
+#define KVMMU_UNROLL _Pragma("GCC unroll 5")
 #endif
 
 #define KVMMU_PLAIN_ACCESSES 32 /* (ACCESS_VALID_MASK >> PERMISSIONS_INDEX_SHIFT) + 1 */

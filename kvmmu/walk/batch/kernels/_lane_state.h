@@ -9,11 +9,7 @@
 
 #define KVMMU_LANES ((size_t)64)
 
-#if defined(__GNUC__)
 #define KVMMU_ALIGNED(n) __attribute__((aligned(n)))
-#else
-#define KVMMU_ALIGNED(n)
-#endif
 
 /* A prefix in one word: address in the host of the table of the last entry (level 1, and whole tables) or of the last entry itself,
  * rights so far, level of the last entry, and three notes. */

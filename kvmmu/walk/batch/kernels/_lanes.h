@@ -307,7 +307,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
                                                           recall_##name, emit_##name};
 
 KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_body)
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
 #include "kvmmu/walk/batch/kernels/_lanes_avx2.h"
 KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_words, read_words, recall_words)
@@ -319,7 +319,7 @@ static const struct kvmmu_lane_ops *kvmmu_lane_ops_of(const char *name)
 {
     if (!strcmp(name, "portable"))
         return &lane_ops_portable;
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
         return &lane_ops_avx2;
