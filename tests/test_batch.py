@@ -108,7 +108,7 @@ def test_instruction_sets_that_never_ran_are_not_chosen():
     """AVX-512 is there by name, where the processor has it; the best of the others is the default."""
     assert default_instruction_set() in ("avx2", "portable")
     assert default_instruction_set() == next(name for name in instruction_sets() if name != "avx512")
-    code = "from kvmmu import _batch; print(_batch.default_instruction_set())"
+    code = "from kvmmu.walk.batch import _job; print(_job.default_instruction_set())"
     for name in instruction_sets():
         done = subprocess.run([sys.executable, "-Pc", code], env=os.environ | {"KVMMU_INSTRUCTION_SET": name},
                               capture_output=True,

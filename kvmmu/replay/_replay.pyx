@@ -13,7 +13,7 @@ from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
 from kvmmu.replay._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu.walk._contexts cimport Contexts, ContextWalks
-from kvmmu.walk.batch._arrays cimport aligned, column, column_of, plain_column
+from kvmmu.walk.batch._arrays cimport aligned, column, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.walk.results import check_access, check_array
@@ -32,7 +32,7 @@ ctypedef fused page_index:
 
 cdef column checked_column(str name, array, Py_ssize_t itemsize, Py_ssize_t rows, list kept) except *:
     """A column that a caller may have made. IN rows: how many there must be, -1: any; kept: takes the array to be kept."""
-    plain = aligned(plain_column(array), itemsize)
+    plain = aligned(exact_column(array), itemsize)
     kept.append(plain)
     return column_of("", name, plain, itemsize, rows, False)
 
@@ -313,7 +313,7 @@ cdef class RowLoop(BlockWalker):
             array = getattr(chunk, name)
             if array is not None or name not in ("vcpu", "size", "value"):
                 check_array(name, array, dtype)
-            columns[name] = aligned(plain_column(array), dtype.itemsize)
+            columns[name] = aligned(exact_column(array), dtype.itemsize)
         self.op, self.addr, self.access, self.gpa = (columns[name] for name in ("op", "addr", "access", "gpa"))
         lengths = {self.addr.shape[0], self.access.shape[0], self.gpa.shape[0], self.op.shape[0]}
         self.vcpu, self.size, self.value = (columns[name] for name in ("vcpu", "size", "value"))

@@ -6,12 +6,12 @@ from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.walk._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
-from kvmmu.walk._fast cimport plain_walk
+from kvmmu.walk._fast cimport fast_walk
 
 
 cdef class PageWalk:
     cdef kvm_pagewalk w                 # but for the memory
-    cdef plain_walk plain               # over the table with the number `table`, which the memory keeps while it is in force
+    cdef fast_walk fast               # over the table with the number `table`, which the memory keeps while it is in force
     cdef uint64_t table
     cdef WalkCopy copy                  # the last one; None: something of the walk has changed since
     cdef cpu_caps caps

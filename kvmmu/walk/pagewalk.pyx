@@ -15,9 +15,9 @@ from kvmmu.walk._contexts cimport (
     role_of, second_stage, widths_of,
 )
 from kvmmu.walk._explain cimport fault_behind, record_of
-from kvmmu.walk._fast cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
+from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
 from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
-from kvmmu.walk.batch._arrays cimport plain_access, plain_column
+from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
 from kvmmu.arch._roles import CpuRole
@@ -58,14 +58,14 @@ cdef class PageWalk:
         self.w.fmt = &self.format.fmt
         self.w.cpu_role = 0                         # not valid: equal to no role
         self.caps.maxphyaddr = MAXPHYADDR_MIN
-        init_plain_walk(&self.plain, &self.w)
+        init_fast_walk(&self.fast, &self.w)
 
     # ---- for the vCPU --------------------------------------------------------------------------------------------------
 
     cdef int changed(self) except -1:
         """What was derived from the walk counts no more."""
         self.table = NEVER_SEEN
-        init_plain_walk(&self.plain, &self.w)
+        init_fast_walk(&self.fast, &self.w)
         self.copy = None
         return 0
 
@@ -193,7 +193,7 @@ cdef class PageWalk:
         self.check_in_use()
         table = self.mem.current()
         self.table = table.number
-        use_plain_memory(&self.plain, &table.mem)
+        use_fast_memory(&self.fast, &table.mem)
         return 0
 
     @property
@@ -338,19 +338,19 @@ cdef class PageWalk:
         cdef SlotTable table
         cdef Job job
         cdef Py_ssize_t n
-        gva, access = plain_column(gva), plain_access(access)
+        gva, access = exact_column(gva), exact_access(access)
         if type(threads) is not int or threads != 1:            # small batches do not pay for checks of the defaults
             threads = check_threads("threads", threads)
         if regs is not None:
             contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
             self.check_contexts(contexts)
-            ctx = plain_column(ctx)
+            ctx = exact_column(ctx)
         elif ctx is not None:
             raise ValueError("ctx: needs regs, the register sets that it indexes")
         if not fresh:
             if not isinstance(out, Translation):
                 raise ValueError(f"out: want a Translation, got {type(out).__name__}")
-            arrays = [plain_column(getattr(out, name)) for name in names]
+            arrays = [exact_column(getattr(out, name)) for name in names]
         # from here to the walk no code of the caller's runs
         job = new_job()
         n = job.take_rows(gva, access)
@@ -397,7 +397,7 @@ cdef class PageWalk:
         cdef kvmmu_translation t
         if self.table != self.mem.number:           # or the walk is not in use
             self.use_memory()
-        t = translate_plainly(&self.plain, self.w.vcpu, addr, a)
+        t = translate_fast(&self.fast, self.w.vcpu, addr, a)
         return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):

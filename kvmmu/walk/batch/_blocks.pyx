@@ -7,21 +7,21 @@ from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
     STATUS_PAGE_FAULT,
 )
-from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, explicit_access
 from kvmmu.walk.batch._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level,
+    KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_leaf_block, kvmmu_psce_level,
 )
-from kvmmu.walk.batch._leaf cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
-from kvmmu.walk.batch._psc cimport find_prefix, mark_word
+from kvmmu.walk.batch._leaf cimport MAX_REMAINING_IN_BLOCK, find_leaves, check_leaves, lane_bit, rights_count, set_bits_of
+from kvmmu.walk.batch._psc cimport find_psce, mark_word
 from kvmmu.walk.batch._rows cimport (
-    BLOCKS, accesses_from, batch, block, columns_from, common_columns, quick_row, remember, spaces_of, walk_row, write_more,
+    BLOCKS, accesses_from, batch, block, columns_from, common_columns, fast_row, remember, cached_walks_of, walk_row, write_more,
     write_row,
 )
 
 # Fewer rows than this are walked one by one.
 cdef size_t MIN_LANES = 8
 # Tables of last entries (of 4 KiB) up to which those are taken to be in the cache.
-cdef size_t NEAR = 96
+cdef size_t MAX_CACHED_TABLES_IN_BLOCK = 96
 
 
 cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
@@ -30,26 +30,26 @@ cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
 
 cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
     """Level of the last entry of the first stage."""
-    return <uint8_t>kvmmu_prefix_level(k.a.ref[lane]) if k.w.kind == WALK_TABLES else 0
+    return <uint8_t>kvmmu_psce_level(k.a.psce[lane]) if k.w.kind == WALK_TABLES else 0
 
 
 cdef void start_block(batch *b, block *k) noexcept nogil:
     """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
     cdef const kvm_pagewalk *w = k.w
     cdef size_t lane
-    k.spaces = spaces_of(b, w, True)
+    k.cached = cached_walks_of(b, w, True)
     k.halfway = False
-    k.cold = k.failed = k.unknown = 0
-    k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
+    k.bits_deferred = k.failed = k.unknown = 0
+    k.held = 0 if k.count == KVMMU_BLOCK_ROWS else ~<uint64_t>0 << k.count
     if w.kind == WALK_TABLES:
-        find_lanes(b.ops, &k.spaces.first, &k.a, k.gva, ~k.held, k.spaces.first.found > NEAR)
+        find_leaves(b.kernels, &k.cached.first, &k.a, k.gva, ~k.held, k.cached.first.found > MAX_CACHED_TABLES_IN_BLOCK)
         return
-    for lane in range(KVMMU_LANES):
+    for lane in range(KVMMU_BLOCK_ROWS):
         k.a.gpa[lane] = k.gva[lane] & w.gva_mask
 
 
 cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
-    """Walk the rows of these lanes one by one, and find their prefixes anew if they were cold."""
+    """Walk the rows of these lanes one by one, and find their psc anew if they were cold."""
     cdef size_t lane
     lanes &= ~k.held
     k.held |= lanes
@@ -58,13 +58,13 @@ cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
         lanes &= lanes - 1
         walk_row(b, row_of(k, lane))
         if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
-                k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
-            find_prefix(&k.spaces.first, k.gva[lane] & k.w.gva_mask)
+                k.a.miss & lane_bit(lane) or (k.a.psce[lane] >> PSCE_ACCESSED_CLEAR_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
+            find_psce(&k.cached.first, k.gva[lane] & k.w.gva_mask)
 
 
 cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
     """The error code of a lane of the first stage that faults."""
-    return <uint32_t>(k.a.error[lane] | (k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT) & k.w.pferr_mask)
+    return <uint32_t>(k.a.error[lane] | (k.a.access_info[lane] >> KVMMU_ACCESS_INFO_SHIFT) & k.w.pferr_mask)
 
 
 cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status, uint64_t gpa) noexcept nogil:
@@ -79,7 +79,7 @@ cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status, u
         r.pte = r.level = r.pte_access = r.refs = 0
     else:
         r.pte = k.a.pte[lane]
-        r.level = <uint8_t>kvmmu_prefix_level(k.a.ref[lane])
+        r.level = <uint8_t>kvmmu_psce_level(k.a.psce[lane])
         r.pte_access = <uint8_t>k.a.pte_access[lane] if r.pte & k.w.present_mask else 0
         r.refs = <uint8_t>(top + 1 - r.level)
     write_more(b.out, row_of(k, lane), &r)
@@ -121,9 +121,9 @@ cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
             remember(b, row_of(k, lane), gpa[lane], level_of(k, lane))
 
 
-cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcept nogil:
+cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_leaf_block *l) noexcept nogil:
     """Where the addresses of the last stage go: the column itself, if the whole block is one stretch of it."""
-    if k.contiguous and k.count == KVMMU_LANES and b.out.gpa is not NULL:
+    if k.contiguous and k.count == KVMMU_BLOCK_ROWS and b.out.gpa is not NULL:
         return &b.out.gpa[k.base]
     return l.gpa
 
@@ -135,25 +135,25 @@ cdef void write_columns(batch *b, block *k, uint64_t fault) noexcept nogil:
     """
     cdef common_columns out
     cdef size_t lane, row
-    cdef bint many = kvmmu_count_bits(fault) > FEW_ODD
+    cdef bint many = kvmmu_count_bits(fault) > MAX_REMAINING_IN_BLOCK
     if not k.contiguous or b.more or b.recalls:
         return
-    if k.count < KVMMU_LANES:
+    if k.count < KVMMU_BLOCK_ROWS:
         k.contiguous = False                            # row by row
         for row in range(k.count):
             k.rows[row] = k.base + row
         return
     out = columns_from(b, k.base)
     if out.level is not NULL:
-        for lane in range(KVMMU_LANES):
+        for lane in range(KVMMU_BLOCK_ROWS):
             out.level[lane] = level_of(k, lane)
-    b.ops.emit(&k.a, fault if many else 0, k.w.pferr_mask, out.gpa, out.status, out.error_code)
+    b.kernels.emit(&k.a, fault if many else 0, k.w.pferr_mask, out.gpa, out.status, out.error_code)
     if many:
         k.held |= fault
 
 
 cdef void advance_block(batch *b, block *k) noexcept nogil:
-    """Point 2: the first stage is judged; without a second one the rows are written."""
+    """Point 2: the first stage is checked; without a second one the rows are written."""
     cdef const kvm_pagewalk *w = k.w
     cdef const kvm_pagewalk *n = w.ngpa
     cdef uint64_t *gpa
@@ -163,15 +163,16 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         gpa = k.a.gpa
         if n is NULL:
             gpa = room_for(b, k, &k.a)
-        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.gva, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
+        check_leaves(b.kernels, &k.cached.first, &k.a, k.held, k.gva, k.access, b.more or (n is not NULL and rights_count(n)),
+                     gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
         k.failed = (k.a.fault | k.a.noncanonical) & ~k.held
         if k.a.slow and (n is NULL or not w.final_before_ad):
-            unknown |= set_bits_of(&k.spaces.first, &k.a, k.a.slow)
+            unknown |= set_bits_of(&k.cached.first, &k.a, k.a.slow)
         elif k.a.slow:
-            k.cold = k.a.slow
+            k.bits_deferred = k.a.slow
         if n is NULL:
             write_columns(b, k, k.failed & ~k.a.noncanonical)
             if k.failed:
@@ -195,7 +196,7 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
     cdef uint32_t access
     cdef uint64_t pte_access = ACC_ALL
     cdef bint rights = rights_count(n)
-    for lane in range(KVMMU_LANES):
+    for lane in range(KVMMU_BLOCK_ROWS):
         access = explicit_access(k.access[lane])
         if k.w.kind == WALK_SECOND_STAGE:
             pte_access = ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK
@@ -203,33 +204,34 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
             pte_access = k.a.pte_access[lane]
         k.second_access[lane] = <uint8_t>second_stage_access(n, access, True, <uint32_t>pte_access)
     if n.ngpa_rsvd_mask:
-        for lane in range(KVMMU_LANES):
+        for lane in range(KVMMU_BLOCK_ROWS):
             if k.a.gpa[lane] & n.ngpa_rsvd_mask:
                 k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
-    find_lanes(b.ops, &k.spaces.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown), k.spaces.second.found > NEAR)
+    find_leaves(b.kernels, &k.cached.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown),
+                k.cached.second.found > MAX_CACHED_TABLES_IN_BLOCK)
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:
-    """Point 3: the second stage is judged, and the rows are written."""
+    """Point 3: the second stage is checked, and the rows are written."""
     cdef uint64_t unknown, faults, done = k.held | k.failed
     cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
-    k.b.miss |= k.unknown | k.failed                    # do not judge them
-    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
+    k.b.miss |= k.unknown | k.failed                    # do not check them
+    check_leaves(b.kernels, &k.cached.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)
-    if k.cold:                          # the second stage has been granted: now the bits of the first
-        unknown |= k.cold & k.b.slow
-        unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
-    unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
+    if k.bits_deferred:                          # the second stage has been granted: now the bits of the first
+        unknown |= k.bits_deferred & k.b.slow
+        unknown |= set_bits_of(&k.cached.first, &k.a, k.bits_deferred & ~(unknown | faults | done))
+    unknown |= set_bits_of(&k.cached.second, &k.b, k.b.slow & ~unknown)
     write_columns(b, k, k.failed & ~k.a.noncanonical)
     fail_lanes(b, k, k.failed)
     while faults:
         lane = kvmmu_first_bit(faults)
         faults &= faults - 1
         k.held |= lane_bit(lane)
-        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0, <uint8_t>kvmmu_prefix_level(k.b.ref[lane]))
+        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0, <uint8_t>kvmmu_psce_level(k.b.psce[lane]))
     leave_to_walk(b, k, unknown)
     if not k.contiguous or b.recalls:
         write_passed(b, k, gpa)
@@ -243,22 +245,22 @@ cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
 
 cdef void push_block(batch *b, block *k) noexcept nogil:
     """Start this block, and take the two before it one point further."""
-    cdef size_t next = b.turn + 1 if b.turn + 1 < BLOCKS else 0
+    cdef size_t next = b.next_block + 1 if b.next_block + 1 < BLOCKS else 0
     cdef block *before = &b.blocks[next]
-    cdef block *last = &b.blocks[b.turn - 1 if b.turn else BLOCKS - 1]
+    cdef block *last = &b.blocks[b.next_block - 1 if b.next_block else BLOCKS - 1]
     start_block(b, k)
     if last.w is not NULL and not last.halfway:
         advance_block(b, last)
     if before.w is not NULL:
         finish_block(b, before)
-    b.turn = next
+    b.next_block = next
 
 
 cdef void drain_blocks(batch *b) noexcept nogil:
     cdef size_t i
     cdef block *k
     for i in range(<size_t>BLOCKS):                              # oldest first
-        k = &b.blocks[(b.turn + i) % BLOCKS]
+        k = &b.blocks[(b.next_block + i) % BLOCKS]
         if k.w is not NULL and not k.halfway:
             advance_block(b, k)
         if k.w is not NULL:
@@ -274,46 +276,46 @@ cdef bint fits_lanes(const batch *b, const kvm_pagewalk *w) noexcept nogil:
     return w.ngpa is NULL or not b.more
 
 
-cdef void put_one_by_one(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
+cdef void translate_each(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
     """Rows of one walk that make no block. IN rows: NULL: first and those after it."""
-    cdef bint quick = b.lanes and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
+    cdef bint fast = b.by_blocks and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
     cdef size_t i, row
     for i in range(count):
         row = first + i if rows is NULL else rows[i]
-        if quick:
-            quick_row(b, row)
+        if fast:
+            fast_row(b, row)
         else:
             walk_row(b, row)
 
 
-cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
+cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
     """Up to 64 rows of one walk that stand side by side."""
     cdef block *k
     cdef size_t i
     if count < MIN_LANES or not fits_lanes(b, w):
-        put_one_by_one(b, w, NULL, first, count)
+        translate_each(b, w, NULL, first, count)
         return
-    k = &b.blocks[b.turn]
+    k = &b.blocks[b.next_block]
     k.w, k.count, k.contiguous, k.base = w, count, True, first
     k.gva, k.access = &b.gva[first], accesses_from(b, first)
-    if count < KVMMU_LANES:
-        for i in range(KVMMU_LANES):
+    if count < KVMMU_BLOCK_ROWS:
+        for i in range(KVMMU_BLOCK_ROWS):
             k.own_gva[i] = b.gva[first + (i if i < count else 0)]
             k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]
         k.gva, k.access = k.own_gva, k.own_access
     push_block(b, k)
 
 
-cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
+cdef void enqueue_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
     """Up to 64 rows of one walk."""
     cdef block *k
     cdef size_t i, row
     if count < MIN_LANES or not fits_lanes(b, w):
-        put_one_by_one(b, w, rows, 0, count)
+        translate_each(b, w, rows, 0, count)
         return
-    k = &b.blocks[b.turn]
+    k = &b.blocks[b.next_block]
     k.w, k.count, k.contiguous = w, count, False
-    for i in range(KVMMU_LANES):
+    for i in range(KVMMU_BLOCK_ROWS):
         row = rows[i if i < count else 0]
         k.rows[i] = row
         k.own_gva[i] = b.gva[row]

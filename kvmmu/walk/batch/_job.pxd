@@ -6,7 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.memory._memory cimport SlotTable
 from kvmmu.walk.batch._psc cimport WalkCache
-from kvmmu.walk.batch._rows cimport batch, batch_columns, block, waiting_rows, walk_spaces
+from kvmmu.walk.batch._rows cimport batch, batch_columns, block, deferred_rows, cached_walks
 
 
 cdef class Workspace:
@@ -14,8 +14,8 @@ cdef class Workspace:
     cdef WalkCache cache
     cdef void *block_memory
     cdef block *blocks                  # in it
-    cdef walk_spaces *spaces
-    cdef waiting_rows *waiting
+    cdef cached_walks *cached
+    cdef deferred_rows *deferred
     cdef uint8_t *touched
 
 cdef Workspace new_workspace()
@@ -31,7 +31,7 @@ cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil
 cdef struct place:
     size_t row
     size_t stop                         # of its piece
-    size_t slice                        # rows to walk before it looks at the clock
+    size_t slice                        # rows to walk before it access_info at the clock
 
 
 cdef class Job:

@@ -2,10 +2,10 @@
 
     recall     64 rows at a time, translations that this batch made already (by page and access)
     straight   what is left, 64 rows of one walk at a time, where most of them pass and few tables are in use: their last
-               entries, which prefixes of their walks lead to (`_psc.pxd`), are read side by side and compared with what
+               entries, which psc of their walks lead to (`_psc.pxd`), are read side by side and compared with what
                surely passes (`_straight.pxd`, `_lanes.h`)
     lanes      elsewhere, blocks of up to 64 rows of one walk, a few of them on their way at a time: their last entries are
-               fetched ahead, and judged side by side by the whole rules (`_blocks.pxd`)
+               fetched ahead, and leaf side by side by the whole rules (`_blocks.pxd`)
     one by one rows that set accessed or dirty bits in upper levels, lose a race, or whose prefix cannot be known: the scalar
                walk (`_walk.pyx`), which is the reference for all the others
 """
@@ -24,16 +24,17 @@ from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies,
 from kvmmu.walk.batch._arrays cimport (
     MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
 )
-from kvmmu.walk.batch._blocks cimport drain_blocks, put_rows, put_run
+from kvmmu.walk.batch._blocks cimport drain_blocks, enqueue_rows, enqueue_run
 from kvmmu.walk.batch._lanes cimport (
-    KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
+    KVMMU_BLOCK_ROWS, KVMMU_BLOCK_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_kernels, kvmmu_kernels_of,
 )
 from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu.walk.batch._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
-    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
+    CACHED_WALKS, BLOCKS, DEFERRED_CONTEXTS, accesses_from, batch, batch_columns, block, columns_from, common_columns,
+    of_one_context,
+    order_shows, fast_row, recall_row, deferred_rows, walk_of, walk_row, cached_walks,
 )
-from kvmmu.walk.batch._straight cimport go_straight
+from kvmmu.walk.batch._straight cimport translate_uniform_blocks
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
@@ -51,10 +52,10 @@ cdef size_t FIRST_REST = 128
 cdef size_t LAST_REST = 8192
 # Of the rows of a batch, for each thread: the faster ones take more of them.
 _PIECES = 8
-_BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
+_BLOCK = int(KVMMU_BLOCK_ROWS)               # rows; no two threads write one line of the cache
 # More threads than this count as so many.
 _MOST_THREADS = 64
-# A thread looks at the clock after so many rows at first: a tenth of a second or so if every row is of the slowest kind.
+# A thread access_info at the clock after so many rows at first: a tenth of a second or so if every row is of the slowest kind.
 cdef size_t FIRST_SLICE = 524288
 cdef size_t LAST_SLICE = 4194304
 # Nanoseconds that a slice should take, and after which Python may handle signals. 0.2 s is what a person takes for at once.
@@ -62,7 +63,7 @@ cdef uint64_t SHORT_SLICE = 5000000
 cdef uint64_t LONG_SLICE = 20000000
 cdef uint64_t A_WHILE = 50000000
 
-cdef const kvmmu_lane_ops *OPS = NULL
+cdef const kvmmu_kernels *KERNELS = NULL
 _INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 
@@ -74,19 +75,19 @@ def use_instruction_set(name):
     ValueError
         There is no such set, or this CPU or build does not have it.
     """
-    global OPS
-    cdef const kvmmu_lane_ops *ops = NULL
+    global KERNELS
+    cdef const kvmmu_kernels *kernels = NULL
     encoded = str(name).encode()
     if name in _INSTRUCTION_SETS:
-        ops = kvmmu_lane_ops_of(encoded)
-    if ops is NULL:
+        kernels = kvmmu_kernels_of(encoded)
+    if kernels is NULL:
         raise ValueError(f"instruction set {name!r}: want one of {', '.join(instruction_sets())}")
-    OPS = ops
+    KERNELS = kernels
 
 
 def instruction_sets():
     """The instruction sets that this CPU and build have, best first."""
-    return [name for name in _INSTRUCTION_SETS if kvmmu_lane_ops_of(name.encode()) is not NULL]
+    return [name for name in _INSTRUCTION_SETS if kvmmu_kernels_of(name.encode()) is not NULL]
 
 
 def default_instruction_set():
@@ -99,66 +100,66 @@ use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or default_instructi
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
-cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
+cdef void enqueue_chunk(batch *b, size_t start, size_t count) noexcept nogil:
     """Up to 64 rows from start on, in runs of one walk."""
     cdef size_t i, first = start
-    if b.ctx is not NULL and not (count == KVMMU_LANES and of_one_context(&b.ctx[start])):
+    if b.ctx is not NULL and not (count == KVMMU_BLOCK_ROWS and of_one_context(&b.ctx[start])):
         for i in range(start + 1, start + count):
             if b.ctx[i] != b.ctx[first]:
-                put_run(b, walk_of(b, first), first, i - first)
+                enqueue_run(b, walk_of(b, first), first, i - first)
                 first = i
-    put_run(b, walk_of(b, first), first, start + count - first)
+    enqueue_run(b, walk_of(b, first), first, start + count - first)
 
 
-cdef void put_waiting(batch *b, waiting_rows *g) noexcept nogil:
-    put_rows(b, &b.walks[g.ctx], g.rows, g.count)
+cdef void enqueue_deferred(batch *b, deferred_rows *g) noexcept nogil:
+    enqueue_rows(b, &b.walks[g.ctx], g.rows, g.count)
     g.count = 0
 
 
-cdef void put_all_waiting(batch *b) noexcept nogil:
+cdef void enqueue_all_deferred(batch *b) noexcept nogil:
     cdef size_t i
-    if b.waits:
-        for i in range(<size_t>WAITING):
-            if b.waiting[i].count:
-                put_waiting(b, &b.waiting[i])
-    b.waits = False
+    if b.has_deferred:
+        for i in range(<size_t>DEFERRED_CONTEXTS):
+            if b.deferred[i].count:
+                enqueue_deferred(b, &b.deferred[i])
+    b.has_deferred = False
 
 
-cdef bint let_wait(batch *b, size_t start) noexcept nogil:
+cdef bint defer_rows(batch *b, size_t start) noexcept nogil:
     """64 rows of several contexts, until there are enough of each. False: they go on at once."""
     cdef uint32_t ctx[64]
-    cdef waiting_rows *g
+    cdef deferred_rows *g
     cdef uint32_t last = b.last_context, beyond = 0, changes = 0
     cdef size_t i
     memcpy(ctx, &b.ctx[start], sizeof(ctx))
     kvmmu_keep_copies()                             # a comparison that reads the column twice would let a change through
-    for i in range(KVMMU_LANES):
+    for i in range(KVMMU_BLOCK_ROWS):
         beyond |= ctx[i] | (last - ctx[i])          # the highest bit: ctx[i] > last, both being below 2^31 as a rule
     if beyond >> 31:
-        for i in range(KVMMU_LANES):
+        for i in range(KVMMU_BLOCK_ROWS):
             ctx[i] = min(ctx[i], last)
-    for i in range(1, KVMMU_LANES):
+    for i in range(1, KVMMU_BLOCK_ROWS):
         changes += ctx[i] != ctx[i - 1]
     if b.more or changes < MANY_CHANGES:
         return False
-    for i in range(KVMMU_LANES):
+    for i in range(KVMMU_BLOCK_ROWS):
         if order_shows(&b.walks[ctx[i]]):
             return False
-    for i in range(KVMMU_LANES):
-        g = &b.waiting[ctx[i] % WAITING]
+    for i in range(KVMMU_BLOCK_ROWS):
+        g = &b.deferred[ctx[i] % DEFERRED_CONTEXTS]
         if g.count and g.ctx != ctx[i]:
-            put_waiting(b, g)
+            enqueue_deferred(b, g)
         if not g.count:
             g.ctx = ctx[i]
         g.rows[g.count] = start + i
         g.count += 1
-        if g.count == KVMMU_LANES:
-            put_waiting(b, g)
-    b.waits = True
+        if g.count == KVMMU_BLOCK_ROWS:
+            enqueue_deferred(b, g)
+    b.has_deferred = True
     return True
 
 
-cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
+cdef void enqueue_some(batch *b, size_t start, uint64_t some) noexcept nogil:
     """Rows from start on whose bit is set, in runs of one walk."""
     cdef size_t rows[64]
     cdef size_t row, first = 0, count = 0
@@ -166,11 +167,11 @@ cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
         row = start + kvmmu_first_bit(some)
         some &= some - 1
         if b.ctx is not NULL and count > first and b.ctx[row] != b.ctx[rows[first]]:
-            put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
+            enqueue_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
             first = count
         rows[count] = row
         count += 1
-    put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
+    enqueue_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
 
 
 cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
@@ -178,44 +179,44 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     cdef uint64_t room[64]
     cdef common_columns out = columns_from(b, start)
     cdef const uint32_t *ctx = b.ctx
-    cdef uint64_t misses, space = b.space
+    cdef uint64_t misses, memo_id = b.memo_id
     cdef size_t row
     if out.gpa is NULL:
         out.gpa = room
     if ctx is not NULL:
         ctx = &b.ctx[start]
         if of_one_context(ctx):
-            space += ctx[0]
+            memo_id += ctx[0]
             ctx = NULL
-    misses = b.ops.recall(b.tlb, &b.gva[start], accesses_from(b, start), ctx, space, out.gpa, out.level, out.status,
-                          out.error_code)
+    misses = b.kernels.recall(b.memo, &b.gva[start], accesses_from(b, start), ctx, memo_id, out.gpa, out.level, out.status,
+                              out.error_code)
     b.tried += 1
     if not misses:
         return
     b.missed += kvmmu_count_bits(misses)
     if kvmmu_count_bits(misses) > FEW_MISSES:
-        put_some(b, start, misses)
+        enqueue_some(b, start, misses)
         return
     while misses:
         row = start + kvmmu_first_bit(misses)
         misses &= misses - 1
         if not recall_row(b, row):
-            quick_row(b, row)
+            fast_row(b, row)
 
 
 cdef void consider_recall(batch *b) noexcept nogil:
     """Remember translations as long as most rows find theirs; try again later, and ever later."""
-    cdef size_t rows = b.tried * KVMMU_LANES
+    cdef size_t rows = b.tried * KVMMU_BLOCK_ROWS
     if b.tried < TRIAL and not (b.tried == FIRST_LOOK and b.missed > rows - rows // 4):
         return
     if b.missed > rows // 2:
         drain_blocks(b)
         b.recalls = False
-        b.skip = b.patience
-        if b.patience < LAST_REST:
-            b.patience *= 4
+        b.recall_after = b.recall_backoff
+        if b.recall_backoff < LAST_REST:
+            b.recall_backoff *= 4
     elif b.tried >= TRIAL:
-        b.patience = FIRST_REST
+        b.recall_backoff = FIRST_REST
     b.tried = b.missed = 0
 
 
@@ -228,28 +229,28 @@ cdef bint wants_more(const batch_columns *out) noexcept nogil:
 cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bint watch) noexcept nogil:
     cdef size_t i
     b.more = wants_more(b.out)
-    b.ops = OPS
-    b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
-    b.blocks, b.spaces, b.waiting = work.blocks, work.spaces, work.waiting
-    b.waits = False
+    b.kernels = KERNELS
+    b.tables, b.memo = &work.cache.tables, work.cache.tables.memo
+    b.blocks, b.cached, b.deferred = work.blocks, work.cached, work.deferred
+    b.has_deferred = False
     b.touched = NULL
     if watch:
         b.touched = work.touched
         memset(b.touched, 0, TOUCHED_BYTES)
     b.count = count
     b.last_context = <uint32_t>(count - 1)
-    b.asid = b.space = 0
-    b.last_space = b.next_space = 0
-    for i in range(<size_t>ALL_SPACES):
-        b.spaces[i].w = NULL
-    b.tried = b.missed = b.skip = b.turn = 0
-    b.patience = FIRST_REST
+    b.walk_id = b.memo_id = 0
+    b.last_cached = b.next_cached = 0
+    for i in range(<size_t>CACHED_WALKS):
+        b.cached[i].w = NULL
+    b.tried = b.missed = b.recall_after = b.next_block = 0
+    b.recall_backoff = FIRST_REST
     if rows >= FEW_ROWS:
-        b.asid = work.cache.take_asids(2 * count)
-    b.lanes = b.asid != 0
-    if b.lanes and not b.more and rows >= 2 * KVMMU_LANES:
-        b.space = work.cache.take_spaces(count)
-    b.may_recall = b.recalls = b.space != 0
+        b.walk_id = work.cache.take_walk_ids(2 * count)
+    b.by_blocks = b.walk_id != 0
+    if b.by_blocks and not b.more and rows >= 2 * KVMMU_BLOCK_ROWS:
+        b.memo_id = work.cache.take_memo_ids(count)
+    b.may_recall = b.recalls = b.memo_id != 0
     if not b.access_stride and rows:
         memset(b.same_access, b.access[0], sizeof(b.same_access))
 
@@ -260,36 +261,36 @@ cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil:
 
 cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
     cdef size_t i = start, row, count, last, done
-    if not b.lanes:
+    if not b.by_blocks:
         for i in range(start, stop):
             walk_row(b, i)
         return
     while i < stop:
-        count = min(stop - i, <size_t>KVMMU_LANES)
-        if b.recalls and count == KVMMU_LANES:
+        count = min(stop - i, <size_t>KVMMU_BLOCK_ROWS)
+        if b.recalls and count == KVMMU_BLOCK_ROWS:
             recall_chunk(b, i)
             consider_recall(b)
         elif b.recalls:                             # the last few
             for row in range(i, stop):
                 if not recall_row(b, row):
-                    quick_row(b, row)
+                    fast_row(b, row)
         else:
             last = stop
             if b.may_recall:
-                last = min(stop, i + b.skip * KVMMU_LANES)
-            done = go_straight(b, i, last)
+                last = min(stop, i + b.recall_after * KVMMU_BLOCK_ROWS)
+            done = translate_uniform_blocks(b, i, last)
             if done:
                 count = done
-            elif count < KVMMU_LANES or b.ctx is NULL or not let_wait(b, i):
-                put_chunk(b, i, count)
+            elif count < KVMMU_BLOCK_ROWS or b.ctx is NULL or not defer_rows(b, i):
+                enqueue_chunk(b, i, count)
             if b.may_recall:
-                b.skip -= min(b.skip, (count + KVMMU_LANES - 1) // KVMMU_LANES)
-                if not b.skip:
-                    put_all_waiting(b)
+                b.recall_after -= min(b.recall_after, (count + KVMMU_BLOCK_ROWS - 1) // KVMMU_BLOCK_ROWS)
+                if not b.recall_after:
+                    enqueue_all_deferred(b)
                     drain_blocks(b)
                     b.recalls = True
         i += count
-    put_all_waiting(b)
+    enqueue_all_deferred(b)
     drain_blocks(b)
 
 
@@ -299,18 +300,18 @@ cdef class Workspace:
     def __cinit__(self, mark=None, *args):
         check_maker(mark, "a Workspace is made by a batch")
         self.cache = new_walk_cache()
-        self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
-        self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_LANES_ALIGNMENT - 1) & ~(KVMMU_LANES_ALIGNMENT - 1))
-        self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
-        self.waiting = <waiting_rows *>calloc(WAITING, sizeof(waiting_rows))
+        self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_BLOCK_ALIGNMENT)
+        self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_BLOCK_ALIGNMENT - 1) & ~(KVMMU_BLOCK_ALIGNMENT - 1))
+        self.cached = <cached_walks *>calloc(CACHED_WALKS, sizeof(cached_walks))
+        self.deferred = <deferred_rows *>calloc(DEFERRED_CONTEXTS, sizeof(deferred_rows))
         self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
-        if self.block_memory is NULL or self.spaces is NULL or self.waiting is NULL or self.touched is NULL:
+        if self.block_memory is NULL or self.cached is NULL or self.deferred is NULL or self.touched is NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.block_memory)
-        free(self.spaces)
-        free(self.waiting)
+        free(self.cached)
+        free(self.deferred)
         free(self.touched)
 
 
@@ -432,7 +433,7 @@ cdef class Job:
             if after - before < SHORT_SLICE:
                 at.slice = min(2 * at.slice, LAST_SLICE)
             elif after - before > LONG_SLICE:
-                at.slice = max(at.slice // 2, <size_t>KVMMU_LANES)
+                at.slice = max(at.slice // 2, <size_t>KVMMU_BLOCK_ROWS)
             if after - begun > A_WHILE:
                 return True
             before = after
@@ -476,6 +477,6 @@ cdef class Job:
                 for other in others:
                     other.result()
             except BaseException:
-                kvmmu_store32(&self.stopped, 1)         # they stop soon, whether somebody waits for them or not
+                kvmmu_store32(&self.stopped, 1)         # they stop soon, whether somebody has_deferred for them or not
                 raise
         return 0

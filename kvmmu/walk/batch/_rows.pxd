@@ -1,6 +1,6 @@
 """Rows of a batch, one by one: the structures that a batch works with, and what writes a row.
 
-A row is recalled, or found quickly from the prefixes of its walk, or walked by the scalar walk, which is the reference.
+A row is recalled, or found quickly from the psc of its walk, or walked by the scalar walk, which is the reference.
 """
 
 from libc.stddef cimport size_t
@@ -8,8 +8,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.memory._memory cimport kvmmu_load32, kvmmu_load64
-from kvmmu.walk.batch._lanes cimport KVMMU_LANES, kvmmu_lane_ops, kvmmu_lanes, kvmmu_tlb_entry
-from kvmmu.walk.batch._psc cimport judged_entry, lane_space, patience, walk_tables
+from kvmmu.walk.batch._lanes cimport KVMMU_BLOCK_ROWS, kvmmu_kernels, kvmmu_leaf_block, kvmmu_memo_entry
+from kvmmu.walk.batch._psc cimport leaf_result, cached_walk, backoff, walk_tables
 
 # Columns of a batch; a NULL column is not wanted.
 cdef struct batch_columns:
@@ -32,22 +32,22 @@ cdef struct common_columns:
     uint32_t *error_code
     uint8_t *level
 
-cdef struct walk_spaces:
+cdef struct cached_walks:
     const kvm_pagewalk *w
-    lane_space first
-    lane_space second
-    patience straight               # of blocks: see `_straight.pxd`
+    cached_walk first
+    cached_walk second
+    backoff uniform_backoff               # of blocks: see `_straight.pxd`
 
 # Walks whose spaces are kept: for blocks, more than there are blocks; and for single rows.
 cdef enum:
     BLOCKS = 3
-    BLOCK_SPACES = 16
-    ROW_SPACES = 64
-    ALL_SPACES = BLOCK_SPACES + ROW_SPACES
+    BLOCK_WALKS = 16
+    ROW_WALKS = 64
+    CACHED_WALKS = BLOCK_WALKS + ROW_WALKS
 
 # Up to 64 rows of one walk on their way: first stage in a, second stage in b.
 cdef struct block:
-    walk_spaces *spaces
+    cached_walks *cached
     const kvm_pagewalk *w           # NULL: free
     size_t count
     bint contiguous                 # the rows are base, base + 1, ...
@@ -57,21 +57,21 @@ cdef struct block:
     # of the first stage:
     uint64_t failed                 # lanes that fault
     uint64_t unknown                # lanes that the scalar walk must take
-    uint64_t cold                   # lanes that set accessed or dirty bits after the second stage
+    uint64_t bits_deferred                 # lanes that set accessed or dirty bits after the second stage
     size_t rows[64]                 # where they are not
     const uint64_t *gva             # 64 of each: the caller's own, or
     const uint8_t *access
     uint64_t own_gva[64]
     uint8_t own_access[64]
     uint8_t second_access[64]
-    kvmmu_lanes a
-    kvmmu_lanes b
+    kvmmu_leaf_block a
+    kvmmu_leaf_block b
 
 # Rows of one context that wait until they are as many as a block holds.
 cdef enum:
-    WAITING = 64
+    DEFERRED_CONTEXTS = 64
 
-cdef struct waiting_rows:
+cdef struct deferred_rows:
     uint32_t ctx
     uint32_t count
     size_t rows[64]
@@ -87,38 +87,38 @@ cdef struct batch:
     bint set_ad
     const batch_columns *out
     bint more                       # a column beside gpa, status, error_code and level is wanted
-    bint lanes                      # False: row by row
+    bint by_blocks                    # False: row by row
     uint8_t same_access[64]         # where access_stride is 0
     bint may_recall
     bint recalls                    # translations are remembered
-    size_t skip                     # chunks to go before trying again whether that helps
-    size_t patience
+    size_t recall_after                   # chunks to go before trying again whether that helps
+    size_t recall_backoff
     size_t tried, missed
-    uint32_t asid                   # of the first walk's prefixes; then the second stages'
-    uint32_t space                  # of the first walk's translations
+    uint32_t walk_id                   # of the first walk's psc; then the second stages'
+    uint32_t memo_id                  # of the first walk's translations
     uint64_t count                  # walks
     uint32_t last_context           # count - 1
-    const kvmmu_lane_ops *ops
+    const kvmmu_kernels *kernels
     walk_tables *tables
-    kvmmu_tlb_entry *tlb            # of tables
+    kvmmu_memo_entry *memo            # of tables
     uint8_t *touched                # NULL, or which words of memory something remembered depends on; see mark_word()
     block *blocks                   # BLOCKS
-    size_t turn
-    waiting_rows *waiting           # WAITING, by context modulo that
-    bint waits                      # there are some
-    walk_spaces *spaces             # ALL_SPACES, of the walks of late
-    size_t last_space, next_space
+    size_t next_block
+    deferred_rows *deferred           # DEFERRED_CONTEXTS, by context modulo that
+    bint has_deferred                      # there are some
+    cached_walks *cached             # CACHED_WALKS, of the walks of late
+    size_t last_cached, next_cached
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil
 # Write row i if its translation is known by now.
 cdef bint recall_row(const batch *b, size_t i) noexcept nogil
 cdef void walk_row(batch *b, size_t i) noexcept nogil
-cdef void quick_row(batch *b, size_t i) noexcept nogil
-# The first stage of row i by its last entry. False: the row is written. OUT judged: of a row that passes
-cdef bint judge_row(batch *b, walk_spaces *m, size_t i, uint64_t ref, uint64_t entry, uint64_t addr, uint32_t access,
-                    judged_entry *judged) noexcept nogil
-cdef walk_spaces *spaces_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
+cdef void fast_row(batch *b, size_t i) noexcept nogil
+# The first stage of row i by its last entry. False: the row is written. OUT leaf: of a row that passes
+cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access,
+                    leaf_result *leaf) noexcept nogil
+cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
 
 
 cdef inline uint32_t context_of(const batch *b, size_t i) noexcept nogil:
@@ -165,6 +165,6 @@ cdef inline bint of_one_context(const uint32_t *ctx) noexcept nogil:
     """Whether 64 rows are of one context."""
     cdef uint64_t differ = 0, first = ctx[0] * ((<uint64_t>1 << 32) + 1)
     cdef size_t i
-    for i in range(KVMMU_LANES // 2):
+    for i in range(KVMMU_BLOCK_ROWS // 2):
         differ |= kvmmu_load64(<const uint8_t *>&ctx[2 * i]) ^ first
     return differ == 0

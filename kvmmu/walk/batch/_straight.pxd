@@ -8,4 +8,4 @@ from libc.stddef cimport size_t
 from kvmmu.walk.batch._rows cimport batch
 
 # Rows of one walk, from first on, 64 at a time, as far as they go. Returns how many.
-cdef size_t go_straight(batch *b, size_t first, size_t stop) noexcept nogil
+cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil

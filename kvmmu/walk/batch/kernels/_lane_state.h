@@ -1,4 +1,4 @@
-/* What lanes hold, and what a batch remembers for them: prefixes and translations; and where each is found. */
+/* What lanes hold, and what a batch remembers for them: psc and translations; and where each is found. */
 #ifndef KVMMU_LANE_STATE_H
 #define KVMMU_LANE_STATE_H
 
@@ -7,146 +7,146 @@
 #include "kvmmu/arch/_gpte.h"
 #include "kvmmu/memory/_memory.h"
 
-#define KVMMU_LANES ((size_t)64)
+#define KVMMU_BLOCK_ROWS ((size_t)64)
 
 #define KVMMU_ALIGNED(n) __attribute__((aligned(n)))
 
 /* A prefix in one word: address in the host of the table of the last entry (level 1, and whole tables) or of the last entry itself,
  * rights so far, level of the last entry, and three notes. */
-#define PREFIX_HVA_BITS 48
-#define PREFIX_HVA_MASK ((UINT64_C(1) << PREFIX_HVA_BITS) - 1)
-#define PREFIX_COLD_SHIFT 48     /* an accessed bit above the last entry is still to be set */
-#define PREFIX_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
-#define PREFIX_REFUSED_SHIFT 50  /* the second stage does not let the guest write the last entry, and is asked for each update */
-#define PREFIX_LEVEL_SHIFT 56
-#define PREFIX_LEVEL_MASK UINT64_C(7)
-#define PREFIX_ACCESS_SHIFT 59
-#define PREFIX_TABLE_SHIFT 63    /* of a table: the sign, for a cheap test */
+#define PSCE_HVA_BITS 48
+#define PSCE_HVA_MASK ((UINT64_C(1) << PSCE_HVA_BITS) - 1)
+#define PSCE_ACCESSED_CLEAR_SHIFT 48     /* an accessed bit above the last entry is still to be set */
+#define PSCE_READONLY_SHIFT 49 /* the guest cannot write the last entry: its A/D bits stay */
+#define PSCE_WRITE_REFUSED_SHIFT 50  /* the second stage does not let the guest write the last entry, and is asked for each update */
+#define PSCE_LEVEL_SHIFT 56
+#define PSCE_LEVEL_MASK UINT64_C(7)
+#define PSCE_ACCESS_SHIFT 59
+#define PSCE_TABLE_SHIFT 63    /* of a table: the sign, for a cheap test */
 
-/* The table of prefixes: by region, the part of an address above the indices of the last two levels. */
-#define PREFIX_BITS 15
-#define PREFIX_ASID_SHIFT 43 /* bits of a region, whether the address is canonical or not */
-#define PREFIX_ASID_BITS 18
-#define PREFIX_TAG_LEVEL_SHIFT 61 /* level of the tables, less 1, modulo 4 */
-#define PREFIX_TAG_COLD (UINT64_C(1) << 63) /* as PREFIX_COLD_SHIFT says, for those that look at tags alone */
-#define PREFIX_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
+/* The table of psc: by addr_tag, the part of an address above the indices of the last two levels. */
+#define PSC_BITS 15
+#define PSC_WALK_ID_SHIFT 43 /* bits of a addr_tag, whether the address is canonical or not */
+#define PSC_WALK_ID_BITS 18
+#define PSC_TAG_LEVEL_SHIFT 61 /* level of the tables, less 1, modulo 4 */
+#define PSC_TAG_ACCESSED_CLEAR (UINT64_C(1) << 63) /* as PSCE_ACCESSED_CLEAR_SHIFT says, for those that access_info at tags alone */
+#define PSC_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
 
-/* Translations by page and access: the tag is page << TLB_ASID_BITS | asid; the value level, page frame, accesses known to pass. */
-#define TLB_BITS 12
-#define TLB_ASID_BITS PAGE_SHIFT
-#define TLB_FRAME_SHIFT 16
-#define TLB_LEVEL_SHIFT 56
+/* Translations by page and access: the tag is page << MEMO_ID_BITS | walk_id; the value level, page frame, accesses known to pass. */
+#define MEMO_BITS 12
+#define MEMO_ID_BITS PAGE_SHIFT
+#define MEMO_FRAME_SHIFT 16
+#define MEMO_LEVEL_SHIFT 56
 
-struct kvmmu_prefix {
-    uint64_t tag; /* of kvmmu_prefix_tag(), and PREFIX_TAG_COLD; 0: none */
-    uint64_t ref; /* PREFIX_* */
+struct kvmmu_psc_entry {
+    uint64_t tag; /* of kvmmu_psc_tag(), and PSC_TAG_ACCESSED_CLEAR; 0: none */
+    uint64_t value; /* PREFIX_* */
 };
 
-struct kvmmu_tlb_entry {
+struct kvmmu_memo_entry {
     uint64_t tag; /* 0: none */
     uint64_t page;
 };
 
 /* What the lanes need of a walk. */
-struct kvmmu_lane_walk {
+struct kvmmu_leaf_rules {
     const struct kvm_page_format *fmt;
     uint64_t present_mask;
     uint64_t page_size_mask;
     uint64_t pse36_mask;
     uint64_t accessed_mask; /* 0: accessed and dirty bits do not count */
     uint32_t pkru;
-    uint32_t asid;
+    uint32_t walk_id;
 };
 
-/* One stage of a walk: where its prefixes are, and what surely passes after those of two kinds, tables of last entries and large
+/* One stage of a walk: where its psc are, and what surely passes after those of two kinds, tables of last entries and large
  * pages of one size (see _passes.h). What does not surely pass may pass yet.
- * Where most last entries are of a higher level (large pages, absent tables), the prefixes that count are of whole tables of that
- * level, too: a region is then all that such a table covers, and an entry that leads to another table is none of theirs. */
-enum { STAGE_TABLE, STAGE_LARGE, STAGE_KINDS };
+ * Where most last entries are of a higher level (large pages, absent tables), the psc that count are of whole tables of that
+ * level, too: a addr_tag is then all that such a table covers, and an entry that leads to another table is none of theirs. */
+enum { LEAF_IN_TABLE, LEAF_LARGE, LEAF_KINDS };
 
-struct kvmmu_stage {
-    struct kvmmu_prefix *prefixes;
-    uint64_t place;        /* of the walk among them */
-    uint64_t space;        /* of kvmmu_prefix_tag() */
+struct kvmmu_leaf_checker {
+    struct kvmmu_psc_entry *psc;
+    uint64_t walk_slot;        /* of the walk among them */
+    uint64_t walk_tag;       /* of kvmmu_psc_tag() */
     int level;             /* of the tables of last entries */
-    int region_shift;
+    int tag_shift;
     int entry_shift;       /* address to offset in its table */
     uint64_t gva_mask;
     uint64_t nothing;      /* for addresses without a prefix: the address of an entry of zeros, of no kind */
     uint64_t want;         /* what an entry that passes holds in the bits of care */
-    uint64_t care[STAGE_KINDS];
-    uint64_t offset[STAGE_KINDS];
+    uint64_t care[LEAF_KINDS];
+    uint64_t offset[LEAF_KINDS];
     uint8_t levels[16];    /* [low half of a prefix's highest byte: level, and ACC_READ_MASK]: ACC_ALL where it is of one of the kinds */
     uint8_t denied[2][16]; /* [access >> 4][ACC_*]: bit n: the access with n in its next three bits is not allowed */
     uint8_t need[16];      /* [access >> 1]: PT_ACCESSED_MASK, PT_DIRTY_MASK, whatever the format */
 };
 
 /* Vectors of lanes that lie across lines of the cache would take twice as long. */
-#define KVMMU_LANES_ALIGNMENT 64
+#define KVMMU_BLOCK_ALIGNMENT 64
 
-struct kvmmu_lanes {
-    uint64_t ref[KVMMU_LANES] KVMMU_ALIGNED(KVMMU_LANES_ALIGNMENT);
-    uint64_t entry[KVMMU_LANES]; /* host address of the last entry */
-    uint64_t pte[KVMMU_LANES];
-    uint64_t look[KVMMU_LANES];  /* kvm_page_format.looks of the access */
-    uint64_t pte_access[KVMMU_LANES];
-    uint64_t gpa[KVMMU_LANES];
-    uint64_t error[KVMMU_LANES]; /* error code of a fault, but for the bits that come from the access */
-    int level;                   /* of kvmmu_stage, when the prefixes were found */
+struct kvmmu_leaf_block {
+    uint64_t psce[KVMMU_BLOCK_ROWS] KVMMU_ALIGNED(KVMMU_BLOCK_ALIGNMENT);
+    uint64_t entry[KVMMU_BLOCK_ROWS]; /* host address of the last entry */
+    uint64_t pte[KVMMU_BLOCK_ROWS];
+    uint64_t access_info[KVMMU_BLOCK_ROWS];  /* kvm_page_format.access_info of the access */
+    uint64_t pte_access[KVMMU_BLOCK_ROWS];
+    uint64_t gpa[KVMMU_BLOCK_ROWS];
+    uint64_t error[KVMMU_BLOCK_ROWS]; /* error code of a fault, but for the bits that come from the access */
+    int level;                   /* of kvmmu_leaf_checker, when the psc were found */
     /* bit n: of lane n */
     uint64_t noncanonical;
     uint64_t miss;  /* nothing is remembered */
-    uint64_t cold;  /* an accessed bit above the last entry is still to be set */
+    uint64_t accessed_clear;  /* an accessed bit above the last entry is still to be set */
     uint64_t fault; /* the last entry is not present, malformed, or denies the access */
     uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
 };
 
-#define KVMMU_REGION_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
-/* IN place: kvmmu_prefix_place() of the walk, which keeps walks with the same regions apart. */
-#define KVMMU_PREFIX_SLOT(region, place) (((region) ^ (region) >> PREFIX_BITS ^ (place)) & ((UINT64_C(1) << PREFIX_BITS) - 1))
-#define KVMMU_TLB_GPA(value) ((value) >> (TLB_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
-#define KVMMU_TLB_PLACE(asid) ((asid) << 3)
-#define KVMMU_TLB_SLOT(page, asid) (((page) ^ (page) >> TLB_BITS ^ KVMMU_TLB_PLACE(asid)) & ((UINT64_C(1) << TLB_BITS) - 1))
+#define KVMMU_ADDR_TAG_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
+/* IN place: kvmmu_walk_spread() of the walk, which keeps walks with the same regions apart. */
+#define KVMMU_PSC_SLOT(addr_tag, place) (((addr_tag) ^ (addr_tag) >> PSC_BITS ^ (place)) & ((UINT64_C(1) << PSC_BITS) - 1))
+#define KVMMU_MEMO_GPA(value) ((value) >> (MEMO_FRAME_SHIFT - PAGE_SHIFT) & PT64_BASE_ADDR_MASK)
+#define KVMMU_MEMO_SPREAD(walk_id) ((walk_id) << 3)
+#define KVMMU_MEMO_SLOT(page, walk_id) (((page) ^ (page) >> MEMO_BITS ^ KVMMU_MEMO_SPREAD(walk_id)) & ((UINT64_C(1) << MEMO_BITS) - 1))
 
 /* Address of the entry of addr, from a prefix. */
 #define KVMMU_TABLE_OFFSET(format, addr)                                                     \
     ((format) == KVMMU_FORMAT_32 ? ((addr) >> (PAGE_SHIFT - 2)) & PT32_INDEX_MASK << 2       \
                                  : ((addr) >> (PAGE_SHIFT - 3)) & PT64_INDEX_MASK << 3)
-#define KVMMU_PREFIX_LEVEL(ref) ((ref) >> PREFIX_LEVEL_SHIFT & PREFIX_LEVEL_MASK)
+#define KVMMU_PSCE_LEVEL(psce) ((psce) >> PSCE_LEVEL_SHIFT & PSCE_LEVEL_MASK)
 
-KVMMU_INLINE uint64_t kvmmu_region(int format, uint64_t addr)
+KVMMU_INLINE uint64_t kvmmu_addr_tag(int format, uint64_t addr)
 {
-    return addr >> KVMMU_REGION_SHIFT(format);
+    return addr >> KVMMU_ADDR_TAG_SHIFT(format);
 }
 
-KVMMU_INLINE uint64_t kvmmu_prefix_place(uint32_t asid)
+KVMMU_INLINE uint64_t kvmmu_walk_spread(uint32_t walk_id)
 {
-    return asid * UINT64_C(0x9E3779B97F4A7C15) >> 40;
+    return walk_id * UINT64_C(0x9E3779B97F4A7C15) >> 40;
 }
 
-KVMMU_INLINE uint64_t kvmmu_prefix_slot(uint64_t region, uint32_t asid)
+KVMMU_INLINE uint64_t kvmmu_psc_slot(uint64_t addr_tag, uint32_t walk_id)
 {
-    return KVMMU_PREFIX_SLOT(region, kvmmu_prefix_place(asid));
+    return KVMMU_PSC_SLOT(addr_tag, kvmmu_walk_spread(walk_id));
 }
 
-KVMMU_INLINE uint64_t kvmmu_prefix_tag(uint64_t region, uint32_t asid)
+KVMMU_INLINE uint64_t kvmmu_psc_tag(uint64_t addr_tag, uint32_t walk_id)
 {
-    return region ^ (uint64_t)asid << PREFIX_ASID_SHIFT;
+    return addr_tag ^ (uint64_t)walk_id << PSC_WALK_ID_SHIFT;
 }
 
-KVMMU_INLINE uint64_t kvmmu_tlb_slot(uint64_t page, uint64_t asid)
+KVMMU_INLINE uint64_t kvmmu_memo_slot(uint64_t page, uint64_t walk_id)
 {
-    return KVMMU_TLB_SLOT(page, asid);
+    return KVMMU_MEMO_SLOT(page, walk_id);
 }
 
-KVMMU_INLINE uint64_t kvmmu_tlb_gpa(uint64_t value)
+KVMMU_INLINE uint64_t kvmmu_memo_gpa(uint64_t value)
 {
-    return KVMMU_TLB_GPA(value);
+    return KVMMU_MEMO_GPA(value);
 }
 
-KVMMU_INLINE uint64_t kvmmu_prefix_level(uint64_t ref)
+KVMMU_INLINE uint64_t kvmmu_psce_level(uint64_t psce)
 {
-    return KVMMU_PREFIX_LEVEL(ref);
+    return KVMMU_PSCE_LEVEL(psce);
 }
 
 /* The lowest bit that is set; bits is not 0. */
@@ -163,9 +163,9 @@ KVMMU_INLINE int kvmmu_count_bits(uint64_t bits)
     return (int)(((bits + (bits >> 4)) & UINT64_C(0x0f0f0f0f0f0f0f0f)) * UINT64_C(0x0101010101010101) >> 56);
 }
 
-KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t ref, uint64_t addr)
+KVMMU_INLINE uint64_t kvmmu_entry_hva(int format, uint64_t psce, uint64_t addr)
 {
-    return (ref & PREFIX_HVA_MASK) + (ref >> PREFIX_TABLE_SHIFT ? KVMMU_TABLE_OFFSET(format, addr) : 0);
+    return (psce & PSCE_HVA_MASK) + (psce >> PSCE_TABLE_SHIFT ? KVMMU_TABLE_OFFSET(format, addr) : 0);
 }
 
 KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)

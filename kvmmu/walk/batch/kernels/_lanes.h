@@ -10,29 +10,29 @@
 
 #include "kvmmu/walk/batch/kernels/_passes.h"
 
-/* Where the last entries lie: ref, entry. Returns the lanes whose prefix is not among those remembered, or is cold.
+/* Where the last entries lie: psce, entry. Returns the lanes whose prefix is not among those remembered, or is cold.
  * IN far: they are probably not in the cache; then they are on their way there afterwards. */
-typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_lanes *, const struct kvmmu_stage *, const uint64_t *gva, int far);
+typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, int far);
 /* Read them, into pte. Returns the lanes that do not surely pass. OUT gpa: of those that do; slow: those that would but for accessed
  * and dirty bits; level (or NULL): of all; status, error_code (or NULL): as if all passed */
-typedef uint64_t (*kvmmu_read_fn)(struct kvmmu_lanes *, const struct kvmmu_stage *, const uint64_t *gva, const uint8_t *access,
+typedef uint64_t (*kvmmu_accept_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, const uint8_t *access,
                                   uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
-/* Read them, and judge them by all rules: pte, pte_access, look, error, fault, slow. OUT gpa: of those that pass */
-typedef void (*kvmmu_judge_fn)(struct kvmmu_lanes *, const struct kvmmu_lane_walk *, uint64_t gva_mask, const uint64_t *gva,
+/* Read them, and check them by all rules: pte, pte_access, access_info, error, fault, slow. OUT gpa: of those that pass */
+typedef void (*kvmmu_check_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_rules *, uint64_t gva_mask, const uint64_t *gva,
                                const uint8_t *access, uint64_t *gpa);
 /* Known translations of 64 rows: bit n is set where row n has none. OUT gpa, level: right where the bit is clear; status, error_code:
- * as if it were clear everywhere. IN ctx: NULL, or of each row; space: of the only context, or of context 0 */
-typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_tlb_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
-                                    uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+ * as if it were clear everywhere. IN ctx: NULL, or of each row; memo_id: of the only context, or of context 0 */
+typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_memo_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
+                                    uint64_t memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
 /* 64 rows of the three common columns (or NULL): lanes that pass, and lanes that fault. IN access_mask: what of an access its error
  * code tells; gpa: of lanes that pass, there already */
-typedef void (*kvmmu_emit_fn)(const struct kvmmu_lanes *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
+typedef void (*kvmmu_emit_fn)(const struct kvmmu_leaf_block *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
                               uint32_t *error_code);
 
-struct kvmmu_lane_ops { /* [format] */
+struct kvmmu_kernels { /* [format] */
     kvmmu_find_fn find[3];
-    kvmmu_read_fn read[3];
-    kvmmu_judge_fn judge[3];
+    kvmmu_accept_fn read[3];
+    kvmmu_check_fn check[3];
     kvmmu_recall_fn recall;
     kvmmu_emit_fn emit;
 };
@@ -53,7 +53,7 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 #define VEC(array) (*(vec *)&(array)[i])
 #define CVEC(array) (*(const vec *)&(array)[i])
 #define SELECT(mask, yes, no) (((yes) & (mask)) | ((no) & ~(mask)))
-#define EACH_VECTOR(i) for (size_t i = 0; i < KVMMU_LANES; i += VEC_LANES)
+#define EACH_VECTOR(i) for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += VEC_LANES)
 
 /* All bits where the condition holds. */
 #define WHERE(condition) ((vec)(condition))
@@ -71,17 +71,17 @@ typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 
 /* ---- bodies ----------------------------------------------------------------------------------------------------- */
 
-KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)
+KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, int far)
 {
     const uint64_t offset_mask = format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3;
     uint64_t miss = 0;
-    for (size_t i = 0; i < KVMMU_LANES; i++) {
-        const uint64_t addr = gva[i] & s->gva_mask, region = addr >> s->region_shift;
-        const struct kvmmu_prefix *p = &s->prefixes[KVMMU_PREFIX_SLOT(region, s->place)];
-        const int known = p->tag == (region ^ s->space);
-        const uint64_t ref = known ? p->ref : s->nothing;
-        l->ref[i] = ref;
-        l->entry[i] = (ref & PREFIX_HVA_MASK) + (ref >> PREFIX_TABLE_SHIFT ? addr >> s->entry_shift & offset_mask : 0);
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
+        const uint64_t addr = gva[i] & s->gva_mask, addr_tag = addr >> s->tag_shift;
+        const struct kvmmu_psc_entry *p = &s->psc[KVMMU_PSC_SLOT(addr_tag, s->walk_slot)];
+        const int known = p->tag == (addr_tag ^ s->walk_tag);
+        const uint64_t psce = known ? p->value : s->nothing;
+        l->psce[i] = psce;
+        l->entry[i] = (psce & PSCE_HVA_MASK) + (psce >> PSCE_TABLE_SHIFT ? addr >> s->entry_shift & offset_mask : 0);
         miss |= (uint64_t)!known << i;
         if (far)
             __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
@@ -89,65 +89,65 @@ KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_lanes *l, const struct 
     return miss;
 }
 
-KVMMU_INLINE uint64_t read_body(int format, struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, const uint8_t *access,
+KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,
                                 uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
     const uint64_t base = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
-    uint64_t odd = 0, slow = 0;
+    uint64_t remaining = 0, slow = 0;
     if (status)
-        memset(status, STATUS_OK, KVMMU_LANES);
+        memset(status, STATUS_OK, KVMMU_BLOCK_ROWS);
     if (error_code)
-        memset(error_code, 0, KVMMU_LANES * sizeof *error_code);
-    for (size_t i = 0; i < KVMMU_LANES; i++) {
-        const uint64_t ref = l->ref[i], pte = kvmmu_read_entry(format, l->entry[i]), kind = ref >> PREFIX_TABLE_SHIFT ? STAGE_TABLE : STAGE_LARGE;
-        const uint64_t rights = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) & ref >> PREFIX_ACCESS_SHIFT &
-                                s->levels[ref >> PREFIX_LEVEL_SHIFT & 15];
+        memset(error_code, 0, KVMMU_BLOCK_ROWS * sizeof *error_code);
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
+        const uint64_t psce = l->psce[i], pte = kvmmu_read_entry(format, l->entry[i]), kind = psce >> PSCE_TABLE_SHIFT ? LEAF_IN_TABLE : LEAF_LARGE;
+        const uint64_t rights = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) & psce >> PSCE_ACCESS_SHIFT &
+                                s->levels[psce >> PSCE_LEVEL_SHIFT & 15];
         const uint64_t index = access[i] >> PERMISSIONS_INDEX_SHIFT & 15, implicit = (access[i] & ACCESS_IMPLICIT_MASK) != 0;
         const uint64_t bits = format == KVMMU_FORMAT_EPT ? pte >> (EPT_ACCESSED_SHIFT - PT_ACCESSED_SHIFT) : pte;
         const uint64_t unset = (~bits & s->need[index]) != 0, misfit = ((pte ^ s->want) & s->care[kind]) != 0;
         const uint64_t bad = (s->denied[index >> 3][rights] >> (index & 7) & 1) | misfit | implicit;
-        odd |= (bad | unset) << i;
+        remaining |= (bad | unset) << i;
         slow |= (unset & ~bad) << i;
         l->pte[i] = pte;
         gpa[i] = (pte & base & ~s->offset[kind]) | (gva[i] & s->gva_mask & s->offset[kind]);
         if (level)
-            level[i] = (uint8_t)kvmmu_prefix_level(ref);
+            level[i] = (uint8_t)kvmmu_psce_level(psce);
     }
     l->slow = slow;
-    return odd;
+    return remaining;
 }
 
 /* A prefix for one lane after all. */
-KVMMU_INLINE void kvmmu_set_prefix(int format, struct kvmmu_lanes *l, size_t lane, uint64_t addr, uint64_t ref)
+KVMMU_INLINE void kvmmu_set_psce(int format, struct kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
 {
-    l->ref[lane] = ref;
-    l->entry[lane] = kvmmu_entry_hva(format, ref, addr);
+    l->psce[lane] = psce;
+    l->entry[lane] = kvmmu_entry_hva(format, psce, addr);
     __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
-KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
+KVMMU_INLINE void emit_body(const struct kvmmu_leaf_block *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
                             uint32_t *error_code)
 {
     if (fault == ~UINT64_C(0)) {
-        for (size_t i = 0; gpa && i < KVMMU_LANES; i += VEC_LANES) {
+        for (size_t i = 0; gpa && i < KVMMU_BLOCK_ROWS; i += VEC_LANES) {
             VEC(gpa) = ~(FIRST_BITS & 0);
             KVMMU_BY_ITSELF();
         }
         if (status)
-            memset(status, STATUS_PAGE_FAULT, KVMMU_LANES);
-        for (size_t i = 0; error_code && i < KVMMU_LANES; i++)
-            error_code[i] = (uint32_t)(l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask));
+            memset(status, STATUS_PAGE_FAULT, KVMMU_BLOCK_ROWS);
+        for (size_t i = 0; error_code && i < KVMMU_BLOCK_ROWS; i++)
+            error_code[i] = (uint32_t)(l->error[i] | (l->access_info[i] >> KVMMU_ACCESS_INFO_SHIFT & access_mask));
         return;
     }
     if (gpa && fault)
-        for (size_t i = 0; i < KVMMU_LANES; i++)
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
             gpa[i] |= -(fault >> i & 1);
     if (status)
-        for (size_t i = 0; i < KVMMU_LANES; i++)
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
             status[i] = (uint8_t)(fault >> i & 1 ? STATUS_PAGE_FAULT : STATUS_OK);
     if (error_code)
-        for (size_t i = 0; i < KVMMU_LANES; i++) {
-            uint64_t code = l->error[i] | (l->look[i] >> KVMMU_LOOK_ACCESS_SHIFT & access_mask);
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
+            uint64_t code = l->error[i] | (l->access_info[i] >> KVMMU_ACCESS_INFO_SHIFT & access_mask);
             error_code[i] = (uint32_t)(code & -(fault >> i & 1));
         }
 }
@@ -156,40 +156,40 @@ KVMMU_INLINE void emit_body(const struct kvmmu_lanes *l, uint64_t fault, uint32_
 enum lane_levels { LANES_OF_TABLES, LANES_OF_LARGE_PAGES, LANES_MIXED };
 
 /* IN level: of all of them, if they are not mixed */
-KVMMU_INLINE void judge_body(int format, enum lane_levels levels, int keys, uint64_t level, struct kvmmu_lanes *l,
-                             const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva, const uint8_t *access_bytes, uint64_t *gpa)
+KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint64_t level, struct kvmmu_leaf_block *l,
+                             const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, const uint8_t *access_bytes, uint64_t *gpa)
 {
     const struct kvm_page_format *fmt = w->fmt;
     const uint64_t bad_mt_xwr = fmt->bad_mt_xwr, present_mask = w->present_mask, page_size_mask = w->page_size_mask;
     const uint64_t pse36_mask = w->pse36_mask, accessed_mask = w->accessed_mask;
     /* the dirty bit is the one above the accessed bit */
-    const uint64_t write_look = accessed_mask ? (uint64_t)ACCESS_WRITE_MASK << KVMMU_LOOK_ACCESS_SHIFT : 0;
-    const int write_shift = KVMMU_LOOK_ACCESS_SHIFT + 1 - (format == KVMMU_FORMAT_EPT ? EPT_DIRTY_SHIFT : PT_DIRTY_SHIFT);
+    const uint64_t write_info = accessed_mask ? (uint64_t)ACCESS_WRITE_MASK << KVMMU_ACCESS_INFO_SHIFT : 0;
+    const int write_shift = KVMMU_ACCESS_INFO_SHIFT + 1 - (format == KVMMU_FORMAT_EPT ? EPT_DIRTY_SHIFT : PT_DIRTY_SHIFT);
     const uint64_t pkru = w->pkru, pkru_mask = fmt->pkru_mask;
-    const uint64_t cold_mask = accessed_mask ? UINT64_C(1) << PREFIX_COLD_SHIFT : 0;
+    const uint64_t accessed_clear_mask = accessed_mask ? UINT64_C(1) << PSCE_ACCESSED_CLEAR_SHIFT : 0;
     uint64_t rsvd[2][PT_MAX_LEVELS];
     vec bits = FIRST_BITS, fault = bits & 0, slow = bits & 0;
 
     memcpy(rsvd, fmt->rsvd_bits_mask, sizeof rsvd);
-    for (size_t i = 0; i < KVMMU_LANES; i++) {
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
         l->pte[i] = kvmmu_read_entry(format, l->entry[i]);
-        l->look[i] = fmt->looks[access_bytes[i] & (KVMMU_ACCESS_BYTES - 1)]; /* as checked, unless somebody writes there */
+        l->access_info[i] = fmt->access_info[access_bytes[i] & (KVMMU_ACCESS_BYTES - 1)]; /* as checked, unless somebody writes there */
         KVMMU_BY_ITSELF();
     }
     EACH_VECTOR(i)
     {
-        vec pte = VEC(l->pte), ref = VEC(l->ref), look = VEC(l->look), addr = CVEC(gva) & gva_mask, zero = pte & 0;
-        vec acc = (ref >> PREFIX_ACCESS_SHIFT) & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte));
-        vec access = look >> KVMMU_LOOK_ACCESS_SHIFT;
-        vec need = accessed_mask | (look & write_look) >> write_shift;
-        vec denied = look >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
+        vec pte = VEC(l->pte), psce = VEC(l->psce), access_info = VEC(l->access_info), addr = CVEC(gva) & gva_mask, zero = pte & 0;
+        vec acc = (psce >> PSCE_ACCESS_SHIFT) & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte));
+        vec access = access_info >> KVMMU_ACCESS_INFO_SHIFT;
+        vec need = accessed_mask | (access_info & write_info) >> write_shift;
+        vec denied = access_info >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
         vec r0 = zero + rsvd[0][level - 1], r1 = zero + rsvd[1][level - 1], high = zero, key, malformed, absent, bad;
         if (levels == LANES_OF_LARGE_PAGES) {
             not_leaf = WHERE((pte & page_size_mask) == 0);
             offset = zero + ((UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, level)) - 1);
             high = zero + pse36_mask;
         } else if (levels == LANES_MIXED) {
-            vec own_level = KVMMU_PREFIX_LEVEL(ref), is_large = WHERE(own_level != PG_LEVEL_4K);
+            vec own_level = KVMMU_PSCE_LEVEL(psce), is_large = WHERE(own_level != PG_LEVEL_4K);
             for (int n = 1; n < PT_MAX_LEVELS; n++) {
                 r0 = SELECT(WHERE(own_level == (uint64_t)n + 1), rsvd[0][n], r0);
                 r1 = SELECT(WHERE(own_level == (uint64_t)n + 1), rsvd[1][n], r1);
@@ -206,7 +206,7 @@ KVMMU_INLINE void judge_body(int format, enum lane_levels levels, int keys, uint
         bad = absent | malformed | (~WHERE((denied | key) == 0) & ~not_leaf);
         fault |= bad & bits;
         VEC(l->error) = ~absent & (PFERR_PRESENT_MASK | SELECT(malformed, PFERR_RSVD_MASK, ~WHERE(key == 0) & PFERR_PK_MASK));
-        slow |= ~WHERE(((need & ~pte) | not_leaf | (ref & cold_mask)) == 0) & bits;
+        slow |= ~WHERE(((need & ~pte) | not_leaf | (psce & accessed_clear_mask)) == 0) & bits;
         bits <<= VEC_LANES;
         VEC(l->pte_access) = acc;
         VEC(gpa) = KVMMU_LEAF_GPA(format, pte, offset, addr, high);
@@ -215,52 +215,52 @@ KVMMU_INLINE void judge_body(int format, enum lane_levels levels, int keys, uint
     l->slow = ONE_WORD(slow) & ~l->fault;
 }
 
-KVMMU_INLINE void judge_any(int format, struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva,
+KVMMU_INLINE void check_any(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva,
                             const uint8_t *access, uint64_t *gpa)
 {
     const int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
-    const uint64_t level = KVMMU_PREFIX_LEVEL(l->ref[0]);
+    const uint64_t level = KVMMU_PSCE_LEVEL(l->psce[0]);
     vec others = FIRST_BITS & 0;
     EACH_VECTOR(i)
-        others |= CVEC(l->ref) ^ level << PREFIX_LEVEL_SHIFT;
-    if (KVMMU_PREFIX_LEVEL(ONE_WORD(others)) || level < PG_LEVEL_4K) {
+        others |= CVEC(l->psce) ^ level << PSCE_LEVEL_SHIFT;
+    if (KVMMU_PSCE_LEVEL(ONE_WORD(others)) || level < PG_LEVEL_4K) {
         if (keys)
-            judge_body(format, LANES_MIXED, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_MIXED, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
         else
-            judge_body(format, LANES_MIXED, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_MIXED, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else if (level > PG_LEVEL_4K) {
         if (keys)
-            judge_body(format, LANES_OF_LARGE_PAGES, 1, level, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_OF_LARGE_PAGES, 1, level, l, w, gva_mask, gva, access, gpa);
         else
-            judge_body(format, LANES_OF_LARGE_PAGES, 0, level, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_OF_LARGE_PAGES, 0, level, l, w, gva_mask, gva, access, gpa);
     } else if (keys) {
-        judge_body(format, LANES_OF_TABLES, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        check_body(format, LANES_OF_TABLES, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else {
-        judge_body(format, LANES_OF_TABLES, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        check_body(format, LANES_OF_TABLES, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     }
 }
 
-KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
-                                  uint64_t first_space, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
+                                  uint64_t first_memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
-    const uint64_t *words = (const uint64_t *)tlb;
+    const uint64_t *words = (const uint64_t *)memo;
     vec bits = FIRST_BITS, miss = bits & 0;
     if (status)
-        memset(status, STATUS_OK, KVMMU_LANES);
+        memset(status, STATUS_OK, KVMMU_BLOCK_ROWS);
     if (error_code)
-        memset(error_code, 0, KVMMU_LANES * sizeof *error_code);
+        memset(error_code, 0, KVMMU_BLOCK_ROWS * sizeof *error_code);
     EACH_VECTOR(i)
     {
-        vec page = CVEC(gva) >> PAGE_SHIFT, space = (bits & 0) + first_space, a = WIDE(byte_vec, access), value, hit, slot;
+        vec page = CVEC(gva) >> PAGE_SHIFT, memo_id = (bits & 0) + first_memo_id, a = WIDE(byte_vec, access), value, hit, slot;
         if (ctx)
-            space += WIDE(half_vec, ctx);
-        slot = KVMMU_TLB_SLOT(page, space) * 2;
+            memo_id += WIDE(half_vec, ctx);
+        slot = KVMMU_MEMO_SLOT(page, memo_id) * 2;
         value = GATHER(words + 1, slot);
-        hit = WHERE(GATHER(words, slot) == (page << TLB_ASID_BITS | space)) & value >> (a >> PERMISSIONS_INDEX_SHIFT & 15);
+        hit = WHERE(GATHER(words, slot) == (page << MEMO_ID_BITS | memo_id)) & value >> (a >> PERMISSIONS_INDEX_SHIFT & 15);
         hit &= ~WHERE((a & ACCESS_IMPLICIT_MASK) != 0);
-        VEC(gpa) = KVMMU_TLB_GPA(value) | (CVEC(gva) & PAGE_OFFSET_MASK);
+        VEC(gpa) = KVMMU_MEMO_GPA(value) | (CVEC(gva) & PAGE_OFFSET_MASK);
         if (level)
-            *(byte_vec *)&level[i] = __builtin_convertvector(value >> TLB_LEVEL_SHIFT, byte_vec);
+            *(byte_vec *)&level[i] = __builtin_convertvector(value >> MEMO_LEVEL_SHIFT, byte_vec);
         miss |= ((hit & 1) - 1) & bits;
         bits <<= VEC_LANES;
     }
@@ -270,62 +270,62 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_tlb_entry *tlb, const uint6
 /* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
 
 #define KVMMU_FORMAT_FUNCTIONS(format, name, target, find, read)                                                                    \
-    target static uint64_t find_##name(struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, int far)            \
+    target static uint64_t find_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, int far)            \
     {                                                                                                                               \
         return far ? find(format, l, s, gva, 1) : find(format, l, s, gva, 0);                                                       \
     }                                                                                                                               \
-    target static uint64_t read_##name(struct kvmmu_lanes *l, const struct kvmmu_stage *s, const uint64_t *gva, const uint8_t *access,\
+    target static uint64_t read_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,\
                                        uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)                        \
     {                                                                                                                               \
         return read(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
     }                                                                                                                               \
-    target static void judge_##name(struct kvmmu_lanes *l, const struct kvmmu_lane_walk *w, uint64_t gva_mask, const uint64_t *gva, \
+    target static void judge_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, \
                                     const uint8_t *access, uint64_t *gpa)                                                           \
     {                                                                                                                               \
-        judge_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
+        check_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
     }
 
-#define KVMMU_LANE_FUNCTIONS(name, target, find, read, recall)                                                                      \
+#define KVMMU_KERNELS(name, target, find, read, recall)                                                                      \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, read)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, read)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, read)                                                        \
-    target static uint64_t recall_##name(const struct kvmmu_tlb_entry *tlb, const uint64_t *gva, const uint8_t *access,             \
-                                         const uint32_t *ctx, uint64_t space, uint64_t *gpa, uint8_t *level, uint8_t *status,       \
+    target static uint64_t recall_##name(const struct kvmmu_memo_entry *memo, const uint64_t *gva, const uint8_t *access,             \
+                                         const uint32_t *ctx, uint64_t memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status,       \
                                          uint32_t *error_code)                                                                      \
     {                                                                                                                               \
-        return ctx ? recall_body(tlb, gva, access, ctx, space, gpa, level, status, error_code)                                      \
-                   : recall(tlb, gva, access, 0, space, gpa, level, status, error_code);                                            \
+        return ctx ? recall_body(memo, gva, access, ctx, memo_id, gpa, level, status, error_code)                                      \
+                   : recall(memo, gva, access, 0, memo_id, gpa, level, status, error_code);                                            \
     }                                                                                                                               \
-    target static void emit_##name(const struct kvmmu_lanes *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa,                \
+    target static void emit_##name(const struct kvmmu_leaf_block *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa,                \
                                    uint8_t *status, uint32_t *error_code)                                                           \
     {                                                                                                                               \
         emit_body(l, fault, access_mask, gpa, status, error_code);                                                                  \
     }                                                                                                                               \
-    static const struct kvmmu_lane_ops lane_ops_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
+    static const struct kvmmu_kernels kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
                                                           {read_32_##name, read_64_##name, read_ept_##name},                        \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
                                                           recall_##name, emit_##name};
 
-KVMMU_LANE_FUNCTIONS(portable, , find_body, read_body, recall_body)
+KVMMU_KERNELS(portable, , find_body, accept_body, recall_body)
 #if defined(__x86_64__)
 #define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
 #include "kvmmu/walk/batch/kernels/_lanes_avx2.h"
-KVMMU_LANE_FUNCTIONS(avx2, KVMMU_AVX2, find_words, read_words, recall_words)
-KVMMU_LANE_FUNCTIONS(avx512, KVMMU_AVX512, find_words, read_words, recall_words)
+KVMMU_KERNELS(avx2, KVMMU_AVX2, find_words, accept_words, recall_words)
+KVMMU_KERNELS(avx512, KVMMU_AVX512, find_words, accept_words, recall_words)
 #endif
 
 /* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */
-static const struct kvmmu_lane_ops *kvmmu_lane_ops_of(const char *name)
+static const struct kvmmu_kernels *kvmmu_kernels_of(const char *name)
 {
     if (!strcmp(name, "portable"))
-        return &lane_ops_portable;
+        return &kernels_portable;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
-        return &lane_ops_avx2;
+        return &kernels_avx2;
     if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-        return &lane_ops_avx512;
+        return &kernels_avx512;
 #endif
     return NULL;
 }

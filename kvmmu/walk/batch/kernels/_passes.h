@@ -6,26 +6,26 @@
 #include "kvmmu/walk/batch/kernels/_lane_state.h"
 
 /* Prefixes of tables of this level count. */
-KVMMU_INLINE void kvmmu_use_tables(int format, struct kvmmu_stage *s, uint32_t asid, int level)
+KVMMU_INLINE void kvmmu_use_tables(int format, struct kvmmu_leaf_checker *s, uint32_t walk_id, int level)
 {
     s->level = level;
-    s->region_shift = KVMMU_LEVEL_SHIFT(format, level + 1);
+    s->tag_shift = KVMMU_LEVEL_SHIFT(format, level + 1);
     s->entry_shift = KVMMU_LEVEL_SHIFT(format, level) - (format == KVMMU_FORMAT_32 ? 2 : 3);
     /* one table stands for many regions: apart from those */
-    s->place = kvmmu_prefix_place(asid + ((uint32_t)(level - 1) << PREFIX_ASID_BITS));
-    s->space = kvmmu_prefix_tag(0, asid) ^ (uint64_t)((level - 1) & 3) << PREFIX_TAG_LEVEL_SHIFT;
+    s->walk_slot = kvmmu_walk_spread(walk_id + ((uint32_t)(level - 1) << PSC_WALK_ID_BITS));
+    s->walk_tag = kvmmu_psc_tag(0, walk_id) ^ (uint64_t)((level - 1) & 3) << PSC_TAG_LEVEL_SHIFT;
 }
 
 /* The place of the prefix of a table for an address, among all of them. */
-KVMMU_INLINE uint64_t kvmmu_prefix_place_of(const struct kvmmu_stage *s, uint64_t addr)
+KVMMU_INLINE uint64_t kvmmu_psc_slot_of(const struct kvmmu_leaf_checker *s, uint64_t addr)
 {
-    const uint64_t region = addr >> s->region_shift;
-    return KVMMU_PREFIX_SLOT(region, s->place);
+    const uint64_t addr_tag = addr >> s->tag_shift;
+    return KVMMU_PSC_SLOT(addr_tag, s->walk_slot);
 }
 
 /* False: what passes is not a matter of single bits. IN sample: an entry; those of EPT are of its memory type; seconds: NULL, or the
  * access that is asked of this stage for each access >> 1. */
-static int kvmmu_learn_passes(int format, struct kvmmu_stage *s, const struct kvmmu_lane_walk *w, uint64_t sample,
+static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, const struct kvmmu_leaf_rules *w, uint64_t sample,
                               const uint8_t *seconds)
 {
     const struct kvm_page_format *fmt = w->fmt;
@@ -46,18 +46,18 @@ static int kvmmu_learn_passes(int format, struct kvmmu_stage *s, const struct kv
     }
     if (s->want & (*rsvd_table | *rsvd_large))
         return 0; /* what is wanted is reserved */
-    s->care[STAGE_LARGE] = care | *rsvd_large | w->page_size_mask | w->pse36_mask;
-    s->offset[STAGE_LARGE] = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
-    s->care[STAGE_TABLE] = s->level == PG_LEVEL_4K ? care | *rsvd_table : s->care[STAGE_LARGE];
-    s->offset[STAGE_TABLE] = s->level == PG_LEVEL_4K ? PAGE_OFFSET_MASK : s->offset[STAGE_LARGE];
+    s->care[LEAF_LARGE] = care | *rsvd_large | w->page_size_mask | w->pse36_mask;
+    s->offset[LEAF_LARGE] = (UINT64_C(1) << KVMMU_LEVEL_SHIFT(format, level)) - 1;
+    s->care[LEAF_IN_TABLE] = s->level == PG_LEVEL_4K ? care | *rsvd_table : s->care[LEAF_LARGE];
+    s->offset[LEAF_IN_TABLE] = s->level == PG_LEVEL_4K ? PAGE_OFFSET_MASK : s->offset[LEAF_LARGE];
     memset(s->denied, 0, sizeof s->denied);
     for (uint64_t i = 0; i < 16; i++) {
-        const uint64_t access = seconds ? seconds[i] : i << PERMISSIONS_INDEX_SHIFT, of_level = i & PREFIX_LEVEL_MASK;
+        const uint64_t access = seconds ? seconds[i] : i << PERMISSIONS_INDEX_SHIFT, of_level = i & PSCE_LEVEL_MASK;
         const int of_a_kind = of_level == (uint64_t)s->level || (of_level == level && w->page_size_mask);
-        s->levels[i] = i > PREFIX_LEVEL_MASK && of_a_kind ? ACC_ALL : 0;
+        s->levels[i] = i > PSCE_LEVEL_MASK && of_a_kind ? ACC_ALL : 0;
         s->need[i] = w->accessed_mask ? PT_ACCESSED_MASK | (access & ACCESS_WRITE_MASK ? PT_DIRTY_MASK : 0) : 0;
         for (uint64_t acc = 0; acc <= ACC_ALL; acc++)
-            if (!(acc & ACC_READ_MASK) || (fmt->looks[access] >> acc & 1))
+            if (!(acc & ACC_READ_MASK) || (fmt->access_info[access] >> acc & 1))
                 s->denied[i >> 3][acc] |= (uint8_t)(1 << (i & 7));
     }
     return 1;
