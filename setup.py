@@ -14,8 +14,8 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory",
         "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
         "mmu.audit._damage"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
-          "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc", "walk.batch._leaves",
+          "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
           "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "machine._exits", "machine._access",
           "machine._l1_flushes", "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap",
           "mmu.core._trace", "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp",
@@ -23,6 +23,9 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._
           "mmu.shadow._sync", "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
+
+# C sources beside the Cython source of a module.
+C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
@@ -66,8 +69,10 @@ def extensions(names, directives):
     modules = []
     for name in names:
         source = f"kvmmu/{name.replace('.', '/')}.pyx"
-        modules.append(Extension(f"kvmmu.{name}", [source], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
-                                 extra_link_args=LINK_ARGS, depends=headers_of(source)))
+        more = C_SOURCES.get(name, [])
+        headers = {header for file in (source, *more) for header in headers_of(file)}
+        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
+                                 extra_link_args=LINK_ARGS, depends=sorted(headers)))
     return cythonize(modules, compiler_directives=directives, build_dir="build/cython-debug" if DEBUG else "build/cython")
 
 

@@ -20,7 +20,7 @@ from builders import LEVELS, PAGE, mode_regs
 from machines import PKE, SMAP, SMEP, WP
 
 from kvmmu import CpuModel, Ept, GuestFault, GuestMemory, Npt, Regs, Translation, Vcpu
-from kvmmu.walk.batch._job import instruction_sets, use_instruction_set
+from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 COLUMNS = ("gpa", "status", "error_code", "level")
 MORE = ("pte", "pte_access", "refs")                    # columns that make the batch check every leaf by the whole rule

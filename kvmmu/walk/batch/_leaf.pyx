@@ -1,173 +1,65 @@
-"""Blocks of lanes, one stage; see `_leaf.pxd`."""
+"""May this leaf be used: the last entry of one row; see `_leaf.pxd`."""
 
-from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._walk cimport second_stage_access
-from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
-from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, access_info_of
-from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
+from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, kvm_page_format, permission_fault
+from kvmmu.arch._gpte cimport (
+    KVMMU_FORMAT_32, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_gpte_rights, kvmmu_leaf_gpa,
+)
 from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
-from kvmmu.walk.batch._lanes cimport (
-    PSCE_ACCESSED_CLEAR_SHIFT, PSCE_READONLY_SHIFT, PSCE_WRITE_REFUSED_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit,
-    kvmmu_kernels, kvmmu_leaf_block, kvmmu_make_accept_masks, kvmmu_psce_level, kvmmu_read_entry, kvmmu_set_psce,
-    kvmmu_use_tables,
+from kvmmu.walk.batch._kernels cimport (
+    PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_READONLY_SHIFT, PSCE_WRITE_REFUSED_SHIFT, kvmmu_leaf_rules,
+    kvmmu_psce_level, kvmmu_read_entry,
 )
-from kvmmu.walk.batch._leaf cimport MAX_REMAINING_IN_BLOCK, lane_bit, rights_count
-from kvmmu.walk.batch._psc cimport (
-    LEAF_FAULT, LEAF_SLOW, is_canonical, is_backing_off, check_leaf, leaf_result, cached_walk, psce_of, remember_table,
-    back_off, reset_backoff, table_of,
-)
+from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_OK, LEAF_SLOW, leaf_result
 
 
-cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,
-                      bint far) noexcept nogil:
-    cdef uint64_t lanes, addr, psce
-    cdef size_t lane
-    lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
-    l.noncanonical = l.accessed_clear = 0
-    l.level = s.checker.level
-    l.miss = lanes
-    lanes &= wanted
-    while lanes:
-        lane = kvmmu_first_bit(lanes)
-        lanes &= lanes - 1
-        addr = gva[lane] & s.checker.gva_mask
-        if not is_canonical(s.w, addr):
-            l.noncanonical |= lane_bit(lane)
-            continue
-        if addr & s.w.ngpa_rsvd_mask:
-            continue
-        psce = psce_of(s, addr)
-        if psce:
-            if s.checker.level > PG_LEVEL_4K:
-                remember_table(s, psce, addr)
-            kvmmu_set_psce(s.w.format, l, lane, addr, psce)
-            l.miss &= ~lane_bit(lane)
-            if (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1:
-                l.accessed_clear |= lane_bit(lane)
-    l.miss &= ~l.noncanonical
+cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access_info,
+                    leaf_result *out) noexcept nogil:
+    cdef int format = rules.format
+    cdef const kvm_page_format *fmt = rules.fmt
+    cdef uint32_t level = <uint32_t>kvmmu_psce_level(psce), access = access_info >> KVMMU_ACCESS_INFO_SHIFT
+    cdef uint64_t pte, need = rules.accessed_mask
+    pte = out.pte = kvmmu_read_entry(format, entry)
+    out.pte_access = <uint32_t>((psce >> PSCE_ACCESS_SHIFT) & kvmmu_gpte_access(format, kvmmu_gpte_rights(format, pte)))
+    out.error = 0
+    if not pte & rules.present_mask:                                                                    # step 3
+        return LEAF_FAULT
+    if kvmmu_gpte_malformed(format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
+        out.error = <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
+        return LEAF_FAULT
+    if level > PG_LEVEL_4K and not pte & rules.page_size_mask:
+        return LEAF_SLOW
+    out.error = permission_fault(fmt, rules.pkru, out.pte_access, kvmmu_gpte_pkey(format, pte), access)
+    if out.error:
+        return LEAF_FAULT
+    out.gpa = kvmmu_leaf_gpa(format, pte, level, addr, rules.pse36_mask)
+    if access & ACCESS_WRITE_MASK:
+        need |= need << 1
+    if need & ~pte or (need and (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1):
+        return LEAF_SLOW
+    return LEAF_OK
 
 
-cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil:
-    cdef uint64_t addr = gva & s.checker.gva_mask, psce, pte
-    cdef uint8_t seconds[16]
-    cdef const uint8_t *asked = NULL
-    cdef uint32_t i
-    if addr & s.w.ngpa_rsvd_mask or not is_canonical(s.w, addr):
-        return False
-    psce = psce_of(s, addr)
-    if not psce:
-        return False
-    if s.w.is_nested and not rights_count(s.w):
-        for i in range(<uint32_t>PERMISSIONS_COUNT):
-            seconds[i] = <uint8_t>second_stage_access(s.w, i << PERMISSIONS_INDEX_SHIFT, True, ACC_ALL)
-        asked = seconds
-    kvmmu_use_tables(s.w.format, &s.checker, s.rules.walk_id, <int>kvmmu_psce_level(psce) if table_of(s, psce,
-                                                                                                      addr) else PG_LEVEL_4K)
-    pte = kvmmu_read_entry(s.w.format, kvmmu_entry_hva(s.w.format, psce, addr))
-    s.has_masks = kvmmu_make_accept_masks(s.w.format, &s.checker, &s.rules, pte, asked)
-    return s.has_masks
-
-
-cdef void check_own_leaf(cached_walk *s, kvmmu_leaf_block *l, size_t lane, const uint64_t *gva, const uint8_t *access,
-                         uint64_t *gpa) noexcept nogil:
-    """Judge one lane, by a prefix of its own."""
-    cdef leaf_result leaf
-    cdef int result
-    cdef uint64_t addr = gva[lane] & s.checker.gva_mask, psce
-    if l.level > PG_LEVEL_4K:
-        psce = psce_of(s, addr)
-        if not psce:
-            l.miss |= lane_bit(lane)
-            return
-        kvmmu_set_psce(s.w.format, l, lane, addr, psce)
-    leaf.gpa = 0
-    l.access_info[lane] = access_info_of(s.rules.fmt, access[lane])
-    result = check_leaf(s, l.psce[lane], l.entry[lane], addr, <uint32_t>l.access_info[lane], &leaf)
-    l.pte[lane], l.pte_access[lane], l.error[lane] = leaf.pte, leaf.pte_access, leaf.error
-    gpa[lane] = leaf.gpa
-    if result == LEAF_FAULT:
-        l.fault |= lane_bit(lane)
-    elif result == LEAF_SLOW:
-        l.slow |= lane_bit(lane)
-
-
-cdef bint check_most_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, uint64_t lanes,
-                            const uint64_t *gva,
-                            const uint8_t *access, uint64_t *gpa) noexcept nogil:
-    """Judge a block in which most lanes surely pass, and the others one by one. False: too many others."""
-    cdef uint64_t remaining
-    cdef size_t lane
-    if is_backing_off(&s.mask_backoff):
-        return False
-    if not lanes:
-        l.fault = l.slow = 0
-        return True
-    remaining = lanes
-    if (s.has_masks or make_accept_masks(s, gva[kvmmu_first_bit(lanes)])) and l.level == s.checker.level:
-        remaining = (kernels.read[s.w.format](l, &s.checker, gva, access, gpa, NULL, NULL, NULL) | l.accessed_clear) & lanes
-    if kvmmu_count_bits(remaining) > MAX_REMAINING_IN_BLOCK:
-        s.has_masks = False                                 # another entry may be a better sample
-        back_off(&s.mask_backoff)
-        return False
-    reset_backoff(&s.mask_backoff, 1)
-    l.fault = l.slow = 0
-    while remaining:
-        lane = kvmmu_first_bit(remaining)
-        remaining &= remaining - 1
-        check_own_leaf(s, l, lane, gva, access, gpa)
-    return True
-
-
-cdef void recheck_leaves(cached_walk *s, kvmmu_leaf_block *l, uint64_t lanes, const uint64_t *gva, const uint8_t *access,
-                         uint64_t *gpa) noexcept nogil:
-    """Judge those of these lanes whose entry leads to another table by psc of their own."""
-    cdef size_t lane
-    while lanes:
-        lane = kvmmu_first_bit(lanes)
-        lanes &= lanes - 1
-        if not l.pte[lane] & s.rules.page_size_mask:
-            l.slow &= ~lane_bit(lane)
-            check_own_leaf(s, l, lane, gva, access, gpa)
-
-
-cdef void check_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, uint64_t held, const uint64_t *gva,
-                       const uint8_t *access, bint whole, uint64_t *gpa) noexcept nogil:
-    if whole or not check_most_leaves(kernels, s, l, ~(held | l.miss | l.noncanonical), gva, access, gpa):
-        kernels.check[s.w.format](l, &s.rules, s.checker.gva_mask, gva, access, gpa)
-        if l.level > PG_LEVEL_4K:
-            recheck_leaves(s, l, l.slow & ~(held | l.miss | l.noncanonical), gva, access, gpa)
-
-
-cdef bint set_leaf_bits(const cached_walk *s, uint64_t psce, uint64_t entry, uint64_t pte, uint64_t access_info) noexcept nogil:
-    cdef uint64_t bits = s.rules.accessed_mask, now
+cdef bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
+                        uint64_t access_info) noexcept nogil:
+    cdef uint64_t bits = rules.accessed_mask, now
     cdef uint8_t *hva = <uint8_t *><uintptr_t>entry
-    if not s.sets_ad or ((psce >> PSCE_ACCESSED_CLEAR_SHIFT) | (psce >> PSCE_WRITE_REFUSED_SHIFT)) & 1:
+    if not rules.sets_ad or ((psce >> PSCE_ACCESSED_CLEAR_SHIFT) | (psce >> PSCE_WRITE_REFUSED_SHIFT)) & 1:
         return False
-    if kvmmu_psce_level(psce) > PG_LEVEL_4K and not pte & s.rules.page_size_mask:
+    if kvmmu_psce_level(psce) > PG_LEVEL_4K and not pte & rules.page_size_mask:
         return False
     if access_info & <uint64_t>ACCESS_WRITE_MASK << KVMMU_ACCESS_INFO_SHIFT:
-        if s.w.pml is not NULL:
+        if rules.logs:
             return False
         bits |= bits << 1
     if (psce >> PSCE_READONLY_SHIFT) & 1:
         return True
-    if s.w.format == KVMMU_FORMAT_32:
+    if rules.format == KVMMU_FORMAT_32:
         if kvmmu_cmpxchg32(hva, <uint32_t>pte, <uint32_t>(pte | bits)):
             return True
     elif kvmmu_cmpxchg64(hva, pte, pte | bits):
         return True
-    now = kvmmu_read_entry(s.w.format, entry)
-    return now & bits == bits and (now ^ pte) & ~(s.rules.accessed_mask * 3) == 0        # somebody else set them
-
-
-cdef uint64_t set_bits_of(cached_walk *s, kvmmu_leaf_block *l, uint64_t lanes) noexcept nogil:
-    cdef uint64_t left = 0
-    cdef size_t lane
-    while lanes:
-        lane = kvmmu_first_bit(lanes)
-        lanes &= lanes - 1
-        if not set_leaf_bits(s, l.psce[lane], l.entry[lane], l.pte[lane], l.access_info[lane]):
-            left |= lane_bit(lane)
-    return left
+    now = kvmmu_read_entry(rules.format, entry)
+    return now & bits == bits and (now ^ pte) & ~(rules.accessed_mask * 3) == 0        # somebody else set them

@@ -1,4 +1,4 @@
-"""Prefixes of walks, and the tables that a batch keeps them in; see `_psc.pxd`."""
+"""The paging-structure cache of a batch; see `_psc.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -6,28 +6,25 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_1G,
-    PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK,
+    PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
 )
-from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, kvm_page_format, permission_fault
 from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
-    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
-    kvmmu_gpte_rights, kvmmu_leaf_gpa, kvmmu_level_shift, read_gpte,
+    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_level_shift, read_gpte,
 )
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
-from kvmmu.walk.batch._lanes cimport (
-    PSCE_ACCESS_SHIFT, PSC_ADDR_MASK, PSC_WALK_ID_BITS, PSC_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_HVA_MASK,
-    PSCE_LEVEL_SHIFT, PSCE_READONLY_SHIFT, PSCE_WRITE_REFUSED_SHIFT, PSCE_TABLE_SHIFT, PSC_TAG_ACCESSED_CLEAR, MEMO_ID_BITS,
-    MEMO_BITS, kvmmu_entry_hva, kvmmu_psc_entry, kvmmu_psce_level, kvmmu_psc_slot_of, kvmmu_psc_slot, kvmmu_psc_tag,
-    kvmmu_read_entry, kvmmu_addr_tag, kvmmu_memo_entry, kvmmu_use_tables,
+from kvmmu.walk.batch._kernels cimport (
+    MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
+    PSCE_READONLY_SHIFT, PSCE_TABLE_SHIFT, PSCE_WRITE_REFUSED_SHIFT, PSC_ADDR_MASK, PSC_BITS, PSC_TAG_ACCESSED_CLEAR,
+    PSC_WALK_ID_BITS, kvmmu_addr_tag, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_psc_entry, kvmmu_psc_slot,
+    kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
 )
-from kvmmu.walk.batch._psc cimport (
-    LEAF_FAULT, LEAF_OK, LEAF_SLOW, forget_upper, leaf_result, cached_walk, mark_word, reset_backoff, walk_tables,
-)
+from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
+from kvmmu.walk.batch._psc cimport cached_walk, forget_upper, mark_word, reset_backoff, walk_tables
 
-cdef uint64_t[512] NO_TABLE             # what lies in a hole: zeros, not present in any format
+cdef uint64_t[512] NO_TABLE             # stands for a table in a hole: zeros, not present in any format
 
 
 cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexcept nogil:
@@ -56,8 +53,7 @@ cdef void remember_table(cached_walk *s, uint64_t psce, uint64_t addr) noexcept 
 
 
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
-                           uint32_t walk_id,
-                           bint set_ad, uint8_t *touched) noexcept nogil:
+                           uint32_t walk_id, bint set_ad, uint8_t *touched) noexcept nogil:
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
@@ -67,51 +63,23 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.rules.accessed_mask = w.accessed_mask
     s.rules.pkru = w.vcpu.pkru
     s.rules.walk_id = walk_id
-    # without stores the bits do not count, unless their update would be a write of its own, or fill a log
+    # Without stores the bits do not count, unless their update would be a write of its own, or fill a log.
     if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
         s.rules.accessed_mask = 0
-    s.sets_ad = set_ad
+    s.rules.sets_ad, s.rules.logs, s.rules.format = set_ad, w.pml is not NULL, w.format
     s.checker.psc = tables.psc[stage]
     kvmmu_use_tables(w.format, &s.checker, walk_id, PG_LEVEL_4K)
     s.checker.gva_mask = w.gva_mask
-    if not w.canonical_shift:                   # addresses that these tables cannot translate have no prefix
+    if not w.canonical_shift:                   # addresses that these tables cannot translate have no entry
         s.checker.gva_mask = w.gva_mask & PSC_ADDR_MASK | w.ngpa_rsvd_mask
     s.checker.nothing = <uint64_t><uintptr_t>NO_TABLE
     s.has_masks = False
     reset_backoff(&s.mask_backoff, 1)
 
 
-cdef int check_leaf(const cached_walk *s, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access_info,
-                    leaf_result *out) noexcept nogil:
-    cdef int format = s.w.format
-    cdef const kvm_page_format *fmt = s.rules.fmt
-    cdef uint32_t level = <uint32_t>kvmmu_psce_level(psce), access = access_info >> KVMMU_ACCESS_INFO_SHIFT
-    cdef uint64_t pte, need = s.rules.accessed_mask
-    pte = out.pte = kvmmu_read_entry(format, entry)
-    out.pte_access = <uint32_t>((psce >> PSCE_ACCESS_SHIFT) & kvmmu_gpte_access(format, kvmmu_gpte_rights(format, pte)))
-    out.error = 0
-    if not pte & s.rules.present_mask:
-        return LEAF_FAULT
-    if kvmmu_gpte_malformed(format, fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], fmt.bad_mt_xwr, pte):
-        out.error = <uint32_t>(PFERR_PRESENT_MASK | PFERR_RSVD_MASK)
-        return LEAF_FAULT
-    if level > PG_LEVEL_4K and not pte & s.rules.page_size_mask:
-        return LEAF_SLOW
-    out.error = permission_fault(fmt, s.rules.pkru, out.pte_access, kvmmu_gpte_pkey(format, pte), access)
-    if out.error:
-        return LEAF_FAULT
-    out.gpa = kvmmu_leaf_gpa(format, pte, level, addr, s.rules.pse36_mask)
-    if access & ACCESS_WRITE_MASK:
-        need |= need << 1
-    if need & ~pte or (need and (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1):
-        return LEAF_SLOW
-    return LEAF_OK
-
-
 cdef bint cached_table_gpa(const cached_walk *second, uint64_t ngpa, uint64_t *gpa, bint *write_refused) noexcept nogil:
-    """The second stage of a table of the first, if it needs no accessed or dirty bit set. OUT write_refused: it does not let a
-    later
-    update of an entry pass, or would have to be asked by the scalar walk."""
+    """Translate the address of an entry of the first stage, if that sets no accessed or dirty bit. OUT write_refused: the second
+    stage does not grant a later update of the entry, or only the scalar walk can tell."""
     cdef const kvm_pagewalk *n = second.w
     cdef uint64_t psce, entry
     cdef uint32_t access
@@ -124,19 +92,19 @@ cdef bint cached_table_gpa(const cached_walk *second, uint64_t ngpa, uint64_t *g
         return False
     access = second_stage_access(n, n.table_access | <uint32_t>ACCESS_USER_MASK, False, 0)
     entry = kvmmu_entry_hva(n.format, psce, ngpa)
-    if check_leaf(second, psce, entry, ngpa, n.fmt.access_info[access], &leaf) != LEAF_OK:
+    if check_leaf(&second.rules, psce, entry, ngpa, n.fmt.access_info[access], &leaf) != LEAF_OK:
         return False
     mark_word(second.touched, entry)
     gpa[0] = leaf.gpa
     if not n.table_access:
         access = second_stage_access(n, <uint32_t>ACCESS_WRITE_MASK, False, 0)
-        write_refused[0] = check_leaf(second, psce, entry, ngpa, n.fmt.access_info[access], &leaf) != LEAF_OK
+        write_refused[0] = check_leaf(&second.rules, psce, entry, ngpa, n.fmt.access_info[access], &leaf) != LEAF_OK
     return True
 
 
 cdef inline uint64_t psce_word(const uint8_t *hva, int level, uint64_t access, bint accessed_clear, bint readonly,
                                bint write_refused) noexcept nogil:
-    """A prefix, or 0 if the address is too wide for one."""
+    """Return a psce, or 0 if the address is too wide for one."""
     cdef uint64_t address = <uint64_t><uintptr_t>hva
     if address & ~PSCE_HVA_MASK:
         return 0
@@ -147,7 +115,7 @@ cdef inline uint64_t psce_word(const uint8_t *hva, int level, uint64_t access, b
 
 
 cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *s, uint64_t addr) noexcept nogil:
-    """Steps 1 to 5 of the walk (`_walk.pxd`), looked at and not touched, up to the last entry."""
+    """Return the psce of addr: steps 1 to 5 of the walk (`_walk.pxd`) down to the last entry, which set no bits."""
     cdef const kvm_pagewalk *w = s.w
     cdef int level = w.level
     cdef uint64_t pte = w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
@@ -199,7 +167,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
 
 
 cdef inline bint is_tagged(const kvmmu_psc_entry *p, uint64_t tag) noexcept nogil:
-    """Whether this is the prefix for a tag, cold or not."""
+    """True if an entry has this tag, whatever its flag."""
     return (p.tag ^ tag) & ~PSC_TAG_ACCESSED_CLEAR == 0
 
 

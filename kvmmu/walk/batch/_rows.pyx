@@ -8,17 +8,16 @@ from kvmmu.arch._bits cimport (
     STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, explicit_access
-from kvmmu.walk.batch._lanes cimport (
-    PSC_ADDR_MASK, MEMO_ID_BITS, MEMO_FRAME_SHIFT, MEMO_LEVEL_SHIFT, kvmmu_entry_hva, kvmmu_psce_level, kvmmu_memo_entry,
-    kvmmu_memo_gpa, kvmmu_memo_slot,
+from kvmmu.walk.batch._kernels cimport (
+    MEMO_FRAME_SHIFT, MEMO_ID_BITS, MEMO_LEVEL_SHIFT, PSC_ADDR_MASK, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_memo_gpa,
+    kvmmu_memo_slot, kvmmu_psce_level,
 )
-from kvmmu.walk.batch._leaf cimport set_leaf_bits
+from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_OK, check_leaf, leaf_result, set_leaf_bits
 from kvmmu.walk.batch._psc cimport (
-    LEAF_FAULT, LEAF_OK, find_psce, forget_all, forget_upper, init_cached_walk, is_canonical, check_leaf, leaf_result,
-    mark_word, psce_of, reset_backoff,
+    find_psce, forget_all, forget_upper, init_cached_walk, is_canonical, mark_word, psce_of, reset_backoff,
 )
 from kvmmu.walk.batch._rows cimport (
-    CACHED_WALKS, BLOCK_WALKS, ROW_WALKS, batch, batch_columns, context_of, walk_of, cached_walks, write_row,
+    BLOCK_WALKS, CACHED_WALKS, ROW_WALKS, batch, batch_columns, cached_walks, context_of, walk_of, write_row,
 )
 
 
@@ -40,7 +39,6 @@ cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) n
 
 
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil:
-    """Row i passes with this access, and comes to gpa."""
     cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, memo_id = b.memo_id, tag
     cdef uint64_t passes = <uint64_t>1 << (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)
     cdef kvmmu_memo_entry *e
@@ -72,7 +70,6 @@ cdef bint recall_row(const batch *b, size_t i) noexcept nogil:
 
 
 cdef void walk_row(batch *b, size_t i) noexcept nogil:
-    """The scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef walk_result r
     cdef size_t number
@@ -92,7 +89,7 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
 
 
 cdef cached_walks *next_cached_walks(batch *b) noexcept nogil:
-    """The spaces that were taken longest ago, and that no block needs."""
+    """Return the place that was taken longest ago, and that no block needs."""
     cdef cached_walks *m
     cdef size_t i
     cdef bint needed = True
@@ -107,7 +104,6 @@ cdef cached_walks *next_cached_walks(batch *b) noexcept nogil:
 
 
 cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil:
-    """The spaces of a walk. Those of a block stay as long as the block; a single row's, until the next row's."""
     cdef cached_walks *m = &b.cached[b.last_cached]
     cdef uint32_t walk_id = b.walk_id
     cdef size_t i
@@ -138,13 +134,12 @@ cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t
                     leaf_result *leaf) noexcept nogil:
     cdef const kvm_pagewalk *w = m.w
     cdef uint64_t access_info = w.fmt.access_info[access]
-    cdef int result = check_leaf(&m.first, psce, entry, addr, <uint32_t>access_info, leaf)
+    cdef int result = check_leaf(&m.first.rules, psce, entry, addr, <uint32_t>access_info, leaf)
     if result == LEAF_FAULT:
         write_row(b, i, INVALID_GPA, STATUS_PAGE_FAULT,
-                  leaf.error | <uint32_t>(access_info >> KVMMU_ACCESS_INFO_SHIFT) & w.pferr_mask,
-                  <uint8_t>kvmmu_psce_level(psce))
+                  leaf.error | <uint32_t>(access_info >> KVMMU_ACCESS_INFO_SHIFT) & w.pferr_mask, <uint8_t>kvmmu_psce_level(psce))
         return False
-    if result == LEAF_OK or (w.ngpa is NULL and set_leaf_bits(&m.first, psce, entry, leaf.pte, access_info)):
+    if result == LEAF_OK or (w.ngpa is NULL and set_leaf_bits(&m.first.rules, psce, entry, leaf.pte, access_info)):
         return True
     walk_row(b, i)
     find_psce(&m.first, addr)                     # upper levels may have their accessed bits by now
@@ -152,7 +147,6 @@ cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t
 
 
 cdef void fast_row(batch *b, size_t i) noexcept nogil:
-    """One row from the psc of its walk, if they and its last entry are all that counts; else the scalar walk."""
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef cached_walks *m = cached_walks_of(b, w, False)
     cdef leaf_result leaf
@@ -183,7 +177,7 @@ cdef void fast_row(batch *b, size_t i) noexcept nogil:
             psce = psce_of(&m.second, addr)
         if psce:
             entries[1] = kvmmu_entry_hva(w.ngpa.format, psce, addr)
-        if not psce or check_leaf(&m.second, psce, entries[1], addr, w.ngpa.fmt.access_info[access], &leaf) != LEAF_OK:
+        if not psce or check_leaf(&m.second.rules, psce, entries[1], addr, w.ngpa.fmt.access_info[access], &leaf) != LEAF_OK:
             walk_row(b, i)
             return
     write_row(b, i, leaf.gpa, STATUS_OK, 0, level)

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "kvmmu/walk/batch/kernels/_lane_state.h"
+#include "kvmmu/walk/batch/kernels/_state.h"
 
 #define KVMMU_AVX2 __attribute__((target("avx2,bmi,bmi2,prfchw")))
 

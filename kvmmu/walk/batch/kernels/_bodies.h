@@ -1,41 +1,13 @@
-/* Walks side by side: 64 addresses of one set of tables at a time.
+/* The kernels in C with vectors of the compiler; each source of an instruction set compiles them for that set.
  *
- * A lane starts from what is remembered of the upper levels of its walk (its prefix: where the last entry lies, and the rights
- * so far) and reads that last entry live. What surely passes is found with few instructions (_passes.h); the whole rule is there for
- * the rest. The loops have a constant count and no branches; each is compiled once for every instruction set below and chosen by
- * a run-time check of the CPU. What an entry means is in _gpte.h, shared with the scalar walk.
+ * What an entry means is in _gpte.h, shared with the scalar walk. check_body() repeats steps 3 to 7 of the walk (_walk.pxd) for the last
+ * entry: not present, reserved bits, not a leaf, rights and protection key, and which accessed and dirty bits are clear.
+ * accept_body() accepts lanes whose entry passes all of them by the masks that kvmmu_make_accept_masks() has made.
  */
-#ifndef KVMMU_LANES_H
-#define KVMMU_LANES_H
+#ifndef KVMMU_BODIES_H
+#define KVMMU_BODIES_H
 
-#include "kvmmu/walk/batch/kernels/_passes.h"
-
-/* Where the last entries lie: psce, entry. Returns the lanes whose prefix is not among those remembered, or is cold.
- * IN far: they are probably not in the cache; then they are on their way there afterwards. */
-typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, int far);
-/* Read them, into pte. Returns the lanes that do not surely pass. OUT gpa: of those that do; slow: those that would but for accessed
- * and dirty bits; level (or NULL): of all; status, error_code (or NULL): as if all passed */
-typedef uint64_t (*kvmmu_accept_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, const uint8_t *access,
-                                  uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
-/* Read them, and check them by all rules: pte, pte_access, access_info, error, fault, slow. OUT gpa: of those that pass */
-typedef void (*kvmmu_check_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_rules *, uint64_t gva_mask, const uint64_t *gva,
-                               const uint8_t *access, uint64_t *gpa);
-/* Known translations of 64 rows: bit n is set where row n has none. OUT gpa, level: right where the bit is clear; status, error_code:
- * as if it were clear everywhere. IN ctx: NULL, or of each row; memo_id: of the only context, or of context 0 */
-typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_memo_entry *, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
-                                    uint64_t memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
-/* 64 rows of the three common columns (or NULL): lanes that pass, and lanes that fault. IN access_mask: what of an access its error
- * code tells; gpa: of lanes that pass, there already */
-typedef void (*kvmmu_emit_fn)(const struct kvmmu_leaf_block *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
-                              uint32_t *error_code);
-
-struct kvmmu_kernels { /* [format] */
-    kvmmu_find_fn find[3];
-    kvmmu_accept_fn read[3];
-    kvmmu_check_fn check[3];
-    kvmmu_recall_fn recall;
-    kvmmu_emit_fn emit;
-};
+#include "kvmmu/walk/batch/kernels/kernels.h"
 
 /* ---- vectors ------------------------------------------------------------------------------------------------------ */
 
@@ -115,14 +87,6 @@ KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const 
     }
     l->slow = slow;
     return remaining;
-}
-
-/* A prefix for one lane after all. */
-KVMMU_INLINE void kvmmu_set_psce(int format, struct kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
-{
-    l->psce[lane] = psce;
-    l->entry[lane] = kvmmu_entry_hva(format, psce, addr);
-    __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
 KVMMU_INLINE void emit_body(const struct kvmmu_leaf_block *l, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
@@ -269,15 +233,15 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
 
 /* ---- one set of functions for each instruction set ---------------------------------------------------------------- */
 
-#define KVMMU_FORMAT_FUNCTIONS(format, name, target, find, read)                                                                    \
+#define KVMMU_FORMAT_FUNCTIONS(format, name, target, find, accept)                                                                    \
     target static uint64_t find_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, int far)            \
     {                                                                                                                               \
         return far ? find(format, l, s, gva, 1) : find(format, l, s, gva, 0);                                                       \
     }                                                                                                                               \
-    target static uint64_t read_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,\
+    target static uint64_t accept_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,\
                                        uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)                        \
     {                                                                                                                               \
-        return read(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
+        return accept(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
     }                                                                                                                               \
     target static void judge_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, \
                                     const uint8_t *access, uint64_t *gpa)                                                           \
@@ -285,10 +249,10 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
         check_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
     }
 
-#define KVMMU_KERNELS(name, target, find, read, recall)                                                                      \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, read)                                                          \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, read)                                                          \
-    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, read)                                                        \
+#define KVMMU_KERNELS(name, target, find, accept, recall)                                                                      \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, accept)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, accept)                                                          \
+    KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, accept)                                                        \
     target static uint64_t recall_##name(const struct kvmmu_memo_entry *memo, const uint64_t *gva, const uint8_t *access,             \
                                          const uint32_t *ctx, uint64_t memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status,       \
                                          uint32_t *error_code)                                                                      \
@@ -301,33 +265,9 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
     {                                                                                                                               \
         emit_body(l, fault, access_mask, gpa, status, error_code);                                                                  \
     }                                                                                                                               \
-    static const struct kvmmu_kernels kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
-                                                          {read_32_##name, read_64_##name, read_ept_##name},                        \
+    const struct kvmmu_kernels kvmmu_kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
+                                                          {accept_32_##name, accept_64_##name, accept_ept_##name},                        \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
                                                           recall_##name, emit_##name};
 
-KVMMU_KERNELS(portable, , find_body, accept_body, recall_body)
-#if defined(__x86_64__)
-#define KVMMU_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,bmi,bmi2,prfchw,prefer-vector-width=512")))
-#include "kvmmu/walk/batch/kernels/_lanes_avx2.h"
-KVMMU_KERNELS(avx2, KVMMU_AVX2, find_words, accept_words, recall_words)
-KVMMU_KERNELS(avx512, KVMMU_AVX512, find_words, accept_words, recall_words)
-#endif
-
-/* The functions for an instruction set by name; NULL where the CPU, or this build, does not have it. */
-static const struct kvmmu_kernels *kvmmu_kernels_of(const char *name)
-{
-    if (!strcmp(name, "portable"))
-        return &kernels_portable;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
-        return &kernels_avx2;
-    if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-        return &kernels_avx512;
-#endif
-    return NULL;
-}
-
-#endif /* KVMMU_LANES_H */
+#endif /* KVMMU_BODIES_H */

@@ -1,30 +1,31 @@
-/* Which last entries surely pass an access: the rules of permissions, reserved bits and accessed and dirty bits of one stage, worked
- * out once as bits to compare and tables of bytes. Entries that do not surely pass are for the whole rule. */
-#ifndef KVMMU_PASSES_H
-#define KVMMU_PASSES_H
+/* Accept masks: the leaf check of one stage (steps 3 to 7 of the walk in _walk.pxd: present, reserved bits, leaf, rights and protection
+ * key, accessed and dirty bits), worked out once as bits to compare and tables of bytes. They accept only leaves that pass; the whole
+ * rule decides over the others. */
+#ifndef KVMMU_ACCEPT_MASKS_H
+#define KVMMU_ACCEPT_MASKS_H
 
-#include "kvmmu/walk/batch/kernels/_lane_state.h"
+#include "kvmmu/walk/batch/kernels/_state.h"
 
-/* Prefixes of tables of this level count. */
+/* Look tables of this level up. */
 KVMMU_INLINE void kvmmu_use_tables(int format, struct kvmmu_leaf_checker *s, uint32_t walk_id, int level)
 {
     s->level = level;
     s->tag_shift = KVMMU_LEVEL_SHIFT(format, level + 1);
     s->entry_shift = KVMMU_LEVEL_SHIFT(format, level) - (format == KVMMU_FORMAT_32 ? 2 : 3);
-    /* one table stands for many regions: apart from those */
+    /* one table covers many tags of the lowest level: apart from those */
     s->walk_slot = kvmmu_walk_spread(walk_id + ((uint32_t)(level - 1) << PSC_WALK_ID_BITS));
     s->walk_tag = kvmmu_psc_tag(0, walk_id) ^ (uint64_t)((level - 1) & 3) << PSC_TAG_LEVEL_SHIFT;
 }
 
-/* The place of the prefix of a table for an address, among all of them. */
+/* Where the cache holds the table of an address. */
 KVMMU_INLINE uint64_t kvmmu_psc_slot_of(const struct kvmmu_leaf_checker *s, uint64_t addr)
 {
     const uint64_t addr_tag = addr >> s->tag_shift;
     return KVMMU_PSC_SLOT(addr_tag, s->walk_slot);
 }
 
-/* False: what passes is not a matter of single bits. IN sample: an entry; those of EPT are of its memory type; seconds: NULL, or the
- * access that is asked of this stage for each access >> 1. */
+/* Make the accept masks. Returns 0 if what passes is not a matter of single bits. IN sample: an entry, whose memory type is that of
+ * accepted entries (EPT); seconds: NULL, or the access that this stage is asked for, by access >> 1. */
 static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, const struct kvmmu_leaf_rules *w, uint64_t sample,
                               const uint8_t *seconds)
 {
@@ -38,7 +39,7 @@ static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, con
     s->want = (sample & memory_type) | w->page_size_mask;
     for (uint64_t rights = EPT_READABLE_MASK; memory_type && rights <= EPT_RWX_MASK; rights += EPT_WRITABLE_MASK)
         if (KVMMU_BAD_MT_XWR(fmt->bad_mt_xwr, (sample & memory_type) | rights))
-            return 0; /* with the right to read, all others are as good */
+            return 0; /* every combination of rights with the right to read must be a good one */
     if (format == KVMMU_FORMAT_64 && fmt->pkru_mask && w->pkru) { /* key 0, if it denies nothing */
         if (w->pkru & 3)
             return 0;
@@ -63,4 +64,4 @@ static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, con
     return 1;
 }
 
-#endif /* KVMMU_PASSES_H */
+#endif /* KVMMU_ACCEPT_MASKS_H */

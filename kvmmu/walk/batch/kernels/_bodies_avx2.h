@@ -1,10 +1,9 @@
-/* What of `_lanes.h` is worth instructions that C has no words for: find_body(), accept_body(), and recall_body() of one
- * context, with the same answers.
+/* find_body(), accept_body(), and recall_body() of one context, with instructions that the compiler does not choose by itself.
  *
- * Addresses go from vectors to loads by way of memory, a loop before they are used, so that none has_deferred for another.
+ * Addresses go from vectors to loads by way of memory, a loop before they are used, so that none waits for another.
  */
-#ifndef KVMMU_LANES_AVX2_H
-#define KVMMU_LANES_AVX2_H
+#ifndef KVMMU_BODIES_AVX2_H
+#define KVMMU_BODIES_AVX2_H
 
 #include "kvmmu/walk/batch/kernels/_vectors_avx2.h"
 
@@ -174,4 +173,4 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t recall_words(const struct kvmmu_memo_entry *mem
     return ~(known & passes);
 }
 
-#endif /* KVMMU_LANES_AVX2_H */
+#endif /* KVMMU_BODIES_AVX2_H */

@@ -1,11 +1,11 @@
-"""Walks side by side, in C: see `_lanes.h`."""
+"""The kernels in C, and the table of them that batches use: see `kernels/kernels.h` and `kernels/_state.h`."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._format cimport kvm_page_format
 
-cdef extern from "kvmmu/walk/batch/kernels/_lanes.h" nogil:
+cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
     const size_t KVMMU_BLOCK_ROWS
     const size_t KVMMU_BLOCK_ALIGNMENT
     enum:
@@ -42,6 +42,9 @@ cdef extern from "kvmmu/walk/batch/kernels/_lanes.h" nogil:
         uint64_t accessed_mask
         uint32_t pkru
         uint32_t walk_id
+        int format
+        bint sets_ad
+        bint logs
 
     cdef struct kvmmu_leaf_checker:
         kvmmu_psc_entry *psc
@@ -82,7 +85,7 @@ cdef extern from "kvmmu/walk/batch/kernels/_lanes.h" nogil:
 
     cdef struct kvmmu_kernels:
         kvmmu_find_fn find[3]
-        kvmmu_accept_fn read[3]
+        kvmmu_accept_fn accept[3]
         kvmmu_check_fn check[3]
         kvmmu_recall_fn recall
         kvmmu_emit_fn emit
@@ -103,3 +106,6 @@ cdef extern from "kvmmu/walk/batch/kernels/_lanes.h" nogil:
     size_t kvmmu_first_bit(uint64_t bits)
     int kvmmu_count_bits(uint64_t bits)
     const kvmmu_kernels *kvmmu_kernels_of(const char *name)
+
+# The table in use
+cdef const kvmmu_kernels *kernels_in_use() noexcept nogil
