@@ -10,7 +10,7 @@ from kvmmu.arch._bits cimport (
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
     ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
-from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu.arch._format cimport PageFormat, reset_ept_rsvds_bits_mask, update_ept_permissions
 from kvmmu.machine._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu.machine._exits cimport machine_drain_pml
 from kvmmu.memory._memory cimport GuestMemory
@@ -258,18 +258,13 @@ cdef class MachineModes:
 
     cdef int init_stage(self, uint32_t root_role) except -1:
         """The processor's walk of SPTEs as its second stage."""
-        cdef permission_params p
         cdef uint64_t role = root_role
         cdef int level = <int>(role & ROLE_LEVEL_MASK)
-        cdef bint smep = (role & ROLE_CR4_SMEP_MASK) != 0
         if self.kvm.k.spte.ept:
             role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | (role & (ROLE_AD_DISABLED_MASK | ROLE_CR4_SMEP_MASK)) | (
                 ROLE_EXT_VALID_MASK | ROLE_EXT_EXECONLY_MASK)
             init_ept_pagewalk(&self.m.stage.w, role, &self.host_caps, True)
-            p.tdp = p.ept = p.wp = p.nx = True
-            p.smep, p.smap = smep, False
-            update_permission_bitmask(&self.n_fmt.fmt, &p)
-            self.n_fmt.fmt.pkru_mask = 0
+            update_ept_permissions(self.n_fmt, (role & ROLE_CR4_SMEP_MASK) != 0)
             reset_ept_rsvds_bits_mask(&self.n_fmt.fmt, self.host_caps.maxphyaddr, True, self.kvm.k.spte.max_huge_page_level)
         else:
             role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | ROLE_EXT_EFER_LMA_MASK | (

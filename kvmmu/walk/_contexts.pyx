@@ -16,7 +16,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport (
     PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
-    update_permission_bitmask, update_pkru_bitmask,
+    update_ept_permissions, update_permission_bitmask, update_pkru_bitmask,
 )
 from kvmmu.arch._roles cimport calc_cpu_role, kvm_mmu_role_regs
 from kvmmu.memory._maker cimport check_maker, maker
@@ -193,13 +193,7 @@ cdef uint64_t npt_role(stage) except? 0:
 
 
 cdef void fill_ept_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, int huge_page_level) noexcept:
-    cdef permission_params p
-    p.tdp = p.ept = p.wp = p.nx = True
-    p.smep = (role & ROLE_CR4_SMEP_MASK) != 0
-    p.smap = False
-    fmt.params = p
-    update_permission_bitmask(&fmt.fmt, &p)
-    fmt.fmt.pkru_mask = 0
+    update_ept_permissions(fmt, (role & ROLE_CR4_SMEP_MASK) != 0)
     reset_ept_rsvds_bits_mask(&fmt.fmt, caps.maxphyaddr, (role & ROLE_EXT_EXECONLY_MASK) != 0, huge_page_level)
 
 

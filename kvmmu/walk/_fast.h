@@ -75,8 +75,7 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_fast_walk(int format, int root, cons
     int level;
 
     if (root >= PG_LEVEL_512G) {
-        const int canonical_shift = 64 - (root == PG_LEVEL_512G ? GVA_BITS_4_LEVEL : GVA_BITS_5_LEVEL);
-        if (KVMMU_UNLIKELY((uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr))
+        if (KVMMU_UNLIKELY(!kvmmu_is_canonical(addr, 64 - (root == PG_LEVEL_512G ? GVA_BITS_4_LEVEL : GVA_BITS_5_LEVEL))))
             return none;
     } else {
         addr &= p->gva_mask;

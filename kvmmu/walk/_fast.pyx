@@ -5,12 +5,14 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
-    PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, INVALID_GPA,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT64_NX_MASK,
+    PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
 )
 from kvmmu.arch._format cimport explicit_access
-from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu.arch._gpte cimport (
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, kvmmu_is_good_pdpte, kvmmu_pdpte_gpa, kvmmu_pdpte_index,
+)
 from kvmmu.memory._memory cimport guest_mem, kvmmu_read64
 from kvmmu.walk._fast cimport (
     KVMMU_FAST_ACCESSES, kvmmu_fast_walk, kvmmu_fast_access, kvmmu_fast_tables, kvmmu_translation, fast_walk,
@@ -32,20 +34,19 @@ cdef kvmmu_translation fast_walk_2_levels(const kvmmu_fast_tables *p, const vcpu
 
 cdef kvmmu_translation fast_walk_pae(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
                                      uint32_t access) noexcept nogil:
-    cdef uint64_t pdpte = arch.pdptrs[(gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
-    if not pdpte & PT_PRESENT_MASK:
+    cdef uint64_t pdpte = arch.pdptrs[kvmmu_pdpte_index(gva)]
+    if not kvmmu_is_good_pdpte(pdpte, 0):
         return no_fast_walk(p, arch, gva, access)
     return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 
 
 cdef kvmmu_translation fast_walk_pae_in_memory(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
                                                uint32_t access) noexcept nogil:
-    cdef uint64_t offset = (arch.cr3 & CR3_PAE_PDPT_MASK) - p.slot_gpa, pdpte
-    offset += ((gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pdpte)
+    cdef uint64_t offset = kvmmu_pdpte_gpa(arch.cr3, kvmmu_pdpte_index(gva)) - p.slot_gpa, pdpte
     if offset >= p.slot_size:
         return no_fast_walk(p, arch, gva, access)
     pdpte = kvmmu_read64(p.hva + offset)
-    if (pdpte & (PT_PRESENT_MASK | p.pdpte_rsvd_mask)) != PT_PRESENT_MASK:
+    if not kvmmu_is_good_pdpte(pdpte, p.pdpte_rsvd_mask):
         return no_fast_walk(p, arch, gva, access)
     return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 

@@ -4,9 +4,10 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport translate_nested_gpa, walk_result
-from kvmmu.arch._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
+from kvmmu._walk cimport get_guest_pgd, translate_nested_gpa, walk_result
+from kvmmu.arch._bits cimport ACC_ALL, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
 from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.arch._gpte cimport kvmmu_pdpte_gpa
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
@@ -216,16 +217,16 @@ cdef class PageWalk:
     def get_guest_pgd(self):
         """The root as it stands: CR3, EPTP or nested CR3."""
         self.check_in_use()
-        return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
+        return int(get_guest_pgd(&self.w))
 
     def get_pdptr(self, i):
         """PDPTE i, 0 to 3: a register, or a word in memory in an NPT and under one. Meaningful under PAE paging only."""
         self.check_in_use()
         i = check_int("i", i, 0, 3)
         if self.w.is_nested:
-            return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
+            return self.mem.read_u64(kvmmu_pdpte_gpa(get_guest_pgd(&self.w), i))
         if self.w.pdptes_in_memory:
-            gpa = (self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i
+            gpa = kvmmu_pdpte_gpa(get_guest_pgd(&self.w), i)
             return self.mem.read_u64(gpa if self.second is None else self.second.pdpt_gpa(self.mem, gpa))
         return int(self.vcpu.arch.pdptrs[i])
 

@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kvmmu._walk cimport second_stage_access
 from kvmmu.arch._bits cimport ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
 from kvmmu.arch._format cimport access_info_of
+from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
     PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
     kvmmu_make_accept_masks, kvmmu_psce_level, kvmmu_read_entry, kvmmu_set_psce, kvmmu_use_tables,
@@ -13,7 +14,7 @@ from kvmmu.walk.batch._kernels cimport (
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, rights_count, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport (
-    back_off, cached_walk, is_backing_off, is_canonical, psce_of, remember_table, reset_backoff, table_of,
+    back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of,
 )
 
 
@@ -30,7 +31,7 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
         addr = gva[lane] & s.checker.gva_mask
-        if not is_canonical(s.w, addr):
+        if not kvmmu_is_canonical(addr, s.w.canonical_shift):
             l.noncanonical |= lane_bit(lane)
             continue
         if addr & s.w.ngpa_rsvd_mask:
@@ -51,7 +52,7 @@ cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil:
     cdef uint8_t seconds[16]
     cdef const uint8_t *asked = NULL
     cdef uint32_t i
-    if addr & s.w.ngpa_rsvd_mask or not is_canonical(s.w, addr):
+    if addr & s.w.ngpa_rsvd_mask or not kvmmu_is_canonical(addr, s.w.canonical_shift):
         return False
     psce = psce_of(s, addr)
     if not psce:

@@ -9,7 +9,7 @@ Entries live as long as a batch. Within it the tables change by accessed and dir
 with a clear accessed bit in its upper part says so, and the rows that would set the bit are walked one by one.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._kernels cimport kvmmu_leaf_checker, kvmmu_leaf_rules, kvmmu_memo_entry, kvmmu_psc_entry
@@ -67,10 +67,6 @@ cdef inline void back_off(backoff *p) noexcept nogil:
     """Note that the way did not pay."""
     p.left = p.next_length
     p.next_length = min(2 * p.next_length + 1, MAX_BACKOFF)
-
-
-cdef inline bint is_canonical(const kvm_pagewalk *w, uint64_t addr) noexcept nogil:
-    return <uint64_t>(<int64_t>(addr << w.canonical_shift) >> w.canonical_shift) == addr
 
 
 # IN second: the second stage under w, or NULL; stage: which table of the cache it uses, 0 or 1

@@ -4,14 +4,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access
+from kvmmu._walk cimport get_guest_pgd, kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, CR3_PAE_PDPT_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK,
-    PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT64_INDEX_MASK, PT_PRESENT_MASK,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK,
+    PT_PRESENT_MASK,
 )
 from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
-    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_level_shift, read_gpte,
+    guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_is_good_pdpte, kvmmu_level_shift, kvmmu_pdpte_gpa,
+    kvmmu_pdpte_index, read_gpte,
 )
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
@@ -118,7 +119,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
     """Return the psce of addr: steps 1 to 5 of the walk (`_walk.pxd`) down to the last entry, which set no bits."""
     cdef const kvm_pagewalk *w = s.w
     cdef int level = w.level
-    cdef uint64_t pte = w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
+    cdef uint64_t pte = get_guest_pgd(w)
     cdef uint64_t rights = ~<uint64_t>0, gpa, offset
     cdef const uint8_t *hva
     cdef bint readonly = False, accessed_clear = False, write_refused = False
@@ -128,7 +129,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
         level, pte, rights = PG_LEVEL_2M, s.upper_pte, s.upper_rights
     elif has_pdptrs(walker, level):
         if w.pdptes_in_memory:
-            gpa = (pte & CR3_PAE_PDPT_MASK) + ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pte)
+            gpa = kvmmu_pdpte_gpa(pte, kvmmu_pdpte_index(addr))
             if s.second is not NULL and not cached_table_gpa(s.second, gpa, &gpa, &write_refused):
                 return 0
             hva = gpa_to_hva(w.mem, gpa, &readonly)
@@ -136,10 +137,10 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
                 return 0
             pte = kvmmu_read64(hva)
             mark_word(s.touched, <uint64_t><uintptr_t>hva)
-            if not pte & PT_PRESENT_MASK or pte & w.pdpte_rsvd_mask:
+            if not kvmmu_is_good_pdpte(pte, w.pdpte_rsvd_mask):
                 return 0
         else:
-            hva = <const uint8_t *>&w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
+            hva = <const uint8_t *>&w.vcpu.pdptrs[kvmmu_pdpte_index(addr)]
             pte = kvmmu_read64(hva)
             if not pte & PT_PRESENT_MASK:
                 return psce_word(hva, level, ACC_ALL, False, True, False)

@@ -8,13 +8,14 @@ from kvmmu.arch._bits cimport (
     STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, explicit_access
+from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
     MEMO_FRAME_SHIFT, MEMO_ID_BITS, MEMO_LEVEL_SHIFT, PSC_ADDR_MASK, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_memo_gpa,
     kvmmu_memo_slot, kvmmu_psce_level,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_OK, check_leaf, leaf_result, set_leaf_bits
 from kvmmu.walk.batch._psc cimport (
-    find_psce, forget_all, forget_upper, init_cached_walk, is_canonical, mark_word, psce_of, reset_backoff,
+    find_psce, forget_all, forget_upper, init_cached_walk, mark_word, psce_of, reset_backoff,
 )
 from kvmmu.walk.batch._rows cimport (
     BLOCK_WALKS, CACHED_WALKS, ROW_WALKS, batch, batch_columns, cached_walks, context_of, walk_of, write_row,
@@ -158,7 +159,7 @@ cdef void fast_row(batch *b, size_t i) noexcept nogil:
     leaf.pte_access = ACC_ALL
     entries[0] = entries[1] = 0
     if w.kind == WALK_TABLES:
-        psce = psce_of(&m.first, addr) if is_canonical(w, addr) else 0
+        psce = psce_of(&m.first, addr) if kvmmu_is_canonical(addr, w.canonical_shift) else 0
         if not psce:
             walk_row(b, i)
             return
