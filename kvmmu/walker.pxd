@@ -38,7 +38,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.memory._memory cimport SlotTable
-from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._register_sets cimport WalkCopy
 from kvmmu.walk._fast cimport kvmmu_translation, fast_walk, translate_fast
 from kvmmu.walk.pagewalk cimport PageWalk
 

@@ -9,7 +9,7 @@ from kvmmu.arch._bits cimport PG_LEVEL_512G, PT_PRESENT_MASK
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
 from kvmmu.memory._memory cimport SlotTable, guest_mem, guest_slot
-from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._register_sets cimport WalkCopy
 from kvmmu.walk._fast cimport init_fast_walk
 from kvmmu.walk.pagewalk cimport PageWalk
 from kvmmu.walker cimport translate_fully, translation, walk_handle

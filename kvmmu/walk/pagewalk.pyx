@@ -11,13 +11,12 @@ from kvmmu.arch._gpte cimport kvmmu_pdpte_gpa
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu.walk._contexts cimport (
-    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
-    role_of, second_stage, widths_of,
-)
+from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets, widths_of
+from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
+from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
 from kvmmu.walk._explain cimport fault_behind, record_of
 from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
-from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
+from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
@@ -148,7 +147,7 @@ cdef class PageWalk:
         """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
         self.deliver = deliver
 
-    def _reload(self, Contexts contexts not None, Py_ssize_t i, regs not None):
+    def _reload(self, RegisterSets contexts not None, Py_ssize_t i, regs not None):
         """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
         self.check_contexts(contexts)
         contexts.reload(i, self.admit(regs, contexts.second_of(i)))
@@ -261,7 +260,7 @@ cdef class PageWalk:
 
         Returns
         -------
-        Contexts
+        RegisterSets
 
         Raises
         ------
@@ -275,9 +274,9 @@ cdef class PageWalk:
             rows = list(regs)
         except TypeError:
             raise TypeError(f"regs: want a sequence of Regs, got {regs!r}") from None
-        return prepare_contexts(rows, self.admit, self.cpu, &self.caps, self.second)
+        return prepare_register_sets(rows, self.admit, self.cpu, &self.caps, self.second)
 
-    cdef int check_contexts(self, Contexts contexts) except -1:
+    cdef int check_contexts(self, RegisterSets contexts) except -1:
         """Register sets are for walks like the one that prepared them."""
         self.check_in_use()
         if self.w.is_nested:
@@ -294,7 +293,7 @@ cdef class PageWalk:
             Linear addresses (bytes). Need not be canonical.
         access : Access or ndarray of uint8, shape (n,)
             Intended access of each row. The vCPU's EFLAGS.AC is not added: say `Access.AC`.
-        regs : sequence of Regs, or Contexts, optional
+        regs : sequence of Regs, or RegisterSets, optional
             Register sets instead of the vCPU's own; see `prepare()`.
         ctx : ndarray of uint32, shape (n,), optional
             Row of `regs` for each address; needed if `regs` has more than one.
@@ -316,7 +315,7 @@ cdef class PageWalk:
         ------
         ValueError
             Wrong dtype, shape or contiguity, a bit in `access` that is not modelled, a `ctx` out of range; a column of `out` that
-            shares memory with another one or with an argument; `Contexts` of another processor model or second stage.
+            shares memory with another one or with an argument; `RegisterSets` of another processor model or second stage.
         GeneralProtection
             A register set of `regs` is illegal.
         RuntimeError
@@ -333,8 +332,8 @@ cdef class PageWalk:
         cdef bint sets_ad = True if set_ad is True else check_bool("set_ad", set_ad), fresh = out is None
         cdef tuple names = check_fields(fields)
         cdef list arrays = []
-        cdef Contexts contexts = None
-        cdef ContextWalks many
+        cdef RegisterSets contexts = None
+        cdef RegisterSetWalks many
         cdef WalkCopy one
         cdef SlotTable table
         cdef Job job
@@ -343,7 +342,7 @@ cdef class PageWalk:
         if type(threads) is not int or threads != 1:            # small batches do not pay for checks of the defaults
             threads = check_threads("threads", threads)
         if regs is not None:
-            contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
+            contexts = regs if isinstance(regs, RegisterSets) else self.prepare(regs)
             self.check_contexts(contexts)
             ctx = exact_column(ctx)
         elif ctx is not None:
@@ -457,7 +456,7 @@ cdef class PageWalk:
         n = check_array("gva", gva, np.dtype(np.uint64)).size
         last = gva % np.uint64(_PAGE) + check_size(size, n) - np.uint64(1)
         access = check_access(access, n)
-        if regs is not None and not isinstance(regs, Contexts):
+        if regs is not None and not isinstance(regs, RegisterSets):
             regs = self.prepare(regs)
         how = {"regs": regs, "set_ad": set_ad, "threads": threads}
         t = self.translate(gva, access if access.size == n else int(access[0]), ctx=ctx, **how)
