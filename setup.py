@@ -11,9 +11,10 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format",
-        "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain", "walk.pagewalk",
-        "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory", "mmu.kvm._state", "mmu.audit._leaf",
-        "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.audit._damage"]
+        "walk._columns", "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain",
+        "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory", "mmu.kvm._state",
+        "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
+        "mmu.audit._damage"]
 KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
           "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
           "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",

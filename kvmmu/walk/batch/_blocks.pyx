@@ -364,7 +364,7 @@ cdef bint fits_block(const batch *b, const kvm_pagewalk *w) noexcept nogil:
     """True if blocks can hold rows of this walk."""
     if w.kind != WALK_TABLES and w.ngpa is NULL:
         return False                                # identity
-    if b.out.pte_gpa is not NULL:
+    if b.out.scalar_walk:
         return False
     return w.ngpa is NULL or not b.more
 

@@ -9,11 +9,12 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu.walk._columns cimport FIELDS
 from kvmmu.walk.batch._arrays cimport (
     MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
 )
 from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS
-from kvmmu.walk.batch._rows cimport batch, batch_columns
+from kvmmu.walk.batch._rows cimport batch, more_column
 from kvmmu.walk.batch._schedule cimport Workspace, begin_batch, new_workspace, translate_rows
 
 cdef extern from "Python.h":
@@ -37,25 +38,6 @@ cdef enum:
 
 # Workspaces that no batch uses.
 cdef list spare = []
-
-
-cdef dict places():
-    """Return the offset of the pointer of each column in batch_columns, and the size of its elements, by name."""
-    cdef batch_columns c
-    cdef char *start = <char *>&c
-    return {
-        "gpa": (<char *>&c.gpa - start, sizeof(c.gpa[0])), "status": (<char *>&c.status - start, sizeof(c.status[0])),
-        "error_code": (<char *>&c.error_code - start, sizeof(c.error_code[0])),
-        "level": (<char *>&c.level - start, sizeof(c.level[0])), "pte": (<char *>&c.pte - start, sizeof(c.pte[0])),
-        "pte_gpa": (<char *>&c.pte_gpa - start, sizeof(c.pte_gpa[0])),
-        "pte_access": (<char *>&c.pte_access - start, sizeof(c.pte_access[0])),
-        "refs": (<char *>&c.refs - start, sizeof(c.refs[0])), "ngpa": (<char *>&c.ngpa - start, sizeof(c.ngpa[0])),
-        "fault_gpa": (<char *>&c.fault_gpa - start, sizeof(c.fault_gpa[0])),
-        "exit_qualification": (<char *>&c.exit_qualification - start, sizeof(c.exit_qualification[0])),
-    }
-
-
-cdef dict PLACES = places()
 
 
 cdef uint64_t now() noexcept nogil:
@@ -87,15 +69,29 @@ cdef class Job:
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1:
         cdef str name
         cdef Py_ssize_t i, place, size
+        cdef bint in_blocks
         cdef column found
         cdef stretch stretches[MOST_COLUMNS]
+        cdef more_column *more
         if len(names) > MOST_COLUMNS - 3:
-            raise ValueError(f"fields: {len(names)} names, and there are {len(PLACES)} columns")
+            raise ValueError(f"fields: {len(names)} names, and there are {len(FIELDS)} columns")
         for i in range(len(names)):
             name = names[i]
-            place, size = PLACES[name]
+            place, size, in_blocks = FIELDS[name]
             found = column_of("out.", name, arrays[i], size, self.rows, True)
-            (<void **>(<char *>&self.columns + place))[0] = found.data
+            if name == "gpa":
+                self.columns.gpa = <uint64_t *>found.data
+            elif name == "status":
+                self.columns.status = <uint8_t *>found.data
+            elif name == "error_code":
+                self.columns.error_code = <uint32_t *>found.data
+            elif name == "level":
+                self.columns.level = <uint8_t *>found.data
+            else:
+                more = &self.columns.more[self.columns.more_count]
+                more.data, more.place, more.size = <uint8_t *>found.data, place, size
+                self.columns.more_count += 1
+                self.columns.scalar_walk = self.columns.scalar_walk or not in_blocks
             if not apart:
                 stretches[i].start, stretches[i].bytes = <uintptr_t>found.data, size * self.rows
         self.arrays = arrays

@@ -13,19 +13,24 @@ from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS, kvmmu_kernels, kvmmu_le
 from kvmmu.walk.batch._leaf cimport leaf_result
 from kvmmu.walk.batch._psc cimport backoff, cached_walk, walk_tables
 
+# A column that is copied from a walk_result.
+cdef struct more_column:
+    uint8_t *data
+    size_t place                    # of the field
+    size_t size                     # of an element: 1, 4 or 8 bytes
+
+cdef enum:
+    MOST_MORE_COLUMNS = 16          # as many as `fields` may name
+
 # Columns of a batch; a NULL column is not wanted.
 cdef struct batch_columns:
     uint64_t *gpa
     uint8_t *status
     uint32_t *error_code
     uint8_t *level
-    uint64_t *pte
-    uint64_t *pte_gpa
-    uint8_t *pte_access
-    uint8_t *refs
-    uint64_t *ngpa
-    uint64_t *fault_gpa
-    uint64_t *exit_qualification
+    more_column more[MOST_MORE_COLUMNS]
+    size_t more_count
+    bint scalar_walk                # a column is wanted that the scalar walk alone knows
 
 # Stretches of the common columns, NULL where one is not wanted.
 cdef struct common_columns:

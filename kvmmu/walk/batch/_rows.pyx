@@ -18,25 +18,23 @@ from kvmmu.walk.batch._psc cimport (
     find_psce, forget_all, forget_upper, init_cached_walk, mark_word, psce_of, reset_backoff,
 )
 from kvmmu.walk.batch._rows cimport (
-    BLOCK_WALKS, CACHED_WALKS, ROW_WALKS, batch, batch_columns, cached_walks, context_of, walk_of, write_row,
+    BLOCK_WALKS, CACHED_WALKS, ROW_WALKS, batch, batch_columns, cached_walks, context_of, more_column, walk_of, write_row,
 )
 
 
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil:
-    if out.pte is not NULL:
-        out.pte[i] = r.pte
-    if out.pte_gpa is not NULL:
-        out.pte_gpa[i] = r.pte_gpa
-    if out.pte_access is not NULL:
-        out.pte_access[i] = r.pte_access
-    if out.refs is not NULL:
-        out.refs[i] = r.refs
-    if out.ngpa is not NULL:
-        out.ngpa[i] = r.ngpa
-    if out.fault_gpa is not NULL:
-        out.fault_gpa[i] = r.fault_gpa
-    if out.exit_qualification is not NULL:
-        out.exit_qualification[i] = r.exit_qualification
+    cdef const more_column *c
+    cdef const uint8_t *field
+    cdef size_t k
+    for k in range(out.more_count):
+        c = &out.more[k]
+        field = <const uint8_t *>r + c.place
+        if c.size == sizeof(uint64_t):
+            (<uint64_t *>c.data)[i] = (<const uint64_t *>field)[0]
+        elif c.size == sizeof(uint32_t):
+            (<uint32_t *>c.data)[i] = (<const uint32_t *>field)[0]
+        else:
+            c.data[i] = field[0]
 
 
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil:

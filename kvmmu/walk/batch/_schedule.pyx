@@ -13,7 +13,7 @@ from kvmmu.walk.batch._kernels cimport (
 )
 from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache
 from kvmmu.walk.batch._rows cimport (
-    BLOCKS, CACHED_WALKS, DEFERRED_CONTEXTS, accesses_from, batch, batch_columns, block, cached_walks, columns_from,
+    BLOCKS, CACHED_WALKS, DEFERRED_CONTEXTS, accesses_from, batch, block, cached_walks, columns_from,
     common_columns, deferred_rows, fast_row, of_one_context, order_shows, recall_row, walk_of, walk_row,
 )
 
@@ -151,15 +151,9 @@ cdef void consider_recall(batch *b) noexcept nogil:
     b.tried = b.missed = 0
 
 
-cdef bint wants_more(const batch_columns *out) noexcept nogil:
-    """True if a column beside gpa, status, error_code and level is wanted."""
-    return (out.pte is not NULL or out.pte_gpa is not NULL or out.pte_access is not NULL or out.refs is not NULL or
-            out.ngpa is not NULL or out.fault_gpa is not NULL or out.exit_qualification is not NULL)
-
-
 cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bint watch) noexcept nogil:
     cdef size_t i
-    b.more = wants_more(b.out)
+    b.more = b.out.more_count != 0
     b.kernels = kernels_in_use()
     b.tables, b.memo = &work.cache.tables, work.cache.tables.memo
     b.blocks, b.cached, b.deferred = work.blocks, work.cached, work.deferred
