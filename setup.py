@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import sys
-from glob import glob
+from functools import cache
+from pathlib import Path
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
@@ -11,19 +13,24 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format",
-        "walk._contexts", "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb",
-        "mmu.kvm._memory", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit",
-        "mmu.kvm._inspect", "mmu.audit._damage"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows",
-          "walk.batch._straight", "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay",
-          "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb",
-          "tlb._structure", "tlb._hierarchy", "machine._exits", "machine._access", "machine._l1_flushes", "machine._modes",
+        "walk._columns", "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain",
+        "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory", "mmu.kvm._state",
+        "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
+        "mmu.audit._damage"]
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
+          "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
+          "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",
+          "tables._filler", "tlb._tlb", "tlb._structure", "tlb._hierarchy", "machine._exits", "machine._access",
+          "machine._l1_flushes", "machine._modes",
           "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace", "mmu.core._kvm",
           "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu.shadow._zap",
           "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync", "mmu.shadow._shadow",
           "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
+
+# C sources beside the Cython source of a module.
+C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
 
 SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
@@ -34,7 +41,7 @@ DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks ev
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
 SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
 
-COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function", "-g0"]
+COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function", "-g0"]      # of gcc and clang
 LINK_ARGS = []
 if WERROR:
     Options.warning_errors = True
@@ -52,12 +59,33 @@ if CAN_FORK:
     multiprocessing.set_start_method("fork", force=True)
 
 
+@cache
+def files_behind(path):
+    """Return the files of kvmmu that a Cython or C source is compiled from: what it includes and cimports, and their own."""
+    path = Path(path)
+    text = path.read_text()
+    found = {Path(name) for name in re.findall(r'^\s*(?:cdef extern from|#\s*include)\s+"(kvmmu/[^"]*)"', text, re.MULTILINE)}
+    if path.suffix == ".pyx":
+        found.add(path.with_suffix(".pxd"))
+    for module in re.findall(r"^\s*(?:from|cimport) (kvmmu[\w.]*)(?: cimport|\s*$)", text, re.MULTILINE):
+        found.add(Path(module.replace(".", "/")).with_suffix(".pxd"))
+    found = {file for file in found if file.exists() and file != path}
+    return frozenset(found.union(*map(files_behind, found)))
+
+
+def headers_of(source):
+    """Return the C files that a Cython source is compiled with."""
+    return sorted(str(file) for file in files_behind(source) if file.suffix in (".h", ".c"))
+
+
 def extensions(names, directives):
-    modules = [
-        Extension(f"kvmmu.{name}", [f"kvmmu/{name.replace('.', '/')}.pyx"], include_dirs=["."],
-                  extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS, depends=glob("kvmmu/**/*.h", recursive=True))
-        for name in names
-    ]
+    modules = []
+    for name in names:
+        source = f"kvmmu/{name.replace('.', '/')}.pyx"
+        more = C_SOURCES.get(name, [])
+        headers = {header for file in (source, *more) for header in headers_of(file)}
+        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
+                                 extra_link_args=LINK_ARGS, depends=sorted(headers)))
     return cythonize(modules + ([SHARED] if names is SAFE else []), compiler_directives=directives,
                      build_dir="build/cython-debug" if DEBUG else "build/cython", nthreads=os.cpu_count() if CAN_FORK else 0,
                      shared_utility_qualified_name=SHARED.name)

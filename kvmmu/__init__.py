@@ -43,11 +43,13 @@ from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel, TlbStats
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu
 from kvmmu.vm.vm import Vm
-from kvmmu.walk._contexts import Contexts
+from kvmmu.walk._register_sets import RegisterSets
 from kvmmu.walk.pagewalk import PageWalk
 from kvmmu.walk.record import WalkRecord, WalkStep
 from kvmmu.walk.results import Accesses, Span, Translation
 from kvmmu.walker import Walker, get_include
+
+Contexts = RegisterSets                 # the name of before
 
 if TYPE_CHECKING:
     from kvmmu.traces import open_trace
@@ -57,7 +59,7 @@ __all__ = [
     "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
-    "ReplayInterrupted", "Report", "RetPf",
+    "RegisterSets", "ReplayInterrupted", "Report", "RetPf",
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
     "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",

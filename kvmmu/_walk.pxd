@@ -122,6 +122,11 @@ cdef struct kvm_pagewalk:
     bint advanced_info              # exit qualification has bits 11:9
     pml_log *pml                    # NULL: no log
 
+cdef inline uint64_t get_guest_pgd(const kvm_pagewalk *w) noexcept nogil:
+    """Return the root register: CR3, EPTP or nested CR3."""
+    return w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
+
+
 cdef inline uint32_t second_stage_access(const kvm_pagewalk *n, uint32_t access, bint final, uint32_t pte_access) noexcept nogil:
     """The access that the second stage sees. U: in EPT by the rights of the first stage; in NPT always, except under GMET."""
     access &= <uint32_t>ACCESS_PFEC_MASK

@@ -1,31 +1,27 @@
 """The walk of guest page tables. The steps are listed in `_walk.pxd`."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, walk_result, walk_step
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, get_guest_pgd, kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
-    ACC_WRITE_MASK, CR3_PAE_PDPT_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK,
-    EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_USER_MASK, EPT_VIOLATION_GVA_VALID_MASK,
-    EPT_VIOLATION_GVA_WRITABLE_MASK, EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK,
-    EPT_VIOLATION_PROT_USER_EXEC_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K,
-    PML_ENTITY_NUM, PT32_PAE_INDEX_MASK, PT32_PAE_INDEX_SHIFT, PT_PRESENT_MASK, ROLE_CR4_SMEP_MASK,
+    ACC_WRITE_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_ACC_WRITE_MASK,
+    EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_USER_MASK, EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK,
+    EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_USER_EXEC_MASK, INVALID_GPA,
+    PAGE_OFFSET_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, PML_ENTITY_NUM, PT_PRESENT_MASK, ROLE_CR4_SMEP_MASK,
     STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._format cimport kvm_page_format, permission_fault
 from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
-    guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, leaf_gpa, read_gpte,
+    guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_is_canonical,
+    kvmmu_pdpte_gpa, kvmmu_pdpte_index, leaf_gpa, read_gpte,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
 
 # What a walk came to, beside STATUS_*.
 cdef enum:
     WALK_RACE_LOST = 0xff
-
-
-cdef inline uint64_t get_guest_pgd(const kvm_pagewalk *w) noexcept nogil:
-    return w.vcpu.nested_pgd if w.is_nested else w.vcpu.cr3
 
 
 # ---- the second stage, as the first one sees it ------------------------------------------------------------------------
@@ -163,12 +159,12 @@ cdef inline uint8_t final_gpa(guest_walker *walker, const kvm_pagewalk *w, uint3
 
 cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, bint set_ad, walk_result *r) noexcept nogil:
     """Step 1 where PDPTEs are in memory. OUT r: pte, pte_gpa, hole, refs, all of a second-stage fault."""
-    cdef uint64_t gpa = get_guest_pgd(w) & CR3_PAE_PDPT_MASK
-    cdef uint64_t offset = ((addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(uint64_t)
+    cdef uint64_t gpa = kvmmu_pdpte_gpa(get_guest_pgd(w), 0), offset
     cdef const uint8_t *hva
     cdef uint8_t status
     cdef bint readonly = False
-    r.pte_gpa = gpa + offset
+    r.pte_gpa = kvmmu_pdpte_gpa(get_guest_pgd(w), kvmmu_pdpte_index(addr))
+    offset = r.pte_gpa - gpa
     if w.ngpa is not NULL:
         status = translate_nested_gpa(
             w.ngpa, gpa, w.ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
@@ -210,7 +206,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
                 return status
             pte, walker.pte_gpa[level - 1], walker.hole = r.pte, r.pte_gpa, r.hole
         else:
-            pte = w.vcpu.pdptrs[(addr >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
+            pte = w.vcpu.pdptrs[kvmmu_pdpte_index(addr)]
         walker.ptes[level - 1] = pte
         if not pte & PT_PRESENT_MASK:
             return STATUS_PAGE_FAULT
@@ -272,10 +268,6 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
     return STATUS_OK if w.final_before_ad else final_gpa(walker, w, access, set_ad, r)      # step 8
 
 
-cdef inline bint is_noncanonical(const kvm_pagewalk *w, uint64_t gva) noexcept nogil:
-    return <uint64_t>(<int64_t>(gva << w.canonical_shift) >> w.canonical_shift) != gva
-
-
 cdef inline void set_no_walk(walk_result *r, uint64_t gpa, uint8_t status) noexcept nogil:
     """A result that no entry was read for."""
     r.gpa = r.ngpa = gpa
@@ -294,7 +286,7 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
                                     walk_result *r) noexcept nogil:
     cdef uint64_t addr = gva & w.gva_mask
     cdef uint8_t status = WALK_RACE_LOST
-    if is_noncanonical(w, addr):
+    if not kvmmu_is_canonical(addr, w.canonical_shift):
         set_no_walk(r, INVALID_GPA, STATUS_NON_CANONICAL)
         return
     if addr & w.ngpa_rsvd_mask:
@@ -350,7 +342,7 @@ cdef inline int walk_steps_generic(guest_walker *walker, const kvm_pagewalk *w, 
                                    walk_step *steps) noexcept nogil:
     cdef uint64_t addr = gva & w.gva_mask
     cdef walk_result r
-    if is_noncanonical(w, addr) or addr & w.ngpa_rsvd_mask:
+    if not kvmmu_is_canonical(addr, w.canonical_shift) or addr & w.ngpa_rsvd_mask:
         return 0
     clear_steps(walker, w)
     walk_addr_once(walker, w, addr, access, False, &r)

@@ -38,13 +38,13 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.memory._memory cimport SlotTable
-from kvmmu.walk._contexts cimport WalkCopy
-from kvmmu.walk._fast cimport kvmmu_translation, plain_walk, translate_plainly
+from kvmmu.walk._register_sets cimport WalkCopy
+from kvmmu.walk._fast cimport kvmmu_translation, fast_walk, translate_fast
 from kvmmu.walk.pagewalk cimport PageWalk
 
 cdef struct walk_state:
     kvm_pagewalk w
-    plain_walk plain
+    fast_walk fast
 
 ctypedef const walk_state *walk_handle
 
@@ -65,7 +65,7 @@ cdef inline translation translate(walk_handle handle, uint64_t gva, uint32_t acc
     """
     cdef translation t
     access &= <uint32_t>ACCESS_VALID_MASK
-    t = translate_plainly(&handle.plain, handle.w.vcpu, gva, access)
+    t = translate_fast(&handle.fast, handle.w.vcpu, gva, access)
     if t.gpa == INVALID_GPA:
         return translate_slowly(handle, gva, access, set_ad)
     return t

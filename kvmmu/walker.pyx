@@ -9,8 +9,8 @@ from kvmmu.arch._bits cimport PG_LEVEL_512G, PT_PRESENT_MASK
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
 from kvmmu.memory._memory cimport SlotTable, guest_mem, guest_slot
-from kvmmu.walk._contexts cimport WalkCopy
-from kvmmu.walk._fast cimport init_plain_walk
+from kvmmu.walk._register_sets cimport WalkCopy
+from kvmmu.walk._fast cimport init_fast_walk
 from kvmmu.walk.pagewalk cimport PageWalk
 from kvmmu.walker cimport translate_fully, translation, walk_handle
 
@@ -68,7 +68,7 @@ cdef class Walker:
         w.kind, w.format, w.level = WALK_TABLES, KVMMU_FORMAT_64, PG_LEVEL_512G
         w.gva_mask, w.present_mask = ~<uint64_t>0, PT_PRESENT_MASK
         use_walker(w)
-        init_plain_walk(&self.state.plain, w)
+        init_fast_walk(&self.state.fast, w)
         self.handle = &self.state
 
     def __init__(self, PageWalk walk not None):
@@ -92,7 +92,7 @@ cdef class Walker:
         table = self.walk.mem.current()
         copy = self.walk.now(table)
         self.state.w = copy.w
-        init_plain_walk(&self.state.plain, &self.state.w)
+        init_fast_walk(&self.state.fast, &self.state.w)
         self.copy, self.table = copy, table
 
     def __reduce__(self):

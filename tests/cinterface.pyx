@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu.walk._fast cimport translate_plainly
+from kvmmu.walk._fast cimport translate_fast
 from kvmmu.walker cimport (
     ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_OK, STATUS_PAGE_FAULT, Walker, translate,
     translate_fully, translation, walk_handle, walk_result,
@@ -51,8 +51,8 @@ def one(Walker walker, uint64_t gva, uint32_t access=0):
 def short_cut(Walker walker, uint64_t gva, uint32_t access):
     """Whether the short cut of `kvmmu/walk/_fast.pxd` answers, by the function and by its inlined form."""
     cdef walk_handle handle = walker.handle
-    return (handle.plain.gva_to_gpa(&handle.plain.p, handle.w.vcpu, gva, access).gpa != INVALID_GPA,
-            translate_plainly(&handle.plain, handle.w.vcpu, gva, access).gpa != INVALID_GPA)
+    return (handle.fast.gva_to_gpa(&handle.fast.p, handle.w.vcpu, gva, access).gpa != INVALID_GPA,
+            translate_fast(&handle.fast, handle.w.vcpu, gva, access).gpa != INVALID_GPA)
 
 
 def place(Walker walker):

@@ -7,7 +7,7 @@ import signal
 import pytest
 import shadow_guests
 
-from kvmmu.walk.batch._job import default_instruction_set, use_instruction_set
+from kvmmu.walk.batch._kernels import default_instruction_set, use_instruction_set
 
 
 def pytest_configure():

@@ -26,7 +26,7 @@ import pytest
 import kvmmu
 import kvmmu.traces
 from kvmmu.replay._replay import new_replayer, new_row_loop
-from kvmmu.walk._contexts import new_arch
+from kvmmu.walk._vcpu_arch import new_arch
 from kvmmu.walk.pagewalk import new_walk
 
 SECONDS = 10                            # for one call, on a machine that does much else
@@ -86,7 +86,8 @@ class World:
 
 # One real object of each class; classes that nobody gets an object of have None.
 REAL = {
-    "GuestMemory": lambda w: w.mem, "PageWalk": lambda w: w.walk, "VcpuArch": lambda w: w.arch, "Contexts": lambda w: w.contexts,
+    "GuestMemory": lambda w: w.mem, "PageWalk": lambda w: w.walk, "VcpuArch": lambda w: w.arch,
+    "RegisterSets": lambda w: w.contexts,
     "SecondStage": lambda w: w.nested.gva_walk.second, "PageFormat": lambda w: w.walk.fmt, "Walker": lambda w: w.walker,
     "CpuRole": lambda w: w.walk.cpu_role, "Replayer": lambda w: w.replayer, "RowLoop": lambda w: w.loop,
     "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine, "TdpMmu": lambda w: w.vcpu.tdp_mmu,
@@ -117,7 +118,7 @@ WRONG = {
     "[None]": lambda w: [None], "object()": lambda w: object(), "uint64[1]": lambda w: np.zeros(1, np.uint64),
     "uint8[0]": lambda w: np.zeros(0, np.uint8), "GuestMemory": lambda w: w.mem,
     "bare GuestMemory": lambda w: kvmmu.GuestMemory.__new__(kvmmu.GuestMemory), "PageWalk": lambda w: w.nested.ngpa_walk,
-    "SecondStage": lambda w: w.nested.gva_walk.second, "Contexts": lambda w: w.contexts, "Vcpu": lambda w: w.vcpu,
+    "SecondStage": lambda w: w.nested.gva_walk.second, "RegisterSets": lambda w: w.contexts, "Vcpu": lambda w: w.vcpu,
     "a class": lambda w: kvmmu.GuestMemory,
 }
 
@@ -257,14 +258,15 @@ def forks():
 def test_the_package_is_found():
     """The walk over the package sees the classes that matter; each has a real object, or none can be had."""
     names = {cls.__name__ for cls in CLASSES}
-    assert {"GuestMemory", "PageWalk", "Contexts", "Walker", "Replayer", "Machine", "Kvm", "Tlb", "Job", "SlotTable"} <= names
+    assert {"GuestMemory", "PageWalk", "RegisterSets", "Walker", "Replayer", "Machine", "Kvm", "Tlb", "Job", "SlotTable"} <= names
     assert set(REAL) <= names
     for module in MODULES:
         assert module.__name__.startswith("kvmmu.")
 
 
 @pytest.mark.parametrize("name", [
-    "SlotTable", "Job", "Workspace", "WalkCache", "VcpuArch", "SecondStage", "WalkCopy", "ContextWalks", "Contexts", "PageWalk",
+    "SlotTable", "Job", "Workspace", "WalkCache", "VcpuArch", "SecondStage", "WalkCopy", "RegisterSetWalks", "RegisterSets",
+    "PageWalk",
     "BlockWalker", "Replayer", "RowLoop"])
 @pytest.mark.parametrize("arguments", [(), (None,), (object(),), (1, 2, 3), (None,) * 6], ids=repr)
 def test_what_only_the_package_makes(name, arguments):

@@ -13,7 +13,7 @@ from kvmmu.arch._roles import CpuRole
 
 PACKAGE = Path(kvmmu.__file__).parent
 STUBS = sorted(PACKAGE.rglob("*.pyi"))
-HIDDEN = {"ContextWalks", "SlotTable", "Tasks", "WalkCache", "WalkCopy", "Workspace"}     # C arrays, a base: nothing for Python
+HIDDEN = {"RegisterSetWalks", "SlotTable", "Tasks", "WalkCache", "WalkCopy", "Workspace"}  # C arrays, a base: nothing for Python
 
 
 def module_of(path):

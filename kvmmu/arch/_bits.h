@@ -315,7 +315,6 @@
 #define RET_PF_SPURIOUS 6
 
 /* ---- relations that the code relies on ------------------------------------------------------------------------ */
-#if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
 _Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE_MASK && PT_USER_MASK == ACC_USER_MASK,
                "gpte_access() takes P, W and U from an entry as they stand");
 _Static_assert(PT64_NX_SHIFT - ACC_EXEC_SHIFT == 60, "gpte_access() shifts NX to ACC_EXEC");
@@ -338,6 +337,5 @@ _Static_assert(((SPTE_ACC_TRACK_BITS_MASK << SPTE_ACC_TRACK_SAVED_SHIFT) &
                "saved rights of an access-tracked SPTE have bits of their own");
 _Static_assert((FROZEN_SPTE & SPTE_MMU_PRESENT_MASK) == 0 && FROZEN_SPTE != SHADOW_NONPRESENT_VALUE,
                "a frozen SPTE is neither present nor empty");
-#endif
 
 #endif /* KVMMU_BITS_H */

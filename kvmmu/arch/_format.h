@@ -6,21 +6,17 @@
 
 #include "kvmmu/arch/_bits.h"
 
-#if defined(_MSC_VER)
-#define KVMMU_INLINE static __forceinline
-#else
 #define KVMMU_INLINE static inline __attribute__((always_inline))
-#endif
 
 #define KVMMU_ACCESS_BYTES 64 /* an access byte without SHADOW_STACK; a power of two */
-#define KVMMU_LOOK_ACCESS_SHIFT 16
+#define KVMMU_ACCESS_INFO_SHIFT 16
 
 struct kvm_page_format {
     uint64_t rsvd_bits_mask[2][5];       /* [bit 7 of the entry][level - 1]: bits that must be zero */
     uint64_t bad_mt_xwr;                 /* EPT: bit n set: an entry whose low six bits are n is malformed */
     uint32_t pkru_mask;                  /* AD and WD for each error code with U of the translation as bit 3, at that bit */
     uint16_t permissions[16];            /* [access >> 1]: bit n set: rights n (ACC_*) do not allow it */
-    uint32_t looks[KVMMU_ACCESS_BYTES];  /* [access byte]: its permissions; from bit 16 the access with IMPLICIT resolved */
+    uint32_t access_info[KVMMU_ACCESS_BYTES];  /* [access byte]: its permissions; from bit 16 the access with IMPLICIT resolved */
 };
 
 /* The capitals below are arithmetic alone: on a 64-bit word, or on a vector of them. */

@@ -11,14 +11,14 @@ from kvmmu.arch._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRES
 cdef extern from "kvmmu/arch/_format.h" nogil:
     enum:
         KVMMU_ACCESS_BYTES
-        KVMMU_LOOK_ACCESS_SHIFT
+        KVMMU_ACCESS_INFO_SHIFT
 
     cdef struct kvm_page_format:
         uint64_t rsvd_bits_mask[2][5]
         uint64_t bad_mt_xwr
         uint32_t pkru_mask
         uint16_t permissions[16]
-        uint32_t looks[64]
+        uint32_t access_info[64]
 
     uint32_t kvmmu_explicit_access(uint32_t access)
     uint64_t kvmmu_pkey_denied(uint64_t pkru_mask, uint64_t pkru, uint64_t pte_access, uint64_t pte_pkey, uint64_t access)
@@ -44,7 +44,11 @@ cdef struct rsvd_params:
     int pse36_bits          # address bits that a 4M PDE holds above bit 31; 0 without PSE-36
     bint amd
 
+cdef class PageFormat
+
 cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_params *p) noexcept nogil
+# The permissions of EPT entries, with MBEC or without; protection keys do not count for them
+cdef void update_ept_permissions(PageFormat fmt, bint mbec) noexcept
 cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil
 cdef void reset_guest_rsvds_bits_mask(kvm_page_format *fmt, const rsvd_params *p) noexcept nogil
 cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint execonly, int huge_page_level) noexcept nogil
@@ -55,9 +59,9 @@ cdef inline uint32_t explicit_access(uint32_t access) noexcept nogil:
     return kvmmu_explicit_access(access)
 
 
-cdef inline uint32_t look_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
-    """Look an access byte up in `looks`; another thread may have changed it since it was checked."""
-    return fmt.looks[access & (KVMMU_ACCESS_BYTES - 1)]
+cdef inline uint32_t access_info_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
+    """Look an access byte up in `access_info`; another thread may have changed it since it was checked."""
+    return fmt.access_info[access & (KVMMU_ACCESS_BYTES - 1)]
 
 
 cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey,

@@ -19,7 +19,7 @@ from kvmmu.arch._bits cimport (
     PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
 from kvmmu.arch._format cimport (
-    KVMMU_ACCESS_BYTES, KVMMU_LOOK_ACCESS_SHIFT, explicit_access, kvm_page_format, permission_params, rsvd_params,
+    KVMMU_ACCESS_BYTES, KVMMU_ACCESS_INFO_SHIFT, explicit_access, kvm_page_format, permission_params, rsvd_params,
 )
 from kvmmu.arch._format cimport permission_fault as c_permission_fault
 
@@ -66,7 +66,16 @@ cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_param
                 fmt.permissions[index] |= <uint64_t>1 << acc
     for index in range(KVMMU_ACCESS_BYTES):
         access = explicit_access(index)
-        fmt.looks[index] = fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT] | access << KVMMU_LOOK_ACCESS_SHIFT
+        fmt.access_info[index] = fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT] | access << KVMMU_ACCESS_INFO_SHIFT
+
+
+cdef void update_ept_permissions(PageFormat fmt, bint mbec) noexcept:
+    cdef permission_params p
+    p.tdp = p.ept = p.wp = p.nx = True
+    p.smep, p.smap = mbec, False
+    fmt.params = p
+    update_permission_bitmask(&fmt.fmt, &p)
+    fmt.fmt.pkru_mask = 0
 
 
 cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil:

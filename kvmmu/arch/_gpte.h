@@ -68,4 +68,28 @@ KVMMU_INLINE uint64_t kvmmu_gpte_malformed(int format, uint64_t rsvd0, uint64_t 
     return KVMMU_GPTE_MALFORMED(format, rsvd0, rsvd1, bad_mt_xwr, pte);
 }
 
+/* True if all bits above the linear-address width are copies of its highest bit. IN shift: 64 less that width; 0: any address is. */
+KVMMU_INLINE int kvmmu_is_canonical(uint64_t addr, int shift)
+{
+    return (uint64_t)((int64_t)(addr << shift) >> shift) == addr;
+}
+
+/* The number of the PDPTE of an address in PAE paging. */
+KVMMU_INLINE uint64_t kvmmu_pdpte_index(uint64_t addr)
+{
+    return addr >> PT32_PAE_INDEX_SHIFT & PT32_PAE_INDEX_MASK;
+}
+
+/* Where PDPTE number `index` of PAE paging lies in memory. IN root: CR3, or nested CR3 */
+KVMMU_INLINE uint64_t kvmmu_pdpte_gpa(uint64_t root, uint64_t index)
+{
+    return (root & CR3_PAE_PDPT_MASK) + index * sizeof(uint64_t);
+}
+
+/* True if PDPTE leads to a page directory. IN rsvd_mask: its reserved bits */
+KVMMU_INLINE int kvmmu_is_good_pdpte(uint64_t pdpte, uint64_t rsvd_mask)
+{
+    return (pdpte & (PT_PRESENT_MASK | rsvd_mask)) == PT_PRESENT_MASK;
+}
+
 #endif /* KVMMU_GPTE_H */

@@ -26,6 +26,10 @@ cdef extern from "kvmmu/arch/_gpte.h" nogil:
     uint64_t kvmmu_gpte_access(int format, uint64_t rights)
     uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)
     uint64_t kvmmu_leaf_gpa(int format, uint64_t pte, uint32_t level, uint64_t addr, uint64_t pse36_mask)
+    bint kvmmu_is_canonical(uint64_t addr, int shift)
+    uint64_t kvmmu_pdpte_index(uint64_t addr)
+    uint64_t kvmmu_pdpte_gpa(uint64_t root, uint64_t index)
+    bint kvmmu_is_good_pdpte(uint64_t pdpte, uint64_t rsvd_mask)
     uint64_t kvmmu_gpte_malformed(int format, uint64_t rsvd0, uint64_t rsvd1, uint64_t bad_mt_xwr, uint64_t pte)
 
 # 2-level paging: 4-byte entries

@@ -9,7 +9,7 @@ from kvmmu.arch._format import PageFormat
 from kvmmu.machine._modes import MachineModes
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.walk._contexts import VcpuArch
+from kvmmu.walk._vcpu_arch import VcpuArch
 from kvmmu.walk.pagewalk import PageWalk
 
 class Mmu:

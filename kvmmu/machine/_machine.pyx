@@ -28,7 +28,7 @@ from kvmmu.tlb._tlb cimport (
     Tlb, tlb_flush_pcid, tlb_flush_space, tlb_invlpg, tlb_invpcid_address,
 )
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu.walk._contexts cimport VcpuArch, rflags_ac
+from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac
 
 from kvmmu.arch._bits import RetPf
 from kvmmu.walk.results import check_access, check_array

@@ -10,7 +10,8 @@ from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.mmu.core._kvm cimport kvm_mmu
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
-from kvmmu.walk._contexts cimport SecondStage, VcpuArch
+from kvmmu.walk._second_stage cimport SecondStage
+from kvmmu.walk._vcpu_arch cimport VcpuArch
 
 
 cdef class MachineModes:

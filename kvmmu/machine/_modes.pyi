@@ -2,7 +2,7 @@ from kvmmu.arch.registers import CpuModel
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.walk._contexts import SecondStage
+from kvmmu.walk._second_stage import SecondStage
 
 class MachineModes:
     @property

@@ -10,7 +10,7 @@ from kvmmu.arch._bits cimport (
     ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
     ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
-from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
+from kvmmu.arch._format cimport PageFormat
 from kvmmu.machine._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
 from kvmmu.machine._exits cimport machine_drain_pml
 from kvmmu.memory._memory cimport GuestMemory
@@ -22,8 +22,9 @@ from kvmmu.mmu.shadow._roots cimport new_pgd, shadow_root_role
 from kvmmu.mmu.shadow._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport Tlb
-from kvmmu.walk._contexts cimport SecondStage, VcpuArch, fill_format, is_npt, role_of, second_stage
-from kvmmu.walk._setup cimport init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
+from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
+from kvmmu.walk._vcpu_arch cimport VcpuArch, role_of
+from kvmmu.walk._setup cimport fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
 
 from kvmmu.arch.registers import CpuModel
 from kvmmu.arch.second_stages import Ept, Npt
@@ -258,19 +259,13 @@ cdef class MachineModes:
 
     cdef int init_stage(self, uint32_t root_role) except -1:
         """The processor's walk of SPTEs as its second stage."""
-        cdef permission_params p
         cdef uint64_t role = root_role
         cdef int level = <int>(role & ROLE_LEVEL_MASK)
-        cdef bint smep = (role & ROLE_CR4_SMEP_MASK) != 0
         if self.kvm.k.spte.ept:
             role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | (role & (ROLE_AD_DISABLED_MASK | ROLE_CR4_SMEP_MASK)) | (
                 ROLE_EXT_VALID_MASK | ROLE_EXT_EXECONLY_MASK)
             init_ept_pagewalk(&self.m.stage.w, role, &self.host_caps, True)
-            p.tdp = p.ept = p.wp = p.nx = True
-            p.smep, p.smap = smep, False
-            update_permission_bitmask(&self.n_fmt.fmt, &p)
-            self.n_fmt.fmt.pkru_mask = 0
-            reset_ept_rsvds_bits_mask(&self.n_fmt.fmt, self.host_caps.maxphyaddr, True, self.kvm.k.spte.max_huge_page_level)
+            fill_ept_format(self.n_fmt, role, &self.host_caps, self.kvm.k.spte.max_huge_page_level)
         else:
             role = (<uint64_t>level << ROLE_LEVEL_SHIFT) | ROLE_EFER_NX_MASK | ROLE_CR0_WP_MASK | ROLE_EXT_EFER_LMA_MASK | (
                 ROLE_EXT_VALID_MASK | (role & ROLE_CR4_SMEP_MASK))

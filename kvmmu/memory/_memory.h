@@ -2,39 +2,11 @@
 #ifndef KVMMU_MEMORY_H
 #define KVMMU_MEMORY_H
 
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(_MSC_VER)
-#include <intrin.h>
-static inline int kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
-{
-    return _InterlockedCompareExchange64((volatile long long *)p, (long long)val, (long long)old) == (long long)old;
-}
-static inline int kvmmu_cmpxchg32(void *p, uint32_t old, uint32_t val)
-{
-    return _InterlockedCompareExchange((volatile long *)p, (long)val, (long)old) == (long)old;
-}
-static inline void kvmmu_lock(uint32_t *lock)
-{
-    while (_InterlockedExchange((volatile long *)lock, 1))
-        ;
-}
-static inline void kvmmu_unlock(uint32_t *lock)
-{
-    _InterlockedExchange((volatile long *)lock, 0);
-}
-static inline uint32_t kvmmu_load32(const uint32_t *p)
-{
-    return *(const volatile uint32_t *)p;
-}
-static inline void kvmmu_store32(uint32_t *p, uint32_t v)
-{
-    *(volatile uint32_t *)p = v;
-}
-#else
-#include <sched.h>
 static inline int kvmmu_cmpxchg64(void *p, uint64_t old, uint64_t val)
 {
     return __atomic_compare_exchange_n((uint64_t *)p, &old, val, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
@@ -65,24 +37,18 @@ static inline void kvmmu_store32(uint32_t *p, uint32_t v)
 {
     __atomic_store_n(p, v, __ATOMIC_RELAXED);
 }
-#endif
 
 /* Words of guest memory, which other threads may change meanwhile: one load each, which the compiler neither splits nor repeats.
  * No assumption on alignment: a read-only slot may lie over any bytes. clang would call a library for an atomic one of those. */
-#if defined(__clang__) || defined(_MSC_VER)
+#if defined(__clang__)
 #define KVMMU_LOAD(type, p) (*(const volatile type *)(p))
 #define KVMMU_STORE(type, p, v) (*(volatile type *)(p) = (v))
 #else
 #define KVMMU_LOAD(type, p) __atomic_load_n((const type *)(p), __ATOMIC_RELAXED)
 #define KVMMU_STORE(type, p, v) __atomic_store_n((type *)(p), (v), __ATOMIC_RELAXED)
 #endif
-#if defined(_MSC_VER)
-typedef uint64_t kvmmu_word64;
-typedef uint32_t kvmmu_word32;
-#else
 typedef uint64_t kvmmu_word64 __attribute__((may_alias, aligned(1)));
 typedef uint32_t kvmmu_word32 __attribute__((may_alias, aligned(1)));
-#endif
 static inline uint64_t kvmmu_read64(const void *p)
 {
     return KVMMU_LOAD(kvmmu_word64, p);

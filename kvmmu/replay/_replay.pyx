@@ -12,8 +12,8 @@ from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SH
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
 from kvmmu.replay._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
-from kvmmu.walk._contexts cimport Contexts, ContextWalks
-from kvmmu.walk.batch._arrays cimport aligned, column, column_of, plain_column
+from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets
+from kvmmu.walk.batch._arrays cimport aligned, column, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.walk.results import check_access, check_array
@@ -32,7 +32,7 @@ ctypedef fused page_index:
 
 cdef column checked_column(str name, array, Py_ssize_t itemsize, Py_ssize_t rows, list kept) except *:
     """A column that a caller may have made. IN rows: how many there must be, -1: any; kept: takes the array to be kept."""
-    plain = aligned(plain_column(array), itemsize)
+    plain = aligned(exact_column(array), itemsize)
     kept.append(plain)
     return column_of("", name, plain, itemsize, rows, False)
 
@@ -43,7 +43,7 @@ cdef class Replayer(BlockWalker):
     Parameters
     ----------
     walk : PageWalk
-    contexts : Contexts
+    contexts : RegisterSets
         One per context of the recording.
     recording
         An object with the columns of `traces.Recording`, checked by it.
@@ -53,7 +53,7 @@ cdef class Replayer(BlockWalker):
         How many mismatches are wanted one by one.
     """
 
-    cdef Contexts contexts
+    cdef RegisterSets contexts
     cdef list kept                  # the arrays behind the pointers
     cdef const void *pidx           # of two bytes, or of four
     cdef bint short_pidx
@@ -141,7 +141,7 @@ cdef class Replayer(BlockWalker):
             A write lies outside guest memory.
         """
         cdef SlotTable table = self.walk.mem.current()
-        cdef ContextWalks walks = self.contexts.walks_over(table)
+        cdef RegisterSetWalks walks = self.contexts.walks_over(table)
         self.check_idle()
         if not self.apply_writes(walks.walks, pos):
             gpa = int(self.w_gpa[self.next_write])
@@ -168,7 +168,7 @@ cdef class Replayer(BlockWalker):
             A write lies outside guest memory, or a page has no address.
         """
         cdef SlotTable table
-        cdef ContextWalks walks
+        cdef RegisterSetWalks walks
         cdef size_t row
         if not start <= stop <= <size_t>self.rows:
             raise ValueError(f"rows {start} to {stop} are not within the {self.rows} accesses")
@@ -231,7 +231,7 @@ cdef class RowLoop(BlockWalker):
         How many mismatches are wanted one by one.
     """
 
-    cdef list owners                # Contexts in force, by vCPU
+    cdef list owners                # RegisterSets in force, by vCPU
     cdef list bound                 # their walks over the table with the number `table`: own what walks points to
     cdef kvm_pagewalk *walks        # one per vCPU
     cdef uint64_t table
@@ -263,7 +263,7 @@ cdef class RowLoop(BlockWalker):
     def __dealloc__(self):
         free(self.walks)
 
-    def use(self, Py_ssize_t vcpu, Contexts contexts not None):
+    def use(self, Py_ssize_t vcpu, RegisterSets contexts not None):
         """Put the first register set of `contexts` in force on a vCPU."""
         if not 0 <= vcpu < self.vcpus or contexts.count < 1:
             raise ValueError(f"vCPU {vcpu} of {self.vcpus}, with {contexts.count} register sets")
@@ -274,8 +274,8 @@ cdef class RowLoop(BlockWalker):
 
     cdef int bind(self, Py_ssize_t vcpu, SlotTable table) except -1:
         """Walk a vCPU's register set over a table; all of them if it is another table than before."""
-        cdef Contexts contexts
-        cdef ContextWalks walks
+        cdef RegisterSets contexts
+        cdef RegisterSetWalks walks
         cdef Py_ssize_t i, first = vcpu, stop = vcpu + 1
         if table.number != self.table:
             first, stop = 0, self.vcpus
@@ -313,7 +313,7 @@ cdef class RowLoop(BlockWalker):
             array = getattr(chunk, name)
             if array is not None or name not in ("vcpu", "size", "value"):
                 check_array(name, array, dtype)
-            columns[name] = aligned(plain_column(array), dtype.itemsize)
+            columns[name] = aligned(exact_column(array), dtype.itemsize)
         self.op, self.addr, self.access, self.gpa = (columns[name] for name in ("op", "addr", "access", "gpa"))
         lengths = {self.addr.shape[0], self.access.shape[0], self.gpa.shape[0], self.op.shape[0]}
         self.vcpu, self.size, self.value = (columns[name] for name in ("vcpu", "size", "value"))
@@ -449,7 +449,7 @@ cdef int check_below(str name, array, limit) except -1:
     return 0
 
 
-def new_replayer(PageWalk walk not None, Contexts contexts not None, recording, access_of, Py_ssize_t explain=0):
+def new_replayer(PageWalk walk not None, RegisterSets contexts not None, recording, access_of, Py_ssize_t explain=0):
     """A Replayer; its columns are checked here, whoever made the recording."""
     return Replayer.__new__(Replayer, maker(), walk, contexts, recording, access_of, explain)
 

@@ -8,8 +8,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.walk.batch._job cimport Workspace
 from kvmmu.walk.batch._rows cimport batch, batch_columns
+from kvmmu.walk.batch._schedule cimport Workspace
 from kvmmu.walk.pagewalk cimport PageWalk
 
 cdef enum:

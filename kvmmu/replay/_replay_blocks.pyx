@@ -13,7 +13,7 @@ from kvmmu.replay._replay_blocks cimport (
     BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
     replay_counters,
 )
-from kvmmu.walk.batch._job cimport begin_batch, depends_on, new_workspace, translate_rows
+from kvmmu.walk.batch._schedule cimport begin_batch, depends_on, new_workspace, translate_rows
 
 
 cdef class BlockWalker:

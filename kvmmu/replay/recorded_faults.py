@@ -10,7 +10,7 @@ from kvmmu.arch.registers import CpuModel, Regs, check_pdptrs
 from kvmmu.arch.second_stages import Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.vm.vcpu import Vcpu
-from kvmmu.walk._contexts import Contexts
+from kvmmu.walk._register_sets import RegisterSets
 from kvmmu.walk.pagewalk import PageWalk
 
 __all__ = ["Context", "FaultCounts", "npt_fault", "page_fault_access", "page_fault_reproduced", "pdptrs_at", "use_context"]
@@ -76,7 +76,7 @@ def page_fault_access(error_code: int) -> int:
     return error_code & (Access.WRITE | Access.USER | Access.FETCH)
 
 
-def page_fault_reproduced(walk: PageWalk, contexts: Contexts, ctx: int, gva: int, error_code: int) -> bool:
+def page_fault_reproduced(walk: PageWalk, contexts: RegisterSets, ctx: int, gva: int, error_code: int) -> bool:
     """Whether an access to gva, in the context number ctx, faults with this error code. Stores no accessed bits."""
     access = page_fault_access(error_code)
     # A supervisor's fault does not tell EFLAGS.AC: SMAP faults only with it clear, all others with it set too.

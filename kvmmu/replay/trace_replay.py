@@ -28,7 +28,7 @@ from kvmmu.replay.trace_memory import SetUp, TraceMemory
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vm.vcpu import Vcpu
-from kvmmu.walk._contexts import Contexts
+from kvmmu.walk._register_sets import RegisterSets
 
 __all__ = ["TraceStart", "replay_trace", "trace_start"]
 
@@ -127,7 +127,7 @@ class _TraceRun:
         self.examples: list[Mismatch] = []
         self.fault_counts = FaultCounts()
         self.seen: set[Context] = set()
-        self.prepared: OrderedDict[Context, Contexts] = OrderedDict()
+        self.prepared: OrderedDict[Context, RegisterSets] = OrderedDict()
 
     # ---- beginning and end ---------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class _TraceRun:
             raise TraceError(f"header: contexts: {str(error).removeprefix('header: ')}") from error
         self.loop = new_row_loop(self.walk, self.header.vcpus, EXPLAINED)
         self.states: list[Context] = [Regs(0, 0, 0, 0)] * self.header.vcpus
-        self.in_force: list[Contexts | None] = [None] * self.header.vcpus
+        self.in_force: list[RegisterSets | None] = [None] * self.header.vcpus
         self.stages: list[Stage | None] = [None] * self.header.vcpus
         self._load_start()
 

@@ -5,14 +5,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvmmu.arch._bits import (
+    EPT_SPTE_HOST_WRITABLE,
+    EPT_SPTE_MMU_WRITABLE,
+    LEGACY_SPTE_HOST_WRITABLE,
+    LEGACY_SPTE_MMU_WRITABLE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PT64_INDEX_BITS,
+    SHADOW_NONPRESENT,
+    SPTE_BASE_ADDR,
+    SPTE_ENT_PER_PAGE,
+    SPTE_MMU_PRESENT,
+    SPTE_TDP_AD,
+    SPTE_TDP_AD_DISABLED,
+    SPTE_TDP_AD_WRPROT_ONLY,
+    EptPte,
+    Pte,
+)
 from kvmmu.arch._roles import CpuRole
 from kvmmu.vm.vm import Vm
 from kvmmu.walk.record import size_text
 
 __all__ = ["SpteRun", "spte_runs", "spte_text"]
 
-_PRESENT, _HUGE, _ADDRESS = 1 << 11, 1 << 7, 0xFFFFFFFFFF000
-_EMPTY = 1 << 63
+_EPT_RIGHTS = ((EptPte.READABLE, "r"), (EptPte.WRITABLE, "w"), (EptPte.EXECUTABLE, "x"), (EptPte.USER_EXECUTABLE, "u"))
+_EPT_STATES = ((EptPte.ACCESSED, "A"), (EptPte.DIRTY, "D"), (EPT_SPTE_HOST_WRITABLE, "hostw"), (EPT_SPTE_MMU_WRITABLE, "mmuw"))
+_STATES = ((Pte.ACCESSED, "A"), (Pte.DIRTY, "D"), (LEGACY_SPTE_HOST_WRITABLE, "hostw"), (LEGACY_SPTE_MMU_WRITABLE, "mmuw"))
+_AD_KINDS = {SPTE_TDP_AD_DISABLED: "ad-off", SPTE_TDP_AD_WRPROT_ONLY: "wrprot-only"}
+
+
+def _frames(level: int) -> int:
+    """Return the frames that an SPTE of a level maps."""
+    return 1 << PT64_INDEX_BITS * (level - 1)
 
 
 @dataclass(frozen=True)
@@ -55,9 +80,9 @@ class SpteRun:
     space: str = "gpa"
 
     def __str__(self) -> str:
-        size = 1 << 12 + 9 * (self.level - 1)
+        size = PAGE_SIZE * _frames(self.level)
         where = f"{'  ' * self.depth}[{self.index:3}{f'-{self.index + self.count - 1:<3}' if self.count > 1 else '    '}]"
-        gpa = self.gfn << 12
+        gpa = self.gfn << PAGE_SHIFT
         span = f"{self.space} {gpa:#014x}-{gpa + self.count * size - 1:#014x}"
         if self.kind == "table":
             return f"{where} {span} table at hpa {self.hpa:#x}"
@@ -80,7 +105,7 @@ def spte_runs(vm: Vm) -> Iterator[SpteRun]:
     pages = vm.sptes()
     row_of = {sp: row for row, sp in enumerate(pages["sp"].tolist())}
     special = np.flatnonzero(pages["special"])
-    below = {_child(vm, spte) for spte in pages["sptes"][special].ravel().tolist() if spte & _PRESENT}
+    below = {_child(vm, spte) for spte in pages["sptes"][special].ravel().tolist() if spte & SPTE_MMU_PRESENT}
     for row, (sp, count) in enumerate(zip(pages["sp"].tolist(), pages["root_count"].tolist(), strict=True)):
         if (count or pages["special"][row]) and sp not in below:
             space = "gva" if vm.host.tdp is None else "gpa" if CpuRole(int(pages["role"][row])).direct else "ngpa"
@@ -88,7 +113,7 @@ def spte_runs(vm: Vm) -> Iterator[SpteRun]:
 
 
 def _child(vm: Vm, spte: int) -> int:
-    return ((spte & _ADDRESS) - vm.kvm.arena_hpa) >> 12
+    return ((spte & SPTE_BASE_ADDR) - vm.kvm.arena_hpa) >> PAGE_SHIFT
 
 
 def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], row: int, base: int, depth: int,
@@ -96,19 +121,19 @@ def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], row: int
     sp, level = int(pages["sp"][row]), int(pages["role"][row]) & 15
     sptes = pages["sptes"][row].tolist()
     i = 0
-    while i < 512:
+    while i < SPTE_ENT_PER_PAGE:
         spte = sptes[i]
-        if spte == _EMPTY:
+        if spte == SHADOW_NONPRESENT:
             i += 1
             continue
-        kind = "mmio" if not spte & _PRESENT else "leaf" if level == 1 or spte & _HUGE else "table"
+        kind = "mmio" if not spte & SPTE_MMU_PRESENT else "leaf" if level == 1 or spte & Pte.PAGE_SIZE else "table"
         count = 1
-        step = 1 << 12 + 9 * (level - 1)
-        while kind != "table" and i + count < 512 and sptes[i + count] == spte + count * step:
+        step = PAGE_SIZE * _frames(level)
+        while kind != "table" and i + count < SPTE_ENT_PER_PAGE and sptes[i + count] == spte + count * step:
             count += 1
-        gfn = base + (i << 9 * (level - 1))
+        gfn = base + i * _frames(level)
         flags = "" if kind == "table" else _flags(vm.host.tdp == "ept", spte) if kind == "leaf" else ""
-        hpa = 0 if kind == "mmio" else spte & _ADDRESS
+        hpa = 0 if kind == "mmio" else spte & SPTE_BASE_ADDR
         yield SpteRun(depth, sp, level, i, count, gfn, spte, kind, hpa, flags, space)
         if kind == "table":
             yield from _page(vm, pages, row_of, row_of[_child(vm, spte)], gfn, depth + 1, space)
@@ -117,14 +142,12 @@ def _page(vm: Vm, pages: dict[str, np.ndarray], row_of: dict[int, int], row: int
 
 def _flags(ept: bool, spte: int) -> str:
     if ept:
-        rights = "".join(letter if spte >> bit & 1 else "-" for bit, letter in ((0, "r"), (1, "w"), (2, "x"), (10, "u")))
-        names = ((8, "A"), (9, "D"), (53, "hostw"), (55, "mmuw"))
+        rights = "".join(letter if spte & bit else "-" for bit, letter in _EPT_RIGHTS)
     else:
-        rights = "".join(letter if spte >> bit & 1 else "-" for bit, letter in ((0, "r"), (1, "w")))
-        rights += ("-" if spte >> 63 else "x") + ("u" if spte >> 2 & 1 else "-")
-        names = ((5, "A"), (6, "D"), (9, "hostw"), (10, "mmuw"))
-    state = [name for bit, name in names if spte >> bit & 1]
-    kind = {1: "ad-off", 2: "wrprot-only"}.get(spte >> 60 & 3) if ept else None
+        rights = "".join(letter if spte & bit else "-" for bit, letter in ((Pte.PRESENT, "r"), (Pte.WRITABLE, "w")))
+        rights += ("-" if spte & Pte.NX else "x") + ("u" if spte & Pte.USER else "-")
+    state = [name for bit, name in (_EPT_STATES if ept else _STATES) if spte & bit]
+    kind = _AD_KINDS.get(spte & SPTE_TDP_AD) if ept else None
     return " ".join([rights, *state, *([kind] if kind else [])])
 
 
@@ -136,7 +159,7 @@ def spte_text(vm: Vm) -> str:
     last = None
     for run in spte_runs(vm):
         if run.depth == 0 and run.sp != last:
-            lines.append(f"root at hpa {vm.kvm.arena_hpa + (run.sp << 12):#x}: {CpuRole(roles[run.sp])!r}")
+            lines.append(f"root at hpa {vm.kvm.arena_hpa + (run.sp << PAGE_SHIFT):#x}: {CpuRole(roles[run.sp])!r}")
             last = run.sp
         lines.append(f"  {run}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kvmmu.arch._bits import RetPf
+from kvmmu.arch._bits import EPT_MT, EPT_SUPPRESS_VE, EptPte, Pte, RetPf
 from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import error_code_text
@@ -144,11 +144,13 @@ def _page(f: dict[str, int], role_bits: RoleBits) -> str:
 
 
 def _spte_letters(spte: int) -> str:
-    """r, w, x, u of an entry, by the layout that its bits show: EPT entries alone set bit 63 together with bit 6:3."""
-    ept = bool(spte >> 63 & 1 and spte >> 3 & 7 == 6)
-    if ept:
-        return f"{'r' if spte & 1 else '-'}{'w' if spte & 2 else '-'}{'x' if spte & 4 else '-'}"
-    return f"{'r' if spte & 1 else '-'}{'w' if spte & 2 else '-'}{'-' if spte >> 63 & 1 else 'x'}{'u' if spte & 4 else '-'}"
+    """Return r, w, x, u of an entry, by the layout that its bits show: EPT entries alone suppress #VE and are write-back."""
+    if spte & EPT_SUPPRESS_VE and spte & EPT_MT == EptPte.WB:
+        rights: tuple[tuple[int, str], ...] = ((EptPte.READABLE, "r"), (EptPte.WRITABLE, "w"), (EptPte.EXECUTABLE, "x"))
+    else:
+        rights = ((Pte.PRESENT, "r"), (Pte.WRITABLE, "w"), (Pte.NX, "x"), (Pte.USER, "u"))
+        spte ^= Pte.NX
+    return "".join(letter if spte & bit else "-" for bit, letter in rights)
 
 
 def _text(name: str, f: dict[str, int], role_bits: RoleBits) -> str:

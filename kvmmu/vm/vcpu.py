@@ -20,7 +20,8 @@ from kvmmu.vm.guest_accesses import GuestAccesses
 from kvmmu.vm.locked import locked
 from kvmmu.vm.vm import Vm
 from kvmmu.vm.vmx_instructions import VmxInstructions
-from kvmmu.walk._contexts import SecondStage, new_arch
+from kvmmu.walk._second_stage import SecondStage
+from kvmmu.walk._vcpu_arch import new_arch
 from kvmmu.walk.pagewalk import PageWalk, new_walk
 from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import check_one_access

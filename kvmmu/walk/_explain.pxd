@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result
-from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._register_sets cimport WalkCopy
 
 # These need the table of slots that the walk is over kept as long as they run. IN access: EFLAGS.AC added.
 # The whole walk of an address, as a WalkRecord

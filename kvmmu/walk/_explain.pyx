@@ -13,7 +13,7 @@ from kvmmu.arch._bits cimport (
     STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
-from kvmmu.walk._contexts cimport WalkCopy
+from kvmmu.walk._register_sets cimport WalkCopy
 
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import fault_of, nested_fault_of

@@ -1,29 +1,21 @@
 /* The short cut of scalar walks: entries are gathered as an AND and an OR on the way down, and judged once at the end. */
-#ifndef KVMMU_PLAIN_H
-#define KVMMU_PLAIN_H
+#ifndef KVMMU_FAST_H
+#define KVMMU_FAST_H
 
 #include "kvmmu/arch/_gpte.h"
 #include "kvmmu/memory/_memory.h"
 
-#if defined(__GNUC__)
-#define KVMMU_LIKELY(x) __builtin_expect(!!(x), 1)
 #define KVMMU_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#else
-#define KVMMU_LIKELY(x) (x)
-#define KVMMU_UNLIKELY(x) (x)
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define KVMMU_UNROLL _Pragma("GCC unroll 5")
-#elif defined(__clang__)
+#if defined(__clang__)
 #define KVMMU_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define KVMMU_UNROLL
+#define KVMMU_UNROLL _Pragma("GCC unroll 5")
 #endif
 
-#define KVMMU_PLAIN_ACCESSES 32 /* (ACCESS_VALID_MASK >> PERMISSIONS_INDEX_SHIFT) + 1 */
+#define KVMMU_FAST_ACCESSES 32 /* (ACCESS_VALID_MASK >> PERMISSIONS_INDEX_SHIFT) + 1 */
 
 /* What one access asks of the entries of a walk; 64 bytes. */
-struct kvmmu_plain_access {
+struct kvmmu_fast_access {
     uint64_t mask;         /* of the AND of all entries ... */
     uint64_t wanted;       /* ... what it must be; beyond mask: the short cut does not know this access */
     uint64_t upper_denied; /* set in no entry above the leaf */
@@ -32,7 +24,7 @@ struct kvmmu_plain_access {
 };
 
 /* The short cut of one walk. */
-struct kvmmu_plain_walk {
+struct kvmmu_fast_tables {
     const uint8_t *hva; /* the largest slot */
     uint64_t slot_gpa;
     uint64_t slot_size; /* whole pages */
@@ -41,7 +33,7 @@ struct kvmmu_plain_walk {
     uint64_t gva_mask;
     uint64_t pdpte_rsvd_mask; /* PAE with PDPTEs in memory */
     uint32_t pkru_mask;
-    struct kvmmu_plain_access accesses[KVMMU_PLAIN_ACCESSES]; /* [access >> PERMISSIONS_INDEX_SHIFT], IMPLICIT included */
+    struct kvmmu_fast_access accesses[KVMMU_FAST_ACCESSES]; /* [access >> PERMISSIONS_INDEX_SHIFT], IMPLICIT included */
 };
 
 /* A translation in two registers. */
@@ -53,10 +45,10 @@ struct kvmmu_translation {
 };
 
 /* The end of such a walk. IN level: of pte, the leaf, a constant; all, any: AND of all entries, OR of those above it. */
-KVMMU_INLINE struct kvmmu_translation kvmmu_plain_end(int format, int level, const struct kvmmu_plain_walk *p, uint64_t pte,
+KVMMU_INLINE struct kvmmu_translation kvmmu_fast_leaf(int format, int level, const struct kvmmu_fast_tables *p, uint64_t pte,
                                                       uint64_t all, uint64_t any, uint32_t pkru, uint64_t addr, uint32_t access)
 {
-    const struct kvmmu_plain_access *a = &p->accesses[access >> PERMISSIONS_INDEX_SHIFT];
+    const struct kvmmu_fast_access *a = &p->accesses[access >> PERMISSIONS_INDEX_SHIFT];
     struct kvmmu_translation t = { INVALID_GPA, 0, STATUS_OK, (uint8_t)level };
 
     if (KVMMU_UNLIKELY(((all & a->mask) ^ a->wanted) | (any & a->upper_denied) |
@@ -71,7 +63,7 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_plain_end(int format, int level, con
 
 /* A walk that succeeds and changes nothing, over entries of the largest slot. A gpa of INVALID_GPA: any other walk.
  * IN format, root: constants; pte: what leads to the table of level root; access: of ACCESS_VALID_MASK. */
-KVMMU_INLINE struct kvmmu_translation kvmmu_plain(int format, int root, const struct kvmmu_plain_walk *p, uint64_t pte,
+KVMMU_INLINE struct kvmmu_translation kvmmu_fast_walk(int format, int root, const struct kvmmu_fast_tables *p, uint64_t pte,
                                                   uint32_t pkru, uint64_t addr, uint32_t access)
 {
     const struct kvmmu_translation none = { INVALID_GPA, 0, STATUS_OK, 0 };
@@ -83,8 +75,7 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_plain(int format, int root, const st
     int level;
 
     if (root >= PG_LEVEL_512G) {
-        const int canonical_shift = 64 - (root == PG_LEVEL_512G ? GVA_BITS_4_LEVEL : GVA_BITS_5_LEVEL);
-        if (KVMMU_UNLIKELY((uint64_t)((int64_t)(addr << canonical_shift) >> canonical_shift) != addr))
+        if (KVMMU_UNLIKELY(!kvmmu_is_canonical(addr, 64 - (root == PG_LEVEL_512G ? GVA_BITS_4_LEVEL : GVA_BITS_5_LEVEL))))
             return none;
     } else {
         addr &= p->gva_mask;
@@ -98,12 +89,12 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_plain(int format, int root, const st
         pte = format == KVMMU_FORMAT_32 ? kvmmu_read32(p->hva + offset) : kvmmu_read64(p->hva + offset);
         all &= pte;
         if (level == PG_LEVEL_4K)
-            return kvmmu_plain_end(format, PG_LEVEL_4K, p, pte, all, any, pkru, addr, access);
+            return kvmmu_fast_leaf(format, PG_LEVEL_4K, p, pte, all, any, pkru, addr, access);
         if (level <= PG_LEVEL_1G && KVMMU_UNLIKELY(pte & page_size_mask))
-            return kvmmu_plain_end(format, level, p, pte, all, any, pkru, addr, access);
+            return kvmmu_fast_leaf(format, level, p, pte, all, any, pkru, addr, access);
         any |= pte;
     }
     return none;
 }
 
-#endif /* KVMMU_PLAIN_H */
+#endif /* KVMMU_FAST_H */

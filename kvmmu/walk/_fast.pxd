@@ -15,16 +15,16 @@ from kvmmu.memory._memory cimport guest_mem
 
 cdef extern from "kvmmu/walk/_fast.h" nogil:
     enum:
-        KVMMU_PLAIN_ACCESSES
+        KVMMU_FAST_ACCESSES
 
-    cdef struct kvmmu_plain_access:
+    cdef struct kvmmu_fast_access:
         uint64_t mask
         uint64_t wanted
         uint64_t upper_denied
         uint64_t leaf_wanted
         uint64_t leaf_mask[4]
 
-    cdef struct kvmmu_plain_walk:
+    cdef struct kvmmu_fast_tables:
         const uint8_t *hva
         uint64_t slot_gpa
         uint64_t slot_size
@@ -33,7 +33,7 @@ cdef extern from "kvmmu/walk/_fast.h" nogil:
         uint64_t gva_mask
         uint64_t pdpte_rsvd_mask
         uint32_t pkru_mask
-        kvmmu_plain_access accesses[32]
+        kvmmu_fast_access accesses[32]
 
     cdef struct kvmmu_translation:
         uint64_t gpa
@@ -41,26 +41,27 @@ cdef extern from "kvmmu/walk/_fast.h" nogil:
         uint8_t status
         uint8_t level
 
-    kvmmu_translation kvmmu_plain(int format, int root, const kvmmu_plain_walk *p, uint64_t pte, uint32_t pkru, uint64_t addr,
-                                  uint32_t access)
+    kvmmu_translation kvmmu_fast_walk(int format, int root, const kvmmu_fast_tables *p, uint64_t pte, uint32_t pkru,
+                                      uint64_t addr,
+                                      uint32_t access)
 
-ctypedef kvmmu_translation (*plain_walk_fn)(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                            uint32_t access) noexcept nogil
+ctypedef kvmmu_translation (*fast_walk_fn)(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                           uint32_t access) noexcept nogil
 
 # The short cut of one walk, in this state of its format and of its memory.
-cdef struct plain_walk:
-    kvmmu_plain_walk p
-    plain_walk_fn gva_to_gpa
+cdef struct fast_walk:
+    kvmmu_fast_tables p
+    fast_walk_fn gva_to_gpa
     bint four_levels            # the mode that is worth code of its own where it is called
 
-# For a walk that has no short cut, one that never succeeds. IN w: mem may be NULL, until use_plain_memory().
-cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nogil
-cdef void use_plain_memory(plain_walk *plain, const guest_mem *mem) noexcept nogil
+# For a walk that has no short cut, one that never succeeds. IN w: mem may be NULL, until use_fast_memory().
+cdef void init_fast_walk(fast_walk *fast, const kvm_pagewalk *w) noexcept nogil
+cdef void use_fast_memory(fast_walk *fast, const guest_mem *mem) noexcept nogil
 
 
-cdef inline kvmmu_translation translate_plainly(const plain_walk *plain, const vcpu_arch *arch, uint64_t gva,
-                                                uint32_t access) noexcept nogil:
+cdef inline kvmmu_translation translate_fast(const fast_walk *fast, const vcpu_arch *arch, uint64_t gva,
+                                             uint32_t access) noexcept nogil:
     """The translation; a gpa of INVALID_GPA where the short cut does not succeed. IN access: of ACCESS_VALID_MASK."""
-    if plain.four_levels:
-        return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_512G, &plain.p, arch.cr3, arch.pkru, gva, access)
-    return plain.gva_to_gpa(&plain.p, arch, gva, access)
+    if fast.four_levels:
+        return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &fast.p, arch.cr3, arch.pkru, gva, access)
+    return fast.gva_to_gpa(&fast.p, arch, gva, access)

@@ -5,59 +5,60 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, CR3_PAE_PDPT_MASK, INVALID_GPA,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT32_PAE_INDEX_MASK,
-    PT32_PAE_INDEX_SHIFT, PT64_NX_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_WRITE_MASK, INVALID_GPA,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PG_LEVEL_256T, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_512G, PT64_NX_MASK,
+    PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_DIRECT_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
 )
 from kvmmu.arch._format cimport explicit_access
-from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu.arch._gpte cimport (
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, kvmmu_is_good_pdpte, kvmmu_pdpte_gpa, kvmmu_pdpte_index,
+)
 from kvmmu.memory._memory cimport guest_mem, kvmmu_read64
 from kvmmu.walk._fast cimport (
-    KVMMU_PLAIN_ACCESSES, kvmmu_plain, kvmmu_plain_access, kvmmu_plain_walk, kvmmu_translation, plain_walk,
+    KVMMU_FAST_ACCESSES, kvmmu_fast_walk, kvmmu_fast_access, kvmmu_fast_tables, kvmmu_translation, fast_walk,
 )
 
 
-cdef kvmmu_translation no_plain_walk(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                     uint32_t access) noexcept nogil:
+cdef kvmmu_translation no_fast_walk(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                    uint32_t access) noexcept nogil:
     cdef kvmmu_translation none
     none.gpa = INVALID_GPA
     none.error_code = none.status = none.level = 0
     return none
 
 
-cdef kvmmu_translation plain_walk_2_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                           uint32_t access) noexcept nogil:
-    return kvmmu_plain(KVMMU_FORMAT_32, PG_LEVEL_2M, p, arch.cr3, arch.pkru, gva, access)
+cdef kvmmu_translation fast_walk_2_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                          uint32_t access) noexcept nogil:
+    return kvmmu_fast_walk(KVMMU_FORMAT_32, PG_LEVEL_2M, p, arch.cr3, arch.pkru, gva, access)
 
 
-cdef kvmmu_translation plain_walk_pae(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                      uint32_t access) noexcept nogil:
-    cdef uint64_t pdpte = arch.pdptrs[(gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK]
-    if not pdpte & PT_PRESENT_MASK:
-        return no_plain_walk(p, arch, gva, access)
-    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
+cdef kvmmu_translation fast_walk_pae(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                     uint32_t access) noexcept nogil:
+    cdef uint64_t pdpte = arch.pdptrs[kvmmu_pdpte_index(gva)]
+    if not kvmmu_is_good_pdpte(pdpte, 0):
+        return no_fast_walk(p, arch, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 
 
-cdef kvmmu_translation plain_walk_pae_in_memory(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                                uint32_t access) noexcept nogil:
-    cdef uint64_t offset = (arch.cr3 & CR3_PAE_PDPT_MASK) - p.slot_gpa, pdpte
-    offset += ((gva >> PT32_PAE_INDEX_SHIFT) & PT32_PAE_INDEX_MASK) * sizeof(pdpte)
+cdef kvmmu_translation fast_walk_pae_in_memory(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                               uint32_t access) noexcept nogil:
+    cdef uint64_t offset = kvmmu_pdpte_gpa(arch.cr3, kvmmu_pdpte_index(gva)) - p.slot_gpa, pdpte
     if offset >= p.slot_size:
-        return no_plain_walk(p, arch, gva, access)
+        return no_fast_walk(p, arch, gva, access)
     pdpte = kvmmu_read64(p.hva + offset)
-    if (pdpte & (PT_PRESENT_MASK | p.pdpte_rsvd_mask)) != PT_PRESENT_MASK:
-        return no_plain_walk(p, arch, gva, access)
-    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
+    if not kvmmu_is_good_pdpte(pdpte, p.pdpte_rsvd_mask):
+        return no_fast_walk(p, arch, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
 
 
-cdef kvmmu_translation plain_walk_4_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                           uint32_t access) noexcept nogil:
-    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_512G, p, arch.cr3, arch.pkru, gva, access)
+cdef kvmmu_translation fast_walk_4_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                          uint32_t access) noexcept nogil:
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, p, arch.cr3, arch.pkru, gva, access)
 
 
-cdef kvmmu_translation plain_walk_5_levels(const kvmmu_plain_walk *p, const vcpu_arch *arch, uint64_t gva,
-                                           uint32_t access) noexcept nogil:
-    return kvmmu_plain(KVMMU_FORMAT_64, PG_LEVEL_256T, p, arch.cr3, arch.pkru, gva, access)
+cdef kvmmu_translation fast_walk_5_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                          uint32_t access) noexcept nogil:
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_256T, p, arch.cr3, arch.pkru, gva, access)
 
 
 # ---- what is asked of entries ------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ cdef bint allows(uint16_t permissions, uint32_t rights) noexcept nogil:
     return not (permissions >> rights) & 1
 
 
-cdef void init_plain_access(kvmmu_plain_access *a, uint16_t permissions, bint write, uint64_t accessed_mask) noexcept nogil:
+cdef void init_fast_access(kvmmu_fast_access *a, uint16_t permissions, bint write, uint64_t accessed_mask) noexcept nogil:
     """Rights that must be there, and rights that must not, if that is all that permissions say."""
     cdef uint32_t always = <uint32_t>ACC_ALL, never = <uint32_t>(ACC_WRITE_MASK | ACC_USER_MASK | ACC_EXEC_MASK), rights
     cdef bint known
@@ -87,45 +88,45 @@ cdef void init_plain_access(kvmmu_plain_access *a, uint16_t permissions, bint wr
         a.mask, a.wanted = 0, PT_PRESENT_MASK
 
 
-cdef void init_plain_walk(plain_walk *plain, const kvm_pagewalk *w) noexcept nogil:
-    cdef kvmmu_plain_walk *p = &plain.p
-    cdef kvmmu_plain_access *a
+cdef void init_fast_walk(fast_walk *fast, const kvm_pagewalk *w) noexcept nogil:
+    cdef kvmmu_fast_tables *p = &fast.p
+    cdef kvmmu_fast_access *a
     cdef uint64_t rsvd_upper = w.page_size_mask
     cdef int level
     cdef uint32_t i, access
-    memset(plain, 0, sizeof(plain_walk))
-    plain.gva_to_gpa = no_plain_walk
+    memset(fast, 0, sizeof(fast_walk))
+    fast.gva_to_gpa = no_fast_walk
     if w.ngpa is not NULL or w.is_nested or not w.cpu_role or w.cpu_role & ROLE_DIRECT_MASK:
         return
     if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
-        plain.gva_to_gpa = plain_walk_2_levels
+        fast.gva_to_gpa = fast_walk_2_levels
     elif w.page_size_mask != PT_PAGE_SIZE_MASK:     # 8-byte entries always have large pages
         return
     elif w.level == PG_LEVEL_1G:
-        plain.gva_to_gpa = plain_walk_pae_in_memory if w.pdptes_in_memory else plain_walk_pae
+        fast.gva_to_gpa = fast_walk_pae_in_memory if w.pdptes_in_memory else fast_walk_pae
         p.pdpte_rsvd_mask = w.pdpte_rsvd_mask
     elif w.level == PG_LEVEL_512G:
-        plain.gva_to_gpa = plain_walk_4_levels
-        plain.four_levels = True
+        fast.gva_to_gpa = fast_walk_4_levels
+        fast.four_levels = True
     elif w.level == PG_LEVEL_256T:
-        plain.gva_to_gpa = plain_walk_5_levels
+        fast.gva_to_gpa = fast_walk_5_levels
     p.page_size_mask, p.pse36_mask, p.gva_mask = w.page_size_mask, w.pse36_mask, w.gva_mask
     p.pkru_mask = w.fmt.pkru_mask
     for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs are checked apart
         rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
-    for i in range(<uint32_t>KVMMU_PLAIN_ACCESSES):
+    for i in range(<uint32_t>KVMMU_FAST_ACCESSES):
         a = &p.accesses[i]
         access = explicit_access(i << PERMISSIONS_INDEX_SHIFT)
-        init_plain_access(a, w.fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT], access & ACCESS_WRITE_MASK != 0,
-                          w.accessed_mask)
+        init_fast_access(a, w.fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT], access & ACCESS_WRITE_MASK != 0,
+                         w.accessed_mask)
         for level in range(PG_LEVEL_1G):
             a.leaf_mask[level] = a.leaf_wanted | a.upper_denied | w.fmt.rsvd_bits_mask[1][level]
         a.leaf_mask[0] |= w.fmt.rsvd_bits_mask[0][0]            # bit 7 of a PTE is PAT
         a.upper_denied |= rsvd_upper
     if w.mem is not NULL:
-        use_plain_memory(plain, w.mem)
+        use_fast_memory(fast, w.mem)
 
 
-cdef void use_plain_memory(plain_walk *plain, const guest_mem *mem) noexcept nogil:
-    plain.p.slot_gpa, plain.p.slot_size = mem.slots[0].gpa, mem.slots[0].size
-    plain.p.hva = mem.slots[0].hva
+cdef void use_fast_memory(fast_walk *fast, const guest_mem *mem) noexcept nogil:
+    fast.p.slot_gpa, fast.p.slot_size = mem.slots[0].gpa, mem.slots[0].size
+    fast.p.hva = mem.slots[0].hva

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint64_t
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk
+from kvmmu.arch._format cimport PageFormat
 
 cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil
 # Reach the tables of a first stage, and what it comes to, through n (NULL: as they are). IN npt: by nested paging of SVM. The
@@ -14,3 +15,7 @@ cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *
 # A walk that is the second stage n alone, with the statuses of a second stage
 cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil
 cdef int pse36_bits(const cpu_caps *caps) noexcept nogil
+# Fill the format of legacy tables, and the parameters it was made from. IN tdp: they are a second stage (NPT)
+cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
+# Fill the format of EPT tables. IN huge_page_level: of the largest page
+cdef void fill_ept_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, int huge_page_level) noexcept

@@ -8,8 +8,13 @@ from kvmmu.arch._bits cimport (
     EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_GVA_TRANSLATED_MASK, GVA32_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL,
     KVMMU_BITS, PAGE_OFFSET_MASK, PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK, PG_LEVEL_1G, PT32_PSE36_KVM_BITS,
     PT32_PSE36_SHIFT, PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK,
-    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+    ROLE_CR0_WP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PKE_MASK,
+    ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_HAS_4_BYTE_GPTE_MASK,
+    ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
+)
+from kvmmu.arch._format cimport (
+    PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
+    update_ept_permissions, update_permission_bitmask, update_pkru_bitmask,
 )
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT
 
@@ -132,3 +137,33 @@ cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *
     if reports_fetch(cpu_role, caps, host_smep):
         w.pferr_mask |= <uint32_t>ACCESS_FETCH_MASK
     use_walker(w)
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------------
+
+cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept:
+    """The format of legacy tables, and the parameters it was made from. IN tdp: they are a second stage (NPT)."""
+    cdef permission_params p
+    cdef rsvd_params rsvd
+    p.tdp = tdp
+    p.ept = False
+    p.smep = (role & ROLE_CR4_SMEP_MASK) != 0
+    p.smap = (role & ROLE_EXT_CR4_SMAP_MASK) != 0
+    p.wp = (role & ROLE_CR0_WP_MASK) != 0
+    p.nx = (role & ROLE_EFER_NX_MASK) != 0
+    fmt.params = p
+    update_permission_bitmask(&fmt.fmt, &p)
+    update_pkru_bitmask(&fmt.fmt, (role & ROLE_EXT_CR4_PKE_MASK) != 0, p.wp)
+    rsvd.level = <int>(role & ROLE_LEVEL_MASK)
+    rsvd.maxphyaddr = caps.maxphyaddr
+    rsvd.nx = p.nx
+    rsvd.gbpages = caps.gbpages
+    rsvd.pse = (role & ROLE_EXT_CR4_PSE_MASK) != 0
+    rsvd.pse36_bits = pse36_bits(caps)
+    rsvd.amd = caps.amd
+    reset_guest_rsvds_bits_mask(&fmt.fmt, &rsvd)
+
+
+cdef void fill_ept_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, int huge_page_level) noexcept:
+    update_ept_permissions(fmt, (role & ROLE_CR4_SMEP_MASK) != 0)
+    reset_ept_rsvds_bits_mask(&fmt.fmt, caps.maxphyaddr, (role & ROLE_EXT_EXECONLY_MASK) != 0, huge_page_level)

@@ -5,13 +5,15 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
-from kvmmu.walk._contexts cimport Contexts, SecondStage, VcpuArch, WalkCopy
-from kvmmu.walk._fast cimport plain_walk
+from kvmmu.walk._register_sets cimport RegisterSets, WalkCopy
+from kvmmu.walk._second_stage cimport SecondStage
+from kvmmu.walk._vcpu_arch cimport VcpuArch
+from kvmmu.walk._fast cimport fast_walk
 
 
 cdef class PageWalk:
     cdef kvm_pagewalk w                 # but for the memory
-    cdef plain_walk plain               # over the table with the number `table`, which the memory keeps while it is in force
+    cdef fast_walk fast               # over the table with the number `table`, which the memory keeps while it is in force
     cdef uint64_t table
     cdef WalkCopy copy                  # the last one; None: something of the walk has changed since
     cdef cpu_caps caps
@@ -31,4 +33,4 @@ cdef class PageWalk:
     cdef int check_in_use(self) except -1
     cdef int use_memory(self) except -1
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access)
-    cdef int check_contexts(self, Contexts contexts) except -1
+    cdef int check_contexts(self, RegisterSets contexts) except -1

@@ -10,7 +10,9 @@ from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.walk._contexts import Contexts, SecondStage, VcpuArch
+from kvmmu.walk._register_sets import RegisterSets
+from kvmmu.walk._second_stage import SecondStage
+from kvmmu.walk._vcpu_arch import VcpuArch
 from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import Span, Translation
 
@@ -37,18 +39,18 @@ class PageWalk:
     def _leave(self) -> None: ...
     def _second_stage_gpa(self, gpa: int, access: int, pte_access: int, final: bool = True) -> int: ...
     def _set_delivery(self, deliver: Callable[[GuestFault, int | None], ExceptionInjected | ExitToL1]) -> None: ...
-    def _reload(self, contexts: Contexts, i: int, regs: Regs) -> None: ...
+    def _reload(self, contexts: RegisterSets, i: int, regs: Regs) -> None: ...
     def inject_page_fault(self, fault: GuestFault, from_hardware: int | None = None) -> ExceptionInjected | ExitToL1: ...
     def get_guest_pgd(self) -> int: ...
     def get_pdptr(self, i: int) -> int: ...
     def permission_fault(self, pte_access: ArrayLike, pkey: ArrayLike, access: ArrayLike) -> np.uint32 | NDArray[np.uint32]: ...
-    def prepare(self, regs: Iterable[_RegsRow]) -> Contexts: ...
+    def prepare(self, regs: Iterable[_RegsRow]) -> RegisterSets: ...
     def translate(
         self,
         gva: NDArray[np.uint64],
         access: int | NDArray[np.uint8] = 0,
         *,
-        regs: Iterable[_RegsRow] | Contexts | None = None,
+        regs: Iterable[_RegsRow] | RegisterSets | None = None,
         ctx: NDArray[np.uint32] | None = None,
         fields: str | Iterable[str] = ("gpa", "status", "error_code"),
         set_ad: bool = True,
@@ -63,7 +65,7 @@ class PageWalk:
         size: int | NDArray[np.unsignedinteger],
         access: int | NDArray[np.uint8] = 0,
         *,
-        regs: Iterable[_RegsRow] | Contexts | None = None,
+        regs: Iterable[_RegsRow] | RegisterSets | None = None,
         ctx: NDArray[np.uint32] | None = None,
         set_ad: bool = True,
         threads: int = 1,

@@ -4,20 +4,20 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport translate_nested_gpa, walk_result
-from kvmmu.arch._bits cimport ACC_ALL, CR3_PAE_PDPT_MASK, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
+from kvmmu._walk cimport get_guest_pgd, translate_nested_gpa, walk_result
+from kvmmu.arch._bits cimport ACC_ALL, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
 from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.arch._gpte cimport kvmmu_pdpte_gpa
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
-from kvmmu.walk._contexts cimport (
-    Contexts, ContextWalks, SecondStage, VcpuArch, WalkCopy, copy_walk, fill_format, is_npt, prepare_contexts, rflags_ac,
-    role_of, second_stage, widths_of,
-)
+from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets, widths_of
+from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
+from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
 from kvmmu.walk._explain cimport fault_behind, record_of
-from kvmmu.walk._fast cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
-from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
-from kvmmu.walk.batch._arrays cimport plain_access, plain_column
+from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
+from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_face, use_second_stage
+from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
 from kvmmu.arch._roles import CpuRole
@@ -58,14 +58,14 @@ cdef class PageWalk:
         self.w.fmt = &self.format.fmt
         self.w.cpu_role = 0                         # not valid: equal to no role
         self.caps.maxphyaddr = MAXPHYADDR_MIN
-        init_plain_walk(&self.plain, &self.w)
+        init_fast_walk(&self.fast, &self.w)
 
     # ---- for the vCPU --------------------------------------------------------------------------------------------------
 
     cdef int changed(self) except -1:
         """What was derived from the walk counts no more."""
         self.table = NEVER_SEEN
-        init_plain_walk(&self.plain, &self.w)
+        init_fast_walk(&self.fast, &self.w)
         self.copy = None
         return 0
 
@@ -147,7 +147,7 @@ cdef class PageWalk:
         """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
         self.deliver = deliver
 
-    def _reload(self, Contexts contexts not None, Py_ssize_t i, regs not None):
+    def _reload(self, RegisterSets contexts not None, Py_ssize_t i, regs not None):
         """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
         self.check_contexts(contexts)
         contexts.reload(i, self.admit(regs, contexts.second_of(i)))
@@ -193,7 +193,7 @@ cdef class PageWalk:
         self.check_in_use()
         table = self.mem.current()
         self.table = table.number
-        use_plain_memory(&self.plain, &table.mem)
+        use_fast_memory(&self.fast, &table.mem)
         return 0
 
     @property
@@ -216,16 +216,16 @@ cdef class PageWalk:
     def get_guest_pgd(self):
         """The root as it stands: CR3, EPTP or nested CR3."""
         self.check_in_use()
-        return int(self.second.arch.nested_pgd if self.w.is_nested else self.vcpu.arch.cr3)
+        return int(get_guest_pgd(&self.w))
 
     def get_pdptr(self, i):
         """PDPTE i, 0 to 3: a register, or a word in memory in an NPT and under one. Meaningful under PAE paging only."""
         self.check_in_use()
         i = check_int("i", i, 0, 3)
         if self.w.is_nested:
-            return self.mem.read_u64((self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i)
+            return self.mem.read_u64(kvmmu_pdpte_gpa(get_guest_pgd(&self.w), i))
         if self.w.pdptes_in_memory:
-            gpa = (self.get_guest_pgd() & int(CR3_PAE_PDPT_MASK)) + 8 * i
+            gpa = kvmmu_pdpte_gpa(get_guest_pgd(&self.w), i)
             return self.mem.read_u64(gpa if self.second is None else self.second.pdpt_gpa(self.mem, gpa))
         return int(self.vcpu.arch.pdptrs[i])
 
@@ -260,7 +260,7 @@ cdef class PageWalk:
 
         Returns
         -------
-        Contexts
+        RegisterSets
 
         Raises
         ------
@@ -274,9 +274,9 @@ cdef class PageWalk:
             rows = list(regs)
         except TypeError:
             raise TypeError(f"regs: want a sequence of Regs, got {regs!r}") from None
-        return prepare_contexts(rows, self.admit, self.cpu, &self.caps, self.second)
+        return prepare_register_sets(rows, self.admit, self.cpu, &self.caps, self.second)
 
-    cdef int check_contexts(self, Contexts contexts) except -1:
+    cdef int check_contexts(self, RegisterSets contexts) except -1:
         """Register sets are for walks like the one that prepared them."""
         self.check_in_use()
         if self.w.is_nested:
@@ -293,7 +293,7 @@ cdef class PageWalk:
             Linear addresses (bytes). Need not be canonical.
         access : Access or ndarray of uint8, shape (n,)
             Intended access of each row. The vCPU's EFLAGS.AC is not added: say `Access.AC`.
-        regs : sequence of Regs, or Contexts, optional
+        regs : sequence of Regs, or RegisterSets, optional
             Register sets instead of the vCPU's own; see `prepare()`.
         ctx : ndarray of uint32, shape (n,), optional
             Row of `regs` for each address; needed if `regs` has more than one.
@@ -315,7 +315,7 @@ cdef class PageWalk:
         ------
         ValueError
             Wrong dtype, shape or contiguity, a bit in `access` that is not modelled, a `ctx` out of range; a column of `out` that
-            shares memory with another one or with an argument; `Contexts` of another processor model or second stage.
+            shares memory with another one or with an argument; `RegisterSets` of another processor model or second stage.
         GeneralProtection
             A register set of `regs` is illegal.
         RuntimeError
@@ -332,25 +332,25 @@ cdef class PageWalk:
         cdef bint sets_ad = True if set_ad is True else check_bool("set_ad", set_ad), fresh = out is None
         cdef tuple names = check_fields(fields)
         cdef list arrays = []
-        cdef Contexts contexts = None
-        cdef ContextWalks many
+        cdef RegisterSets contexts = None
+        cdef RegisterSetWalks many
         cdef WalkCopy one
         cdef SlotTable table
         cdef Job job
         cdef Py_ssize_t n
-        gva, access = plain_column(gva), plain_access(access)
+        gva, access = exact_column(gva), exact_access(access)
         if type(threads) is not int or threads != 1:            # small batches do not pay for checks of the defaults
             threads = check_threads("threads", threads)
         if regs is not None:
-            contexts = regs if isinstance(regs, Contexts) else self.prepare(regs)
+            contexts = regs if isinstance(regs, RegisterSets) else self.prepare(regs)
             self.check_contexts(contexts)
-            ctx = plain_column(ctx)
+            ctx = exact_column(ctx)
         elif ctx is not None:
             raise ValueError("ctx: needs regs, the register sets that it indexes")
         if not fresh:
             if not isinstance(out, Translation):
                 raise ValueError(f"out: want a Translation, got {type(out).__name__}")
-            arrays = [plain_column(getattr(out, name)) for name in names]
+            arrays = [exact_column(getattr(out, name)) for name in names]
         # from here to the walk no code of the caller's runs
         job = new_job()
         n = job.take_rows(gva, access)
@@ -397,7 +397,7 @@ cdef class PageWalk:
         cdef kvmmu_translation t
         if self.table != self.mem.number:           # or the walk is not in use
             self.use_memory()
-        t = translate_plainly(&self.plain, self.w.vcpu, addr, a)
+        t = translate_fast(&self.fast, self.w.vcpu, addr, a)
         return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
@@ -456,7 +456,7 @@ cdef class PageWalk:
         n = check_array("gva", gva, np.dtype(np.uint64)).size
         last = gva % np.uint64(_PAGE) + check_size(size, n) - np.uint64(1)
         access = check_access(access, n)
-        if regs is not None and not isinstance(regs, Contexts):
+        if regs is not None and not isinstance(regs, RegisterSets):
             regs = self.prepare(regs)
         how = {"regs": regs, "set_ad": set_ad, "threads": threads}
         t = self.translate(gva, access if access.size == n else int(access[0]), ctx=ctx, **how)

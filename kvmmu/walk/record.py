@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvmmu.arch._bits import Acc, Access, Status
+from kvmmu.arch._bits import PAGE_SIZE, PT32_INDEX_BITS, PT64_INDEX_BITS, Acc, Access, EptPte, Pte, Status
 from kvmmu.arch.faults import access_text, entry_name, error_code_text, nested_title, rule_text
 
 __all__ = ["WalkRecord", "WalkStep"]
 
-_FLAG_BITS = ((5, "A"), (6, "D"), (8, "G"))
-_EPT_FLAG_BITS = ((8, "A"), (9, "D"))
-_BIT7 = {1: "PAT"}
+_FLAGS = ((Pte.ACCESSED, "A"), (Pte.DIRTY, "D"), (Pte.GLOBAL, "G"))
+_EPT_FLAGS = ((EptPte.ACCESSED, "A"), (EptPte.DIRTY, "D"))
+_BIT7 = {1: "PAT"}                      # of a PTE, in the place of PS
 
 
 def rights_text(acc: int) -> str:
@@ -70,8 +70,8 @@ class WalkStep:
     @property
     def flags(self) -> str:
         """The names of the entry's flags that are set, as A D PS."""
-        bits = (*(_EPT_FLAG_BITS if self.ept else _FLAG_BITS), (7, _BIT7.get(self.level, "PS")))
-        return " ".join(name for bit, name in bits if self.entry >> bit & 1 and not (self.ept and name == "PAT"))
+        flags = (*(_EPT_FLAGS if self.ept else _FLAGS), (Pte.PAGE_SIZE, _BIT7.get(self.level, "PS")))
+        return " ".join(name for flag, name in flags if self.entry & flag and not (self.ept and name == "PAT"))
 
     def __str__(self) -> str:
         place = "register    " if self.gpa is None else f"{self.gpa:#014x}"
@@ -131,8 +131,8 @@ class WalkRecord:
         """Bytes of the page, None on a fault or with paging off."""
         if self.status or not self.steps:
             return None
-        bits = 10 if self.mode_bits == 32 else 9
-        return 1 << (12 + bits * (self.level - 1))
+        bits = PT32_INDEX_BITS if self.mode_bits == 32 else PT64_INDEX_BITS
+        return PAGE_SIZE << bits * (self.level - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; addresses and entries as hexadecimal text."""

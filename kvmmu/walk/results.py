@@ -8,15 +8,10 @@ from numpy.typing import NDArray
 
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_int, refuse_masked
+from kvmmu.walk._columns import COLUMNS
 
 __all__ = ["COLUMNS", "Accesses", "Span", "Translation"]
 
-COLUMNS: dict[str, np.dtype[Any]] = {
-    "gpa": np.dtype(np.uint64), "status": np.dtype(np.uint8), "error_code": np.dtype(np.uint32),
-    "level": np.dtype(np.uint8), "pte": np.dtype(np.uint64), "pte_gpa": np.dtype(np.uint64),
-    "pte_access": np.dtype(np.uint8), "refs": np.dtype(np.uint8), "ngpa": np.dtype(np.uint64),
-    "fault_gpa": np.dtype(np.uint64), "exit_qualification": np.dtype(np.uint64),
-}
 ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT)
 SPAN_MAX = 4096
 ROWS_MAX = 1 << 48
@@ -59,6 +54,9 @@ class Translation:
     pte_gpa: NDArray[np.uint64]
     pte_access: NDArray[np.uint8]
     refs: NDArray[np.uint8]
+    ngpa: NDArray[np.uint64]
+    fault_gpa: NDArray[np.uint64]
+    exit_qualification: NDArray[np.uint64]
 
     def __init__(self, **columns: NDArray[Any]) -> None:
         for name in COLUMNS:

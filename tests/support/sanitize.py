@@ -138,7 +138,7 @@ def walk_batches(kvmmu, rng, counts):
                          pse36=bool(rng.integers(2)), conformance=str(rng.choice(("sdm", "kvm"))))
     vcpu = kvmmu.Vcpu(mem, cpu=cpu)
     walk = vcpu.gva_walk
-    from kvmmu.walk.batch._job import instruction_sets, use_instruction_set
+    from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
     for _ in range(BATCHES_PER_MEMORY):
         name = str(rng.choice(instruction_sets()))

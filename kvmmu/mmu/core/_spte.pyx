@@ -17,7 +17,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.arch._format cimport (
     PageFormat, permission_params, reset_ept_rsvds_bits_mask, reset_guest_rsvds_bits_mask, rsvd_params,
-    update_permission_bitmask,
+    update_ept_permissions, update_permission_bitmask,
 )
 from kvmmu.mmu.core._spte cimport (
     check_writable, generation_mmio_spte_mask, get_mmio_spte_generation, is_access_track_spte, is_last_spte, is_mmio_spte,
@@ -187,7 +187,10 @@ cdef void init_spte_format(spte_format *f, host) except *:
 
 cdef void init_permissions(PageFormat fmt, bint tdp, bint ept, bint smep) noexcept:
     cdef permission_params p
-    p.tdp, p.ept, p.smep = tdp, ept, smep
+    if ept:
+        update_ept_permissions(fmt, smep)
+        return
+    p.tdp, p.ept, p.smep = tdp, False, smep
     p.smap = False
     p.wp = p.nx = True
     fmt.params = p

@@ -12,9 +12,9 @@ cdef struct column:
     Py_ssize_t rows
 
 # A column by itself: an exact ndarray for one, anything else as it is
-cdef object plain_column(array)
+cdef object exact_column(array)
 # An access: an exact ndarray, or an Access for all rows as an exact int
-cdef object plain_access(access)
+cdef object exact_access(access)
 # IN prefix: before the name in messages; array: plain; itemsize: bytes of an unsigned integer; rows: how many there must be, -1:
 # any
 cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize_t rows, bint writable) except *

@@ -18,16 +18,16 @@ cdef object asarray = np.asarray
 cdef dict DTYPES = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 
 
-cdef object plain_column(array):
+cdef object exact_column(array):
     if type(array) is not ndarray and isinstance(array, ndarray) and not is_masked(array):
         return asarray(array)
     return array
 
 
-cdef object plain_access(access):
+cdef object exact_access(access):
     cdef long value = -1
     if isinstance(access, ndarray):
-        return plain_column(access)
+        return exact_column(access)
     if PyLong_Check(access) and not PyBool_Check(access):
         try:
             value = PyLong_AsLong(access)

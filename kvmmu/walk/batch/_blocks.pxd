@@ -1,12 +1,15 @@
-"""Blocks of a batch: up to 64 rows of one walk, judged side by side.
+"""Rows of a batch 64 at a time, of one walk each.
 
-A block passes three points, so that its last entries travel to the cache while the block before it is judged:
+Uniform blocks go from addresses to results in one step, in the caller's own columns. They pay where the accept masks accept
+most rows, and last entries are in the cache of the CPU. Rows that are not accepted are checked one by one.
 
-    start     prefixes of the rows' walks, and where their last entries lie
-    advance   the first stage is judged; without a second one the rows are written
-    finish    the second stage is judged, and the rows are written
+Other blocks pass three points, so that last entries are prefetched while the block before is checked:
 
-Rows that set bits in upper levels, lose a race, or whose prefix cannot be known, are left to the scalar walk.
+    start     the paging-structure cache tells where the last entries lie
+    advance   the first stage is checked; without a second one the rows are written
+    finish    the second stage is checked, and the rows are written
+
+Rows that set bits in upper levels, lose a race, or whose psce cannot be known, are left to the scalar walk.
 """
 
 from libc.stddef cimport size_t
@@ -14,9 +17,11 @@ from libc.stddef cimport size_t
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._rows cimport batch
 
-# Up to 64 rows of one walk that stand side by side; few of them are walked one by one.
-cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil
-# The same of rows that do not.
-cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil
-# Finish what is under way.
+# Translate rows of one walk in uniform blocks, from first on, as far as they go. Returns how many rows
+cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil
+# Start a block of up to 64 rows of one walk, from first on; few rows are walked one by one
+cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil
+# The same of rows that do not stand side by side
+cdef void enqueue_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil
+# Finish the blocks that are under way
 cdef void drain_blocks(batch *b) noexcept nogil

@@ -1,55 +1,148 @@
 """Blocks of a batch; see `_blocks.pxd`."""
 
+from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
     STATUS_PAGE_FAULT,
 )
-from kvmmu.arch._format cimport KVMMU_LOOK_ACCESS_SHIFT, explicit_access
-from kvmmu.walk.batch._lanes cimport (
-    KVMMU_LANES, PREFIX_COLD_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lanes, kvmmu_prefix_level,
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, access_info_of, explicit_access
+from kvmmu.walk.batch._kernels cimport (
+    KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_leaf_block, kvmmu_psce_level,
 )
-from kvmmu.walk.batch._leaf cimport FEW_ODD, find_lanes, judge_block, lane_bit, rights_count, set_bits_of
-from kvmmu.walk.batch._psc cimport find_prefix, mark_word
+from kvmmu.walk.batch._leaf cimport leaf_result, rights_count
+from kvmmu.walk.batch._leaves cimport (
+    MAX_REMAINING_IN_BLOCK, check_leaves, find_leaves, lane_bit, make_accept_masks, set_bits_of,
+)
+from kvmmu.walk.batch._psc cimport back_off, cached_walk, find_psce, is_backing_off, mark_word, reset_backoff
 from kvmmu.walk.batch._rows cimport (
-    BLOCKS, accesses_from, batch, block, columns_from, common_columns, quick_row, remember, spaces_of, walk_row, write_more,
-    write_row,
+    BLOCKS, accesses_from, batch, block, cached_walks, cached_walks_of, check_row, columns_from, common_columns, fast_row,
+    of_one_context, order_shows, remember, walk_of, walk_row, write_more, write_row,
 )
 
-# Fewer rows than this are walked one by one.
-cdef size_t MIN_LANES = 8
-# Tables of last entries (of 4 KiB) up to which those are taken to be in the cache.
-cdef size_t NEAR = 96
+cdef enum:
+    MIN_LANES = 8                   # fewer rows are walked one by one: a block costs about as much as eight single rows
+    # Of 64 rows of a uniform block so many or fewer that are not accepted are checked one by one. Fewer than
+    # MAX_REMAINING_IN_BLOCK, because each is written twice.
+    MAX_REMAINING_UNIFORM = 12
+    # Tables of last entries (of 4 KiB) that count as cached by the CPU. Up to 8 MiB, a share of a last-level cache, uniform
+    # blocks are faster than blocks that prefetch; beyond 384 KiB, a share of a second-level cache, blocks prefetch.
+    MAX_CACHED_TABLES_UNIFORM = 2048
+    MAX_CACHED_TABLES_IN_BLOCK = 96
 
+
+# ---- uniform blocks ----------------------------------------------------------------------------------------------------
+
+cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil:
+    """True if each stage decides by itself what passes, and the order of rows does not matter."""
+    if order_shows(w):
+        return False
+    return w.kind == WALK_TABLES if w.ngpa is NULL else not rights_count(w.ngpa)
+
+
+cdef uint64_t accept_leaves(batch *b, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, const uint8_t *access,
+                            const common_columns *out, size_t sample) noexcept nogil:
+    """Return the rows that the accept masks of a stage do not accept. IN sample: the row to make masks from"""
+    l.slow = 0
+    if not s.has_masks and not make_accept_masks(s, gva[sample]):
+        return ~<uint64_t>0
+    b.kernels.find[s.w.format](l, &s.checker, gva, False)
+    return b.kernels.accept[s.w.format](l, &s.checker, gva, access, out.gpa, out.level, out.status, out.error_code)
+
+
+cdef bint translate_uniform_block(batch *b, cached_walks *m, size_t first) noexcept nogil:
+    """Translate 64 rows side by side in the caller's columns. False: nothing is done."""
+    cdef const kvm_pagewalk *w = m.w
+    cdef kvmmu_leaf_block *lanes = &b.blocks[b.next_block].a               # of the block that is free
+    cdef const uint64_t *gva = &b.gva[first]
+    cdef const uint8_t *access = accesses_from(b, first)
+    cdef common_columns out = columns_from(b, first)
+    cdef leaf_result leaf
+    cdef uint64_t remaining = 0, slow, psce
+    cdef size_t lane
+    if out.gpa is NULL:
+        out.gpa = lanes.gpa
+    if w.kind == WALK_TABLES:
+        remaining = accept_leaves(b, &m.first, lanes, gva, access, &out, 0)
+        if w.ngpa is not NULL:
+            gva = out.gpa
+    elif out.level is not NULL:
+        memset(out.level, 0, KVMMU_BLOCK_ROWS)
+    out.level = NULL                                            # of the first stage
+    if w.ngpa is not NULL and kvmmu_count_bits(remaining) <= MAX_REMAINING_UNIFORM:
+        remaining |= accept_leaves(b, &m.second, lanes, gva, access, &out, kvmmu_first_bit(~remaining))
+    if kvmmu_count_bits(remaining) > MAX_REMAINING_UNIFORM:
+        slow = lanes.slow
+        if w.ngpa is not NULL or kvmmu_count_bits(remaining & ~slow) > MAX_REMAINING_UNIFORM:
+            return False
+        for lane in range(KVMMU_BLOCK_ROWS):                     # their addresses are right already
+            lanes.access_info[lane] = access_info_of(w.fmt, access[lane])
+        remaining = (remaining & ~slow) | set_bits_of(&m.first, lanes, slow)
+    while remaining:
+        lane = kvmmu_first_bit(remaining)
+        remaining &= remaining - 1
+        psce = lanes.psce[lane]
+        if w.ngpa is not NULL or psce == m.first.checker.nothing:
+            fast_row(b, first + lane)
+        elif check_row(b, m, first + lane, psce, lanes.entry[lane], gva[lane] & w.gva_mask, explicit_access(access[lane]),
+                       &leaf):
+            write_row(b, first + lane, leaf.gpa, STATUS_OK, 0, <uint8_t>kvmmu_psce_level(psce))
+    return True
+
+
+cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil:
+    cdef size_t row = first
+    cdef cached_walks *m
+    if b.more or stop - first < KVMMU_BLOCK_ROWS or (b.ctx is not NULL and not of_one_context(&b.ctx[first])):
+        return 0
+    m = cached_walks_of(b, walk_of(b, first), True)
+    if is_backing_off(&m.uniform_backoff):
+        return 0
+    while m.first.found <= MAX_CACHED_TABLES_UNIFORM and m.second.found <= MAX_CACHED_TABLES_UNIFORM:
+        if not can_be_uniform(m.w) or not translate_uniform_block(b, m, row):
+            m.first.has_masks = m.second.has_masks = False
+            back_off(&m.uniform_backoff)
+            break
+        reset_backoff(&m.uniform_backoff, 0)
+        row += KVMMU_BLOCK_ROWS
+        if stop - row < KVMMU_BLOCK_ROWS:
+            break
+        if b.ctx is not NULL and not (b.ctx[row] == b.ctx[first] and of_one_context(&b.ctx[row])):
+            break
+    return row - first
+
+
+# ---- blocks in three points ----------------------------------------------------------------------------------------------
 
 cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
     return k.base + lane if k.contiguous else k.rows[lane]
 
 
 cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
-    """Level of the last entry of the first stage."""
-    return <uint8_t>kvmmu_prefix_level(k.a.ref[lane]) if k.w.kind == WALK_TABLES else 0
+    """Return the level of the last entry of the first stage."""
+    return <uint8_t>kvmmu_psce_level(k.a.psce[lane]) if k.w.kind == WALK_TABLES else 0
 
 
 cdef void start_block(batch *b, block *k) noexcept nogil:
-    """Point 1: where the last entries of the first stage lie. The rows, and their addresses and accesses, are in the block."""
+    """Do point 1: find where the last entries of the first stage lie. IN k: rows, addresses and accesses"""
     cdef const kvm_pagewalk *w = k.w
     cdef size_t lane
-    k.spaces = spaces_of(b, w, True)
+    k.cached = cached_walks_of(b, w, True)
     k.halfway = False
-    k.cold = k.failed = k.unknown = 0
-    k.held = 0 if k.count == KVMMU_LANES else ~<uint64_t>0 << k.count
+    k.bits_deferred = k.failed = k.unknown = 0
+    k.held = 0 if k.count == KVMMU_BLOCK_ROWS else ~<uint64_t>0 << k.count
     if w.kind == WALK_TABLES:
-        find_lanes(b.ops, &k.spaces.first, &k.a, k.gva, ~k.held, k.spaces.first.found > NEAR)
+        find_leaves(b.kernels, &k.cached.first, &k.a, k.gva, ~k.held, k.cached.first.found > MAX_CACHED_TABLES_IN_BLOCK)
         return
-    for lane in range(KVMMU_LANES):
+    for lane in range(KVMMU_BLOCK_ROWS):
         k.a.gpa[lane] = k.gva[lane] & w.gva_mask
 
 
 cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
-    """Walk the rows of these lanes one by one, and find their prefixes anew if they were cold."""
+    """Walk the rows of these lanes one by one. Upper levels may have their accessed bits then: find their psce anew."""
     cdef size_t lane
     lanes &= ~k.held
     k.held |= lanes
@@ -58,17 +151,17 @@ cdef void leave_to_walk(batch *b, block *k, uint64_t lanes) noexcept nogil:
         lanes &= lanes - 1
         walk_row(b, row_of(k, lane))
         if k.w.kind == WALK_TABLES and not k.a.noncanonical & lane_bit(lane) and (
-                k.a.miss & lane_bit(lane) or (k.a.ref[lane] >> PREFIX_COLD_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
-            find_prefix(&k.spaces.first, k.gva[lane] & k.w.gva_mask)
+                k.a.miss & lane_bit(lane) or (k.a.psce[lane] >> PSCE_ACCESSED_CLEAR_SHIFT) & 1 or k.a.slow & lane_bit(lane)):
+            find_psce(&k.cached.first, k.gva[lane] & k.w.gva_mask)
 
 
 cdef inline uint32_t error_code_of(const block *k, size_t lane) noexcept nogil:
-    """The error code of a lane of the first stage that faults."""
-    return <uint32_t>(k.a.error[lane] | (k.a.look[lane] >> KVMMU_LOOK_ACCESS_SHIFT) & k.w.pferr_mask)
+    """Return the error code of a lane that the first stage refuses."""
+    return <uint32_t>(k.a.error[lane] | (k.a.access_info[lane] >> KVMMU_ACCESS_INFO_SHIFT) & k.w.pferr_mask)
 
 
 cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status, uint64_t gpa) noexcept nogil:
-    """The optional columns of a row of one stage."""
+    """Write the columns of a row of one stage beside gpa, status, error_code and level."""
     cdef walk_result r
     cdef int top = 2 if k.w.level == 3 else k.w.level
     r.gpa = r.ngpa = gpa
@@ -79,14 +172,14 @@ cdef void write_more_of(batch *b, const block *k, size_t lane, uint8_t status, u
         r.pte = r.level = r.pte_access = r.refs = 0
     else:
         r.pte = k.a.pte[lane]
-        r.level = <uint8_t>kvmmu_prefix_level(k.a.ref[lane])
+        r.level = <uint8_t>kvmmu_psce_level(k.a.psce[lane])
         r.pte_access = <uint8_t>k.a.pte_access[lane] if r.pte & k.w.present_mask else 0
         r.refs = <uint8_t>(top + 1 - r.level)
     write_more(b.out, row_of(k, lane), &r)
 
 
 cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
-    """Rows of lanes that the first stage refuses."""
+    """Write the rows of lanes that the first stage refuses."""
     cdef size_t lane
     lanes &= ~k.held
     k.held |= lanes
@@ -104,7 +197,7 @@ cdef void fail_lanes(batch *b, block *k, uint64_t lanes) noexcept nogil:
 
 
 cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
-    """Rows of lanes that passed; rows written before stay as they are."""
+    """Write the rows of lanes that passed; those written before stay as they are."""
     cdef uint64_t lanes = ~k.held
     cdef size_t lane
     k.held = ~<uint64_t>0
@@ -121,39 +214,39 @@ cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
             remember(b, row_of(k, lane), gpa[lane], level_of(k, lane))
 
 
-cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_lanes *l) noexcept nogil:
-    """Where the addresses of the last stage go: the column itself, if the whole block is one stretch of it."""
-    if k.contiguous and k.count == KVMMU_LANES and b.out.gpa is not NULL:
+cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_leaf_block *l) noexcept nogil:
+    """Return where the addresses of the last stage go: the column itself, if the whole block is one stretch of it."""
+    if k.contiguous and k.count == KVMMU_BLOCK_ROWS and b.out.gpa is not NULL:
         return &b.out.gpa[k.base]
     return l.gpa
 
 
 cdef void write_columns(batch *b, block *k, uint64_t fault) noexcept nogil:
-    """All rows of a block, in order, as if those in fault failed by the first stage and the others passed; gpa is there already.
+    """Write all rows of a block as if those in fault failed by the first stage and the others passed; gpa is there already.
 
-    What is neither is written over it afterwards.
+    Rows that do neither are written again afterwards.
     """
     cdef common_columns out
     cdef size_t lane, row
-    cdef bint many = kvmmu_count_bits(fault) > FEW_ODD
+    cdef bint many = kvmmu_count_bits(fault) > MAX_REMAINING_IN_BLOCK
     if not k.contiguous or b.more or b.recalls:
         return
-    if k.count < KVMMU_LANES:
+    if k.count < KVMMU_BLOCK_ROWS:
         k.contiguous = False                            # row by row
         for row in range(k.count):
             k.rows[row] = k.base + row
         return
     out = columns_from(b, k.base)
     if out.level is not NULL:
-        for lane in range(KVMMU_LANES):
+        for lane in range(KVMMU_BLOCK_ROWS):
             out.level[lane] = level_of(k, lane)
-    b.ops.emit(&k.a, fault if many else 0, k.w.pferr_mask, out.gpa, out.status, out.error_code)
+    b.kernels.emit(&k.a, fault if many else 0, k.w.pferr_mask, out.gpa, out.status, out.error_code)
     if many:
         k.held |= fault
 
 
 cdef void advance_block(batch *b, block *k) noexcept nogil:
-    """Point 2: the first stage is judged; without a second one the rows are written."""
+    """Do point 2: check the first stage; without a second one write the rows."""
     cdef const kvm_pagewalk *w = k.w
     cdef const kvm_pagewalk *n = w.ngpa
     cdef uint64_t *gpa
@@ -163,15 +256,16 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         gpa = k.a.gpa
         if n is NULL:
             gpa = room_for(b, k, &k.a)
-        judge_block(b.ops, &k.spaces.first, &k.a, k.held, k.gva, k.access, b.more or (n is not NULL and rights_count(n)), gpa)
+        check_leaves(b.kernels, &k.cached.first, &k.a, k.held, k.gva, k.access,
+                     b.more or (n is not NULL and rights_count(n)), gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
         k.failed = (k.a.fault | k.a.noncanonical) & ~k.held
         if k.a.slow and (n is NULL or not w.final_before_ad):
-            unknown |= set_bits_of(&k.spaces.first, &k.a, k.a.slow)
+            unknown |= set_bits_of(&k.cached.first, &k.a, k.a.slow)
         elif k.a.slow:
-            k.cold = k.a.slow
+            k.bits_deferred = k.a.slow
         if n is NULL:
             write_columns(b, k, k.failed & ~k.a.noncanonical)
             if k.failed:
@@ -189,13 +283,13 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
 
 
 cdef void start_second(batch *b, block *k) noexcept nogil:
-    """Where the last entries of the second stage lie."""
+    """Find where the last entries of the second stage lie."""
     cdef const kvm_pagewalk *n = k.w.ngpa
     cdef size_t lane
     cdef uint32_t access
     cdef uint64_t pte_access = ACC_ALL
     cdef bint rights = rights_count(n)
-    for lane in range(KVMMU_LANES):
+    for lane in range(KVMMU_BLOCK_ROWS):
         access = explicit_access(k.access[lane])
         if k.w.kind == WALK_SECOND_STAGE:
             pte_access = ACC_ALL if access & ACCESS_USER_MASK else ACC_ALL & ~ACC_USER_MASK
@@ -203,33 +297,34 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
             pte_access = k.a.pte_access[lane]
         k.second_access[lane] = <uint8_t>second_stage_access(n, access, True, <uint32_t>pte_access)
     if n.ngpa_rsvd_mask:
-        for lane in range(KVMMU_LANES):
+        for lane in range(KVMMU_BLOCK_ROWS):
             if k.a.gpa[lane] & n.ngpa_rsvd_mask:
                 k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
-    find_lanes(b.ops, &k.spaces.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown), k.spaces.second.found > NEAR)
+    find_leaves(b.kernels, &k.cached.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown),
+                k.cached.second.found > MAX_CACHED_TABLES_IN_BLOCK)
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:
-    """Point 3: the second stage is judged, and the rows are written."""
+    """Do point 3: check the second stage, and write the rows."""
     cdef uint64_t unknown, faults, done = k.held | k.failed
     cdef uint64_t *gpa = room_for(b, k, &k.b)
     cdef size_t lane
-    k.b.miss |= k.unknown | k.failed                    # do not judge them
-    judge_block(b.ops, &k.spaces.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
+    k.b.miss |= k.unknown | k.failed                    # not to be checked
+    check_leaves(b.kernels, &k.cached.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
     k.b.slow &= ~(unknown | done)
-    if k.cold:                          # the second stage has been granted: now the bits of the first
-        unknown |= k.cold & k.b.slow
-        unknown |= set_bits_of(&k.spaces.first, &k.a, k.cold & ~(unknown | faults | done))
-    unknown |= set_bits_of(&k.spaces.second, &k.b, k.b.slow & ~unknown)
+    if k.bits_deferred:                          # the second stage has been granted: now the bits of the first
+        unknown |= k.bits_deferred & k.b.slow
+        unknown |= set_bits_of(&k.cached.first, &k.a, k.bits_deferred & ~(unknown | faults | done))
+    unknown |= set_bits_of(&k.cached.second, &k.b, k.b.slow & ~unknown)
     write_columns(b, k, k.failed & ~k.a.noncanonical)
     fail_lanes(b, k, k.failed)
     while faults:
         lane = kvmmu_first_bit(faults)
         faults &= faults - 1
         k.held |= lane_bit(lane)
-        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0, <uint8_t>kvmmu_prefix_level(k.b.ref[lane]))
+        write_row(b, row_of(k, lane), INVALID_GPA, second_fault(k, lane), 0, <uint8_t>kvmmu_psce_level(k.b.psce[lane]))
     leave_to_walk(b, k, unknown)
     if not k.contiguous or b.recalls:
         write_passed(b, k, gpa)
@@ -237,83 +332,81 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
 
 
 cdef inline uint8_t second_fault(const block *k, size_t lane) noexcept nogil:
-    """STATUS_* of a fault of the second stage."""
+    """Return the STATUS_* of a fault of the second stage."""
     return k.w.ngpa.rsvd_status if k.b.error[lane] & PFERR_RSVD_MASK else k.w.ngpa.fault_status
 
 
 cdef void push_block(batch *b, block *k) noexcept nogil:
     """Start this block, and take the two before it one point further."""
-    cdef size_t next = b.turn + 1 if b.turn + 1 < BLOCKS else 0
+    cdef size_t next = b.next_block + 1 if b.next_block + 1 < BLOCKS else 0
     cdef block *before = &b.blocks[next]
-    cdef block *last = &b.blocks[b.turn - 1 if b.turn else BLOCKS - 1]
+    cdef block *last = &b.blocks[b.next_block - 1 if b.next_block else BLOCKS - 1]
     start_block(b, k)
     if last.w is not NULL and not last.halfway:
         advance_block(b, last)
     if before.w is not NULL:
         finish_block(b, before)
-    b.turn = next
+    b.next_block = next
 
 
 cdef void drain_blocks(batch *b) noexcept nogil:
     cdef size_t i
     cdef block *k
     for i in range(<size_t>BLOCKS):                              # oldest first
-        k = &b.blocks[(b.turn + i) % BLOCKS]
+        k = &b.blocks[(b.next_block + i) % BLOCKS]
         if k.w is not NULL and not k.halfway:
             advance_block(b, k)
         if k.w is not NULL:
             finish_block(b, k)
 
 
-cdef bint fits_lanes(const batch *b, const kvm_pagewalk *w) noexcept nogil:
-    """Whether blocks can hold rows of this walk."""
+cdef bint fits_block(const batch *b, const kvm_pagewalk *w) noexcept nogil:
+    """True if blocks can hold rows of this walk."""
     if w.kind != WALK_TABLES and w.ngpa is NULL:
         return False                                # identity
-    if b.out.pte_gpa is not NULL:
+    if b.out.scalar_walk:
         return False
     return w.ngpa is NULL or not b.more
 
 
-cdef void put_one_by_one(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
-    """Rows of one walk that make no block. IN rows: NULL: first and those after it."""
-    cdef bint quick = b.lanes and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
+cdef void translate_each(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t first, size_t count) noexcept nogil:
+    """Translate rows of one walk that make no block. IN rows: NULL: first and those after it."""
+    cdef bint fast = b.by_blocks and not b.more and (w.kind == WALK_TABLES or w.ngpa is not NULL)
     cdef size_t i, row
     for i in range(count):
         row = first + i if rows is NULL else rows[i]
-        if quick:
-            quick_row(b, row)
+        if fast:
+            fast_row(b, row)
         else:
             walk_row(b, row)
 
 
-cdef void put_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
-    """Up to 64 rows of one walk that stand side by side."""
+cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
     cdef block *k
     cdef size_t i
-    if count < MIN_LANES or not fits_lanes(b, w):
-        put_one_by_one(b, w, NULL, first, count)
+    if count < MIN_LANES or not fits_block(b, w):
+        translate_each(b, w, NULL, first, count)
         return
-    k = &b.blocks[b.turn]
+    k = &b.blocks[b.next_block]
     k.w, k.count, k.contiguous, k.base = w, count, True, first
     k.gva, k.access = &b.gva[first], accesses_from(b, first)
-    if count < KVMMU_LANES:
-        for i in range(KVMMU_LANES):
+    if count < KVMMU_BLOCK_ROWS:
+        for i in range(KVMMU_BLOCK_ROWS):
             k.own_gva[i] = b.gva[first + (i if i < count else 0)]
             k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]
         k.gva, k.access = k.own_gva, k.own_access
     push_block(b, k)
 
 
-cdef void put_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
-    """Up to 64 rows of one walk."""
+cdef void enqueue_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size_t count) noexcept nogil:
     cdef block *k
     cdef size_t i, row
-    if count < MIN_LANES or not fits_lanes(b, w):
-        put_one_by_one(b, w, rows, 0, count)
+    if count < MIN_LANES or not fits_block(b, w):
+        translate_each(b, w, rows, 0, count)
         return
-    k = &b.blocks[b.turn]
+    k = &b.blocks[b.next_block]
     k.w, k.count, k.contiguous = w, count, False
-    for i in range(KVMMU_LANES):
+    for i in range(KVMMU_BLOCK_ROWS):
         row = rows[i if i < count else 0]
         k.rows[i] = row
         k.own_gva[i] = b.gva[row]

@@ -1,346 +1,45 @@
-"""The walk over arrays. Rows are independent; columns, shapes and contexts were checked by the caller (`pagewalk.pyx`).
+"""One batch from Python; see `_job.pxd`."""
 
-    recall     64 rows at a time, translations that this batch made already (by page and access)
-    straight   what is left, 64 rows of one walk at a time, where most of them pass and few tables are in use: their last
-               entries, which prefixes of their walks lead to (`_psc.pxd`), are read side by side and compared with what
-               surely passes (`_straight.pxd`, `_lanes.h`)
-    lanes      elsewhere, blocks of up to 64 rows of one walk, a few of them on their way at a time: their last entries are
-               fetched ahead, and judged side by side by the whole rules (`_blocks.pxd`)
-    one by one rows that set accessed or dirty bits in upper levels, lose a race, or whose prefix cannot be known: the scalar
-               walk (`_walk.pyx`), which is the reference for all the others
-"""
-
-import os
+from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.memory._maker cimport check_maker, maker
-from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_keep_copies, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
+from kvmmu.walk._columns cimport FIELDS
 from kvmmu.walk.batch._arrays cimport (
     MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
 )
-from kvmmu.walk.batch._blocks cimport drain_blocks, put_rows, put_run
-from kvmmu.walk.batch._lanes cimport (
-    KVMMU_LANES, KVMMU_LANES_ALIGNMENT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_lane_ops, kvmmu_lane_ops_of,
-)
-from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache
-from kvmmu.walk.batch._rows cimport (
-    ALL_SPACES, BLOCKS, WAITING, accesses_from, batch, batch_columns, block, columns_from, common_columns, of_one_context,
-    order_shows, quick_row, recall_row, waiting_rows, walk_of, walk_row, walk_spaces,
-)
-from kvmmu.walk.batch._straight cimport go_straight
+from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS
+from kvmmu.walk.batch._rows cimport batch, more_column
+from kvmmu.walk.batch._schedule cimport Workspace, begin_batch, new_workspace, translate_rows
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
 
-# Fewer rows than this are walked one by one.
-cdef size_t FEW_ROWS = 8
-# Of 64 rows so many or fewer unknown translations are looked up one after the other.
-cdef int FEW_MISSES = 12
-# Changes of the context in 64 rows, from which on rows wait for others of their context.
-cdef uint32_t MANY_CHANGES = 2
-# Rows (in chunks of 64) over which is judged whether remembering translations pays, and for how long not to.
-cdef size_t TRIAL = 32
-cdef size_t FIRST_LOOK = 4              # if nearly all are missing so soon, the trial is over
-cdef size_t FIRST_REST = 128
-cdef size_t LAST_REST = 8192
-# Of the rows of a batch, for each thread: the faster ones take more of them.
-_PIECES = 8
-_BLOCK = int(KVMMU_LANES)               # rows; no two threads write one line of the cache
-# More threads than this count as so many.
-_MOST_THREADS = 64
-# A thread looks at the clock after so many rows at first: a tenth of a second or so if every row is of the slowest kind.
-cdef size_t FIRST_SLICE = 524288
-cdef size_t LAST_SLICE = 4194304
-# Nanoseconds that a slice should take, and after which Python may handle signals. 0.2 s is what a person takes for at once.
-cdef uint64_t SHORT_SLICE = 5000000
-cdef uint64_t LONG_SLICE = 20000000
-cdef uint64_t A_WHILE = 50000000
-
-cdef const kvmmu_lane_ops *OPS = NULL
-_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+cdef enum:
+    # Pieces of a batch for each thread: the faster threads take more of them, and the last ones end within an eighth of each
+    # other's time.
+    PIECES = 8
+    MOST_THREADS = 64               # more count as so many
+    # Rows between two looks at the clock: a tenth of a second or so at first if every row is of the slowest kind (200 ns);
+    # enough later that looks are rare in batches of the fastest kind (2 ns).
+    FIRST_SLICE = 524288
+    LAST_SLICE = 4194304
+    # Nanoseconds that a slice should take, and after which Python may handle signals: several times in the 0.2 s that a person
+    # takes for at once.
+    SHORT_SLICE = 5000000
+    LONG_SLICE = 20000000
+    SIGNAL_TIME = 50000000
 
 
-def use_instruction_set(name):
-    """Walk batches with the functions for an instruction set: "avx512", "avx2" or "portable".
-
-    Raises
-    ------
-    ValueError
-        There is no such set, or this CPU or build does not have it.
-    """
-    global OPS
-    cdef const kvmmu_lane_ops *ops = NULL
-    encoded = str(name).encode()
-    if name in _INSTRUCTION_SETS:
-        ops = kvmmu_lane_ops_of(encoded)
-    if ops is NULL:
-        raise ValueError(f"instruction set {name!r}: want one of {', '.join(instruction_sets())}")
-    OPS = ops
-
-
-def instruction_sets():
-    """The instruction sets that this CPU and build have, best first."""
-    return [name for name in _INSTRUCTION_SETS if kvmmu_lane_ops_of(name.encode()) is not NULL]
-
-
-def default_instruction_set():
-    """The best instruction set whose functions have run in tests: AVX-512 has to be chosen by name."""
-    return next(name for name in instruction_sets() if name != "avx512")
-
-
-use_instruction_set(os.environ.get("KVMMU_INSTRUCTION_SET") or default_instruction_set())
-
-
-# ---- rows --------------------------------------------------------------------------------------------------------------
-
-cdef void put_chunk(batch *b, size_t start, size_t count) noexcept nogil:
-    """Up to 64 rows from start on, in runs of one walk."""
-    cdef size_t i, first = start
-    if b.ctx is not NULL and not (count == KVMMU_LANES and of_one_context(&b.ctx[start])):
-        for i in range(start + 1, start + count):
-            if b.ctx[i] != b.ctx[first]:
-                put_run(b, walk_of(b, first), first, i - first)
-                first = i
-    put_run(b, walk_of(b, first), first, start + count - first)
-
-
-cdef void put_waiting(batch *b, waiting_rows *g) noexcept nogil:
-    put_rows(b, &b.walks[g.ctx], g.rows, g.count)
-    g.count = 0
-
-
-cdef void put_all_waiting(batch *b) noexcept nogil:
-    cdef size_t i
-    if b.waits:
-        for i in range(<size_t>WAITING):
-            if b.waiting[i].count:
-                put_waiting(b, &b.waiting[i])
-    b.waits = False
-
-
-cdef bint let_wait(batch *b, size_t start) noexcept nogil:
-    """64 rows of several contexts, until there are enough of each. False: they go on at once."""
-    cdef uint32_t ctx[64]
-    cdef waiting_rows *g
-    cdef uint32_t last = b.last_context, beyond = 0, changes = 0
-    cdef size_t i
-    memcpy(ctx, &b.ctx[start], sizeof(ctx))
-    kvmmu_keep_copies()                             # a comparison that reads the column twice would let a change through
-    for i in range(KVMMU_LANES):
-        beyond |= ctx[i] | (last - ctx[i])          # the highest bit: ctx[i] > last, both being below 2^31 as a rule
-    if beyond >> 31:
-        for i in range(KVMMU_LANES):
-            ctx[i] = min(ctx[i], last)
-    for i in range(1, KVMMU_LANES):
-        changes += ctx[i] != ctx[i - 1]
-    if b.more or changes < MANY_CHANGES:
-        return False
-    for i in range(KVMMU_LANES):
-        if order_shows(&b.walks[ctx[i]]):
-            return False
-    for i in range(KVMMU_LANES):
-        g = &b.waiting[ctx[i] % WAITING]
-        if g.count and g.ctx != ctx[i]:
-            put_waiting(b, g)
-        if not g.count:
-            g.ctx = ctx[i]
-        g.rows[g.count] = start + i
-        g.count += 1
-        if g.count == KVMMU_LANES:
-            put_waiting(b, g)
-    b.waits = True
-    return True
-
-
-cdef void put_some(batch *b, size_t start, uint64_t some) noexcept nogil:
-    """Rows from start on whose bit is set, in runs of one walk."""
-    cdef size_t rows[64]
-    cdef size_t row, first = 0, count = 0
-    while some:
-        row = start + kvmmu_first_bit(some)
-        some &= some - 1
-        if b.ctx is not NULL and count > first and b.ctx[row] != b.ctx[rows[first]]:
-            put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
-            first = count
-        rows[count] = row
-        count += 1
-    put_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
-
-
-cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
-    """64 rows from start on: those whose translations are known at once, the others by blocks or one after the other."""
-    cdef uint64_t room[64]
-    cdef common_columns out = columns_from(b, start)
-    cdef const uint32_t *ctx = b.ctx
-    cdef uint64_t misses, space = b.space
-    cdef size_t row
-    if out.gpa is NULL:
-        out.gpa = room
-    if ctx is not NULL:
-        ctx = &b.ctx[start]
-        if of_one_context(ctx):
-            space += ctx[0]
-            ctx = NULL
-    misses = b.ops.recall(b.tlb, &b.gva[start], accesses_from(b, start), ctx, space, out.gpa, out.level, out.status,
-                          out.error_code)
-    b.tried += 1
-    if not misses:
-        return
-    b.missed += kvmmu_count_bits(misses)
-    if kvmmu_count_bits(misses) > FEW_MISSES:
-        put_some(b, start, misses)
-        return
-    while misses:
-        row = start + kvmmu_first_bit(misses)
-        misses &= misses - 1
-        if not recall_row(b, row):
-            quick_row(b, row)
-
-
-cdef void consider_recall(batch *b) noexcept nogil:
-    """Remember translations as long as most rows find theirs; try again later, and ever later."""
-    cdef size_t rows = b.tried * KVMMU_LANES
-    if b.tried < TRIAL and not (b.tried == FIRST_LOOK and b.missed > rows - rows // 4):
-        return
-    if b.missed > rows // 2:
-        drain_blocks(b)
-        b.recalls = False
-        b.skip = b.patience
-        if b.patience < LAST_REST:
-            b.patience *= 4
-    elif b.tried >= TRIAL:
-        b.patience = FIRST_REST
-    b.tried = b.missed = 0
-
-
-cdef bint wants_more(const batch_columns *out) noexcept nogil:
-    """Whether a column beside gpa, status, error_code and level is wanted."""
-    return (out.pte is not NULL or out.pte_gpa is not NULL or out.pte_access is not NULL or out.refs is not NULL or
-            out.ngpa is not NULL or out.fault_gpa is not NULL or out.exit_qualification is not NULL)
-
-
-cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bint watch) noexcept nogil:
-    cdef size_t i
-    b.more = wants_more(b.out)
-    b.ops = OPS
-    b.tables, b.tlb = &work.cache.tables, work.cache.tables.tlb
-    b.blocks, b.spaces, b.waiting = work.blocks, work.spaces, work.waiting
-    b.waits = False
-    b.touched = NULL
-    if watch:
-        b.touched = work.touched
-        memset(b.touched, 0, TOUCHED_BYTES)
-    b.count = count
-    b.last_context = <uint32_t>(count - 1)
-    b.asid = b.space = 0
-    b.last_space = b.next_space = 0
-    for i in range(<size_t>ALL_SPACES):
-        b.spaces[i].w = NULL
-    b.tried = b.missed = b.skip = b.turn = 0
-    b.patience = FIRST_REST
-    if rows >= FEW_ROWS:
-        b.asid = work.cache.take_asids(2 * count)
-    b.lanes = b.asid != 0
-    if b.lanes and not b.more and rows >= 2 * KVMMU_LANES:
-        b.space = work.cache.take_spaces(count)
-    b.may_recall = b.recalls = b.space != 0
-    if not b.access_stride and rows:
-        memset(b.same_access, b.access[0], sizeof(b.same_access))
-
-
-cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil:
-    return b.touched is NULL or is_marked(b.touched, <uint64_t><uintptr_t>hva)
-
-
-cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
-    cdef size_t i = start, row, count, last, done
-    if not b.lanes:
-        for i in range(start, stop):
-            walk_row(b, i)
-        return
-    while i < stop:
-        count = min(stop - i, <size_t>KVMMU_LANES)
-        if b.recalls and count == KVMMU_LANES:
-            recall_chunk(b, i)
-            consider_recall(b)
-        elif b.recalls:                             # the last few
-            for row in range(i, stop):
-                if not recall_row(b, row):
-                    quick_row(b, row)
-        else:
-            last = stop
-            if b.may_recall:
-                last = min(stop, i + b.skip * KVMMU_LANES)
-            done = go_straight(b, i, last)
-            if done:
-                count = done
-            elif count < KVMMU_LANES or b.ctx is NULL or not let_wait(b, i):
-                put_chunk(b, i, count)
-            if b.may_recall:
-                b.skip -= min(b.skip, (count + KVMMU_LANES - 1) // KVMMU_LANES)
-                if not b.skip:
-                    put_all_waiting(b)
-                    drain_blocks(b)
-                    b.recalls = True
-        i += count
-    put_all_waiting(b)
-    drain_blocks(b)
-
-
-# ---- from Python -------------------------------------------------------------------------------------------------------
-
-cdef class Workspace:
-    def __cinit__(self, mark=None, *args):
-        check_maker(mark, "a Workspace is made by a batch")
-        self.cache = new_walk_cache()
-        self.block_memory = calloc(1, BLOCKS * sizeof(block) + KVMMU_LANES_ALIGNMENT)
-        self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_LANES_ALIGNMENT - 1) & ~(KVMMU_LANES_ALIGNMENT - 1))
-        self.spaces = <walk_spaces *>calloc(ALL_SPACES, sizeof(walk_spaces))
-        self.waiting = <waiting_rows *>calloc(WAITING, sizeof(waiting_rows))
-        self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
-        if self.block_memory is NULL or self.spaces is NULL or self.waiting is NULL or self.touched is NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        free(self.block_memory)
-        free(self.spaces)
-        free(self.waiting)
-        free(self.touched)
-
-
-cdef Workspace new_workspace():
-    return Workspace.__new__(Workspace, maker())
-
-
-# Those that no batch uses at the moment.
+# Workspaces that no batch uses.
 cdef list spare = []
 
 
-cdef dict places():
-    """Where the pointers of columns stand in a batch_columns, and the size of an element; by name."""
-    cdef batch_columns c
-    cdef char *start = <char *>&c
-    return {
-        "gpa": (<char *>&c.gpa - start, sizeof(c.gpa[0])), "status": (<char *>&c.status - start, sizeof(c.status[0])),
-        "error_code": (<char *>&c.error_code - start, sizeof(c.error_code[0])),
-        "level": (<char *>&c.level - start, sizeof(c.level[0])), "pte": (<char *>&c.pte - start, sizeof(c.pte[0])),
-        "pte_gpa": (<char *>&c.pte_gpa - start, sizeof(c.pte_gpa[0])),
-        "pte_access": (<char *>&c.pte_access - start, sizeof(c.pte_access[0])),
-        "refs": (<char *>&c.refs - start, sizeof(c.refs[0])), "ngpa": (<char *>&c.ngpa - start, sizeof(c.ngpa[0])),
-        "fault_gpa": (<char *>&c.fault_gpa - start, sizeof(c.fault_gpa[0])),
-        "exit_qualification": (<char *>&c.exit_qualification - start, sizeof(c.exit_qualification[0])),
-    }
-
-
-cdef dict PLACES = places()
-
-
 cdef uint64_t now() noexcept nogil:
-    """Nanoseconds since some moment."""
+    """Return nanoseconds since some moment."""
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
@@ -368,15 +67,29 @@ cdef class Job:
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1:
         cdef str name
         cdef Py_ssize_t i, place, size
+        cdef bint in_blocks
         cdef column found
         cdef stretch stretches[MOST_COLUMNS]
+        cdef more_column *more
         if len(names) > MOST_COLUMNS - 3:
-            raise ValueError(f"fields: {len(names)} names, and there are {len(PLACES)} columns")
+            raise ValueError(f"fields: {len(names)} names, and there are {len(FIELDS)} columns")
         for i in range(len(names)):
             name = names[i]
-            place, size = PLACES[name]
+            place, size, in_blocks = FIELDS[name]
             found = column_of("out.", name, arrays[i], size, self.rows, True)
-            (<void **>(<char *>&self.columns + place))[0] = found.data
+            if name == "gpa":
+                self.columns.gpa = <uint64_t *>found.data
+            elif name == "status":
+                self.columns.status = <uint8_t *>found.data
+            elif name == "error_code":
+                self.columns.error_code = <uint32_t *>found.data
+            elif name == "level":
+                self.columns.level = <uint8_t *>found.data
+            else:
+                more = &self.columns.more[self.columns.more_count]
+                more.data, more.place, more.size = <uint8_t *>found.data, place, size
+                self.columns.more_count += 1
+                self.columns.scalar_walk = self.columns.scalar_walk or not in_blocks
             if not apart:
                 stretches[i].start, stretches[i].bytes = <uintptr_t>found.data, size * self.rows
         self.arrays = arrays
@@ -401,14 +114,14 @@ cdef class Job:
         self.whole.walks, self.whole.count, self.whole.set_ad = first, count, set_ad
 
     cdef size_t take_piece(self) noexcept nogil:
-        """The first row of a piece that nobody has."""
+        """Take a piece that no thread has; returns its first row."""
         cdef uint64_t start = kvmmu_read64(<const uint8_t *>&self.next_row)
         while start < self.rows and not kvmmu_cmpxchg64(&self.next_row, start, start + self.piece):
             start = kvmmu_read64(<const uint8_t *>&self.next_row)
         return start
 
     cdef bint run_some(self, batch *part, place *at) noexcept nogil:
-        """Translate for a while. False: no rows are left, or the batch is to stop."""
+        """Translate for SIGNAL_TIME. False: no rows are left, or the batch is to stop."""
         cdef size_t stop
         cdef uint64_t begun = 0, before = 0, after
         while not kvmmu_load32(&self.stopped):
@@ -430,8 +143,8 @@ cdef class Job:
             if after - before < SHORT_SLICE:
                 at.slice = min(2 * at.slice, LAST_SLICE)
             elif after - before > LONG_SLICE:
-                at.slice = max(at.slice // 2, <size_t>KVMMU_LANES)
-            if after - begun > A_WHILE:
+                at.slice = max(at.slice // 2, <size_t>KVMMU_BLOCK_ROWS)
+            if after - begun > SIGNAL_TIME:
                 return True
             before = after
         return False
@@ -461,12 +174,14 @@ cdef class Job:
         return 0
 
     cdef int run_all(self, threads) except -1:
-        threads = min(threads, _MOST_THREADS)
+        cdef Py_ssize_t block = KVMMU_BLOCK_ROWS
+        threads = min(threads, MOST_THREADS)
         self.piece = self.rows
-        if threads == 1 or <Py_ssize_t>self.rows < threads * _BLOCK:
+        if threads == 1 or <Py_ssize_t>self.rows < threads * block:
             self.run_pieces()
             return 0
-        self.piece = -(-<Py_ssize_t>self.rows // (threads * _PIECES) // _BLOCK) * _BLOCK
+        # whole blocks: no two threads write one line of the cache
+        self.piece = -(-<Py_ssize_t>self.rows // (threads * PIECES) // block) * block
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(threads - 1) as pool:
             try:

@@ -1,38 +1,38 @@
-"""Blocks of lanes, one stage: where the last entries lie, what they say, and their accessed and dirty bits."""
+"""May this leaf be used: the last entry of one row, checked as the scalar walk checks it.
 
-from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint64_t
+`check_leaf()` repeats steps 3 to 7 of the walk (`_walk.pxd`) for the last entry: not present, reserved bits, not a leaf,
+rights and protection key, and which accessed and dirty bits are clear. `kernels/` does the same for 64 entries at a time.
+`set_leaf_bits()` repeats step 7 where nothing but bits of the leaf is to set.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport ROLE_CR4_SMEP_MASK
-from kvmmu.walk.batch._lanes cimport kvmmu_lane_ops, kvmmu_lanes
-from kvmmu.walk.batch._psc cimport lane_space
+from kvmmu.walk.batch._kernels cimport kvmmu_leaf_rules
 
-# Of 64 lanes so many or fewer that are not like the others are dealt with one after the other.
+# Result of a leaf check.
 cdef enum:
-    FEW_ODD = 16
+    LEAF_OK
+    LEAF_FAULT
+    LEAF_SLOW                   # accessed or dirty bits are to set, or the entry is no leaf any more
 
+cdef struct leaf_result:
+    uint64_t gpa
+    uint64_t pte
+    uint32_t pte_access
+    uint32_t error              # of a fault: P, RSVD, PK of the error code
 
-cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
-    return <uint64_t>1 << lane
-
-
-# Where the last entries of 64 addresses lie. OUT l.noncanonical, l.miss, l.cold. IN wanted: lanes that count; far: as in _lanes.h
-cdef void find_lanes(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, const uint64_t *gva, uint64_t wanted,
-                     bint far) noexcept nogil
-# Learn what surely passes in this stage: s.known. False: it cannot be known now. IN gva: one of its addresses
-cdef bint learn_passes(lane_space *s, uint64_t gva) noexcept nogil
-# OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count; access: of each lane;
-# whole: pte, pte_access and so on of all lanes are wanted.
-cdef void judge_block(const kvmmu_lane_ops *ops, lane_space *s, kvmmu_lanes *l, uint64_t held, const uint64_t *gva,
-                      const uint8_t *access, bint whole, uint64_t *gpa) noexcept nogil
-# Step 7 of the walk for an address with nothing else to set than bits of its leaf. False: not so, or the race is lost.
-# IN entry: address of the leaf in the host; pte: what it was; look: of the access
-cdef bint set_leaf_bits(const lane_space *s, uint64_t ref, uint64_t entry, uint64_t pte, uint64_t look) noexcept nogil
-# Set the bits of the leaves of these lanes. Returns the lanes that the scalar walk must take.
-cdef uint64_t set_bits_of(lane_space *s, kvmmu_lanes *l, uint64_t lanes) noexcept nogil
+# Check the last entry of one row: LEAF_*. IN psce: all of it but the address counts; entry: kvmmu_entry_hva(); access_info:
+# kvm_page_format.access_info of the access
+cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access_info,
+                    leaf_result *out) noexcept nogil
+# Set the accessed bit of a leaf and, for a write, its dirty bit. False: other bits are to set too, or the race is lost.
+# IN entry: address of the leaf in the host; pte: what it was; access_info: of the access
+cdef bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
+                        uint64_t access_info) noexcept nogil
 
 
 cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:
-    """Whether rights of the first stage decide what this second one grants: MBEC."""
+    """True if rights of the first stage decide over what this second stage grants: MBEC."""
     return n.user_by_pte and n.cpu_role & ROLE_CR4_SMEP_MASK

@@ -13,7 +13,7 @@ from builders import PageTables, random_tables, words_to_pages
 from machines import ACCESSES, ALL_FIELDS, NXE, PKE, SMAP, SMEP, WP, A, D, assert_same_columns, columns, snapshot, vcpu_over
 
 from kvmmu import INVALID_GPA, Access, Contexts, CpuModel, GeneralProtection, GuestMemory, Regs, Status, Translation, Vcpu
-from kvmmu.walk.batch._job import default_instruction_set, instruction_sets
+from kvmmu.walk.batch._kernels import default_instruction_set, instruction_sets
 
 GVA, GPA = 0x40201000, 0x7654000
 MODES = ("32", "pae", "4l", "5l")
@@ -108,7 +108,7 @@ def test_instruction_sets_that_never_ran_are_not_chosen():
     """AVX-512 is there by name, where the processor has it; the best of the others is the default."""
     assert default_instruction_set() in ("avx2", "portable")
     assert default_instruction_set() == next(name for name in instruction_sets() if name != "avx512")
-    code = "from kvmmu.walk.batch._job import default_instruction_set; print(default_instruction_set())"
+    code = "from kvmmu.walk.batch import _kernels; print(_kernels.default_instruction_set())"
     for name in instruction_sets():
         done = subprocess.run([sys.executable, "-Pc", code], env=os.environ | {"KVMMU_INSTRUCTION_SET": name},
                               capture_output=True,

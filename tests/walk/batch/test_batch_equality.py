@@ -30,7 +30,7 @@ from machines import WP, A, D, snapshot
 from test_differential import random_registers
 
 from kvmmu import Access, CpuModel, GeneralProtection, Pml, Regs, Status, Translation
-from kvmmu.walk.batch._job import instruction_sets, use_instruction_set
+from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 ROUNDS = int(os.environ.get("KVMMU_EQUALITY_ROUNDS", "1"))
 MODES = ("32", "pae", "4l", "5l")

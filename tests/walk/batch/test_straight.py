@@ -22,7 +22,7 @@ from builders import mode_regs
 from machines import ACCESSES, PKE, SMAP, SMEP
 
 from kvmmu import CpuModel, Ept, Npt, Regs
-from kvmmu.walk.batch._job import instruction_sets, use_instruction_set
+from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 ROWS, LEAVES, UPPERS = 2500, 6, 4           # tables of level 1 and 2
 CPU = CpuModel(maxphyaddr=40)

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "kvmmu/walk/batch/kernels/_lane_state.h"
+#include "kvmmu/walk/batch/kernels/_state.h"
 
 #define KVMMU_AVX2 __attribute__((target("avx2,bmi,bmi2,prfchw")))
 
@@ -20,7 +20,7 @@
 #define ALIGNED KVMMU_ALIGNED(32)
 #define ROWS_AHEAD 256 /* columns will be written this far from now */
 /* The compiler would unroll loops until constants no longer fit the registers. */
-#define SHORT_LOOP(i, step) _Pragma("GCC unroll 1") for (size_t i = 0; i < KVMMU_LANES; i += step)
+#define SHORT_LOOP(i, step) _Pragma("GCC unroll 1") for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += step)
 
 /* Bytes of 32 rows are not in their order: in each half, and for each 8 rows after another, stand rows 0, 1, 4, 5, or 2, 3, 6, 7. */
 KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_rows_of_bytes(__m256i bytes)
@@ -39,13 +39,13 @@ KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_bytes_of_rows(__m256i rows)
 
 /* Of four words, and four others: two bytes of each, and the highest of each of the others, to where they stand among those of
  * eight rows; those of the next four rows stand 16 bits higher. */
-KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_some_bytes(__m256i pte, int high, __m256i ref)
+KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_some_bytes(__m256i pte, int high, __m256i psce)
 {
     const char b = (char)high, d = (char)(high + 8);
     const __m128i of_pte = _mm_setr_epi8(0, 8, -1, -1, b, d, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m128i of_ref = _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 15, -1, -1, -1, -1, -1, -1);
     return _mm256_or_si256(_mm256_shuffle_epi8(pte, _mm256_broadcastsi128_si256(of_pte)),
-                           _mm256_shuffle_epi8(ref, _mm256_broadcastsi128_si256(of_ref)));
+                           _mm256_shuffle_epi8(psce, _mm256_broadcastsi128_si256(of_ref)));
 }
 
 struct kvmmu_row_bytes {
@@ -66,17 +66,17 @@ KVMMU_AVX2 KVMMU_INLINE void kvmmu_clear_columns(const uint64_t *gpa, uint8_t *s
 {
     const __m256i zero = _mm256_setzero_si256();
     if (status) {
-        for (size_t i = 0; i < KVMMU_LANES; i += 32)
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += 32)
             STORE(status + i, zero);
         __builtin_prefetch(status + ROWS_AHEAD, 1, 3);
     }
     if (error_code)
-        for (size_t i = 0; i < KVMMU_LANES; i += 8) {
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += 8) {
             STORE(error_code + i, zero);
             __asm__ volatile("" ::: "memory"); /* not a call or a string instruction for so little */
             __builtin_prefetch(error_code + ROWS_AHEAD + i, 1, 3);
         }
-    for (size_t i = 0; i < KVMMU_LANES; i += 8)
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += 8)
         __builtin_prefetch(gpa + ROWS_AHEAD + i, 1, 3);
 }
 

@@ -1,12 +1,6 @@
 from kvmmu.arch._format import PageFormat
-from kvmmu.arch.registers import Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.memory._memory import GuestMemory
-
-class VcpuArch:
-    def load(self, regs: Regs) -> None: ...
-
-def new_arch() -> VcpuArch: ...
 
 class SecondStage:
     @property
@@ -16,8 +10,3 @@ class SecondStage:
     @property
     def pml_index(self) -> int | None: ...
     def pdpt_gpa(self, mem: GuestMemory, ngpa: int) -> int: ...
-
-class Contexts:
-    @property
-    def count(self) -> int: ...
-    def __len__(self) -> int: ...

@@ -1,34 +1,12 @@
-"""The objects that the registers behind a walk live in."""
+"""Walks of one moment: a copy of one walk, and the walks of many register sets prepared for batches."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, pml_log, vcpu_arch
-from kvmmu.arch._bits cimport PFERR_RSVD_SHIFT, RFLAGS_AC_SHIFT
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.memory._memory cimport GuestMemory, SlotTable
-
-
-cdef class VcpuArch:
-    """The registers of one vCPU as the walks read them."""
-    cdef vcpu_arch arch
-    cdef uint64_t loads             # how often they were loaded
-
-
-cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
-    """EFLAGS.AC as a bit of Access."""
-    return <uint32_t>((arch.rflags >> RFLAGS_AC_SHIFT) & 1) << PFERR_RSVD_SHIFT
-
-
-cdef class SecondStage:
-    """A second stage (Ept or Npt). Nothing of it changes but the log, and the memory of the one whom `use_memory()` serves."""
-    cdef kvm_pagewalk n
-    cdef vcpu_arch arch             # holds the root
-    cdef pml_log pml
-    cdef readonly PageFormat fmt
-    cdef readonly object stage
-    cdef SlotTable table
-    # For a walker that has the second stage to itself
-    cdef int use_memory(self, GuestMemory mem) except -1
+from kvmmu.memory._memory cimport SlotTable
+from kvmmu.walk._second_stage cimport SecondStage
+from kvmmu.walk._vcpu_arch cimport VcpuArch
 
 
 cdef class WalkCopy:
@@ -48,7 +26,7 @@ cdef class WalkCopy:
 cdef WalkCopy copy_walk(const kvm_pagewalk *w, VcpuArch vcpu, PageFormat fmt, SecondStage second, SlotTable table)
 
 
-cdef class ContextWalks:
+cdef class RegisterSetWalks:
     """The walks of register sets over one table of slots, with all that their pointers lead to but that table.
 
     Nobody changes them while somebody else has a reference. Lifetime: as of a WalkCopy.
@@ -59,33 +37,28 @@ cdef class ContextWalks:
     cdef Py_ssize_t count, stage_count
     cdef list formats, seconds      # PageFormat; SecondStage or None, by the number in `second` of a walk
     cdef uint64_t table
-    cdef ContextWalks copy(self)
+    cdef RegisterSetWalks copy(self)
     cdef void use_table(self, SlotTable table)
 
 
-cdef class Contexts:
+cdef class RegisterSets:
     """Register sets prepared for translate(regs=...): one walk each, formats shared by role."""
-    cdef ContextWalks walks
+    cdef RegisterSetWalks walks
     cdef object cpu                 # the processor model that they were made for
     cdef bint npt_host              # the host has nested paging of SVM
     cdef bint takes_second          # some set runs under the second stage that was in force
     cdef SecondStage second         # that one, or None
     cdef readonly Py_ssize_t count
     # The walks over a table, for as long as the table is kept
-    cdef ContextWalks walks_over(self, SlotTable table)
-    cdef ContextWalks own_walks(self)
+    cdef RegisterSetWalks walks_over(self, SlotTable table)
+    cdef RegisterSetWalks own_walks(self)
     # ValueError unless they are for walks of a processor model and host, under a second stage or without one
     cdef int check(self, cpu, SecondStage under, bint npt_host) except -1
     cdef SecondStage second_of(self, Py_ssize_t i)
     cdef int reload(self, Py_ssize_t i, legal) except -1
 
-cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept
-cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept
-# True if it is nested paging of SVM; False of None
-cdef bint is_npt(SecondStage second)
-cdef SecondStage second_stage(stage, const cpu_caps *caps)
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
 # second: of rows without one
-cdef Contexts prepare_contexts(list rows, admit, cpu, const cpu_caps *caps, SecondStage second)
+cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *caps, SecondStage second)
 # Masks of the linear-address width: of a single register set, or one per row
-cdef object widths_of(Contexts contexts, ctx)
+cdef object widths_of(RegisterSets contexts, ctx)

@@ -1,0 +1,6 @@
+from kvmmu.arch.registers import Regs
+
+class VcpuArch:
+    def load(self, regs: Regs) -> None: ...
+
+def new_arch() -> VcpuArch: ...

@@ -1,0 +1,30 @@
+"""May these leaves be used: the last entries of 64 rows of one stage, and their accessed and dirty bits."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint64_t
+
+from kvmmu.walk.batch._kernels cimport kvmmu_kernels, kvmmu_leaf_block
+from kvmmu.walk.batch._psc cimport cached_walk
+
+cdef enum:
+    # Of 64 lanes so many or fewer that are not accepted are checked one by one: a leaf by itself takes about as long as a
+    # quarter of the whole rule for 64.
+    MAX_REMAINING_IN_BLOCK = 16
+
+
+cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
+    return <uint64_t>1 << lane
+
+
+# Find where the last entries of 64 addresses lie. OUT l.noncanonical, l.miss, l.accessed_clear. IN wanted: lanes that count;
+# far: as in `kernels/kernels.h`
+cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,
+                      bint far) noexcept nogil
+# Make the accept masks of this stage: s.has_masks. False: it has none now. IN gva: one of its addresses
+cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil
+# Check the leaves of 64 lanes. OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count;
+# access: of each lane; whole: pte, pte_access and so on of all lanes are wanted
+cdef void check_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, uint64_t held, const uint64_t *gva,
+                       const uint8_t *access, bint whole, uint64_t *gpa) noexcept nogil
+# Set accessed and dirty bits of the leaves of these lanes. Returns the lanes that the scalar walk must take
+cdef uint64_t set_bits_of(cached_walk *s, kvmmu_leaf_block *l, uint64_t lanes) noexcept nogil
