@@ -40,8 +40,7 @@ from kvmmu.report.figure import plot_walk
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
-from kvmmu.vm.vcpu import Vcpu
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._contexts import Contexts
 from kvmmu.walk.pagewalk import PageWalk
 from kvmmu.walk.record import WalkRecord, WalkStep

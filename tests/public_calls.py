@@ -455,7 +455,7 @@ def expected_parameters():
         if issubclass(thing, int) if inspect.isclass(thing) else False:
             continue                                                # enums
         for name, parameter, annotation in parameters_of(thing):
-            name = name.replace("GuestAccesses.", "Vcpu.")
+            name = re.sub(r"^VirtualMachine\b", "Vm", name.replace("GuestAccesses.", "Vcpu."))
             words = set(re.findall(r"\w+", re.sub(r"\w+\[.*\]", "", annotation)))
             if words & {"int", "ArrayLike"} and parameter not in ("gpas",):
                 found[name, parameter] = "int"

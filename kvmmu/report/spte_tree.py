@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmmu.arch._roles import CpuRole
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.vcpu import Vm
 from kvmmu.walk.record import size_text
 
 __all__ = ["SpteRun", "spte_runs", "spte_text"]

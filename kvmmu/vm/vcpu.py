@@ -1,4 +1,4 @@
-"""Vcpu: registers, the two walks, and the guest instructions that change them."""
+"""Vm and Vcpu, which make each other: a Vm its vCPUs, a Vcpu that is made alone its Vm."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -18,20 +18,62 @@ from kvmmu.mmu.host import Host
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.guest_accesses import GuestAccesses
 from kvmmu.vm.locked import locked
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.virtual_machine import VirtualMachine
 from kvmmu.vm.vmx_instructions import VmxInstructions
 from kvmmu.walk._contexts import SecondStage, new_arch
 from kvmmu.walk.pagewalk import PageWalk, new_walk
 from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import check_one_access
 
-__all__ = ["Vcpu"]
+__all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
+
+
+class Vm(VirtualMachine):
+    """One virtual machine.
+
+    Parameters
+    ----------
+    mem : GuestMemory
+        Guest-physical memory. Its slots are the memslots: adding and removing them there is what a VMM does with KVM's.
+    cpu : CpuModel, optional
+        The guest's processor, of every vCPU.
+    host : Host, optional
+    smm_mem : GuestMemory, optional
+        The address space of system-management mode; by default that of `mem`.
+    backing : {"4k", "2m", "1g"}, optional
+        Pages that the host has behind the memory; by default its largest.
+    slot_zap_all : bool
+        Deleting or moving a memslot drops all page tables (KVM's quirk, on unless a VMM turns it off), else only what maps the
+        slot or shadows tables in it.
+
+    Attributes
+    ----------
+    vcpus : list of Vcpu
+        In the order in which they were made. The machine keeps them; one that is taken from the list leaves the machine when
+        nobody else holds it.
+
+    Notes
+    -----
+    A machine is locked while it runs; two threads that use one take turns, call by call: accesses, what the guest flushes or
+    loads, what the host does, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or removed from `mem` itself
+    count from the next call on. In a forked process a machine that nobody ran at the fork works; one that another thread ran
+    raises RuntimeError.
+
+    The guest may be wider than its host (`cpu.maxphyaddr` above `host.maxphyaddr`), which KVM leaves to the VMM. Translations
+    then are those of `cpu`, MMIO beyond the host's width exits at every access because no entry can mark it, and memory there
+    is backed by frames that the host has. A processor would raise a #PF with RSVD for such an address under two-dimensional
+    paging.
+    """
+
+    def create_vcpu(self, **options: Any) -> "Vcpu":
+        """Return a new `Vcpu` of this machine; `options` are arguments of its constructor."""
+        return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
 
 
 class Vcpu(GuestAccesses, VmxInstructions):
@@ -581,9 +623,6 @@ class Vcpu(GuestAccesses, VmxInstructions):
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.gva_walk.cpu_role!r}>"
-
-
-Vm._vcpu_type = Vcpu
 
 
 class _NestedSpace:
