@@ -4,8 +4,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._format cimport PageFormat
+from kvmmu.machine._access cimport access_columns
 from kvmmu.machine._modes cimport MachineModes
-from kvmmu.machine._state cimport access_columns
 from kvmmu.mmu.core._kvm cimport kvm_mmu
 
 

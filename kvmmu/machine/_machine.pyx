@@ -12,11 +12,14 @@ from kvmmu.arch._bits cimport (
     PERMISSIONS_INDEX_SHIFT, PG_LEVEL_1G, PML_ENTITY_NUM, PT64_INDEX_BITS, ROLE_DIRECT_MASK, ROLE_LEVEL_MASK,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
-from kvmmu.machine._access cimport allows, machine_access, machine_prepare_root, machine_run_for, machine_store
-from kvmmu.machine._exits cimport machine_drain_pml, machine_emulate
+from kvmmu.machine._access cimport access_columns, machine_access, machine_run_for, machine_store
+from kvmmu.machine._emulation cimport machine_emulate
+from kvmmu.machine._exits cimport machine_drain_pml
 from kvmmu.machine._l1_flushes cimport flush_ept, flush_vpid
 from kvmmu.machine._modes cimport MachineModes
-from kvmmu.machine._state cimport access_columns, access_result, use_arena
+from kvmmu.machine._rights cimport allows
+from kvmmu.machine._roots cimport machine_prepare_root
+from kvmmu.machine._state cimport access_result, use_arena
 from kvmmu.mmu.core._kvm cimport PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm_mmu, sp_hpa
 from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
 from kvmmu.mmu.kvm._entry cimport free_mmu_roots, kvm_mmu_page_fault
@@ -466,7 +469,8 @@ cdef class Machine(MachineModes):
                         word &= self.m.rights.keys[pkey]
                     for i in range(16):
                         tables[acc, nacc, pkey, i] = (word >> i) & 1
-                        rules[acc, nacc, pkey, i] = allows(&self.m, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
+                        rules[acc, nacc, pkey, i] = allows(
+                            &self.m.hw, &self.m.stage.w, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
         return tables, rules
 
     def drain_pml(self):

@@ -11,8 +11,10 @@ from kvmmu.arch._bits cimport (
     ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
 )
 from kvmmu.arch._format cimport PageFormat, permission_params, reset_ept_rsvds_bits_mask, update_permission_bitmask
-from kvmmu.machine._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
+from kvmmu.machine._access cimport cached_gva_to_gpa
 from kvmmu.machine._exits cimport machine_drain_pml
+from kvmmu.machine._rights cimport load_rights
+from kvmmu.machine._roots cimport machine_use_tags
 from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format
@@ -142,7 +144,7 @@ cdef class MachineModes:
         role = self.m.hw.cpu_role
         if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
             self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
-            machine_load_rights(&self.m)
+            load_rights(&self.m.rights, &self.m.hw, &self.m.stage.w)
         machine_use_tags(&self.m)
         return 0
 
