@@ -668,7 +668,7 @@ def test_tables_of_a_hit_are_the_rules(host):
                                  (1 << 16, 1 << 22, 0, 0x5A6C3924), (1 << 31, 0, 0x500, 0)):
         off = 1 << 5 if cr0 >> 31 else 0
         vcpu.set_regs(cr0=on.cr0 ^ cr0, cr4=(on.cr4 | cr4) & ~off, efer=on.efer & ~efer, pkru=pkru)
-        tables, rules = vcpu._machine.hit_rights()
+        tables, rules = vcpu._machine().hit_rights()
         np.testing.assert_array_equal(rules, tables)
         assert rules.any()
         assert not rules.all()

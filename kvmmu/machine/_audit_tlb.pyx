@@ -61,15 +61,15 @@ cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
 
 def audit_tlb(Machine machine not None):
     """What is wrong with the TLB of a vCPU: one line each."""
-    cdef kvm *k = machine.m.k
-    cdef const tlb *t = machine.m.tlb
+    cdef kvm *k = machine.modes.m.k
+    cdef const tlb *t = machine.modes.m.tlb
     cdef const tlb_array *a
     cdef size_t j
     cdef int i
     errors = []
     with machine.kvm.lock:
         machine.kvm.sync()
-        if machine.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # all of it goes before the guest runs
+        if machine.modes.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # all of it goes before the guest runs
             return errors
         for i in range(TLB_LEVELS):
             a = &t.arrays[i]
@@ -78,6 +78,6 @@ def audit_tlb(Machine machine not None):
                     continue
                 wrong = fault_of_entry(k, a.entries[j].as_id, &a.entries[j], i + 1)
                 if wrong is not None:
-                    errors.append(f"TLB of vCPU {machine.m.vcpu.id} key {a.keys[j]:#x} gpa {a.entries[j].gpa:#x} "
+                    errors.append(f"TLB of vCPU {machine.modes.m.vcpu.id} key {a.keys[j]:#x} gpa {a.entries[j].gpa:#x} "
                                   f"hpa {a.entries[j].hpa:#x} level {i + 1}: {wrong}")
     return errors

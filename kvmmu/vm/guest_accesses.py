@@ -37,10 +37,9 @@ class GuestAccesses(PartOfMachine, ABC):
     def mem(self) -> GuestMemory:
         """The memory of the address space in force."""
 
-    @property
     @abstractmethod
     def _machine(self) -> Machine:
-        """This vCPU on its host, in the mode of the registers."""
+        """Return this vCPU on its host."""
 
     def access(self, gva: "int | NDArray[np.uint64]", access: Any = 0, *, out: Accesses | None = None) -> Accesses:
         """Access memory as the guest does: TLB, the processor's walk, exits, KVM's answers, and all that follows from them.
@@ -74,7 +73,7 @@ class GuestAccesses(PartOfMachine, ABC):
         if isinstance(gva, np.ndarray):
             columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
             with self._lock:
-                self._machine.access(gva, access, columns.arrays())
+                self._machine().access(gva, access, columns.arrays())
             return columns
         if out is not None:
             raise ValueError("out: is for arrays")
@@ -85,7 +84,7 @@ class GuestAccesses(PartOfMachine, ABC):
 
     def _access(self, gva: int, access: int, data: bytes | None, page_table_writing: bool) -> Accesses:
         with self._lock:
-            machine = self._machine
+            machine = self._machine()
             machine.set_rip(self.rip)
             *columns, fault_gpa, qualification = machine.access_one(gva, access, data, page_table_writing)
             result = Accesses(*columns)
@@ -207,7 +206,7 @@ class GuestAccesses(PartOfMachine, ABC):
         return bytes(data)
 
     def _emulate(self, gva: int, access: int, data: bytes | None) -> tuple[int, int]:
-        gpa, hpa, status, error_code, fault_gpa, qualification = self._machine.emulate(gva, access, data)
+        gpa, hpa, status, error_code, fault_gpa, qualification = self._machine().emulate(gva, access, data)
         self._raise_fault(gva, access, status, error_code, fault_gpa, qualification)
         return gpa, hpa
 

@@ -11,7 +11,8 @@ from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFa
 from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
-from kvmmu.machine._machine import Machine, Mmu, ShadowMmu, TdpMmu
+from kvmmu.machine._machine import Machine
+from kvmmu.machine._mmus import Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
@@ -215,7 +216,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         self._use_cpu()
         self._load(regs)
         if self._made is not None:
-            self._made.set_cpu(cpu)
+            self._made.set_cpu()
             self._flush_guest()
 
     @property
@@ -236,7 +237,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         self.ngpa_walk._set_memory(self.mem)
         self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
         if changed and self._made is not None:
-            self._machine.reset_context()
+            self._machine().reset_context()
 
     @locked
     def set_regs(self, regs: Regs | None = None, /, **registers: Any) -> None:
@@ -264,7 +265,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         after = self._regs
         changed = replace(before, pkru=after.pkru, rflags=after.rflags) != after
         if self._made is not None and (changed or (stale and after.pdptrs is not None)):
-            self._machine.reset_context()
+            self._machine().reset_context()
             self._flush_guest()
 
     @locked
@@ -289,11 +290,11 @@ class Vcpu(GuestAccesses, VmxInstructions):
         if self._made is not None:
             if n == 3:
                 noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
-                self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
+                self._machine().mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
             elif _changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
-                self._machine.reset_context()
+                self._machine().reset_context()
             elif before.pdptrs != after.pdptrs:             # the same CR3, and another root
-                self._machine.mov_cr3(before.cr3, True, True)
+                self._machine().mov_cr3(before.cr3, True, True)
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
 
@@ -309,7 +310,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         before = self._regs
         self._load(after_wrmsr_efer(self._cpu, before, check_word("value", value)))
         if (before.efer ^ self._regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
-            self._machine.reset_context()
+            self._machine().reset_context()
             self._flush_guest()
 
     @locked
@@ -331,7 +332,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         """
         gva = check_word("gva", gva)
         if self._made is not None:
-            self._machine.invlpg(gva)
+            self._machine().invlpg(gva)
 
     @locked
     def invpcid(self, type: int, pcid: int = 0, gva: int = 0) -> None:
@@ -348,7 +349,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
                 type == 0 and not is_canonical(self._cpu, gva)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
         if self._made is not None:
-            self._machine.invpcid(type, pcid, gva)
+            self._machine().invpcid(type, pcid, gva)
 
     @locked
     def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
@@ -371,9 +372,9 @@ class Vcpu(GuestAccesses, VmxInstructions):
         if self._made is None:
             return
         if walk is self.gva_walk:
-            self._machine.invalidate_addr(addr, True, roots == "all")
+            self._machine().invalidate_addr(addr, True, roots == "all")
         else:
-            self._machine.invalidate_ngpa(addr, True, roots == "all")
+            self._machine().invalidate_ngpa(addr, True, roots == "all")
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -388,16 +389,10 @@ class Vcpu(GuestAccesses, VmxInstructions):
             self._vm = vm
         return self._vm
 
-    @property
     def _machine(self) -> Machine:
-        """This vCPU on its host, in the mode of the registers. With the lock held."""
+        """Return this vCPU on its host, made at the first use. With the lock held."""
         if self._made is None:
-            kvm = self.vm.kvm
-            made = Machine(kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
-            made.set_cpu(self._cpu)
-            made.on_use(lambda: self._machine)
-            self._made = made
-        self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
+            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
 
     @property
@@ -409,25 +404,25 @@ class Vcpu(GuestAccesses, VmxInstructions):
     @locked
     def tdp_mmu(self) -> TdpMmu | None:
         """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging; None without."""
-        return self._machine.tdp_mmu
+        return self._machine().update().tdp_mmu
 
     @property
     @locked
     def shadow_mmu(self) -> ShadowMmu:
         """The builder of tables that shadow the guest's: all of them without two-dimensional paging, else L1's EPT or NPT."""
-        return self._machine.shadow_mmu
+        return self._machine().update().shadow_mmu
 
     @property
     @locked
     def mmu(self) -> Mmu:
         """The builder of page tables that is active."""
-        return self._machine.mmu
+        return self._machine().active_mmu()
 
     @property
     @locked
     def root_mmu(self) -> Mmu:
         """KVM's name for the MMU that is active outside nested paging."""
-        return self._machine.root_mmu
+        return self._machine().update().root_mmu
 
     @property
     @locked
@@ -438,11 +433,11 @@ class Vcpu(GuestAccesses, VmxInstructions):
     @locked
     def vm_enter(self) -> None:
         """Do what was put off until the guest runs again: load a root, synchronize it, flush."""
-        self._machine.vm_enter()
+        self._machine().vm_enter()
 
     def _flush_guest(self) -> None:
         if self._made is not None:
-            self._machine.flush_guest()
+            self._machine().flush_guest()
 
     def _walk_behind(self, gva: int, access: int, status: int) -> WalkRecord:
         """The walk that ended so: by the rules of this processor model, or by the other ones (see `CpuModel.conformance`)."""

@@ -23,10 +23,9 @@ class VmxInstructions(PartOfMachine, ABC):
     _l1_regs: Regs | None
     _made: Machine | None
 
-    @property
     @abstractmethod
     def _machine(self) -> Machine:
-        """This vCPU on its host, in the mode of the registers."""
+        """Return this vCPU on its host."""
 
     @locked
     def invept(self, type: int, eptp: int = 0) -> None:
@@ -59,7 +58,7 @@ class VmxInstructions(PartOfMachine, ABC):
         if type not in (_EPT_CONTEXT, _EPT_GLOBAL) or (type == _EPT_CONTEXT and not self._is_eptp(eptp)):
             raise VmFail(f"VMfail: INVEPT type {type}, EPTP {eptp:#x}", number=_INVALID_OPERAND, rule="invept")
         if self._made is not None:
-            self._machine.invept(eptp if type == _EPT_CONTEXT else None)
+            self._machine().invept(eptp if type == _EPT_CONTEXT else None)
 
     @locked
     def invvpid(self, type: int, vpid: int, gva: int = 0) -> None:
@@ -96,7 +95,7 @@ class VmxInstructions(PartOfMachine, ABC):
             raise VmFail(
                 f"VMfail: INVVPID type {type}, VPID {vpid:#x}, address {gva:#x}", number=_INVALID_OPERAND, rule="invvpid")
         if self._made is not None:
-            self._machine.invvpid(type, gva)
+            self._machine().invvpid(type, gva)
 
     def _check_vmx(self, name: str, *, has_it: bool) -> None:
         if self._l1_regs is not None:
