@@ -183,7 +183,7 @@ cdef class Modes:
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.hw_fmt, role, &self.cpu_caps, False)
         self.m.hw.vcpu = &self.arch.arch
-        self.m.hw.mem = &self.kvm.ram
+        self.m.hw.mem = &self.kvm.memslots.ram
         use_second_stage(&self.m.hw, &self.m.stage.w, npt)
         return 0
 

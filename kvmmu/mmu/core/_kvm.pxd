@@ -71,8 +71,9 @@ cdef struct kvm_stats:
 cdef struct kvm
 cdef struct kvm_vcpu
 
-# Leaf entries for [start, end) of a slot's frames go, in every MMU; what is flushed is the callee's business
+# The operations that both MMUs have a part in; `kvm/_gfns.pxd` describes them.
 ctypedef void (*unmap_gfns_fn)(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
+ctypedef bint (*write_protect_gfn_fn)(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil
 
 cdef struct kvm:
     spte_format spte
@@ -104,6 +105,7 @@ cdef struct kvm:
     size_t nr_vcpus
     bint vcpu_is_gone               # one of them, or more
     unmap_gfns_fn unmap_gfns
+    write_protect_gfn_fn write_protect_gfn
     bint tdp_enabled
     bint slot_zap_all               # a memslot that goes takes all page tables with it, not only its own
     bint has_shadow_roots           # memslots have rmaps

@@ -10,7 +10,6 @@ from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get, rmap_head
 from kvmmu.mmu.core._slots cimport host_page_of, kvm_memory_slot, max_mapping_level
 from kvmmu.mmu.core._spte cimport is_accessed_spte, mark_spte_for_access_track
 from kvmmu.mmu.shadow._zap cimport commit_zap, drop_spte, is_obsolete_sp, prepare_zap_page, slot_of_sp, zap_rmap
-from kvmmu.mmu.tdp._range cimport tdp_write_protect_gfn
 
 
 cdef inline bint has_rmaps(const kvm_memory_slot *slot) noexcept nogil:
@@ -78,14 +77,13 @@ cdef bint write_protect_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int le
     return flush
 
 
-cdef bint slot_gfn_write_protect(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil:
+cdef bint shadow_write_protect_gfn(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil:
     cdef bint flush = False
     cdef int level
-    if has_rmaps(slot):
-        for level in range(min_level, PG_LEVEL_1G + 1):
-            flush |= write_protect_rmap(k, slot, gfn, level, PT_WRITABLE_MASK | k.spte.mmu_writable_mask)
-    if k.tdp_enabled:
-        flush |= tdp_write_protect_gfn(k, slot, gfn, min_level)
+    if not has_rmaps(slot):
+        return False
+    for level in range(min_level, PG_LEVEL_1G + 1):
+        flush |= write_protect_rmap(k, slot, gfn, level, PT_WRITABLE_MASK | k.spte.mmu_writable_mask)
     return flush
 
 
