@@ -154,7 +154,7 @@ def test_a_machine_of_a_walk_without_registers_says_so():
         kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
     walk._set_cpu(CpuModel())
     machine = kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
-    for call in (lambda: machine.access_one(0, 0), machine.vm_enter, lambda: machine.emulate(0, 0), machine.hit_rights,
+    for call in (lambda: machine.access_one(0, 0, 0), machine.vm_enter, lambda: machine.emulate(0, 0), machine.hit_rights,
                  lambda: machine.active_mmu().page_fault(0, 0), machine.flush_guest, lambda: machine.invlpg(0)):
         with pytest.raises(RuntimeError, match="not in use"):
             call()
@@ -273,9 +273,11 @@ def test_columns_that_are_too_short_are_refused():
 
 def test_bytes_of_an_access_stay_within_a_page():
     vm, vcpu = long_mode_vm()
-    for call in (vcpu._machine().access_one, vcpu._machine().emulate):
+    machine = vcpu._machine()
+    for call in (lambda data: machine.access_one(0x5FFE, Access.WRITE, 0, data),
+                 lambda data: machine.emulate(0x5FFE, Access.WRITE, data)):
         with pytest.raises(ValueError, match="end of a page"):
-            call(0x5FFE, Access.WRITE, b"123")
+            call(b"123")
     assert vm.mem.read(0x5FF0, 16) == bytes(16)
 
 

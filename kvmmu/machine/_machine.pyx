@@ -7,12 +7,13 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu.arch._bits cimport (
-    ACC_USER_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PERMISSIONS_INDEX_SHIFT,
+    ACC_USER_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.machine._access cimport access_columns, machine_access, machine_run_for, machine_store
 from kvmmu.machine._emulation cimport machine_emulate
 from kvmmu.machine._exits cimport machine_drain_pml
+from kvmmu.machine._explain cimport fault_of_access
 from kvmmu.machine._flushes cimport (
     flush_all, flush_by_pcid, flush_ept, flush_vpid, invalidate_gva, invalidate_ngpa, leave_roots, load_cr3,
 )
@@ -23,9 +24,10 @@ from kvmmu.machine._state cimport access_result, use_arena
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
+from kvmmu.walk._contexts cimport rflags_ac
 from kvmmu.walk.pagewalk cimport PageWalk
 
-from kvmmu.walk.results import check_access, check_array
+from kvmmu.walk.results import Accesses, check_access, check_array
 
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two looks at signals: Ctrl-C seems immediate, and 20 cost nothing
 
@@ -74,10 +76,6 @@ cdef class Machine:
         self.update()
         return self.root_mmu if self.m.mmu == &self.m.vcpu.root_mmu else self.shadow_mmu
 
-    def set_rip(self, rip):
-        """Take the address of the instruction under way."""
-        self.m.vcpu.rip = check_scalar_word("rip", rip)
-
     def vm_enter(self):
         """Do what was put off until the guest runs again."""
         with self.kvm.lock:
@@ -98,7 +96,9 @@ cdef class Machine:
                     PyErr_CheckSignals()                # Ctrl-C ends the batch between two rows
         finally:
             self.kvm.lock.release()
-        return raise_errno(r, f"the access to {gva[i if i < n else 0]:#x} in row {i}")
+        if r:
+            raise_errno(r, f"the access to {gva[i if i < n else 0]:#x} in row {i}")
+        return 0
 
     def access(self, gva, access, arrays):
         """The rows of checked arrays, in order; `arrays` are those of the result by name."""
@@ -117,29 +117,32 @@ cdef class Machine:
         self.run(<const uint64_t *><uintptr_t>gva.ctypes.data, <const uint8_t *><uintptr_t>access.ctypes.data,
                  1 if access.size > 1 else 0, n, &out)
 
-    def access_one(self, gva, access, data=None, page_table_writing=True):
-        """(gpa, hpa, status, error_code, ret, exits, fault_gpa, exit_qualification) of one access; the vCPU's EFLAGS.AC is the
-        caller's to add. data: as of `emulate()`."""
-        cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = explicit_access(check_scalar_access(access))
+    def access_one(self, gva, access, rip, data=None, page_table_writing=True):
+        """Make one access, and return it as `Accesses` of integers; a fault of the guest is raised.
+
+        rip: of the instruction under way. data: as of `emulate()`. page_table_writing: see `Vcpu.store()`.
+        """
+        cdef uint64_t addr = check_scalar_gva(gva), at = check_scalar_word("rip", rip)
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(self.m.arch)
         cdef access_result out
         cdef int r = 0
         self.kvm.lock.acquire()
         try:
             self.modes.enter()
             self.set_data(addr, data)
-            self.m.page_table_writing = bool(page_table_writing)
+            self.m.page_table_writing = page_table_writing
+            self.m.vcpu.rip = at
             out.fault_gpa, out.exit_qualification = INVALID_GPA, 0
-            with nogil:
-                r = machine_access(self.m, addr, a, &out)
-                if r == 0:
-                    machine_store(self.m, &out)
+            r = machine_access(self.m, addr, explicit_access(a), &out)
+            if r < 0:
+                raise_errno(r, f"the access to {addr:#x}")
+            if out.status != STATUS_OK:
+                raise fault_of_access(self.modes.gva_walk, addr, a, &out)
+            machine_store(self.m, &out)
         finally:
             self.m.data, self.m.page_table_writing = NULL, True
             self.kvm.lock.release()
-        raise_errno(r, f"the access to {addr:#x}")
-        return (int(out.gpa), int(out.hpa), int(out.status), int(out.error_code), int(out.ret), int(out.exits),
-                int(out.fault_gpa), int(out.exit_qualification))
+        return accesses_of(&out)
 
     # ---- invalidations by the guest --------------------------------------------------------------------------------------
 
@@ -211,13 +214,13 @@ cdef class Machine:
     # ---- what KVM carries out ----------------------------------------------------------------------------------------------
 
     def emulate(self, gva, access, data=None):
-        """(gpa, hpa, status, error_code, fault_gpa, exit_qualification) of an access that KVM carries out by its own walk.
+        """Let KVM carry out an access by its own walk, and return (gpa, hpa); a fault of the guest is raised.
 
         data : bytes, optional
             What a write writes, within one page; empty: only to see whether it would. By default an aligned entry, unchanged.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
-        cdef uint32_t a = explicit_access(check_scalar_access(access))
+        cdef uint32_t a = check_scalar_access(access) | rflags_ac(self.m.arch)
         cdef access_result out
         out.fault_gpa, out.exit_qualification = INVALID_GPA, 0
         with self.kvm.lock:
@@ -225,10 +228,12 @@ cdef class Machine:
             self.kvm.sync()                             # no more than that: the guest is not entered for it
             use_arena(self.m)
             self.set_data(addr, data)
-            machine_emulate(self.m, addr & self.m.sw.gva_mask, a, &out)
+            machine_emulate(self.m, addr & self.m.sw.gva_mask, explicit_access(a), &out)
             self.m.data = NULL
             use_arena(self.m)
-        return result_of(&out)
+            if out.status != STATUS_OK:
+                raise fault_of_access(self.modes.gva_walk, addr, a, &out)
+        return int(out.gpa), int(out.hpa)
 
     cdef int set_data(self, uint64_t addr, const uint8_t[::1] data) except -1:
         """The bytes of the access to come; the caller keeps them."""
@@ -265,7 +270,12 @@ cdef class Machine:
 
 
 cdef uint8_t NO_DATA[1]
+_new_accesses = Accesses.__new__
 
 
-cdef result_of(const access_result *out):
-    return (int(out.gpa), int(out.hpa), int(out.status), int(out.error_code), int(out.fault_gpa), int(out.exit_qualification))
+cdef object accesses_of(const access_result *out):
+    """Return one access as columns of integers; its constructor, which is Python, is passed by."""
+    result = _new_accesses(Accesses)
+    result.gpa, result.hpa = out.gpa, out.hpa
+    result.status, result.error_code, result.ret, result.exits = out.status, out.error_code, out.ret, out.exits
+    return result
