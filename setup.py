@@ -17,10 +17,10 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._
           "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
           "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "machine._exits", "machine._access",
           "machine._explain", "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._modes",
-          "machine._mmus", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace",
-          "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range",
-          "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync",
-          "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "mmu.kvm._gfns"]
+          "machine._mmus", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._pte_list", "mmu.core._rmap",
+          "mmu.core._trace", "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp",
+          "mmu.tdp._range", "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf",
+          "mmu.shadow._sync", "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "mmu.kvm._gfns"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 

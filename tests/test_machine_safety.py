@@ -15,7 +15,7 @@ from children import outcome
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
 from kvmmu.mmu.audit._damage import damage
-from kvmmu.mmu.core._rmap import PteLists
+from kvmmu.mmu.core._pte_list import PteLists
 from kvmmu.mmu.core._slots import Memslot
 from kvmmu.walk._contexts import new_arch
 from kvmmu.walk.pagewalk import new_walk
@@ -23,7 +23,7 @@ from kvmmu.walk.pagewalk import new_walk
 PAGE = 4096
 LONG = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
 MODULES = ("memory._lock", "tlb._tlb", "machine._modes", "machine._mmus", "machine._machine", "machine._audit_tlb",
-           "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.kvm._memslots", "mmu.kvm._state", "mmu.audit._leaf",
+           "mmu.core._spte", "mmu.core._slots", "mmu.core._pte_list", "mmu.kvm._memslots", "mmu.kvm._state", "mmu.audit._leaf",
            "mmu.audit._shadow")
 ODD = (None, 0, 1, -1, 1 << 63, 1 << 64, -(1 << 70), 0.5, "x", b"\xff" * 9, [], (), {}, True, object())
 ODD_ARRAYS = (np.zeros(1, np.uint64), np.zeros(3, np.uint8), np.zeros((2, 2), np.uint64))

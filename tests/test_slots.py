@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from kvmmu.mmu.core._rmap import PteLists
+from kvmmu.mmu.core._pte_list import PteLists
 from kvmmu.mmu.core._slots import Memslot
 
 M2, G1 = 512, 512 * 512

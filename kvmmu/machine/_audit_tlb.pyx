@@ -11,12 +11,12 @@ from kvmmu.arch._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVA
 from kvmmu.machine._machine cimport Machine
 from kvmmu.mmu.core._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport (
     HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty, is_write_tracked,
     kvm_memory_slot, lpage_disallowed,
 )
 from kvmmu.mmu.core._spte cimport pages_per_hpage
-from kvmmu.mmu.shadow._zap cimport slot_of_sp
 from kvmmu.tlb._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 
 

@@ -8,10 +8,10 @@ from kvmmu.mmu.core._page cimport (
     first_spte, list_remove, sp_get_gfn, track_possible_nx_huge_page, unhash_page, unlink_parent,
     untrack_possible_nx_huge_page,
 )
-from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_remove, reserve_descs, rmap_head
+from kvmmu.mmu.core._pte_list cimport pte_list_add, pte_list_remove, reserve_descs
+from kvmmu.mmu.core._rmap cimport rmap_head, slot_of_sp
 from kvmmu.mmu.core._slots cimport account_disallow_lpage, kvm_memory_slot
 from kvmmu.mmu.kvm._state cimport Kvm
-from kvmmu.mmu.shadow._zap cimport slot_of_sp
 
 
 def damage(Kvm machine not None, what, uint32_t sp, int index=0, uint64_t value=0):

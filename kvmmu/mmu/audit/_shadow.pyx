@@ -18,10 +18,11 @@ from kvmmu.mmu.core._kvm cimport (
     spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, hash_bucket, sp_get_access, sp_get_gfn, sp_has_gptes
-from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._pte_list cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport kvm_memory_slot, level_index, lpage_disallowed
 from kvmmu.mmu.core._spte cimport SpteFormat, is_last_spte, is_shadow_present_pte, pages_per_hpage
-from kvmmu.mmu.shadow._zap cimport is_obsolete_sp, slot_of_sp
+from kvmmu.mmu.shadow._zap cimport is_obsolete_sp
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 
 

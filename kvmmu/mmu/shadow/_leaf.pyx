@@ -12,6 +12,7 @@ from kvmmu.mmu.core._kvm cimport (
     flush_remote_tlbs, kvm, kvm_mmu_page, kvm_page_fault, kvm_vcpu, memslots_of, sp_level, sp_of, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport sp_get_access, sp_get_gfn, sp_set_translation, unlink_parent
+from kvmmu.mmu.core._rmap cimport RMAP_RECYCLE_THRESHOLD, rmap_add
 from kvmmu.mmu.core._slots cimport HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport (
     get_mmio_spte_gfn, is_last_spte, is_mmio_spte, is_mmu_writable_spte, is_shadow_present_pte, spte_to_pfn,
@@ -21,7 +22,7 @@ from kvmmu.mmu.shadow._guest_tables cimport (
     first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,
     protect_clean, read_guest_pte,
 )
-from kvmmu.mmu.shadow._zap cimport drop_spte, rmap_add
+from kvmmu.mmu.shadow._zap cimport drop_spte, zap_rmap
 
 cdef enum:
     PTE_PREFETCH_NUM = 8
@@ -85,8 +86,9 @@ cdef int mmu_set_spte(kvm_vcpu *vcpu, kvm_memory_slot *slot, uint64_t sptep, uin
         flush_remote_tlbs(k)
     if was_rmapped:
         sp_set_translation(sp, index_of(sptep), gfn, access)
-    else:
-        rmap_add(k, slot, sptep, gfn, access)
+    elif rmap_add(k, slot, sptep, gfn, access) > RMAP_RECYCLE_THRESHOLD:
+        zap_rmap(k, slot, gfn, level)
+        flush_remote_tlbs(k)
     return ret
 
 
