@@ -11,8 +11,7 @@ from setuptools import Extension, setup
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "walk._contexts",
         "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memslots",
-        "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
-        "mmu.audit._damage"]
+        "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect"]
 KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
           "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
           "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "machine._exits", "machine._access",

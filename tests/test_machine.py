@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from builders import PageTables
+from internals import hit_rights
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Host, PageFormat, RetPf, Status, Tlb, Tracepoints, Vcpu, Vm
@@ -668,7 +669,7 @@ def test_tables_of_a_hit_are_the_rules(host):
                                  (1 << 16, 1 << 22, 0, 0x5A6C3924), (1 << 31, 0, 0x500, 0)):
         off = 1 << 5 if cr0 >> 31 else 0
         vcpu.set_regs(cr0=on.cr0 ^ cr0, cr4=(on.cr4 | cr4) & ~off, efer=on.efer & ~efer, pkru=pkru)
-        tables, rules = vcpu._machine().hit_rights()
+        tables, rules = hit_rights(vcpu._machine())
         np.testing.assert_array_equal(rules, tables)
         assert rules.any()
         assert not rules.all()

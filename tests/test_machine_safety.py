@@ -11,19 +11,17 @@ import weakref
 import numpy as np
 import pytest
 from children import outcome
+from internals import damage, memslot, pte_lists
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
-from kvmmu.mmu.audit._damage import damage
-from kvmmu.mmu.core._pte_list import PteLists
-from kvmmu.mmu.core._slots import Memslot
 from kvmmu.walk._contexts import new_arch
 from kvmmu.walk.pagewalk import new_walk
 
 PAGE = 4096
 LONG = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
 MODULES = ("memory._lock", "tlb._tlb", "machine._modes", "machine._mmus", "machine._machine", "machine._audit_tlb",
-           "mmu.core._spte", "mmu.core._slots", "mmu.core._pte_list", "mmu.kvm._memslots", "mmu.kvm._state", "mmu.audit._leaf",
+           "mmu.core._spte", "mmu.kvm._memslots", "mmu.kvm._state", "mmu.audit._leaf",
            "mmu.audit._shadow")
 ODD = (None, 0, 1, -1, 1 << 63, 1 << 64, -(1 << 70), 0.5, "x", b"\xff" * 9, [], (), {}, True, object())
 ODD_ARRAYS = (np.zeros(1, np.uint64), np.zeros(3, np.uint8), np.zeros((2, 2), np.uint64))
@@ -154,7 +152,7 @@ def test_a_machine_of_a_walk_without_registers_says_so():
         kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
     walk._set_cpu(CpuModel())
     machine = kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
-    for call in (lambda: machine.access_one(0, 0, 0), machine.vm_enter, lambda: machine.emulate(0, 0), machine.hit_rights,
+    for call in (lambda: machine.access_one(0, 0, 0), machine.vm_enter, lambda: machine.emulate(0, 0),
                  lambda: machine.active_mmu().page_fault(0, 0), machine.flush_guest, lambda: machine.invlpg(0)):
         with pytest.raises(RuntimeError, match="not in use"):
             call()
@@ -214,11 +212,11 @@ def test_the_largest_tlb_and_a_new_shape():
                                                     (1 << 64, 1, 0), (0, 1, 1 << 63), (0, 0, 0)])
 def test_a_memslot_of_no_possible_size(gfn, npages, pfn):
     with pytest.raises(ValueError, match="want"):
-        Memslot(gfn, npages, pfn=pfn)
+        memslot(gfn, npages, pfn=pfn)
 
 
 def test_numbers_of_sptes_are_bounded():
-    lists = PteLists(1)
+    lists = pte_lists(1)
     for sptep in (1 << 62, 1 << 63, (1 << 64) - 1, -1):
         with pytest.raises(ValueError, match="62 bits"):
             lists.add(0, sptep)
@@ -544,8 +542,7 @@ def test_parts_of_a_machine_are_not_copied(how):
     """Half of a copy would be shared with the original."""
     vm, vcpu = long_mode_vm()
     vcpu.access(0)
-    for thing in (vm, vcpu, vcpu.tlb, vcpu.tdp_mmu, vcpu.shadow_mmu, vm.kvm, vcpu._machine(), vm.kvm.lock, Memslot(0, 1),
-                  PteLists(1)):
+    for thing in (vm, vcpu, vcpu.tlb, vcpu.tdp_mmu, vcpu.shadow_mmu, vm.kvm, vcpu._machine(), vm.kvm.lock):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             how(thing)
 
@@ -669,5 +666,5 @@ def test_many_slots():
 
 
 def test_the_sweep_finds_the_classes_of_the_machine():
-    assert {"Tlb", "Machine", "Modes", "Mmu", "TdpMmu", "ShadowMmu", "Kvm", "Memslots", "SpteFormat", "Memslot",
-            "PteLists", "MachineLock"} <= {cls.__name__ for cls in CLASSES}
+    assert {"Tlb", "Machine", "Modes", "Mmu", "TdpMmu", "ShadowMmu", "Kvm", "Memslots", "SpteFormat",
+            "MachineLock"} <= {cls.__name__ for cls in CLASSES}

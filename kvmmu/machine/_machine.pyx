@@ -4,11 +4,9 @@ import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu.arch._bits cimport (
-    ACC_USER_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PERMISSIONS_INDEX_SHIFT, STATUS_OK,
-)
+from kvmmu.arch._bits cimport INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, STATUS_OK
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.machine._access cimport access_columns, machine_access, machine_run_for, machine_store
 from kvmmu.machine._emulation cimport machine_emulate
@@ -19,7 +17,6 @@ from kvmmu.machine._flushes cimport (
 )
 from kvmmu.machine._mmus cimport new_shadow_mmu, new_tdp_mmu, raise_errno
 from kvmmu.machine._modes cimport new_modes
-from kvmmu.machine._rights cimport allows
 from kvmmu.machine._state cimport access_result, use_arena
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
@@ -244,24 +241,6 @@ cdef class Machine:
             self.m.size = data.shape[0]
             self.m.data = &data[0] if self.m.size else &NO_DATA[0]
         return 0
-
-    def hit_rights(self):
-        """For tests: (tables, rules), bool arrays (acc, nacc, pkey, index): what a TLB entry allows, and what the rules say."""
-        cdef uint32_t acc, nacc, pkey, i
-        cdef uint16_t word
-        self.modes.update()
-        tables, rules = np.zeros((16, 16, 16, 16), bool), np.zeros((16, 16, 16, 16), bool)
-        for acc in range(16):
-            for nacc in range(16):
-                for pkey in range(16):
-                    word = self.m.rights.guest[acc] & self.m.rights.nested[(acc & ACC_USER_MASK) != 0][nacc]
-                    if acc & ACC_USER_MASK:
-                        word &= self.m.rights.keys[pkey]
-                    for i in range(16):
-                        tables[acc, nacc, pkey, i] = (word >> i) & 1
-                        rules[acc, nacc, pkey, i] = allows(
-                            &self.m.hw, &self.m.stage.w, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
-        return tables, rules
 
     def drain_pml(self):
         """Take what the processor logged so far into the dirty log."""

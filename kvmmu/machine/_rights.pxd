@@ -31,6 +31,3 @@ cdef inline uint16_t allowed_accesses(const rights_tables *rights, const tlb_ent
 
 # The registers that rights depend on have changed. IN hw, stage: the processor's walks of both stages
 cdef void load_rights(rights_tables *rights, const kvm_pagewalk *hw, const kvm_pagewalk *stage) noexcept nogil
-# True if a translation with these rights of both stages allows an access, by the rules and not by the tables
-cdef bint allows(const kvm_pagewalk *hw, const kvm_pagewalk *stage, uint32_t acc, uint32_t nacc, uint32_t pkey,
-                 uint32_t access) noexcept nogil

@@ -35,14 +35,3 @@ cdef void load_rights(rights_tables *rights, const kvm_pagewalk *hw, const kvm_p
             if hw.cpu_role & ROLE_DIRECT_MASK or not (
                     permission_fault(hw.fmt, hw.vcpu.pkru, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
                 rights.keys[pkey] |= <uint16_t>1 << i
-
-
-cdef bint allows(const kvm_pagewalk *hw, const kvm_pagewalk *stage, uint32_t acc, uint32_t nacc, uint32_t pkey,
-                 uint32_t access) noexcept nogil:
-    """The rules themselves: the rights of both stages, and the protection key, allow the access."""
-    cdef uint32_t nested = second_stage_access(stage, access, True, acc)
-    if not hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(hw.fmt, hw.vcpu.pkru, acc, pkey, access):
-        return False
-    if hw.ngpa is NULL:
-        return True
-    return not (stage.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> nacc) & 1

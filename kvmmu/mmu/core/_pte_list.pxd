@@ -43,10 +43,3 @@ cdef uint64_t pte_list_get(const pte_list_pool *pool, uint64_t head, size_t i) n
 cdef inline uint64_t pte_list_first(const pte_list_pool *pool, uint64_t head) noexcept nogil:
     """The first entry of a list that is not empty."""
     return pte_list_get(pool, head, 0)
-
-
-cdef class PteLists:
-    cdef pte_list_pool pool
-    cdef uint64_t *heads
-    cdef Py_ssize_t n
-    cdef uint64_t *head(self, i) except NULL

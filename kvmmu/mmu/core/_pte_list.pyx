@@ -2,7 +2,7 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 
 from kvmmu.memory._alloc cimport kvmmu_grow_array
 from kvmmu.mmu.core._pte_list cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
@@ -135,63 +135,3 @@ cdef uint64_t pte_list_get(const pte_list_pool *pool, uint64_t head, size_t i) n
         i -= pool.descs[d].count
         d = pool.descs[d].next
     return pool.descs[d].sptes[i]
-
-
-# ---- the Python face ---------------------------------------------------------------------------------------------------
-
-cdef enum:
-    SPTEP_BITS = 62                 # a head has a number and two bits in a word
-
-
-cdef class PteLists:
-    """Lists of SPTE numbers, as the reverse map keeps them; for inspection and tests.
-
-    Parameters
-    ----------
-    n : int
-        How many lists.
-    """
-
-    def __cinit__(self, Py_ssize_t n):
-        if n < 1:
-            raise ValueError(f"n: want at least one list, got {n}")
-        self.heads = <uint64_t *>calloc(n, sizeof(uint64_t))
-        if self.heads is NULL:
-            raise MemoryError
-        self.n = n
-
-    def __dealloc__(self):
-        free(self.heads)
-        free_pool(&self.pool)
-
-    def __reduce__(self):
-        raise TypeError("PteLists cannot be copied or pickled")
-
-    cdef uint64_t *head(self, i) except NULL:
-        if not 0 <= i < self.n:
-            raise IndexError(f"list {i} of {self.n}")
-        return &self.heads[i]
-
-    def add(self, i, sptep):
-        """Append an SPTE number (of at most 62 bits) to list i; returns how many entries it had."""
-        cdef uint64_t *head = self.head(i)
-        if sptep < 0 or sptep >> SPTEP_BITS:
-            raise ValueError(f"sptep: want {SPTEP_BITS} bits, got {sptep:#x}")
-        if reserve_descs(&self.pool, 1):
-            raise MemoryError
-        return pte_list_add(&self.pool, head, sptep)
-
-    def remove(self, i, sptep):
-        """Remove an SPTE number; whether it was there."""
-        cdef uint64_t *head = self.head(i)
-        return sptep >= 0 and not sptep >> SPTEP_BITS and bool(pte_list_remove(&self.pool, head, sptep))
-
-    def entries(self, i):
-        """The SPTE numbers of list i."""
-        cdef uint64_t head = self.head(i)[0]
-        return [int(pte_list_get(&self.pool, head, k)) for k in range(int(pte_list_count(&self.pool, head)))]
-
-    @property
-    def descriptors(self):
-        """Descriptors that were ever in use: they are taken again."""
-        return int(self.pool.count) - 1 if self.pool.count else 0

@@ -121,8 +121,3 @@ cdef void sort_memslots(slot_table *table) noexcept nogil
 cdef void remove_invalid_memslots(slot_table *table) noexcept nogil
 # The number of the first slot that ends beyond gfn
 cdef size_t first_memslot_at(const slot_table *table, uint64_t gfn) noexcept nogil
-
-
-cdef class Memslot:
-    cdef kvm_memory_slot *slot
-    cdef uint64_t frame(self, gfn) except? 0
