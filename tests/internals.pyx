@@ -31,8 +31,8 @@ from kvmmu.mmu.kvm._state cimport Kvm
 
 # ---- rights of a TLB entry ---------------------------------------------------------------------------------------------
 
-cdef bint allows(const kvm_pagewalk *hw, const kvm_pagewalk *stage, uint32_t acc, uint32_t nacc, uint32_t pkey,
-                 uint32_t access) noexcept nogil:
+cdef bint rules_allow(const kvm_pagewalk *hw, const kvm_pagewalk *stage, uint32_t acc, uint32_t nacc, uint32_t pkey,
+                      uint32_t access) noexcept nogil:
     """The rules themselves: the rights of both stages, and the protection key, allow the access."""
     cdef uint32_t nested = second_stage_access(stage, access, True, acc)
     if not hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(hw.fmt, hw.vcpu.pkru, acc, pkey, access):
@@ -57,7 +57,7 @@ def hit_rights(Machine vcpu not None):
                     word &= m.rights.keys[pkey]
                 for i in range(16):
                     tables[acc, nacc, pkey, i] = (word >> i) & 1
-                    rules[acc, nacc, pkey, i] = allows(&m.hw, &m.stage.w, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
+                    rules[acc, nacc, pkey, i] = rules_allow(&m.hw, &m.stage.w, acc, nacc, pkey, i << PERMISSIONS_INDEX_SHIFT)
     return tables, rules
 
 

@@ -56,7 +56,7 @@ cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access
 
 # ---- the TLB -------------------------------------------------------------------------------------------------------------
 
-cdef uint64_t leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
+cdef uint64_t spte_leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
     """The guest-physical address that an address in the page of a shadow MMU's leaf stands for."""
     cdef uint64_t offset = (pages_per_hpage(walk.level) << PAGE_SHIFT) - 1
     cdef uint64_t gfn = sp_get_gfn(sp, <int>(walk.sptep % SPTE_ENT_PER_PAGE))
@@ -85,7 +85,7 @@ cdef int large_page_shift(machine *m, uint64_t addr, int level) noexcept nogil:
     return PAGE_SHIFT + (PT32_INDEX_BITS if m.sw.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS) * (level - 1)
 
 
-cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
+cdef void fill_tlb(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
     """Enter what a walk came to: the page is the smaller one of both stages. OUT out: the addresses."""
     cdef kvm *k = m.k
     cdef spte_walk walk
@@ -100,7 +100,7 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
         gpa = r.ngpa
     else:
         sp = sp_of(k, walk.sptep)
-        gpa = leaf_gpa(sp, &walk, r.gpa)
+        gpa = spte_leaf_gpa(sp, &walk, r.gpa)
         # shadow paging: pages without a table of the guest's stand for parts of a large page
         in_direct_page = not k.tdp_enabled and sp.role & <uint32_t>ROLE_DIRECT_MASK
     out.gpa, out.hpa = gpa, r.gpa
@@ -179,7 +179,7 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
                 return -1
         m.hw.gva_to_gpa(&m.hw, addr, access, True, &r)                              # step 3
         if r.status == STATUS_OK:
-            fill(m, addr, access, &r, out)
+            fill_tlb(m, addr, access, &r, out)
             out.status, out.error_code = STATUS_OK, 0
             return 0
         if r.status == STATUS_NON_CANONICAL or (r.status == STATUS_PAGE_FAULT and not shadowed):      # step 4

@@ -28,7 +28,7 @@ cdef bint walks(const kvm_mmu *mmu, uint32_t role) noexcept:
     return mmu.w is not NULL and not mmu.root_role & ROLE_DIRECT_MASK and not (role ^ mmu.root_role) & ~free
 
 
-cdef const kvm_pagewalk *walk_of(const kvm *k, uint32_t sp) noexcept:
+cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept:
     cdef size_t i
     for i in range(k.nr_vcpus):
         if walks(&k.vcpus[i].root_mmu, k.pages[sp].role):

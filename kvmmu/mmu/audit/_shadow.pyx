@@ -11,7 +11,7 @@ from kvmmu.arch._bits cimport (
     SHADOW_NONPRESENT_VALUE, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu.audit._guest cimport audit_guest_entry, walk_of
+from kvmmu.mmu.audit._guest cimport audit_guest_entry, shadowed_walk
 from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport (
     KVM_MMU_HASH_BUCKETS, KVM_SHADOW_MMU, PREV_ROOTS, kvm, kvm_mmu, kvm_mmu_page, page_list, slot_table, sp_level,
@@ -287,7 +287,7 @@ cdef class _Shadow:
             self.tell(sp, "remembers frames of its entries without need, or forgets them")
         self.unsync_bitmap(sp)
         if self.guest_tables and is_valid(page) and sp_has_gptes(page) and not page.unsync:
-            w = walk_of(k, sp)
+            w = shadowed_walk(k, sp)
         fmt = self.sptes.shadow_format(
             5, (page.role & ROLE_CR4_SMEP_MASK) != 0, k.spte.ept and (page.role & ROLE_GUEST_MODE_MASK) != 0)
         for i in range(SPTE_ENT_PER_PAGE):

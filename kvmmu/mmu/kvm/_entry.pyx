@@ -49,7 +49,7 @@ cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexc
     return True
 
 
-cdef uint32_t error_code_of(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
+cdef uint32_t walker_error_code(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
     """P and RSVD of the walk that failed, which exit information of a second stage has in a form of its own."""
     if r.status == STATUS_NESTED_PAGE_FAULT:
         return <uint32_t>r.exit_qualification
@@ -60,7 +60,7 @@ cdef uint32_t error_code_of(const kvm_vcpu *vcpu, const walk_result *r) noexcept
 
 cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
-    cdef uint32_t error_code = error_code_of(vcpu, r), prev_roots = 0
+    cdef uint32_t error_code = walker_error_code(vcpu, r), prev_roots = 0
     cdef bint stale = error_code & PFERR_PRESENT_MASK and not error_code & PFERR_RSVD_MASK
     if not by_ngpa_walk:
         vcpu.kvm.stats.pf_guest += 1
