@@ -31,7 +31,7 @@ from kvmmu.arch.faults import (
 )
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
-from kvmmu.machine._machine import ShadowMmu, TdpMmu
+from kvmmu.machine._mmus import ShadowMmu, TdpMmu
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.replay import replay
@@ -41,8 +41,7 @@ from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel, TlbStats
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
-from kvmmu.vm.vcpu import Vcpu
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._register_sets import RegisterSets
 from kvmmu.walk.pagewalk import PageWalk
 from kvmmu.walk.record import WalkRecord, WalkStep

@@ -124,6 +124,16 @@ def test_imports_run_downward(path):
         assert place(name.removesuffix(".__init__")) < place(here), f"{here} imports {name}"
 
 
+@each_source
+def test_no_module_changes_another_one(path):
+    """No module-level assignment to an attribute of what was imported: that is an import upward in disguise."""
+    if path.suffix not in (".py", ".pyi"):
+        assert not re.search(r"^[A-Za-z]\w*(\.\w+)+\s*=[^=]", code_of(path), re.MULTILINE)
+        return
+    targets = [target for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for target in node.targets]
+    assert not [ast.unparse(target) for target in targets if isinstance(target, ast.Attribute)]
+
+
 @each_package
 def test_each_room_names_the_rooms_that_it_imports(path):
     """All of them, and no other. Who names a module of a room imports this one alone."""

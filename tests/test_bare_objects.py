@@ -90,7 +90,7 @@ REAL = {
     "RegisterSets": lambda w: w.contexts,
     "SecondStage": lambda w: w.nested.gva_walk.second, "PageFormat": lambda w: w.walk.fmt, "Walker": lambda w: w.walker,
     "CpuRole": lambda w: w.walk.cpu_role, "Replayer": lambda w: w.replayer, "RowLoop": lambda w: w.loop,
-    "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine, "TdpMmu": lambda w: w.vcpu.tdp_mmu,
+    "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine(), "TdpMmu": lambda w: w.vcpu.tdp_mmu,
     "ShadowMmu": lambda w: w.vcpu.shadow_mmu, "Kvm": lambda w: w.vm.kvm,
     "SpteFormat": lambda w: importlib.import_module("kvmmu.mmu.core._spte").SpteFormat(w.host),
 }
@@ -106,7 +106,7 @@ GOOD = {
     "data": lambda w: bytes(8), "vcpus": lambda w: 1, "size_or_buffer": lambda w: 0x1000, "pte": lambda w: 0x67,
     "level": lambda w: 4, "out": lambda w: None, "ctx": lambda w: None, "maxphyaddr": lambda w: 48, "state": lambda w: w.vm.kvm,
     "kvm": lambda w: w.vm.kvm, "arch": lambda w: w.arch, "buffer": lambda w: w.vcpu.tlb, "tlb": lambda w: w.vcpu.tlb,
-    "machine": lambda w: w.vcpu._machine, "name": lambda w: "portable", "gva_walk": lambda w: w.walk,
+    "machine": lambda w: w.vcpu._machine(), "name": lambda w: "portable", "gva_walk": lambda w: w.walk,
     "ngpa_walk": lambda w: w.vcpu.ngpa_walk, "arrays": lambda w: kvmmu.Accesses.empty(3).arrays(),
     "deliver": lambda w: lambda fault, from_hardware: None, "op": lambda w: np.zeros(1, np.uint8), "stop": lambda w: 1,
 }

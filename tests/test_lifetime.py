@@ -437,7 +437,7 @@ def test_a_walk_out_of_use_says_so(call, use):
 
 
 @pytest.mark.parametrize("make", [
-    lambda vcpu: vcpu.mem, lambda vcpu: vcpu.gva_walk, lambda vcpu: Walker(vcpu.gva_walk), lambda vcpu: vcpu._arch,
+    lambda vcpu: vcpu.mem, lambda vcpu: vcpu.gva_walk, lambda vcpu: Walker(vcpu.gva_walk), lambda vcpu: vcpu._guest.arch,
     lambda vcpu: vcpu.gva_walk.prepare([REGS]), lambda vcpu: type("Derived", (GuestMemory,), {})(PAGE)],
     ids=["GuestMemory", "PageWalk", "Walker", "VcpuArch", "Contexts", "derived GuestMemory"])
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])

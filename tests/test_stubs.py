@@ -13,7 +13,8 @@ from kvmmu.arch._roles import CpuRole
 
 PACKAGE = Path(kvmmu.__file__).parent
 STUBS = sorted(PACKAGE.rglob("*.pyi"))
-HIDDEN = {"RegisterSetWalks", "SlotTable", "Tasks", "WalkCache", "WalkCopy", "Workspace"}  # C arrays, a base: nothing for Python
+# C arrays, a base: nothing for Python
+HIDDEN = {"Memslots", "Modes", "RegisterSetWalks", "SlotTable", "Tasks", "WalkCache", "WalkCopy", "Workspace"}
 
 
 def module_of(path):

@@ -17,15 +17,19 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
-from kvmmu.machine._state cimport access_columns, access_result, machine
+from kvmmu.machine._state cimport access_result, machine
+
+# Where the results of many go.
+cdef struct access_columns:
+    uint64_t *gpa
+    uint64_t *hpa
+    uint32_t *error_code
+    uint8_t *status
+    uint8_t *ret
+    uint8_t *exits
+
 
 cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access, bint set_ad, walk_result *r) noexcept nogil
-# The registers that rights depend on have changed
-cdef void machine_load_rights(machine *m) noexcept nogil
-# Whether a translation with these rights of both stages allows an access, by the rules themselves
-cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, uint32_t access) noexcept nogil
-# Step 1: 0, or -1 for want of memory
-cdef int machine_prepare_root(machine *m) noexcept nogil
 cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result *out) noexcept nogil
 # All rows, in order: 0, or the negative errno of the row that failed. OUT row: that one
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
@@ -35,5 +39,3 @@ cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access,
                          const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil
 # A write that the processor carried out: its bytes reach memory
 cdef void machine_store(machine *m, const access_result *out) noexcept nogil
-# Use the tags of the registers and the root in the TLB
-cdef void machine_use_tags(machine *m) noexcept nogil

@@ -1,33 +1,32 @@
 """One access of one vCPU. The steps are listed in `_access.pxd`."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access, walk_result
+from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport (
-    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_USER_MASK, CR3_PCID_MASK, CR4_PCIDE_MASK, CR4_PGE_MASK,
-    EPTP_AD_MASK, EPTP_LEVEL_SHIFT, EPTP_MT_WB, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT,
-    PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PG_LEVEL_4K, PKRU_KEYS, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK,
-    PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_AD_DISABLED_MASK, ROLE_DIRECT_MASK,
-    ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK,
-    STATUS_PAGE_FAULT,
+    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT,
+    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK,
+    RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, SPTE_ENT_PER_PAGE,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
-from kvmmu.arch._format cimport explicit_access, permission_fault
-from kvmmu.machine._exits cimport handle_exit, machine_emulate, repeats_write, set_fault, take_guest_fault
-from kvmmu.machine._state cimport access_columns, access_result, cached_stage, gpa_entry, machine, use_arena
+from kvmmu.arch._format cimport explicit_access
+from kvmmu.machine._access cimport access_columns
+from kvmmu.machine._emulation cimport machine_emulate, repeats_write
+from kvmmu.machine._exits cimport handle_exit, set_fault, take_guest_fault
+from kvmmu.machine._rights cimport allowed_accesses
+from kvmmu.machine._roots cimport machine_prepare_root
+from kvmmu.machine._state cimport access_result, cached_stage, gpa_entry, machine
 from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu.core._fault cimport spte_walk, walk_sptes
-from kvmmu.mmu.core._kvm cimport REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of, sp_hpa, sp_level, sp_of, spte_to_child
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, memslots_of, sp_level, sp_of, spte_to_child
 from kvmmu.mmu.core._page cimport first_spte, sp_get_gfn, spte_index
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot
-from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte, pages_per_hpage, spte_access, spte_ad_enabled
-from kvmmu.mmu.kvm._entry cimport prepare_mmu
+from kvmmu.mmu.core._spte cimport is_last_spte, pages_per_hpage, spte_access, spte_ad_enabled
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport (
-    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_flush_all, tlb_invlpg, tlb_lookup, tlb_page,
-    tlb_remember_split, tlb_use,
+    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_invlpg, tlb_lookup, tlb_page, tlb_remember_split,
 )
 
 cdef enum:
@@ -57,7 +56,7 @@ cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access
 
 # ---- the TLB -------------------------------------------------------------------------------------------------------------
 
-cdef uint64_t leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
+cdef uint64_t spte_leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
     """The guest-physical address that an address in the page of a shadow MMU's leaf stands for."""
     cdef uint64_t offset = (pages_per_hpage(walk.level) << PAGE_SHIFT) - 1
     cdef uint64_t gfn = sp_get_gfn(sp, <int>(walk.sptep % SPTE_ENT_PER_PAGE))
@@ -86,7 +85,7 @@ cdef int large_page_shift(machine *m, uint64_t addr, int level) noexcept nogil:
     return PAGE_SHIFT + (PT32_INDEX_BITS if m.sw.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS) * (level - 1)
 
 
-cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
+cdef void fill_tlb(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
     """Enter what a walk came to: the page is the smaller one of both stages. OUT out: the addresses."""
     cdef kvm *k = m.k
     cdef spte_walk walk
@@ -101,7 +100,7 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
         gpa = r.ngpa
     else:
         sp = sp_of(k, walk.sptep)
-        gpa = leaf_gpa(sp, &walk, r.gpa)
+        gpa = spte_leaf_gpa(sp, &walk, r.gpa)
         # shadow paging: pages without a table of the guest's stand for parts of a large page
         in_direct_page = not k.tdp_enabled and sp.role & <uint32_t>ROLE_DIRECT_MASK
     out.gpa, out.hpa = gpa, r.gpa
@@ -125,53 +124,7 @@ cdef void fill(machine *m, uint64_t addr, uint32_t access, const walk_result *r,
     entry.nacc = <uint8_t>spte_access(&k.spte, walk.spte)
     entry.pkey = <uint8_t>((r.pte >> PT64_PKEY_SHIFT) & PT64_PKEY_MASK) if m.hw.cpu_role & ROLE_EXT_EFER_LMA_MASK else 0
     entry.dirty = dirty
-    entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
-
-
-cdef bint allows(const machine *m, uint32_t acc, uint32_t nacc, uint32_t pkey, uint32_t access) noexcept nogil:
-    """Step 2, rule by rule: the rights of both stages, and the protection key, allow the access."""
-    cdef uint32_t nested = second_stage_access(&m.stage.w, access, True, acc)
-    if not m.hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(m.hw.fmt, m.hw.vcpu.pkru, acc, pkey, access):
-        return False
-    if m.hw.ngpa is NULL:
-        return True
-    return not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> nacc) & 1
-
-
-cdef void machine_load_rights(machine *m) noexcept nogil:
-    """The tables: each of the three conditions by itself, with rights that pass the other two."""
-    cdef uint32_t i, acc, pkey, access, user, nested
-    m.rights_epoch += 1
-    memset(&m.rights, 0, sizeof(m.rights))
-    for i in range(<uint32_t>PERMISSIONS_COUNT):
-        access = i << PERMISSIONS_INDEX_SHIFT
-        if access & ACCESS_WRITE_MASK:
-            m.rights.writes |= <uint16_t>1 << i
-        for acc in range(<uint32_t>ACC_ALL + 1):
-            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (m.hw.fmt.permissions[i] >> acc) & 1:
-                m.rights.guest[acc] |= <uint16_t>1 << i
-            for user in range(2):
-                if m.hw.ngpa is NULL:
-                    m.rights.nested[user][acc] |= <uint16_t>1 << i
-                    continue
-                nested = second_stage_access(&m.stage.w, access, True, <uint32_t>ACC_USER_MASK if user else 0)
-                if not (m.stage.w.fmt.permissions[nested >> PERMISSIONS_INDEX_SHIFT] >> acc) & 1:
-                    m.rights.nested[user][acc] |= <uint16_t>1 << i
-        for pkey in range(<uint32_t>PKRU_KEYS):
-            if m.hw.cpu_role & ROLE_DIRECT_MASK or not (
-                    permission_fault(m.hw.fmt, m.hw.vcpu.pkru, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
-                m.rights.keys[pkey] |= <uint16_t>1 << i
-
-
-cdef inline uint16_t allowed_accesses(const machine *m, const tlb_entry *entry) noexcept nogil:
-    """A bit for each access, by its index in permissions[]: what `allows()` says of an entry, and that no D bit has to be set."""
-    cdef uint32_t user = (entry.acc & <uint32_t>ACC_USER_MASK) != 0
-    cdef uint16_t allowed = m.rights.guest[entry.acc] & m.rights.nested[user][entry.nacc]
-    if user:
-        allowed &= m.rights.keys[entry.pkey]
-    if not entry.dirty:
-        allowed &= ~m.rights.writes
-    return allowed
+    entry.allowed, entry.epoch = allowed_accesses(&m.rights, entry), m.rights.epoch
 
 
 # What a hit depends on: copied out, because the compiler must take every store into a column for one to the machine.
@@ -192,7 +145,7 @@ cdef void load_context(machine *m, hit_context *c) noexcept nogil:
     if m.hw.canonical_shift:
         c.canonical_limit >>= m.hw.canonical_shift
         c.canonical_offset = (c.canonical_limit >> 1) + 1
-    c.rights_epoch = m.rights_epoch
+    c.rights_epoch = m.rights.epoch
     c.usable = not m.vcpu.requests
     for i in range(3):
         c.arrays[i] = m.tlb.arrays[i]
@@ -211,53 +164,6 @@ cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t a
     return entry if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT & SHIFT_MASK)) & 1 else NULL
 
 
-cdef void machine_use_tags(machine *m) noexcept nogil:
-    """A space of the TLB is a role of host tables; under L1's second stage a root, of which L1 has as many as it likes."""
-    cdef uint64_t space = m.mmu.root_role
-    if m.mmu == &m.vcpu.guest_mmu:
-        space = sp_hpa(m.k, m.mmu.root.sp) if m.mmu.root.valid else 0
-    tlb_use(m.tlb, space, <uint32_t>(m.arch.cr3 & CR3_PCID_MASK) if m.arch.cr4 & CR4_PCIDE_MASK else 0)
-
-
-cdef int machine_prepare_root(machine *m) noexcept nogil:
-    """Step 1."""
-    cdef kvm *k = m.k
-    if prepare_mmu(m.vcpu):
-        return -1
-    if use_root(m) and m.mmu.page_fault == tdp_page_fault:
-        m.vcpu.requests |= REQ_TLB_FLUSH
-    if m.vcpu.requests & REQ_TLB_FLUSH:
-        m.vcpu.requests &= ~<uint32_t>REQ_TLB_FLUSH
-        k.stats.tlb_flush += 1
-        m.stage.epoch += 1
-        tlb_flush_all(m.tlb)
-    return 0
-
-
-cdef bint use_root(machine *m) noexcept nogil:
-    """Point the processor at the root, by CR3, EPTP or nested CR3; whether it is another one."""
-    cdef kvm *k = m.k
-    cdef uint64_t level = m.mmu.root_role & ROLE_LEVEL_MASK, hpa = sp_hpa(k, m.mmu.root.sp), spte
-    cdef bint other = m.root_hpa != hpa
-    cdef int i
-    use_arena(m)
-    m.root_hpa = hpa
-    if other:
-        m.stage.epoch += 1
-    m.host.cr3 = m.host.nested_pgd = hpa
-    if not k.tdp_enabled:
-        for i in range(4):                              # level 3: the processor loads four registers
-            spte = k.sptes[first_spte(m.mmu.root.sp) + i]
-            m.host.pdptrs[i] = spte if is_shadow_present_pte(spte) else 0
-    elif k.spte.ept:
-        m.host.nested_pgd |= EPTP_MT_WB | ((level - 1) << EPTP_LEVEL_SHIFT)
-        if not m.mmu.root_role & ROLE_AD_DISABLED_MASK:
-            m.host.nested_pgd |= EPTP_AD_MASK
-    if m.mmu == &m.vcpu.guest_mmu:
-        machine_use_tags(m)
-    return other
-
-
 # ---- one access ------------------------------------------------------------------------------------------------------------
 
 cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
@@ -273,7 +179,7 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
                 return -1
         m.hw.gva_to_gpa(&m.hw, addr, access, True, &r)                              # step 3
         if r.status == STATUS_OK:
-            fill(m, addr, access, &r, out)
+            fill_tlb(m, addr, access, &r, out)
             out.status, out.error_code = STATUS_OK, 0
             return 0
         if r.status == STATUS_NON_CANONICAL or (r.status == STATUS_PAGE_FAULT and not shadowed):      # step 4
@@ -306,8 +212,8 @@ cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result
     if not m.vcpu.requests and <uint64_t>(<int64_t>(addr << m.hw.canonical_shift) >> m.hw.canonical_shift) == addr:
         entry = tlb_lookup(t, addr, &level)
         if entry is not NULL:
-            if entry.epoch != m.rights_epoch:
-                entry.allowed, entry.epoch = allowed_accesses(m, entry), m.rights_epoch
+            if entry.epoch != m.rights.epoch:
+                entry.allowed, entry.epoch = allowed_accesses(&m.rights, entry), m.rights.epoch
             if (entry.allowed >> (access >> PERMISSIONS_INDEX_SHIFT)) & 1:              # step 2
                 t.hits += 1
                 offset = addr & ((<uint64_t>1 << t.arrays[level - 1].shift) - 1)

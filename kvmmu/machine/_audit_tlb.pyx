@@ -11,12 +11,12 @@ from kvmmu.arch._bits cimport ACC_WRITE_MASK, PAGE_SHIFT, PG_LEVEL_4K, ROLE_INVA
 from kvmmu.machine._machine cimport Machine
 from kvmmu.mmu.core._kvm cimport REQ_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH, kvm, kvm_mmu_page, memslots_of
 from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport (
     HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, is_slot_dirty, is_write_tracked,
     kvm_memory_slot, lpage_disallowed,
 )
 from kvmmu.mmu.core._spte cimport pages_per_hpage
-from kvmmu.mmu.shadow._zap cimport slot_of_sp
 from kvmmu.tlb._tlb cimport TLB_LEVELS, tlb, tlb_array, tlb_entry
 
 
@@ -61,15 +61,15 @@ cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
 
 def audit_tlb(Machine machine not None):
     """What is wrong with the TLB of a vCPU: one line each."""
-    cdef kvm *k = machine.m.k
-    cdef const tlb *t = machine.m.tlb
+    cdef kvm *k = machine.modes.m.k
+    cdef const tlb *t = machine.modes.m.tlb
     cdef const tlb_array *a
     cdef size_t j
     cdef int i
     errors = []
     with machine.kvm.lock:
         machine.kvm.sync()
-        if machine.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # all of it goes before the guest runs
+        if machine.modes.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # all of it goes before the guest runs
             return errors
         for i in range(TLB_LEVELS):
             a = &t.arrays[i]
@@ -78,6 +78,6 @@ def audit_tlb(Machine machine not None):
                     continue
                 wrong = fault_of_entry(k, a.entries[j].as_id, &a.entries[j], i + 1)
                 if wrong is not None:
-                    errors.append(f"TLB of vCPU {machine.m.vcpu.id} key {a.keys[j]:#x} gpa {a.entries[j].gpa:#x} "
+                    errors.append(f"TLB of vCPU {machine.modes.m.vcpu.id} key {a.keys[j]:#x} gpa {a.entries[j].gpa:#x} "
                                   f"hpa {a.entries[j].hpa:#x} level {i + 1}: {wrong}")
     return errors

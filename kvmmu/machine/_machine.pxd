@@ -1,43 +1,23 @@
-"""Machine, TdpMmu and ShadowMmu, the Python faces of one vCPU on its host."""
+"""Machine: one vCPU on its host, as its Vcpu uses it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 
-from kvmmu.arch._format cimport PageFormat
-from kvmmu.machine._modes cimport MachineModes
-from kvmmu.machine._state cimport access_columns
-from kvmmu.mmu.core._kvm cimport kvm_mmu
-
-
-cdef class Mmu:
-    """A builder of a vCPU's host page tables. Made by a Machine."""
-    cdef Machine machine
-    cdef kvm_mmu *mmu
-    cdef readonly PageFormat fmt
-    cdef readonly object w
+from kvmmu.machine._access cimport access_columns
+from kvmmu.machine._mmus cimport ShadowMmu, TdpMmu
+from kvmmu.machine._modes cimport Modes
+from kvmmu.machine._state cimport machine
+from kvmmu.mmu.kvm._state cimport Kvm
 
 
-cdef class TdpMmu(Mmu):
-    """Two-dimensional paging, outside of L1's nested paging."""
-
-
-cdef class ShadowMmu(Mmu):
-    """Tables that shadow tables of the guest's."""
-
-
-cdef class Machine(MachineModes):
+cdef class Machine:
     """All of one vCPU but its registers' rules. Made by a Vcpu."""
+    cdef readonly Kvm kvm
+    cdef Modes modes
+    cdef machine *m                     # of the modes
     cdef readonly TdpMmu tdp_mmu        # None without two-dimensional paging
     cdef readonly ShadowMmu shadow_mmu
-    cdef object take_registers          # called before a use that no method of the Vcpu led to
-    cdef int prepare(self) except -1
+    # IN stride: 0, one access for all rows; 1
     cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out) except -1
-    cdef int fail(self, int errno, what) except -1
-    # With the lock held, as all below
-    cdef int invalidate(self, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) except -1
-    cdef int invalidate_by_pcid(self, int type, uint32_t pcid, uint64_t gva) except -1
-    cdef int invalidate_pcid(self, uint32_t pcid) except -1
-    cdef int load_cr3(self, uint64_t before, bint noflush, bint pdptrs_changed) except -1
-    cdef int sync_all(self) except -1
-    # IN addr: where they go, within one page
+    # IN addr: where they go, within one page. With the lock held
     cdef int set_data(self, uint64_t addr, const uint8_t[::1] data) except -1

@@ -1,4 +1,8 @@
-"""MachineModes: the registers of one vCPU, and what follows from them on its host: walks, the active MMU, roots, tags."""
+"""Modes: what the registers of one vCPU make on its host: walks, formats, the active MMU, roots, tags in the TLB.
+
+`update()` compares the registers and walks of the vCPU with those that were taken last, and takes those that changed. Whoever
+runs the vCPU, or flushes for it, calls it first: with the lock held, as all methods.
+"""
 
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
@@ -12,14 +16,21 @@ from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._second_stage cimport SecondStage
 from kvmmu.walk._vcpu_arch cimport VcpuArch
+from kvmmu.walk.pagewalk cimport PageWalk
 
 
-cdef class MachineModes:
-    cdef readonly Kvm kvm
-    cdef readonly Tlb tlb
+cdef class Modes:
+    cdef Kvm kvm
+    cdef Tlb tlb
     cdef machine m
     cdef PyObject *owner            # kvm once more, out of the sight of the garbage collector: m.vcpu lives in it
+    cdef PageWalk gva_walk          # the walk of the vCPU: its registers, role, second stage and memory are taken from it
     cdef VcpuArch arch              # the guest's registers
+    cdef uint64_t loads             # what was taken last: loads of the registers,
+    cdef uint64_t cpu_role          # the role of gva_walk, 0: nothing,
+    cdef SecondStage taken          # its second stage,
+    cdef GuestMemory mem            # its memory,
+    cdef SlotTable table            # and the slots of that
     cdef cpu_caps cpu_caps          # of the guest, as its processor is
     cdef cpu_caps kvm_caps          # of the guest, as KVM's walker takes it
     cdef cpu_caps host_caps
@@ -31,14 +42,18 @@ cdef class MachineModes:
     cdef SecondStage walked         # L1's second stage of the vCPU's own walks, whose log is written
     cdef uint64_t rights_role       # what the rights in force were made from
     cdef uint32_t rights_root, rights_pkru
-    cdef SlotTable table            # guest-physical memory
-    cdef int check_mode(self) except -1
-    cdef int take_cpu(self, cpu) except -1
-    # With the lock held, as all below
-    cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1
+    # Take the processor model of the walk anew
+    cdef int take_cpu(self) except -1
+    cdef int update(self) except -1
+    # update(), and all else that comes before the vCPU runs: slots, the log of dirty pages, a root
+    cdef int enter(self) except -1
+    cdef int take_registers(self, uint64_t role, GuestMemory mem, SecondStage second) except -1
     cdef int use_mmu(self, kvm_mmu *mmu) except -1
     cdef int use_guest_walk(self, uint64_t role, bint npt) except -1
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1
     cdef int use_nested(self, uint64_t role, GuestMemory mem, bint smm, SecondStage second) except -1
     cdef int use_shadow_paging(self, uint64_t role) except -1
     cdef int init_stage(self, uint32_t root_role) except -1
+
+# The modes of a new vCPU. IN gva_walk: of it
+cdef Modes new_modes(Kvm kvm, uint32_t vcpu_id, Tlb tlb, PageWalk gva_walk)

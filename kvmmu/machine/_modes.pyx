@@ -1,4 +1,4 @@
-"""MachineModes: registers become walks, MMUs, roots and tags."""
+"""What registers make on a host: walks, formats, the active MMU, as `_modes.pxd` describes it."""
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
@@ -6,15 +6,22 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport cpu_caps
 from kvmmu.arch._bits cimport (
-    CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
-    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
-    ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_SHIFT,
+    CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, PML_ENTITY_NUM, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK,
+    ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK,
+    ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK,
+    ROLE_LEVEL_SHIFT, ROLE_SMM_MASK, ROLE_SMM_SHIFT,
 )
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.machine._access cimport cached_gva_to_gpa, machine_load_rights, machine_use_tags
+from kvmmu.machine._access cimport cached_gva_to_gpa
 from kvmmu.machine._exits cimport machine_drain_pml
+from kvmmu.machine._modes cimport Modes
+from kvmmu.machine._rights cimport load_rights
+from kvmmu.machine._roots cimport machine_prepare_root, machine_use_tags
+from kvmmu.machine._state cimport machine, use_arena
+from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport GuestMemory
-from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu
+from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu, sp_hpa
+from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format
 from kvmmu.mmu.kvm._entry cimport free_mmu_roots, tdp_root_role
 from kvmmu.mmu.kvm._state cimport Kvm
@@ -23,50 +30,53 @@ from kvmmu.mmu.shadow._shadow cimport nonpaging_page_fault, shadow_page_fault
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
-from kvmmu.walk._vcpu_arch cimport VcpuArch, role_of
-from kvmmu.walk._setup cimport fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage
+from kvmmu.walk._setup cimport (
+    fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage,
+)
+from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.arch.registers import CpuModel
 from kvmmu.arch.second_stages import Ept, Npt
 
 
-cdef class MachineModes:
-    """The modes of one vCPU on its host. `set_cpu()` and `set_mode()` come before everything else.
+cdef Modes new_modes(Kvm kvm, uint32_t vcpu_id, Tlb tlb, PageWalk gva_walk):
+    cdef Modes modes = Modes.__new__(Modes, maker())
+    modes.kvm, modes.tlb, modes.gva_walk, modes.arch = kvm, tlb, gva_walk, gva_walk.vcpu
+    with kvm.lock:
+        modes.m.vcpu = add_vcpu(kvm.k, vcpu_id)
+        if modes.m.vcpu is NULL:
+            raise MemoryError
+        Py_INCREF(kvm)
+        modes.owner = <PyObject *>kvm
+        tlb.lock = kvm.lock
+        connect(modes)
+        modes.take_cpu()
+    return modes
 
-    Parameters
-    ----------
-    state : Kvm
-    arch : VcpuArch
-        The guest's registers.
-    vcpu_id : int
-    buffer : Tlb
-    gva_walk, ngpa_walk : PageWalk
-        What `w` of an MMU names.
-    """
 
-    def __cinit__(self, Kvm state not None, VcpuArch arch not None, uint32_t vcpu_id, Tlb buffer not None, gva_walk, ngpa_walk):
-        self.kvm, self.arch, self.tlb = state, arch, buffer
+cdef void connect(Modes modes) noexcept:
+    """Let the parts of a new vCPU point to each other."""
+    cdef machine *m = &modes.m
+    m.vcpu.root_mmu.fmt = &modes.shadow_fmt.fmt
+    m.vcpu.guest_mmu.fmt = &modes.shadow_fmt.fmt
+    m.k, m.tlb, m.arena, m.arch = modes.kvm.k, &modes.tlb.t, &modes.kvm.arena_slot, &modes.arch.arch
+    if m.k.tdp_enabled:
+        m.vcpu.root_mmu.fmt = &modes.tdp_fmt.fmt
+        m.vcpu.root_mmu.page_fault = tdp_page_fault
+    m.mmu = &m.vcpu.root_mmu
+    m.sw.vcpu = &modes.arch.arch
+    m.hw.fmt, m.sw.fmt, m.stage.w.fmt = &modes.hw_fmt.fmt, &modes.sw_fmt.fmt, &modes.n_fmt.fmt
+    m.stage.w.vcpu = &m.host
+    m.stage.epoch = 1
+    m.page_table_writing = True
+
+
+cdef class Modes:
+
+    def __cinit__(self, mark=None, *args):
+        check_maker(mark, "Modes are made by a Machine")
         self.hw_fmt, self.sw_fmt, self.n_fmt = PageFormat(), PageFormat(), PageFormat()
         self.tdp_fmt, self.shadow_fmt = PageFormat(), PageFormat()
-        with state.lock:
-            self.m.vcpu = add_vcpu(state.k, vcpu_id)
-            if self.m.vcpu is NULL:
-                raise MemoryError
-            Py_INCREF(state)
-            self.owner = <PyObject *>state
-            buffer.lock = state.lock
-        self.m.vcpu.root_mmu.fmt = &self.shadow_fmt.fmt
-        self.m.vcpu.guest_mmu.fmt = &self.shadow_fmt.fmt
-        if state.k.tdp_enabled:
-            self.m.vcpu.root_mmu.fmt = &self.tdp_fmt.fmt
-            self.m.vcpu.root_mmu.page_fault = tdp_page_fault
-        self.m.mmu = &self.m.vcpu.root_mmu
-        self.m.k, self.m.tlb, self.m.arena, self.m.arch = state.k, &buffer.t, &state.arena_slot, &arch.arch
-        self.m.sw.vcpu = &arch.arch
-        self.m.hw.fmt, self.m.sw.fmt, self.m.stage.w.fmt = &self.hw_fmt.fmt, &self.sw_fmt.fmt, &self.n_fmt.fmt
-        self.m.stage.w.vcpu = &self.m.host
-        self.m.stage.epoch = 1
-        self.m.page_table_writing = True
 
     def __dealloc__(self):
         if self.owner is NULL:
@@ -77,23 +87,19 @@ cdef class MachineModes:
         Py_DECREF(<Kvm>self.owner)
 
     def __reduce__(self):
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+        raise TypeError("Modes cannot be copied or pickled")
 
     # ---- registers, roles and walks ------------------------------------------------------------------------------------
 
-    def set_cpu(self, cpu):
-        """Take a processor model; the next `set_mode()` builds every walk anew."""
+    cdef int take_cpu(self) except -1:
+        cpu = self.gva_walk.cpu
         if not isinstance(cpu, CpuModel):
-            raise TypeError(f"cpu: want a CpuModel, got {type(cpu).__name__}")
-        with self.kvm.lock:
-            self.take_cpu(cpu)
-
-    cdef int take_cpu(self, cpu) except -1:
+            raise RuntimeError("the walk of this vCPU has no processor model")
         set_caps(&self.cpu_caps, cpu, False)
         set_caps(&self.kvm_caps, cpu, True)
         self.m.vcpu.maxphyaddr = cpu.maxphyaddr
         self.widest_shift = 64 - (GVA_BITS_5_LEVEL if cpu.la57 else GVA_BITS_4_LEVEL)
-        self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = 0
+        self.m.hw.cpu_role = self.m.sw.cpu_role = self.rights_role = self.cpu_role = 0
         self.stage = None
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
@@ -106,23 +112,21 @@ cdef class MachineModes:
         self.host_caps.kvm = self.host_caps.pse36 = False
         return 0
 
-    def set_mode(self, GuestMemory mem not None, *, smm=False, guest_mode=False, SecondStage second=None):
-        """Take the roles of the registers in force; no work for those that did not change. IN second: L1's, under L2."""
-        if self.cpu_caps.maxphyaddr == 0:
-            raise RuntimeError("set_mode() before set_cpu()")
-        self.kvm.lock.acquire()
-        try:
-            self.take_mode(mem, bool(smm), bool(guest_mode), second)
-        finally:
-            self.kvm.lock.release()
-
-    cdef int check_mode(self) except -1:
-        if self.m.sw.walk_addr is NULL:
-            raise RuntimeError("the machine is in no mode: set_cpu() and set_mode() come first")
+    cdef int update(self) except -1:
+        cdef PageWalk walk = self.gva_walk
+        if not self.cpu_role or walk.w.cpu_role != self.cpu_role or self.arch.loads != self.loads or (
+                walk.second is not self.taken or walk.mem is not self.mem or self.mem.number != self.table.number):
+            walk.check_in_use()
+            self.cpu_role = 0                           # nothing is taken, should one of them be refused
+            self.take_registers(walk.w.cpu_role, walk.mem, walk.second)
+            self.cpu_role, self.loads = walk.w.cpu_role, self.arch.loads
+            self.taken, self.mem = walk.second, walk.mem
+        machine_use_tags(&self.m)                       # the root may be another one, and so may the space of the TLB
         return 0
 
-    cdef int take_mode(self, GuestMemory mem, bint smm, bint guest_mode, SecondStage second) except -1:
-        cdef uint64_t role = role_of(&self.arch.arch, smm, guest_mode)
+    cdef int take_registers(self, uint64_t role, GuestMemory mem, SecondStage second) except -1:
+        """Take the role of the registers, the memory and L1's second stage; no work for those that did not change."""
+        cdef bint smm = (role & ROLE_SMM_MASK) != 0, guest_mode = (role & ROLE_GUEST_MODE_MASK) != 0
         if self.table is not mem.current():
             self.table = mem.current()
             self.m.sw.mem = &self.table.mem
@@ -143,8 +147,25 @@ cdef class MachineModes:
         role = self.m.hw.cpu_role
         if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
             self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
-            machine_load_rights(&self.m)
-        machine_use_tags(&self.m)
+            load_rights(&self.m.rights, &self.m.hw, &self.m.stage.w)
+        return 0
+
+    cdef int enter(self) except -1:
+        self.update()
+        self.kvm.sync()
+        if self.kvm.k.spte.pml and self.m.vcpu.pml_page == 0:
+            if reserve_pages(self.kvm.k, 1):
+                raise MemoryError
+            self.m.vcpu.pml_page = alloc_page(self.kvm.k, 0, 0)
+            self.m.pml.index = PML_ENTITY_NUM - 1
+        if self.m.vcpu.pml_page:
+            self.m.pml.address = sp_hpa(self.kvm.k, self.m.vcpu.pml_page)
+            # the log would hold L2's addresses
+            self.m.stage.w.pml = &self.m.pml if self.m.mmu == &self.m.vcpu.root_mmu else NULL
+        use_arena(&self.m)
+        if self.m.vcpu.requests or not self.m.mmu.root.valid:
+            if machine_prepare_root(&self.m):
+                raise MemoryError
         return 0
 
     cdef int use_mmu(self, kvm_mmu *mmu) except -1:
@@ -164,7 +185,7 @@ cdef class MachineModes:
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.hw_fmt, role, &self.cpu_caps, False)
         self.m.hw.vcpu = &self.arch.arch
-        self.m.hw.mem = &self.kvm.ram
+        self.m.hw.mem = &self.kvm.memslots.ram
         use_second_stage(&self.m.hw, &self.m.stage.w, npt)
         return 0
 

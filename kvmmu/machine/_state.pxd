@@ -1,10 +1,11 @@
 """One virtual processor on its host, as accesses and exits see it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport gva_to_gpa_fn, kvm_pagewalk, pml_log, vcpu_arch
 from kvmmu.arch._bits cimport PAGE_SIZE
+from kvmmu.machine._rights cimport rights_tables
 from kvmmu.memory._memory cimport guest_slot
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 from kvmmu.tlb._tlb cimport tlb
@@ -20,15 +21,6 @@ cdef struct access_result:
     uint8_t ret                     # RET_PF_* of the last exit; CONTINUE without one
     uint8_t exits
 
-# Where the results of many go.
-cdef struct access_columns:
-    uint64_t *gpa
-    uint64_t *hpa
-    uint32_t *error_code
-    uint8_t *status
-    uint8_t *ret
-    uint8_t *exits
-
 # A translation of the second stage that the processor remembers, for the sake of guest tables: many walks cross the same ones.
 cdef struct gpa_entry:
     uint64_t gfn
@@ -42,13 +34,6 @@ cdef struct cached_stage:
     gva_to_gpa_fn walk              # of the format; w.gva_to_gpa looks into the entries before
     uint32_t epoch                  # from 1
     gpa_entry entries[512]
-
-# Bit i of a word: the access with index i in permissions[] is allowed, as far as that condition goes.
-cdef struct rights_tables:
-    uint16_t guest[16]              # by ACC_* of the guest's tables
-    uint16_t nested[2][16]          # by ACC_USER of those, and ACC_* of the host's
-    uint16_t keys[16]               # by protection key, of a user page
-    uint16_t writes                 # which accesses write
 
 # One vCPU on its host, as an access sees it. Owned by a Machine.
 cdef struct machine:
@@ -68,7 +53,6 @@ cdef struct machine:
     bint page_table_writing         # the instruction is of a kind that KVM expects to write page tables
     bint advanced_info              # L1 reads bits 11:9 of exit qualifications
     pml_log pml
-    uint32_t rights_epoch           # of the registers that rights are made from; from 1
     rights_tables rights
 
 

@@ -11,7 +11,7 @@ from kvmmu.replay.replay import recording_vcpu
 from kvmmu.replay.trace_memory import reserve
 from kvmmu.replay.trace_replay import trace_start
 from kvmmu.traces import ParquetTrace, Recording, RecordingError, TraceError
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.vcpu import Vm
 
 __all__ = ["touched_machine"]
 

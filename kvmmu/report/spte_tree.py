@@ -24,7 +24,7 @@ from kvmmu.arch._bits import (
     Pte,
 )
 from kvmmu.arch._roles import CpuRole
-from kvmmu.vm.vm import Vm
+from kvmmu.vm.vcpu import Vm
 from kvmmu.walk.record import size_text
 
 __all__ = ["SpteRun", "spte_runs", "spte_text"]

@@ -2,8 +2,8 @@
 
 A level holds keys of some kinds of accesses (load, store, fetch) and some page sizes. An access asks the levels of its kind and
 size in their order. A hit fills the levels asked before; a miss in all of them is a page walk, which fills all. The lowest level
-is filled first. An exclusive level is not filled by walks: it takes what the level before it replaces, and a hit in it takes the key
-out. What an inclusive level replaces is dropped from all levels before it.
+is filled first. An exclusive level is not filled by walks: it takes what the level before it replaces, and a hit in it takes the
+key out. What an inclusive level replaces is dropped from all levels before it.
 """
 
 from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t

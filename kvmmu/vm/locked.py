@@ -38,6 +38,8 @@ class PartOfMachine:
 
 def as_bytes(data: "Buffer") -> bytes:
     """Return the bytes of a buffer; TypeError for anything else, an int above all, of which `bytes()` makes zeros."""
+    if type(data) is bytes:
+        return data
     try:
         view = memoryview(data)
     except TypeError:

@@ -1,41 +1,88 @@
-"""Vcpu: registers, the two walks, and the guest instructions that change them."""
+"""Vm and Vcpu, which make each other: a Vm its vCPUs, a Vcpu that is made alone its Vm."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Cr0, Cr4, Efer
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Access, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
 from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFault
-from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
+from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
-from kvmmu.machine._machine import Machine, Mmu, ShadowMmu, TdpMmu
+from kvmmu.machine._machine import Machine
+from kvmmu.machine._mmus import Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.vm.guest_accesses import GuestAccesses
-from kvmmu.vm.locked import locked
-from kvmmu.vm.vm import Vm
-from kvmmu.vm.vmx_instructions import VmxInstructions
-from kvmmu.walk._second_stage import SecondStage
-from kvmmu.walk._vcpu_arch import new_arch
-from kvmmu.walk.pagewalk import PageWalk, new_walk
-from kvmmu.walk.record import WalkRecord
-from kvmmu.walk.results import check_one_access
+from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
+from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
+from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
+from kvmmu.vm.virtual_machine import VirtualMachine
+from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
+from kvmmu.walk.pagewalk import PageWalk
+from kvmmu.walk.results import Accesses, check_one_access
 
-__all__ = ["Vcpu"]
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
-_ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
-_RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
+_READ_MAX = 1 << 32
+_WRITE = int(Access.WRITE)
 
 
-class Vcpu(GuestAccesses, VmxInstructions):
+class Vm(VirtualMachine):
+    """One virtual machine.
+
+    Parameters
+    ----------
+    mem : GuestMemory
+        Guest-physical memory. Its slots are the memslots: adding and removing them there is what a VMM does with KVM's.
+    cpu : CpuModel, optional
+        The guest's processor, of every vCPU.
+    host : Host, optional
+    smm_mem : GuestMemory, optional
+        The address space of system-management mode; by default that of `mem`.
+    backing : {"4k", "2m", "1g"}, optional
+        Pages that the host has behind the memory; by default its largest.
+    slot_zap_all : bool
+        Deleting or moving a memslot drops all page tables (KVM's quirk, on unless a VMM turns it off), else only what maps the
+        slot or shadows tables in it.
+
+    Attributes
+    ----------
+    vcpus : list of Vcpu
+        In the order in which they were made. The machine keeps them; one that is taken from the list leaves the machine when
+        nobody else holds it.
+
+    Notes
+    -----
+    A machine is locked while it runs; two threads that use one take turns, call by call: accesses, what the guest flushes or
+    loads, what the host does, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or removed from `mem` itself
+    count from the next call on. In a forked process a machine that nobody ran at the fork works; one that another thread ran
+    raises RuntimeError.
+
+    The guest may be wider than its host (`cpu.maxphyaddr` above `host.maxphyaddr`), which KVM leaves to the VMM. Translations
+    then are those of `cpu`, MMIO beyond the host's width exits at every access because no entry can mark it, and memory there
+    is backed by frames that the host has. A processor would raise a #PF with RSVD for such an address under two-dimensional
+    paging.
+    """
+
+    def create_vcpu(self, **options: Any) -> "Vcpu":
+        """Return a new `Vcpu` of this machine; `options` are arguments of its constructor."""
+        return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
+
+
+class Vcpu(PartOfMachine):
     """One virtual processor.
 
     Parameters
@@ -78,15 +125,8 @@ class Vcpu(GuestAccesses, VmxInstructions):
         check_name("tdp", tdp, _TDP_KINDS)
         _check_vm(vm, mem, mem if smm_mem is None else smm_mem, tdp)
         self._lock = MachineLock() if vm is None else vm.kvm.lock
-        self._spaces = (mem, mem if smm_mem is None else smm_mem)
-        self._tdp = tdp
-        self._cpu = CpuModel() if cpu is None else _check_cpu(cpu)
-        self._smm = False
-        self._l1_regs: Regs | None = None
-        self._regs = _RESET
-        self._arch = new_arch()
-        self.gva_walk = new_walk(mem, self._arch, self._admit)
-        self.ngpa_walk = new_walk(mem, self._arch, self._admit)
+        self._guest = GuestState(mem, mem if smm_mem is None else smm_mem, CpuModel() if cpu is None else _check_cpu(cpu), tdp)
+        self.gva_walk, self.ngpa_walk = self._guest.gva_walk, self._guest.ngpa_walk
         self.gva_walk._set_delivery(self._deliver_page_fault)
         self.ngpa_walk._set_delivery(self._deliver_nested_fault)
         self.cr2 = 0
@@ -94,53 +134,23 @@ class Vcpu(GuestAccesses, VmxInstructions):
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
         self.id = 0
-        self._use_cpu()
-        self._load(_RESET)
         if vm is not None:
             self.id = vm._join(self)
-
-    def _admit(self, regs: Regs, second: SecondStage | None) -> Regs:
-        """Legal registers, with PDPTEs loaded through a second stage if there is one."""
-        return admit(self._cpu, regs, self._table_space(second))
-
-    def _table_space(self, second: SecondStage | None) -> TableSpace | None:
-        """Where PDPTE registers are loaded from; None under nested paging of SVM, which has none."""
-        if second is None:
-            return None if self._tdp == "npt" else self.mem
-        return None if isinstance(second.stage, Npt) else _NestedSpace(self.mem, second)
-
-    def _load(self, regs: Regs) -> None:
-        """Put legal registers in force."""
-        self._regs = regs
-        self._arch.load(regs)
-        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
-
-    def _use_cpu(self) -> None:
-        """Make both walks forget what they derived from another processor model."""
-        second = self._second
-        self.gva_walk._set_cpu(self._cpu, npt_host=self._tdp == "npt")
-        self.ngpa_walk._set_cpu(self._cpu)
-        if second is None:
-            return
-        stage = second.stage
-        if isinstance(stage, Ept) and stage.pml is not None and second.pml_index is not None:
-            stage = replace(stage, pml=replace(stage.pml, index=second.pml_index))      # the log goes on where it is
-        self.gva_walk._set_second_stage(self.ngpa_walk._enter(stage))
 
     @property
     def mem(self) -> GuestMemory:
         """The GuestMemory of the address space in force."""
-        return self._spaces[self._smm]
+        return self._guest.mem
 
     @property
     def tdp(self) -> str | None:
         """Two-dimensional paging of the host: "ept", "npt" or None."""
-        return self._tdp
+        return self._guest.tdp
 
     @property
     def regs(self) -> Regs:
         """The registers in force (`Regs`); after power-up those of a reset, with paging off."""
-        return self._regs
+        return self._guest.regs
 
     @property
     def pdptrs(self) -> tuple[int, ...] | None:
@@ -148,8 +158,9 @@ class Vcpu(GuestAccesses, VmxInstructions):
 
         Under nested paging of SVM there are no registers: the words in memory now, None where L1 does not map them.
         """
-        if self._regs.pdptrs is not None or not self._regs.is_pae_paging:
-            return self._regs.pdptrs
+        regs = self._guest.regs
+        if regs.pdptrs is not None or not regs.is_pae_paging:
+            return regs.pdptrs
         try:
             return tuple(self.gva_walk.get_pdptr(i) for i in range(4))
         except NestedFault:
@@ -164,17 +175,14 @@ class Vcpu(GuestAccesses, VmxInstructions):
         GeneralProtection
             The registers in force are illegal on the new model; nothing changed.
         """
-        return self._cpu
+        return self._guest.cpu
 
     @cpu.setter
     @locked
     def cpu(self, cpu: CpuModel) -> None:
-        regs = admit(_check_cpu(cpu), self._regs, self._table_space(self._second))
-        self._cpu = cpu
-        self._use_cpu()
-        self._load(regs)
+        self._guest.set_cpu(_check_cpu(cpu))
         if self._made is not None:
-            self._made.set_cpu(cpu)
+            self._made.set_cpu()
             self._flush_guest()
 
     @property
@@ -184,18 +192,13 @@ class Vcpu(GuestAccesses, VmxInstructions):
         KVM leaves a nested guest before it enters SMM. One that is made to run there has all of its memory, and L1's second
         stage, in the address space of SMM.
         """
-        return self._smm
+        return self._guest.smm
 
     @smm.setter
     @locked
     def smm(self, smm: bool) -> None:
-        smm = check_bool("smm", smm)
-        changed, self._smm = self._smm != smm, smm
-        self.gva_walk._set_memory(self.mem)
-        self.ngpa_walk._set_memory(self.mem)
-        self.gva_walk._init(smm=self._smm, guest_mode=self._guest_mode)
-        if changed and self._made is not None:
-            self._machine.reset_context()
+        if self._guest.set_smm(check_bool("smm", smm)) and self._made is not None:
+            self._made.reset_context()
 
     @locked
     def set_regs(self, regs: Regs | None = None, /, **registers: Any) -> None:
@@ -217,13 +220,13 @@ class Vcpu(GuestAccesses, VmxInstructions):
             if not isinstance(regs, Regs):
                 raise TypeError(f"regs: want a Regs, got {type(regs).__name__}")
             registers = {each.name: getattr(regs, each.name) for each in fields(Regs)} | registers
-        stale = {"pdptrs": None} if _known(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
-        before = self._regs
-        self._load(self._admit(replace(self._regs, **(stale | registers)), self._second))
-        after = self._regs
+        stale = {"pdptrs": None} if known_registers(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
+        before = self._guest.regs
+        self._guest.load(self._guest.admit(replace(before, **(stale | registers)), self._guest.second))
+        after = self._guest.regs
         changed = replace(before, pkru=after.pkru, rflags=after.rflags) != after
         if self._made is not None and (changed or (stale and after.pdptrs is not None)):
-            self._machine.reset_context()
+            self._made.reset_context()
             self._flush_guest()
 
     @locked
@@ -242,17 +245,17 @@ class Vcpu(GuestAccesses, VmxInstructions):
             No such control register, or a value wider than the guest's operand.
         """
         n, value = check_choice("n", n, (0, 3, 4)), check_word("value", value)
-        before = self._regs
-        self._load(after_mov_cr(self._cpu, before, n, value, self._table_space(self._second)))
-        after = self._regs
+        before = self._guest.regs
+        self._guest.load(after_mov_cr(self._guest.cpu, before, n, value, self._guest.table_space(self._guest.second)))
+        after = self._guest.regs
         if self._made is not None:
             if n == 3:
                 noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
-                self._machine.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
-            elif _changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
-                self._machine.reset_context()
+                self._made.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
+            elif changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
+                self._made.reset_context()
             elif before.pdptrs != after.pdptrs:             # the same CR3, and another root
-                self._machine.mov_cr3(before.cr3, True, True)
+                self._made.mov_cr3(before.cr3, True, True)
         if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
             self._flush_guest()
 
@@ -265,10 +268,10 @@ class Vcpu(GuestAccesses, VmxInstructions):
         GeneralProtection
             A reserved bit, or LME changed while paging; nothing changed.
         """
-        before = self._regs
-        self._load(after_wrmsr_efer(self._cpu, before, check_word("value", value)))
-        if (before.efer ^ self._regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
-            self._machine.reset_context()
+        before = self._guest.regs
+        self._guest.load(after_wrmsr_efer(self._guest.cpu, before, check_word("value", value)))
+        if (before.efer ^ self._guest.regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
+            self._made.reset_context()
             self._flush_guest()
 
     @locked
@@ -280,7 +283,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         InvalidOpcode
             CR4.PKE is clear.
         """
-        self._load(after_wrpkru(self._regs, check_word("value", value, 32)))
+        self._guest.load(after_wrpkru(self._guest.regs, check_word("value", value, 32)))
 
     @locked
     def invlpg(self, gva: int) -> None:
@@ -290,7 +293,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         """
         gva = check_word("gva", gva)
         if self._made is not None:
-            self._machine.invlpg(gva)
+            self._made.invlpg(gva)
 
     @locked
     def invpcid(self, type: int, pcid: int = 0, gva: int = 0) -> None:
@@ -303,11 +306,11 @@ class Vcpu(GuestAccesses, VmxInstructions):
             that the processor has.
         """
         type, pcid, gva = check_word("type", type), check_word("pcid", pcid, 12), check_word("gva", gva)
-        if type > 3 or (pcid and type < 2 and not self._regs.cr4 & Cr4.PCIDE) or (
-                type == 0 and not is_canonical(self._cpu, gva)):
+        if type > 3 or (pcid and type < 2 and not self._guest.regs.cr4 & Cr4.PCIDE) or (
+                type == 0 and not is_canonical(self._guest.cpu, gva)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
         if self._made is not None:
-            self._machine.invpcid(type, pcid, gva)
+            self._made.invpcid(type, pcid, gva)
 
     @locked
     def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
@@ -325,14 +328,14 @@ class Vcpu(GuestAccesses, VmxInstructions):
 
         """
         check_name("roots", roots, ("current", "all"))
-        self._check_walk(walk)
+        self._guest.check_walk(walk)
         addr = check_word("addr", addr)
         if self._made is None:
             return
         if walk is self.gva_walk:
-            self._machine.invalidate_addr(addr, True, roots == "all")
+            self._made.invalidate_addr(addr, True, roots == "all")
         else:
-            self._machine.invalidate_ngpa(addr, True, roots == "all")
+            self._made.invalidate_ngpa(addr, True, roots == "all")
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -342,21 +345,16 @@ class Vcpu(GuestAccesses, VmxInstructions):
         """The machine that this vCPU belongs to."""
         if self._vm is None:
             vm = Vm.__new__(Vm)
-            vm._make(self._spaces[0], self._cpu, Host(tdp=self._tdp), self._spaces[1], lock=self._lock)
+            vm._make(self._guest.spaces[0], self._guest.cpu, Host(tdp=self.tdp), self._guest.spaces[1], lock=self._lock)
             self.id = vm._join(self)
             self._vm = vm
         return self._vm
 
-    @property
+    @locked
     def _machine(self) -> Machine:
-        """This vCPU on its host, in the mode of the registers. With the lock held."""
+        """Return this vCPU on its host, made at the first use."""
         if self._made is None:
-            kvm = self.vm.kvm
-            made = Machine(kvm, self._arch, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
-            made.set_cpu(self._cpu)
-            made.on_use(lambda: self._machine)
-            self._made = made
-        self._made.set_mode(self.mem, smm=self._smm, guest_mode=self._guest_mode, second=self._second)
+            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
 
     @property
@@ -368,52 +366,40 @@ class Vcpu(GuestAccesses, VmxInstructions):
     @locked
     def tdp_mmu(self) -> TdpMmu | None:
         """The builder of page tables under two-dimensional paging, for all but nested guests with nested paging; None without."""
-        return self._machine.tdp_mmu
+        return self._machine().update().tdp_mmu
 
     @property
     @locked
     def shadow_mmu(self) -> ShadowMmu:
         """The builder of tables that shadow the guest's: all of them without two-dimensional paging, else L1's EPT or NPT."""
-        return self._machine.shadow_mmu
+        return self._machine().update().shadow_mmu
 
     @property
     @locked
     def mmu(self) -> Mmu:
         """The builder of page tables that is active."""
-        return self._machine.mmu
+        return self._machine().active_mmu()
 
     @property
     @locked
     def root_mmu(self) -> Mmu:
         """KVM's name for the MMU that is active outside nested paging."""
-        return self._machine.root_mmu
+        return self._machine().update().root_mmu
 
     @property
     @locked
     def guest_mmu(self) -> ShadowMmu | None:
         """KVM's name for the MMU that is active under nested paging; None without two-dimensional paging."""
-        return None if self._tdp is None else self.shadow_mmu
+        return None if self.tdp is None else self.shadow_mmu
 
     @locked
     def vm_enter(self) -> None:
         """Do what was put off until the guest runs again: load a root, synchronize it, flush."""
-        self._machine.vm_enter()
+        self._machine().vm_enter()
 
     def _flush_guest(self) -> None:
         if self._made is not None:
-            self._machine.flush_guest()
-
-    def _walk_behind(self, gva: int, access: int, status: int) -> WalkRecord:
-        """The walk that ended so: by the rules of this processor model, or by the other ones (see `CpuModel.conformance`)."""
-        record = self.gva_walk.walk_record(gva, access)
-        if record.status == status:
-            return record
-        other = "kvm" if self._cpu.conformance == "sdm" else "sdm"
-        twin = Vcpu(self.mem, cpu=replace(self._cpu, conformance=other), tdp=self._tdp)
-        twin._smm, twin._l1_regs = self._smm, self._l1_regs
-        twin._use_second(self._second)
-        twin._load(self._regs)
-        return twin.gva_walk.walk_record(gva, access)
+            self._made.flush_guest()
 
     @locked
     def drain_pml(self) -> None:
@@ -426,20 +412,127 @@ class Vcpu(GuestAccesses, VmxInstructions):
         """What is wrong with the TLB: one line for each entry whose host page, or whose right to write it, is gone unflushed."""
         return [] if self._made is None else audit_tlb(self._made)
 
+    # ---- accesses ----------------------------------------------------------------------------------------------------
+
+    def access(self, gva: "int | NDArray[np.uint64]", access: Any = 0, *, out: Accesses | None = None) -> Accesses:
+        """Access memory as the guest does: TLB, the processor's walk, exits, KVM's answers, and all that follows from them.
+
+        Parameters
+        ----------
+        gva : int, or ndarray of uint64, shape (n,), C-contiguous
+            Linear addresses (bytes), one after the other.
+        access : Access, or ndarray of uint8, shape (n,)
+            EFLAGS.AC of the vCPU is added to a single access; arrays say `Access.AC`.
+        out : Accesses, optional
+            Columns to reuse, n rows each; for arrays.
+
+        Returns
+        -------
+        Accesses
+            Columns of n rows; of a single access integers.
+
+        Raises
+        ------
+        PageFault, GeneralProtection, NestedFault
+            A single access faults in the guest. In arrays that is data.
+        KeyboardInterrupt
+            Ctrl-C ends a long array between two rows: those before it have happened, and `out` has them.
+
+        Notes
+        -----
+        What a write writes is not known here (see `store()`): where KVM has to carry it out, it is an aligned write of
+        what is there already, of 8 bytes, or 4 with CR4.PAE clear.
+        """
+        if not isinstance(gva, np.ndarray):
+            if out is not None:
+                raise ValueError("out: is for arrays")
+            return (self._made or self._machine()).access_one(gva, access, self.rip)
+        columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
+        self._machine().access(gva, access, columns.arrays())
+        return columns
+
+    @locked
+    def store(self, gva: int, data: "Buffer", access: int = 0, *, page_table_writing: bool = True) -> Accesses:
+        """Write memory as the guest does, with the bytes.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        data : bytes, or another buffer
+            A page boundary in it is crossed as by one instruction: all or nothing, but where KVM has to carry it out, as
+            `write_guest()`. Empty: only to see where a byte would go.
+        access : Access
+            USER, AC or IMPLICIT; WRITE is added.
+        page_table_writing : bool
+            The instruction is of a kind that KVM expects to write page tables (MOV, XCHG, CMPXCHG, AND, OR, BTS, ...); others
+            (ADD, SUB, INC, MOVNTI, ...) it has repeated without shadow pages of the frame, rather than emulate them.
+
+        Returns
+        -------
+        Accesses
+            Integers, of the first byte. MMIO takes no bytes: its `hpa` is INVALID_GPA.
+
+        Raises
+        ------
+        PageFault, GeneralProtection, NestedFault
+            Nothing was written.
+        """
+        gva, access = check_word("gva", gva), check_one_access(access) | _WRITE
+        page_table_writing = check_bool("page_table_writing", page_table_writing)
+        return store(self._machine(), gva, as_bytes(data), access, self.rip, page_table_writing=page_table_writing)
+
+    @locked
+    def write_guest(self, gva: int, data: "Buffer", access: int = 0) -> int:
+        """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        data : bytes, or another buffer
+        access : Access
+            USER, AC or IMPLICIT; WRITE is added.
+
+        Returns
+        -------
+        int
+            How many bytes reached memory; the others are MMIO: a hole, or a read-only slot.
+
+        Raises
+        ------
+        PageFault, GeneralProtection
+            The bytes before the page that faults were written.
+        """
+        gva, access = check_word("gva", gva), check_one_access(access) | _WRITE
+        return write_emulated(self._machine(), gva, as_bytes(data), access)
+
+    @locked
+    def read_guest(self, gva: int, n: int, access: int = 0) -> bytes:
+        """Read memory as an instruction that KVM emulates, as `write_guest()` writes it.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes) of the first byte.
+        n : int
+            How many bytes, 0 to 2**32; MMIO reads as zero.
+        access : Access
+            USER, AC, FETCH or IMPLICIT.
+
+        Raises
+        ------
+        PageFault, GeneralProtection, NestedFault
+        """
+        gva, n = check_word("gva", gva), check_int("n", n, 0, _READ_MAX)
+        return read_emulated(self._machine(), self.mem, gva, n, check_one_access(access))
+
     # ---- nested guests ------------------------------------------------------------------------------------------------
-
-    @property
-    def _second(self) -> SecondStage | None:
-        return self.gva_walk.second
-
-    @property
-    def _guest_mode(self) -> bool:
-        return self._l1_regs is not None
 
     @property
     def mmu_is_nested(self) -> bool:
         """Whether L2 runs under a second stage of L1's, on a host with two-dimensional paging."""
-        return self._second is not None
+        return self._guest.second is not None
 
     @locked
     def enter_nested(self, stage: Stage | None, **registers: Any) -> None:
@@ -462,52 +555,85 @@ class Vcpu(GuestAccesses, VmxInstructions):
         """
         if stage is not None and not isinstance(stage, (Ept, Npt)):
             raise TypeError(f"stage: want an Ept, an Npt or None, got {type(stage).__name__}")
-        if stage is not None and self._tdp is None:
+        if stage is not None and self.tdp is None:
             raise ValueError("stage: a host without two-dimensional paging (tdp=None) has no nested EPT or NPT; want None")
-        self._check_stage(stage)
-        l1_regs = self._regs if self._l1_regs is None else self._l1_regs
-        l2_regs = replace(l1_regs, **({"pdptrs": None} | _known(registers)))
-        before = self._second
-        second = None
-        if stage is not None:
-            second = self.ngpa_walk._enter(stage)
-        try:
-            if second is None:
-                admit(self._cpu, l2_regs, self.mem)
-            regs = self._admit(l2_regs, second)
-        except GuestFault:
-            self._use_second(before)
-            raise
-        self._l1_regs = l1_regs
-        self._use_second(second)
-        self._load(regs)
+        if stage is not None and stage.root & self.cpu.rsvd_gpa_bits:
+            raise ValueError(f"root {stage.root:#x}: bits beyond MAXPHYADDR {self.cpu.maxphyaddr} are reserved")
+        self._guest.enter_nested(stage, registers)
         self._flush_guest()
 
     @locked
     def leave_nested(self) -> None:
         """Run L1 again, with the registers it had. Harmless when not nested."""
-        if self._l1_regs is None:
-            return
-        regs, self._l1_regs = self._l1_regs, None
-        self._use_second(None)
-        self._load(regs)
-        self._flush_guest()
+        if self._guest.leave_nested():
+            self._flush_guest()
 
-    def _use_second(self, second: SecondStage | None) -> None:
-        if second is None:
-            self.ngpa_walk._leave()
-        else:
-            second = self.ngpa_walk._enter(second.stage)
-        self.gva_walk._set_second_stage(second)
+    @locked
+    def invept(self, type: int, eptp: int = 0) -> None:
+        """INVEPT by L1: 1 what derives from one EPTP, 2 from any.
 
-    def _check_stage(self, stage: Stage | None) -> None:
-        """What VM entry refuses of a root."""
-        if stage is not None and stage.root & self._cpu.rsvd_gpa_bits:
-            raise ValueError(f"root {stage.root:#x}: bits beyond MAXPHYADDR {self._cpu.maxphyaddr} are reserved")
+        The roots that shadow L1's EPT are left, the ones before as well, and what the TLB has under them goes: the next
+        `enter_nested()` begins with a root that agrees with L1's tables.
 
-    def _check_walk(self, walk: PageWalk) -> None:
-        if walk is not self.gva_walk and walk is not self.ngpa_walk:
-            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
+        Parameters
+        ----------
+        type : int
+        eptp : int
+            EPT pointer of type 1.
+
+        Raises
+        ------
+        VmFail
+            No such type, or an EPTP that VM entry would refuse (VM-instruction error 28).
+        InvalidOpcode
+            The processor is AMD's, or the host gives L1 no EPT.
+        ValueError
+            L2 runs: it has no INVEPT, which would exit to L1.
+
+        Notes
+        -----
+        Source: SDM vol. 3, "INVEPT-Invalidate Translations Derived from EPT".
+        """
+        type, eptp = check_word("type", type), check_word("eptp", eptp)
+        check_vmx(self.cpu, "INVEPT", l2_runs=self._guest.guest_mode, has_it=self.tdp is not None)
+        check_invept(self.cpu, type, eptp)
+        if self._made is not None:
+            self._made.invept(eptp if type == EPT_CONTEXT else None)
+
+    @locked
+    def invvpid(self, type: int, vpid: int, gva: int = 0) -> None:
+        """INVVPID by L1: 0 an address of a VPID, 1 a VPID, 2 all VPIDs but L1's own, 3 a VPID but for global translations.
+
+        All of L2's translations count as those of any VPID. Without two-dimensional paging of the host the roots that shadow
+        L2's tables are left as well.
+
+        Parameters
+        ----------
+        type : int
+        vpid : int
+            Not 0, except with type 2.
+        gva : int
+            Linear address of type 0.
+
+        Raises
+        ------
+        VmFail
+            No such type, VPID 0 or one of more than 16 bits, or an address that is not canonical for the widest paging of the
+            processor (VM-instruction error 28).
+        InvalidOpcode
+            The processor is AMD's.
+        ValueError
+            L2 runs: it has no INVVPID, which would exit to L1.
+
+        Notes
+        -----
+        Source: SDM vol. 3, "INVVPID-Invalidate Translations Based on VPID".
+        """
+        type, vpid, gva = check_word("type", type), check_word("vpid", vpid), check_word("gva", gva)
+        check_vmx(self.cpu, "INVVPID", l2_runs=self._guest.guest_mode, has_it=True)
+        check_invvpid(self.cpu, type, vpid, gva)
+        if self._made is not None:
+            self._made.invvpid(type, gva)
 
     @locked
     def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:
@@ -531,7 +657,7 @@ class Vcpu(GuestAccesses, VmxInstructions):
         ------
         NestedFault
         """
-        self._check_walk(walk)
+        self._guest.check_walk(walk)
         gpa, access = check_word("gpa", gpa), check_one_access(access)
         pte_access = check_int("pte_access", pte_access, 0, _ACC_ALL)
         if walk is not self.gva_walk or not self.mmu_is_nested:
@@ -569,8 +695,9 @@ class Vcpu(GuestAccesses, VmxInstructions):
             raise TypeError(f"fault: gva_walk delivers a PageFault, got {type(fault).__name__}")
         if from_hardware is not None:
             check_word("from_hardware", from_hardware)
-        stage = None if self._second is None else self._second.stage
-        event = deliver_page_fault(fault, stage, self._guest_mode, vendor=self._cpu.vendor)
+        second = self._guest.second
+        stage = None if second is None else second.stage
+        event = deliver_page_fault(fault, stage, self._guest.guest_mode, vendor=self.cpu.vendor)
         if isinstance(event, ExceptionInjected):
             self.cr2 = event.cr2
         return event
@@ -578,43 +705,11 @@ class Vcpu(GuestAccesses, VmxInstructions):
     def _deliver_nested_fault(self, fault: GuestFault, from_hardware: int | None) -> ExitToL1:
         if not isinstance(fault, NestedFault):
             raise TypeError(f"fault: ngpa_walk delivers a NestedFault, got {type(fault).__name__}")
-        return deliver_nested_fault(fault, None if self._second is None else self._second.stage, from_hardware)
+        second = self._guest.second
+        return deliver_nested_fault(fault, None if second is None else second.stage, from_hardware)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.gva_walk.cpu_role!r}>"
-
-
-Vm._vcpu_type = Vcpu
-
-
-class _NestedSpace:
-    """L2's physical memory, as far as loading PDPTEs needs it."""
-
-    def __init__(self, mem: GuestMemory, second: SecondStage) -> None:
-        self.mem, self.second = mem, second
-        self.base = self.gpa = 0
-
-    def is_backed(self, gpa: int, n: int) -> bool:
-        self.base, self.gpa = gpa, self.second.pdpt_gpa(self.mem, gpa)
-        return self.mem.is_backed(self.gpa, n)
-
-    def read_u64(self, gpa: int) -> int:
-        return self.mem.read_u64(self.gpa + gpa - self.base)
-
-
-def _changes_roles(before: Regs, after: Regs) -> bool:
-    """Whether a MOV to CR0 or CR4 changes what roles are made of; CR0.WP counts for nothing while paging is off."""
-    cr0 = before.cr0 ^ after.cr0
-    return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
-
-
-def _known(registers: dict[str, Any]) -> dict[str, Any]:
-    """registers, if all of them are names of registers."""
-    known = {register.name for register in fields(Regs)}
-    for name in registers:
-        if name not in known:
-            raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(known))}")
-    return registers
 
 
 def _check_vm(vm: Vm | None, mem: GuestMemory, smm_mem: GuestMemory, tdp: str | None) -> None:

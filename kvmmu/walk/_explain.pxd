@@ -10,3 +10,5 @@ from kvmmu.walk._register_sets cimport WalkCopy
 cdef object record_of(WalkCopy walk, uint64_t addr, uint32_t access)
 # The exception behind a result
 cdef object fault_behind(WalkCopy walk, const walk_result *r, uint64_t addr, uint32_t access)
+# The rule behind a fault, as one word
+cdef object rule_of(WalkCopy walk, const walk_result *r, uint32_t access)

@@ -11,17 +11,18 @@ import weakref
 import numpy as np
 import pytest
 from children import outcome
+from internals import damage, memslot, pte_lists
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, PageFault, RetPf, ShadowMmu, TdpMmu, Tlb, Tracepoints, Vcpu, Vm
-from kvmmu.mmu.audit._damage import damage
-from kvmmu.mmu.core._rmap import PteLists
-from kvmmu.mmu.core._slots import Memslot
+from kvmmu.walk._vcpu_arch import new_arch
+from kvmmu.walk.pagewalk import new_walk
 
 PAGE = 4096
 LONG = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
-MODULES = ("memory._lock", "tlb._tlb", "machine._modes", "machine._machine", "machine._audit_tlb", "mmu.core._spte",
-           "mmu.core._slots", "mmu.core._rmap", "mmu.kvm._memory", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._shadow")
+MODULES = ("memory._lock", "tlb._tlb", "machine._modes", "machine._mmus", "machine._machine", "machine._audit_tlb",
+           "mmu.core._spte", "mmu.kvm._memslots", "mmu.kvm._state", "mmu.audit._leaf",
+           "mmu.audit._shadow")
 ODD = (None, 0, 1, -1, 1 << 63, 1 << 64, -(1 << 70), 0.5, "x", b"\xff" * 9, [], (), {}, True, object())
 ODD_ARRAYS = (np.zeros(1, np.uint64), np.zeros(3, np.uint8), np.zeros((2, 2), np.uint64))
 
@@ -98,7 +99,7 @@ def live_objects():
         vm, vcpu = long_mode_vm(host)
         vcpu.access(np.arange(4, dtype=np.uint64) << np.uint64(12), Access.WRITE)
         yield from ((f"{host.tdp} {type(thing).__name__}", thing) for thing in (
-            vm.kvm, vcpu._machine, vcpu.tlb, vcpu.mmu, vcpu.shadow_mmu, vm.kvm.lock))
+            vm.kvm, vcpu._machine(), vcpu.tlb, vcpu.mmu, vcpu.shadow_mmu, vm.kvm.lock))
 
 
 LIVE = list(live_objects())
@@ -142,17 +143,22 @@ def test_a_subclass_of_tlb_need_not_call_its_constructor():
     assert Tlb.__new__(Tlb).lookup(0) is None
 
 
-def test_a_machine_in_no_mode_says_so():
-    """A Machine by itself, without registers: nothing to run."""
+def test_a_machine_of_a_walk_without_registers_says_so():
+    """A Machine by itself, over walks that nobody has given registers: nothing to run."""
     vm, vcpu = long_mode_vm()
-    kind = type(vcpu._machine)
-    machine = kind(vm.kvm, vcpu._arch, 5, Tlb(), vcpu.gva_walk, vcpu.ngpa_walk)
-    for call in (lambda: machine.access_one(0, 0), machine.vm_enter, lambda: machine.emulate(0, 0), machine.hit_rights,
-                 lambda: machine.mmu.page_fault(0, 0)):
-        with pytest.raises(RuntimeError, match="set_cpu"):
+    kind = type(vcpu._machine())
+    walk = new_walk(vm.mem, new_arch(), lambda regs, second: regs)
+    with pytest.raises(RuntimeError, match="no processor model"):
+        kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
+    walk._set_cpu(CpuModel())
+    machine = kind(vm.kvm, 5, Tlb(), walk, vcpu.ngpa_walk)
+    for call in (lambda: machine.access_one(0, 0, 0), machine.vm_enter, lambda: machine.emulate(0, 0),
+                 lambda: machine.active_mmu().page_fault(0, 0), machine.flush_guest, lambda: machine.invlpg(0)):
+        with pytest.raises(RuntimeError, match="not in use"):
             call()
-    with pytest.raises(RuntimeError, match=r"before set_cpu\(\)"):
-        machine.set_mode(vm.mem)
+    assert vm.audit() == []
+    vcpu.access(0)
+    assert vm.audit() == []
 
 
 def test_a_kept_mmu_follows_the_registers():
@@ -206,11 +212,11 @@ def test_the_largest_tlb_and_a_new_shape():
                                                     (1 << 64, 1, 0), (0, 1, 1 << 63), (0, 0, 0)])
 def test_a_memslot_of_no_possible_size(gfn, npages, pfn):
     with pytest.raises(ValueError, match="want"):
-        Memslot(gfn, npages, pfn=pfn)
+        memslot(gfn, npages, pfn=pfn)
 
 
 def test_numbers_of_sptes_are_bounded():
-    lists = PteLists(1)
+    lists = pte_lists(1)
     for sptep in (1 << 62, 1 << 63, (1 << 64) - 1, -1):
         with pytest.raises(ValueError, match="62 bits"):
             lists.add(0, sptep)
@@ -260,14 +266,16 @@ def test_columns_that_are_too_short_are_refused():
     _, vcpu = long_mode_vm()
     columns = vcpu.access(np.zeros(3, np.uint64)).arrays()
     with pytest.raises(ValueError, match="want 4 rows"):
-        vcpu._machine.access(np.zeros(4, np.uint64), 0, columns)
+        vcpu._machine().access(np.zeros(4, np.uint64), 0, columns)
 
 
 def test_bytes_of_an_access_stay_within_a_page():
     vm, vcpu = long_mode_vm()
-    for call in (vcpu._machine.access_one, vcpu._machine.emulate):
+    machine = vcpu._machine()
+    for call in (lambda data: machine.access_one(0x5FFE, Access.WRITE, 0, data),
+                 lambda data: machine.emulate(0x5FFE, Access.WRITE, data)):
         with pytest.raises(ValueError, match="end of a page"):
-            call(0x5FFE, Access.WRITE, b"123")
+            call(b"123")
     assert vm.mem.read(0x5FF0, 16) == bytes(16)
 
 
@@ -534,8 +542,7 @@ def test_parts_of_a_machine_are_not_copied(how):
     """Half of a copy would be shared with the original."""
     vm, vcpu = long_mode_vm()
     vcpu.access(0)
-    for thing in (vm, vcpu, vcpu.tlb, vcpu.tdp_mmu, vcpu.shadow_mmu, vm.kvm, vcpu._machine, vm.kvm.lock, Memslot(0, 1),
-                  PteLists(1)):
+    for thing in (vm, vcpu, vcpu.tlb, vcpu.tdp_mmu, vcpu.shadow_mmu, vm.kvm, vcpu._machine(), vm.kvm.lock):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             how(thing)
 
@@ -634,7 +641,7 @@ def test_access_bytes_that_change_under_a_batch_stay_within_the_tables():
             return super().__getitem__(name)
 
     columns = kvmmu.Accesses.empty(8)
-    vcpu._machine.access(gva, access, Columns(columns.arrays()))
+    vcpu._machine().access(gva, access, Columns(columns.arrays()))
     assert set(columns.status.tolist()) <= {int(status) for status in kvmmu.Status}
 
 
@@ -659,5 +666,5 @@ def test_many_slots():
 
 
 def test_the_sweep_finds_the_classes_of_the_machine():
-    assert {"Tlb", "Machine", "MachineModes", "Mmu", "TdpMmu", "ShadowMmu", "Kvm", "KvmMemory", "SpteFormat", "Memslot",
-            "PteLists", "MachineLock"} <= {cls.__name__ for cls in CLASSES}
+    assert {"Tlb", "Machine", "Modes", "Mmu", "TdpMmu", "ShadowMmu", "Kvm", "Memslots", "SpteFormat",
+            "MachineLock"} <= {cls.__name__ for cls in CLASSES}

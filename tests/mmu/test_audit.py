@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scenarios
 from builders import PageTables, flag_bits
+from internals import damage
 from shadow_guests import shadow_pages
 
 from kvmmu import Access, GuestMemory, Host, Vm
-from kvmmu.mmu.audit._damage import damage
 from kvmmu.oracles.scenario import ScenarioMachine
 
 PAGE, MB2 = 0x1000, 0x200000

@@ -24,7 +24,7 @@ from shadow_guests import (
 )
 
 from kvmmu import Access, CpuRole, Ept, Host, Status
-from kvmmu.machine._machine import ShadowMmu, TdpMmu
+from kvmmu.machine._mmus import ShadowMmu, TdpMmu
 
 OFF = {"cr0": 1, "cr3": 0, "cr4": 0, "efer": 0}
 HOSTS = {"ept": Host(tdp="ept", maxphyaddr=48), "npt": Host(tdp="npt", maxphyaddr=48), "shadow": SHADOW}

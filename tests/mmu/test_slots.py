@@ -3,9 +3,7 @@
 
 import numpy as np
 import pytest
-
-from kvmmu.mmu.core._rmap import PteLists
-from kvmmu.mmu.core._slots import Memslot
+from internals import memslot, pte_lists
 
 M2, G1 = 512, 512 * 512
 
@@ -21,7 +19,7 @@ def allowed(first, npages, gfn, level):
     (0, 1), (0, M2), (0, M2 + 1), (1, M2), (M2 - 1, 2), (M2, 3 * M2), (5, 3 * G1), (G1, G1), (G1 + 7, 2 * G1), (3 * G1, 1)])
 def test_slot_edges_limit_large_pages(first, npages):
     """No page reaches over an edge of its slot."""
-    slot = Memslot(first, npages)
+    slot = memslot(first, npages)
     frames = {first, first + npages - 1} | {
         gfn for k in range(4) for size in (M2, G1)
         for gfn in (first + k * size, first + k * size - first % size, first + npages - k * size)}
@@ -34,19 +32,19 @@ def test_slot_edges_limit_large_pages(first, npages):
 
 @pytest.mark.parametrize("backing", [1, 2, 3])
 def test_host_backing_limits_large_pages(backing):
-    assert backing == Memslot(0, 2 * G1, backing).max_mapping_level(G1 + 5)
+    assert backing == memslot(0, 2 * G1, backing).max_mapping_level(G1 + 5)
 
 
 def test_host_frames_agree_with_guest_frames_where_huge_pages_may_map():
-    slot = Memslot(G1 + 77, 3 * G1, pfn=12345)
+    slot = memslot(G1 + 77, 3 * G1, pfn=12345)
     assert [slot.pfn(gfn) % G1 for gfn in (G1 + 77, 2 * G1, 4 * G1)] == [77, 0, 0]
     assert slot.pfn(G1 + 77) >= 12345
-    assert 12345 == Memslot(77, 10, backing=1, pfn=12345).pfn(77)
+    assert 12345 == memslot(77, 10, backing=1, pfn=12345).pfn(77)
 
 
 def test_reasons_against_large_pages_add_up():
     """Two tables in one 2M page: both must go before it may be large again."""
-    slot = Memslot(0, 4 * G1)
+    slot = memslot(0, 4 * G1)
     slot.disallow_lpage(M2 + 3)
     slot.disallow_lpage(M2 + 9)
     assert 1 == slot.max_mapping_level(M2)
@@ -59,7 +57,7 @@ def test_reasons_against_large_pages_add_up():
 
 
 def test_write_tracking_counts():
-    slot = Memslot(0, G1)
+    slot = memslot(0, G1)
     slot.track_writes(5)
     slot.track_writes(5)
     slot.track_writes(5, -1)
@@ -74,7 +72,7 @@ def test_write_tracking_counts():
 def test_lists_hold_what_a_list_holds():
     """Random additions and removals against Python lists; descriptors are used again."""
     rng = np.random.default_rng(7)
-    lists = PteLists(4)
+    lists = pte_lists(4)
     model = [[] for _ in range(4)]
     for step in range(30_000):
         i = int(rng.integers(4))
@@ -103,7 +101,7 @@ def test_lists_hold_what_a_list_holds():
 
 
 def test_entry_number_zero_is_an_entry():
-    lists = PteLists(1)
+    lists = pte_lists(1)
     lists.add(0, 0)
     assert [0] == lists.entries(0)
     lists.add(0, 1)

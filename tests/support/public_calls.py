@@ -377,8 +377,8 @@ CALLS = {
                              state=vm_state),
     "Vm.clear_dirty_log": Call(method(logged, "clear_dirty_log"), {"gpa": (PAGE, 0, TOP - PAGE), "size": (PAGE, 0, TOP)},
                                state=vm_state),
-    "VmxInstructions.invept": Call(method(paging_off, "invept"), {"type": (2, 0, U64), "eptp": (EPTP, 0, U64)}, state=vcpu_state),
-    "VmxInstructions.invvpid": Call(method(paging_off, "invvpid"), {
+    "Vcpu.invept": Call(method(paging_off, "invept"), {"type": (2, 0, U64), "eptp": (EPTP, 0, U64)}, state=vcpu_state),
+    "Vcpu.invvpid": Call(method(paging_off, "invvpid"), {
         "type": (1, 0, U64), "vpid": (3, 0, U64), "gva": (64, 0, U64)}, state=vcpu_state),
     "Vm.get_dirty_log": Call(method(machine, "get_dirty_log"), {"gpa": (1 << 30, 0, TOP - 1)}, {"clear": True}),
     "Vm.set_backing": range_call("set_backing", level="4k"),
@@ -485,7 +485,7 @@ def expected_parameters():
         if issubclass(thing, int) if inspect.isclass(thing) else False:
             continue                                                # enums
         for name, parameter, annotation in parameters_of(thing):
-            name = name.replace("GuestAccesses.", "Vcpu.")
+            name = re.sub(r"^VirtualMachine\b", "Vm", name)
             words = set(re.findall(r"\w+", re.sub(r"\w+\[.*\]", "", annotation)))
             if words & {"int", "ArrayLike"} and parameter not in ("gpas",):
                 found[name, parameter] = "int"

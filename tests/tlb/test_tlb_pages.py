@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from builders import PageTables, flag_bits, mode_regs
 from driver_nested import EptTables
+from internals import damage
 
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Host, Npt, Status, Tlb, Vm
-from kvmmu.mmu.audit._damage import damage
 
 MB, GB, PAGE, PGE = 1 << 20, 1 << 30, 0x1000, 1 << 7
 TABLES, STAGE = 0x10000, 13 * MB

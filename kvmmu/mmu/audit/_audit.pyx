@@ -21,7 +21,7 @@ from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.audit._shadow cimport audit_shadow, is_page_of_entries
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, kvm, kvm_vcpu, spte_to_child
 from kvmmu.mmu.core._page cimport first_spte
-from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_first
+from kvmmu.mmu.core._pte_list cimport pte_list_count, pte_list_first
 from kvmmu.mmu.core._spte cimport SpteFormat, is_last_spte, is_shadow_present_pte
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault

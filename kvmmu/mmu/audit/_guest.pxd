@@ -12,6 +12,6 @@ from kvmmu.mmu.core._kvm cimport kvm
 
 
 # A walk of tables that a page may shadow a part of; NULL: nobody walks such tables now
-cdef const kvm_pagewalk *walk_of(const kvm *k, uint32_t sp) noexcept
+cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept
 # Entry i of a page that shadows a guest's table
 cdef audit_guest_entry(_Findings f, const kvm_pagewalk *w, uint32_t sp, int i, uint64_t spte)

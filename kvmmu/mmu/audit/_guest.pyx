@@ -14,12 +14,12 @@ from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_mmu_page, sp_level, spte_to_child
 from kvmmu.mmu.core._page cimport sp_get_access, sp_get_gfn
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport kvm_memory_slot
 from kvmmu.mmu.core._spte cimport get_mmio_spte_gfn, is_last_spte, is_shadow_present_pte
 from kvmmu.mmu.shadow._guest_tables cimport (
     gpte_rights_of, gpte_size, is_accessed_gpte, is_malformed_gpte, is_present_gpte, protect_clean,
 )
-from kvmmu.mmu.shadow._zap cimport slot_of_sp
 
 
 cdef bint walks(const kvm_mmu *mmu, uint32_t role) noexcept:
@@ -28,7 +28,7 @@ cdef bint walks(const kvm_mmu *mmu, uint32_t role) noexcept:
     return mmu.w is not NULL and not mmu.root_role & ROLE_DIRECT_MASK and not (role ^ mmu.root_role) & ~free
 
 
-cdef const kvm_pagewalk *walk_of(const kvm *k, uint32_t sp) noexcept:
+cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept:
     cdef size_t i
     for i in range(k.nr_vcpus):
         if walks(&k.vcpus[i].root_mmu, k.pages[sp].role):

@@ -12,7 +12,7 @@
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm

@@ -11,17 +11,18 @@ from kvmmu.arch._bits cimport (
     SHADOW_NONPRESENT_VALUE, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.mmu.audit._guest cimport audit_guest_entry, walk_of
+from kvmmu.mmu.audit._guest cimport audit_guest_entry, shadowed_walk
 from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport (
     KVM_MMU_HASH_BUCKETS, KVM_SHADOW_MMU, PREV_ROOTS, kvm, kvm_mmu, kvm_mmu_page, page_list, slot_table, sp_level,
     spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, hash_bucket, sp_get_access, sp_get_gfn, sp_has_gptes
-from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._pte_list cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport kvm_memory_slot, level_index, lpage_disallowed
 from kvmmu.mmu.core._spte cimport SpteFormat, is_last_spte, is_shadow_present_pte, pages_per_hpage
-from kvmmu.mmu.shadow._zap cimport is_obsolete_sp, slot_of_sp
+from kvmmu.mmu.shadow._zap cimport is_obsolete_sp
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 
 
@@ -286,7 +287,7 @@ cdef class _Shadow:
             self.tell(sp, "remembers frames of its entries without need, or forgets them")
         self.unsync_bitmap(sp)
         if self.guest_tables and is_valid(page) and sp_has_gptes(page) and not page.unsync:
-            w = walk_of(k, sp)
+            w = shadowed_walk(k, sp)
         fmt = self.sptes.shadow_format(
             5, (page.role & ROLE_CR4_SMEP_MASK) != 0, k.spte.ept and (page.role & ROLE_GUEST_MODE_MASK) != 0)
         for i in range(SPTE_ENT_PER_PAGE):

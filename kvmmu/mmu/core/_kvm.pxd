@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport PAGE_SHIFT, ROLE_LEVEL_MASK, SPTE_BASE_ADDR_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.arch._format cimport kvm_page_format
-from kvmmu.mmu.core._rmap cimport pte_list_pool
+from kvmmu.mmu.core._pte_list cimport pte_list_pool
 from kvmmu.mmu.core._slots cimport kvm_memory_slot, slot_table
 from kvmmu.mmu.core._spte cimport spte_format
 from kvmmu.mmu.core._trace cimport trace_ring
@@ -25,7 +25,6 @@ cdef enum:
     KVM_SHADOW_MMU = 0              # index of the lists that each kind of MMU has for itself
     KVM_TDP_MMU = 1
     PREV_ROOTS = 3
-    SPECIAL_ROOTS = 3
     # what a vCPU does before it runs again
     REQ_TLB_FLUSH = 1
     REQ_FREE_OBSOLETE_ROOTS = 2
@@ -71,8 +70,9 @@ cdef struct kvm_stats:
 cdef struct kvm
 cdef struct kvm_vcpu
 
-# Leaf entries for [start, end) of a slot's frames go, in every MMU; what is flushed is the callee's business
+# The operations that both MMUs have a part in; `kvm/_gfns.pxd` describes them.
 ctypedef void (*unmap_gfns_fn)(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
+ctypedef bint (*write_protect_gfn_fn)(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil
 
 cdef struct kvm:
     spte_format spte
@@ -104,6 +104,7 @@ cdef struct kvm:
     size_t nr_vcpus
     bint vcpu_is_gone               # one of them, or more
     unmap_gfns_fn unmap_gfns
+    write_protect_gfn_fn write_protect_gfn
     bint tdp_enabled
     bint slot_zap_all               # a memslot that goes takes all page tables with it, not only its own
     bint has_shadow_roots           # memslots have rmaps
@@ -141,7 +142,8 @@ cdef struct kvm_mmu:
     kvm_mmu_root root
     kvm_mmu_root prev_roots[3]
     uint32_t root_role
-    uint32_t special_roots[3]       # pages for roots of level 3, 4, 5 that no guest table stands behind; 0: not made yet
+    # pages for the levels 3, 4 and 5 of a root that no guest table stands behind; 0: not made yet
+    uint32_t pae_root, pml4_root, pml5_root
 
 cdef struct kvm_vcpu:
     kvm *kvm

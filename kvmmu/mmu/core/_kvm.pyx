@@ -8,7 +8,7 @@ from libc.string cimport memmove
 from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K
 from kvmmu.memory._alloc cimport kvmmu_grow_array
 from kvmmu.mmu.core._kvm cimport REQ_TLB_FLUSH, kvm, kvm_vcpu
-from kvmmu.mmu.core._rmap cimport free_pool
+from kvmmu.mmu.core._pte_list cimport free_pool
 from kvmmu.mmu.core._slots cimport free_memslot
 
 

@@ -11,10 +11,12 @@ from kvmmu.arch._bits cimport (
 from kvmmu.memory._alloc cimport kvmmu_grow_array
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, page_list
 from kvmmu.mmu.core._page cimport first_spte, hash_bucket
-from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_remove
+from kvmmu.mmu.core._pte_list cimport pte_list_add, pte_list_remove
 
 cdef enum:
     FIRST_PAGES = 64
+    LIST_LINKS = 0                  # prev and next
+    NX_LINKS = 1                    # nx_prev and nx_next
 
 
 # ---- the arena ---------------------------------------------------------------------------------------------------------
@@ -114,61 +116,59 @@ cdef void forget_new_page(kvm *k, uint32_t sp) noexcept nogil:
 
 # ---- lists -------------------------------------------------------------------------------------------------------------
 
-cdef void list_append(kvm *k, page_list *pages, uint32_t sp) noexcept nogil:
-    k.pages[sp].prev, k.pages[sp].next = pages.tail, 0
+cdef inline uint32_t *link_of(kvm *k, uint32_t sp, int links, bint forward) noexcept nogil:
+    """Return the link of a page to the next one of a list, or to the one before."""
+    if links == NX_LINKS:
+        return &k.pages[sp].nx_next if forward else &k.pages[sp].nx_prev
+    return &k.pages[sp].next if forward else &k.pages[sp].prev
+
+
+cdef inline void append_by(kvm *k, page_list *pages, uint32_t sp, int links) noexcept nogil:
+    link_of(k, sp, links, False)[0] = pages.tail
+    link_of(k, sp, links, True)[0] = 0
     if pages.tail:
-        k.pages[pages.tail].next = sp
+        link_of(k, pages.tail, links, True)[0] = sp
     else:
         pages.head = sp
     pages.tail = sp
     pages.count += 1
 
 
-cdef void list_remove(kvm *k, page_list *pages, uint32_t sp) noexcept nogil:
-    cdef uint32_t prev = k.pages[sp].prev, next = k.pages[sp].next
+cdef inline void remove_by(kvm *k, page_list *pages, uint32_t sp, int links) noexcept nogil:
+    cdef uint32_t prev = link_of(k, sp, links, False)[0], next = link_of(k, sp, links, True)[0]
     if prev:
-        k.pages[prev].next = next
+        link_of(k, prev, links, True)[0] = next
     else:
         pages.head = next
     if next:
-        k.pages[next].prev = prev
+        link_of(k, next, links, False)[0] = prev
     else:
         pages.tail = prev
-    k.pages[sp].prev = k.pages[sp].next = 0
+    link_of(k, sp, links, False)[0] = link_of(k, sp, links, True)[0] = 0
     pages.count -= 1
 
 
+cdef void list_append(kvm *k, page_list *pages, uint32_t sp) noexcept nogil:
+    append_by(k, pages, sp, LIST_LINKS)
+
+
+cdef void list_remove(kvm *k, page_list *pages, uint32_t sp) noexcept nogil:
+    remove_by(k, pages, sp, LIST_LINKS)
+
+
 cdef void track_possible_nx_huge_page(kvm *k, uint32_t sp, int kind) noexcept nogil:
-    cdef page_list *pages = &k.possible_nx_huge_pages[kind]
     if k.pages[sp].nx_huge_page_disallowed:
         return
     k.pages[sp].nx_huge_page_disallowed = True
-    k.pages[sp].nx_prev, k.pages[sp].nx_next = pages.tail, 0
-    if pages.tail:
-        k.pages[pages.tail].nx_next = sp
-    else:
-        pages.head = sp
-    pages.tail = sp
-    pages.count += 1
+    append_by(k, &k.possible_nx_huge_pages[kind], sp, NX_LINKS)
     k.stats.nx_lpage_splits += 1
 
 
 cdef void untrack_possible_nx_huge_page(kvm *k, uint32_t sp, int kind) noexcept nogil:
-    cdef page_list *pages = &k.possible_nx_huge_pages[kind]
-    cdef uint32_t prev = k.pages[sp].nx_prev, next = k.pages[sp].nx_next
     if not k.pages[sp].nx_huge_page_disallowed:
         return
     k.pages[sp].nx_huge_page_disallowed = False
-    if prev:
-        k.pages[prev].nx_next = next
-    else:
-        pages.head = next
-    if next:
-        k.pages[next].nx_prev = prev
-    else:
-        pages.tail = prev
-    k.pages[sp].nx_prev = k.pages[sp].nx_next = 0
-    pages.count -= 1
+    remove_by(k, &k.possible_nx_huge_pages[kind], sp, NX_LINKS)
     k.stats.nx_lpage_splits -= 1
 
 

@@ -1,59 +1,35 @@
-"""Lists of SPTEs: the reverse map of a guest frame, and the parents of a shadow page.
+"""The reverse map: for each guest frame of a slot and each level, the leaf SPTEs of shadow pages that map it.
 
-An SPTE is named by its number: shadow page * 512 + index (`sptep`). A list is one word, its head: 0 is empty; an even head
-holds a single SPTE; an odd one names a chain of descriptors with PTE_LIST_EXT entries each. Order is that of insertion, as
-far as removals let it be: the last entry takes the place of the one that goes.
-
-How the pieces are used: `rmap_head()` finds the head of (slot, gfn, level) and grows with `pte_list_add()` whenever a leaf
-SPTE of a shadow page becomes present; `kvm_mmu_page.parents` is such a head over the entries that point to the page.
-To visit a list that the visit changes, take `pte_list_first()` until it is empty; otherwise `pte_list_get()` by number.
+A slot has one list head for each page of each level (`_pte_list.pxd`), once a shadow MMU has a root. `rmap_add()` goes with
+every leaf that becomes present, `rmap_remove()` with every leaf that goes.
 """
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu.core._slots cimport kvm_memory_slot, level_index
+from kvmmu.arch._bits cimport ROLE_SMM_SHIFT
+from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, memslots_of
+from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, level_index
 
 cdef enum:
-    PTE_LIST_EXT = 14
+    RMAP_RECYCLE_THRESHOLD = 1000   # a longer list is emptied by whoever has added to it
 
-cdef struct pte_list_desc:
-    uint32_t next                   # descriptor after this one; 0: none
-    uint32_t count
-    uint64_t sptes[14]
 
-# All descriptors of one virtual machine.
-cdef struct pte_list_pool:
-    pte_list_desc *descs            # [0] is not used
-    size_t count
-    size_t capacity
-    uint32_t free                   # first of the free ones
+cdef inline bint has_rmaps(const kvm_memory_slot *slot) noexcept nogil:
+    return slot.rmap[0] is not NULL
 
 
 cdef inline uint64_t *rmap_head(kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil:
-    """The reverse map of gfn at this level; the slot's rmaps must exist."""
+    """Return the list of the page of gfn at this level; the slot must have rmaps."""
     return &slot.rmap[level - 1][level_index(slot, gfn, level)]
 
 
-cdef void free_pool(pte_list_pool *pool) noexcept nogil
-# Make sure that n additions need no memory: 0, or -1
-cdef int reserve_descs(pte_list_pool *pool, size_t n) noexcept nogil
-# Returns how many entries the list had; needs one reserved descriptor
-cdef size_t pte_list_add(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil
-# Whether it was there
-cdef bint pte_list_remove(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil
-cdef size_t pte_list_count(const pte_list_pool *pool, uint64_t head) noexcept nogil
-# IN i: below the count
-cdef uint64_t pte_list_get(const pte_list_pool *pool, uint64_t head, size_t i) noexcept nogil
+cdef inline kvm_memory_slot *slot_of_sp(kvm *k, const kvm_mmu_page *sp, uint64_t gfn) noexcept nogil:
+    """Return the slot of a frame in the address space of a shadow page."""
+    return gfn_to_memslot(memslots_of(k, <int>(sp.role >> ROLE_SMM_SHIFT)), gfn)
 
 
-cdef inline uint64_t pte_list_first(const pte_list_pool *pool, uint64_t head) noexcept nogil:
-    """The first entry of a list that is not empty."""
-    return pte_list_get(pool, head, 0)
-
-
-cdef class PteLists:
-    cdef pte_list_pool pool
-    cdef uint64_t *heads
-    cdef Py_ssize_t n
-    cdef uint64_t *head(self, i) except NULL
+# Enter a leaf that is present already; returns how many leaves the list had. Needs one reserved descriptor
+cdef size_t rmap_add(kvm *k, kvm_memory_slot *slot, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
+# Take out a leaf that goes. The page still knows its frame
+cdef void rmap_remove(kvm *k, uint64_t sptep) noexcept nogil

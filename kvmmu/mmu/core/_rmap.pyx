@@ -1,197 +1,32 @@
-"""Lists of SPTEs, as `_rmap.pxd` describes them."""
+"""The reverse map, as `_rmap.pxd` describes it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu.core._rmap cimport PTE_LIST_EXT, pte_list_desc, pte_list_pool
-
-
-cdef inline uint64_t single(uint64_t sptep) noexcept nogil:
-    return (sptep + 1) << 1
-
-
-cdef void free_pool(pte_list_pool *pool) noexcept nogil:
-    free(pool.descs)
-    pool.descs = NULL
+from kvmmu.arch._bits cimport SPTE_ENT_PER_PAGE
+from kvmmu.mmu.core._kvm cimport count_leaf, kvm, kvm_mmu_page, sp_level, sp_of
+from kvmmu.mmu.core._page cimport sp_get_gfn, sp_set_translation
+from kvmmu.mmu.core._pte_list cimport pte_list_add, pte_list_remove
+from kvmmu.mmu.core._rmap cimport rmap_head, slot_of_sp
+from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 
-cdef int reserve_descs(pte_list_pool *pool, size_t n) noexcept nogil:
-    cdef size_t capacity
-    cdef pte_list_desc *grown
-    if pool.count + n < pool.capacity:
-        return 0
-    capacity = 2 * pool.capacity + n + 64
-    grown = <pte_list_desc *>kvmmu_grow_array(pool.descs, capacity, sizeof(pte_list_desc))
-    if grown is NULL:
-        return -1
-    if pool.count == 0:
-        pool.count = 1
-    pool.descs, pool.capacity = grown, capacity
-    return 0
+cdef size_t rmap_add(kvm *k, kvm_memory_slot *slot, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil:
+    cdef kvm_mmu_page *sp = sp_of(k, sptep)
+    cdef int level = sp_level(sp)
+    cdef size_t count
+    sp_set_translation(sp, <int>(sptep % SPTE_ENT_PER_PAGE), gfn, access)
+    count_leaf(k, level, 1)
+    count = pte_list_add(&k.lists, rmap_head(slot, gfn, level), sptep)
+    k.stats.max_mmu_rmap_size = max(k.stats.max_mmu_rmap_size, <int64_t>count)
+    return count
 
 
-cdef uint32_t new_desc(pte_list_pool *pool) noexcept nogil:
-    cdef uint32_t d = pool.free
-    if d:
-        pool.free = pool.descs[d].next
-    else:
-        d = <uint32_t>pool.count
-        pool.count += 1
-    pool.descs[d].next = 0
-    pool.descs[d].count = 0
-    return d
-
-
-cdef void free_desc(pte_list_pool *pool, uint32_t d) noexcept nogil:
-    pool.descs[d].next = pool.free
-    pool.free = d
-
-
-cdef size_t pte_list_add(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil:
-    cdef uint32_t d, last
-    cdef size_t n = 0
-    if head[0] == 0:
-        head[0] = single(sptep)
-        return 0
-    if not head[0] & 1:
-        d = new_desc(pool)
-        pool.descs[d].sptes[0] = (head[0] >> 1) - 1
-        pool.descs[d].sptes[1] = sptep
-        pool.descs[d].count = 2
-        head[0] = (<uint64_t>d << 1) | 1
-        return 1
-    last = <uint32_t>(head[0] >> 1)
-    n = pool.descs[last].count
-    while pool.descs[last].next:
-        last = pool.descs[last].next
-        n += pool.descs[last].count
-    if pool.descs[last].count == PTE_LIST_EXT:
-        d = new_desc(pool)
-        pool.descs[last].next = d
-        last = d
-    pool.descs[last].sptes[pool.descs[last].count] = sptep
-    pool.descs[last].count += 1
-    return n
-
-
-cdef bint pte_list_remove(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil:
-    cdef uint32_t d, found = 0, last = 0, before = 0
-    cdef size_t i, place = 0
-    cdef pte_list_desc *desc
-    if head[0] == 0:
-        return False
-    if not head[0] & 1:
-        if head[0] != single(sptep):
-            return False
-        head[0] = 0
-        return True
-    d = <uint32_t>(head[0] >> 1)
-    while d:
-        desc = &pool.descs[d]
-        if not found:
-            for i in range(desc.count):
-                if desc.sptes[i] == sptep:
-                    found, place = d, i
-                    break
-        if desc.next:
-            before = d
-        last = d
-        d = desc.next
-    if not found:
-        return False
-    desc = &pool.descs[last]
-    desc.count -= 1
-    pool.descs[found].sptes[place] = desc.sptes[desc.count]
-    if desc.count == 0:                                 # never the first descriptor: that one ends as a single entry
-        pool.descs[before].next = 0
-        free_desc(pool, last)
-    d = <uint32_t>(head[0] >> 1)
-    if pool.descs[d].next == 0 and pool.descs[d].count == 1:
-        head[0] = single(pool.descs[d].sptes[0])
-        free_desc(pool, d)
-    return True
-
-
-cdef size_t pte_list_count(const pte_list_pool *pool, uint64_t head) noexcept nogil:
-    cdef uint32_t d
-    cdef size_t n = 0
-    if not head & 1:
-        return 1 if head else 0
-    d = <uint32_t>(head >> 1)
-    while d:
-        n += pool.descs[d].count
-        d = pool.descs[d].next
-    return n
-
-
-cdef uint64_t pte_list_get(const pte_list_pool *pool, uint64_t head, size_t i) noexcept nogil:
-    cdef uint32_t d
-    if not head & 1:
-        return (head >> 1) - 1
-    d = <uint32_t>(head >> 1)
-    while i >= pool.descs[d].count:
-        i -= pool.descs[d].count
-        d = pool.descs[d].next
-    return pool.descs[d].sptes[i]
-
-
-# ---- the Python face ---------------------------------------------------------------------------------------------------
-
-cdef enum:
-    SPTEP_BITS = 62                 # a head has a number and two bits in a word
-
-
-cdef class PteLists:
-    """Lists of SPTE numbers, as the reverse map keeps them; for inspection and tests.
-
-    Parameters
-    ----------
-    n : int
-        How many lists.
-    """
-
-    def __cinit__(self, Py_ssize_t n):
-        if n < 1:
-            raise ValueError(f"n: want at least one list, got {n}")
-        self.heads = <uint64_t *>calloc(n, sizeof(uint64_t))
-        if self.heads is NULL:
-            raise MemoryError
-        self.n = n
-
-    def __dealloc__(self):
-        free(self.heads)
-        free_pool(&self.pool)
-
-    def __reduce__(self):
-        raise TypeError("PteLists cannot be copied or pickled")
-
-    cdef uint64_t *head(self, i) except NULL:
-        if not 0 <= i < self.n:
-            raise IndexError(f"list {i} of {self.n}")
-        return &self.heads[i]
-
-    def add(self, i, sptep):
-        """Append an SPTE number (of at most 62 bits) to list i; returns how many entries it had."""
-        cdef uint64_t *head = self.head(i)
-        if sptep < 0 or sptep >> SPTEP_BITS:
-            raise ValueError(f"sptep: want {SPTEP_BITS} bits, got {sptep:#x}")
-        if reserve_descs(&self.pool, 1):
-            raise MemoryError
-        return pte_list_add(&self.pool, head, sptep)
-
-    def remove(self, i, sptep):
-        """Remove an SPTE number; whether it was there."""
-        cdef uint64_t *head = self.head(i)
-        return sptep >= 0 and not sptep >> SPTEP_BITS and bool(pte_list_remove(&self.pool, head, sptep))
-
-    def entries(self, i):
-        """The SPTE numbers of list i."""
-        cdef uint64_t head = self.head(i)[0]
-        return [int(pte_list_get(&self.pool, head, k)) for k in range(int(pte_list_count(&self.pool, head)))]
-
-    @property
-    def descriptors(self):
-        """Descriptors that were ever in use: they are taken again."""
-        return int(self.pool.count) - 1 if self.pool.count else 0
+cdef void rmap_remove(kvm *k, uint64_t sptep) noexcept nogil:
+    cdef kvm_mmu_page *sp = sp_of(k, sptep)
+    cdef int level = sp_level(sp)
+    cdef uint64_t gfn = sp_get_gfn(sp, <int>(sptep % SPTE_ENT_PER_PAGE))
+    cdef kvm_memory_slot *slot = slot_of_sp(k, sp, gfn)
+    count_leaf(k, level, -1)
+    if slot is NULL or not pte_list_remove(&k.lists, rmap_head(slot, gfn, level), sptep):
+        k.stats.bugs += 1

@@ -60,6 +60,11 @@ cdef inline kvm_memory_slot *gfn_to_memslot(slot_table *table, uint64_t gfn) noe
     return find_memslot(table, gfn)
 
 
+cdef inline uint64_t slot_end(const kvm_memory_slot *slot) noexcept nogil:
+    """Return the first frame behind the slot."""
+    return slot.base_gfn + slot.npages
+
+
 cdef inline uint64_t level_index(const kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil:
     """Index of the page of this level in the slot's arrays."""
     cdef int shift = PT64_INDEX_BITS * (level - 1)
@@ -116,8 +121,3 @@ cdef void sort_memslots(slot_table *table) noexcept nogil
 cdef void remove_invalid_memslots(slot_table *table) noexcept nogil
 # The number of the first slot that ends beyond gfn
 cdef size_t first_memslot_at(const slot_table *table, uint64_t gfn) noexcept nogil
-
-
-cdef class Memslot:
-    cdef kvm_memory_slot *slot
-    cdef uint64_t frame(self, gfn) except? 0

@@ -5,12 +5,9 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, qsort
 from libc.string cimport memset
 
-from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
+from kvmmu.arch._bits cimport PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT64_INDEX_BITS
 from kvmmu.memory._alloc cimport kvmmu_grow_array
-from kvmmu.mmu.core._slots cimport (
-    HOST_LEVEL_MASK, SLOT_VERSIONS, host_page_of, host_pfn_of, is_write_tracked, kvm_memory_slot, level_index,
-    lpage_disallowed, slot_table,
-)
+from kvmmu.mmu.core._slots cimport HOST_LEVEL_MASK, SLOT_VERSIONS, kvm_memory_slot, level_index, lpage_disallowed, slot_table
 
 
 cdef size_t first_memslot_at(const slot_table *table, uint64_t gfn) noexcept nogil:
@@ -176,68 +173,3 @@ cdef void remove_invalid_memslots(slot_table *table) noexcept nogil:
             table.slots[kept] = table.slots[i]
             kept += 1
     table.count = kept
-
-
-# ---- the Python face ---------------------------------------------------------------------------------------------------
-
-cdef class Memslot:
-    """One memslot by itself, for inspection and tests.
-
-    Parameters
-    ----------
-    gfn, npages : int
-        First guest frame, and how many; of 40 bits, as of guest-physical addresses.
-    backing : int
-        Level that the host maps it at: 1, 2 or 3.
-    pfn : int
-        First host frame that is free.
-    """
-
-    def __cinit__(self, gfn, npages, backing=3, pfn=0):
-        cdef uint64_t first
-        frames = int(GPA_LIMIT >> PAGE_SHIFT)
-        if not npages > 0 or backing not in (1, 2, 3):
-            raise ValueError(f"npages: want at least 1, got {npages}; backing: want 1, 2 or 3, got {backing}")
-        if not 0 <= gfn <= frames - npages or not 0 <= pfn < frames:
-            raise ValueError(f"want frames below {frames:#x}, got gfn {gfn:#x}, npages {npages:#x}, pfn {pfn:#x}")
-        first = pfn
-        self.slot = new_memslot(0, 0, gfn, npages, NULL, backing, False, &first)
-        if self.slot is NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        if self.slot is not NULL:
-            free_memslot(self.slot)
-
-    def __reduce__(self):
-        raise TypeError("a Memslot cannot be copied or pickled")
-
-    cdef uint64_t frame(self, gfn) except? 0:
-        if not self.slot.base_gfn <= gfn < self.slot.base_gfn + self.slot.npages:
-            raise ValueError(f"gfn: {gfn:#x} is not in the slot")
-        return gfn
-
-    def max_mapping_level(self, gfn, max_level=3):
-        """Largest page that may map gfn."""
-        cdef uint64_t frame = self.frame(gfn)
-        if max_level not in (1, 2, 3):
-            raise ValueError(f"max_level: want 1, 2 or 3, got {max_level}")
-        return max_mapping_level(self.slot, frame, max_level, host_page_of(self.slot, frame))
-
-    def pfn(self, gfn):
-        """The host frame behind gfn."""
-        cdef uint64_t frame = self.frame(gfn)
-        return int(host_pfn_of(self.slot, frame, host_page_of(self.slot, frame)))
-
-    def disallow_lpage(self, gfn, count=1):
-        """Give one reason more (1) or fewer (-1) against huge pages around gfn."""
-        account_disallow_lpage(self.slot, self.frame(gfn), count)
-
-    def track_writes(self, gfn, count=1):
-        """Track writes to gfn once more (1) or less (-1)."""
-        if account_write_track(self.slot, self.frame(gfn), count):
-            raise MemoryError
-
-    def is_write_tracked(self, gfn):
-        """Whether writes to gfn are tracked."""
-        return bool(is_write_tracked(self.slot, self.frame(gfn)))

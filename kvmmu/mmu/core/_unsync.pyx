@@ -6,7 +6,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu.arch._bits cimport PG_LEVEL_2M, PG_LEVEL_4K, ROLE_INVALID_MASK, SPTE_ENT_PER_PAGE
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu_page, sp_level
 from kvmmu.mmu.core._page cimport hash_first, sp_has_gptes
-from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._pte_list cimport pte_list_count, pte_list_get
 from kvmmu.mmu.core._slots cimport is_write_tracked, kvm_memory_slot, lpage_disallowed
 from kvmmu.mmu.core._trace cimport TRACE_SYNC_PAGE, TRACE_UNSYNC_PAGE, trace
 

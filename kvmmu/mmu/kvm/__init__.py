@@ -1,7 +1,9 @@
 """What knows both MMUs.
 
 `_entry`   from an exit to a return code; roots of a vCPU.
-`_memory`, `_state`  Kvm: a virtual machine's state as a Python object: memslots; notifiers, dirty log.
+`_gfns`    guest frames in the tables of both MMUs: zap, write protection.
+`_memslots`  Memslots: the memslots that follow a GuestMemory, and the host-physical memory behind them.
+`_state`   Kvm: a virtual machine's state as a Python object: notifiers, dirty log, maintenance.
 `_inspect` counters, events and pages as arrays.
 """
-# Order: _entry, _memory, _state, _inspect
+# Order: _entry, _gfns, _memslots, _state, _inspect

@@ -15,7 +15,7 @@ from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.mmu.core._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu.core._kvm cimport (
     REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,
-    SPECIAL_ROOTS, kvm_page_fault, kvm_vcpu, memslots_of,
+    kvm_page_fault, kvm_vcpu, memslots_of,
 )
 from kvmmu.mmu.core._page cimport first_spte, free_page
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
@@ -49,7 +49,7 @@ cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexc
     return True
 
 
-cdef uint32_t error_code_of(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
+cdef uint32_t walker_error_code(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
     """P and RSVD of the walk that failed, which exit information of a second stage has in a form of its own."""
     if r.status == STATUS_NESTED_PAGE_FAULT:
         return <uint32_t>r.exit_qualification
@@ -60,7 +60,7 @@ cdef uint32_t error_code_of(const kvm_vcpu *vcpu, const walk_result *r) noexcept
 
 cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
-    cdef uint32_t error_code = error_code_of(vcpu, r), prev_roots = 0
+    cdef uint32_t error_code = walker_error_code(vcpu, r), prev_roots = 0
     cdef bint stale = error_code & PFERR_PRESENT_MASK and not error_code & PFERR_RSVD_MASK
     if not by_ngpa_walk:
         vcpu.kvm.stats.pf_guest += 1
@@ -152,13 +152,17 @@ cdef void drain_pml(kvm_vcpu *vcpu, uint16_t index) noexcept nogil:
             mark_slot_dirty(slot, gfn)
 
 
+cdef void free_top_page(kvm *k, uint32_t *sp) noexcept nogil:
+    if sp[0]:
+        free_page(k, sp[0])
+        sp[0] = 0
+
+
 cdef void free_mmu_pages(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil:
-    cdef int i
     free_mmu_roots(vcpu, mmu)
-    for i in range(SPECIAL_ROOTS):
-        if mmu.special_roots[i]:
-            free_page(vcpu.kvm, mmu.special_roots[i])
-            mmu.special_roots[i] = 0
+    free_top_page(vcpu.kvm, &mmu.pae_root)
+    free_top_page(vcpu.kvm, &mmu.pml4_root)
+    free_top_page(vcpu.kvm, &mmu.pml5_root)
 
 
 cdef void free_vcpu_pages(kvm_vcpu *vcpu) noexcept nogil:

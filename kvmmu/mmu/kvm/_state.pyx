@@ -6,20 +6,24 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
-from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmmu.memory._lock cimport MachineLock
+from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.mmu.core._fault cimport host_writes, move_host_page
-from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, kvm
+from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, KVM_TDP_MMU, flush_remote_tlbs, free_kvm, kvm, new_kvm, remove_vcpu
 from kvmmu.mmu.core._slots cimport (
-    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, alloc_host_pages, host_page_of, host_pfn_of, kvm_memory_slot,
-    mark_slot_dirty, set_dirty_log,
+    HOST_LEVEL_MASK, HOST_READONLY, HOST_UNMAPPED, slot_table, first_memslot_at, alloc_host_pages, host_page_of, host_pfn_of,
+    kvm_memory_slot, mark_slot_dirty, set_dirty_log,
 )
-from kvmmu.mmu.core._spte cimport pages_per_hpage
-from kvmmu.mmu.kvm._memory cimport KvmMemory, check_space, next_generation, unmap_gfns, zap_all_fast
+from kvmmu.mmu.core._spte cimport SpteFormat, pages_per_hpage
+from kvmmu.mmu.kvm._entry cimport free_vcpu_pages
+from kvmmu.mmu.kvm._gfns cimport next_generation, slot_gfn_write_protect, unmap_gfns, zap_all_fast
+from kvmmu.mmu.kvm._memslots cimport check_space, new_memslots
 from kvmmu.mmu.shadow._range cimport (
     shadow_age_gfn_range, shadow_recover_nx_huge_pages, shadow_wrprot_pt_masked, shadow_wrprot_slot, shadow_zap_collapsible,
-    slot_gfn_write_protect,
 )
 from kvmmu.mmu.shadow._track cimport track_write
+from kvmmu.mmu.shadow._zap cimport KVM_MIN_ALLOC_MMU_PAGES, change_mmu_pages
 from kvmmu.mmu.tdp._range cimport (
     tdp_age_gfn_range, tdp_clear_dirty_pt_masked, tdp_clear_dirty_slot, tdp_recover_huge_pages, tdp_recover_nx_huge_pages,
     tdp_try_split_huge_pages, tdp_wrprot_slot,
@@ -62,7 +66,7 @@ cdef int limit_level(kvm_memory_slot *slot, uint64_t start, uint64_t end) except
     return 0
 
 
-cdef class Kvm(KvmMemory):
+cdef class Kvm:
     """The page tables of one virtual machine and all that decides over them. Made by a Vm.
 
     Parameters
@@ -75,6 +79,99 @@ cdef class Kvm(KvmMemory):
     slot_zap_all : bool
         A memslot that goes takes all page tables with it.
     """
+
+    def __cinit__(self, host, GuestMemory mem not None, GuestMemory smm_mem not None, backing=None, slot_zap_all=True,
+                  MachineLock lock=None):
+        cdef SpteFormat fmt = SpteFormat(host)
+        level = host.max_huge_page_level if backing is None else backing
+        if level not in (1, 2, 3):
+            raise ValueError(f"backing: want 1, 2 or 3, got {backing!r}")
+        self.k = new_kvm()
+        if self.k is NULL:
+            raise MemoryError
+        self.host, self.lock, self.backing, self.fmt = host, MachineLock() if lock is None else lock, level, fmt
+        self.k.spte = fmt.f
+        self.k.arena_hpa = <uint64_t>1 << (fmt.f.maxphyaddr - 1)
+        self.k.tdp_enabled = host.tdp is not None
+        self.k.slot_zap_all = bool(slot_zap_all)
+        self.k.smep_andnot_wp = host.role_bits.smep_andnot_wp
+        self.k.unmap_gfns, self.k.write_protect_gfn = unmap_gfns, slot_gfn_write_protect
+        self.arena.slots = &self.arena_slot
+        self.arena.count = 1
+        self.memslots = new_memslots(self.k, mem, smm_mem, level, host)
+        self.memslots.sync()
+
+    def __dealloc__(self):
+        free_kvm(self.k)
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+
+    cdef int sync(self) except -1:
+        if self.k.vcpu_is_gone:
+            self.reap()
+        return self.memslots.sync()
+
+    cdef void reap(self) noexcept:
+        """Leave the vCPUs that nobody runs any more."""
+        cdef size_t i = self.k.nr_vcpus
+        self.k.vcpu_is_gone = False
+        while i > 0:
+            i -= 1
+            if self.k.vcpus[i].gone:
+                free_vcpu_pages(self.k.vcpus[i])
+                remove_vcpu(self.k, i)
+
+    # ---- memslots ----------------------------------------------------------------------------------------------------
+
+    def sync_slots(self):
+        """Take the slots that the memory has now.
+
+        Raises
+        ------
+        ValueError
+            The host has too few physical addresses for those that are new; the memslots are as before.
+        """
+        with self.lock:
+            self.sync()
+
+    def slots(self):
+        """One dict per memslot: id, as_id, gpa, size, pfn, readonly, dirty_log."""
+        cdef kvm_memory_slot *slot
+        rows = []
+        with self.lock:
+            self.sync()
+            for address in self.memslots.slots_by_region.values():
+                slot = <kvm_memory_slot *><uintptr_t>address
+                rows.append({"id": int(slot.id), "as_id": int(slot.as_id), "gpa": int(slot.base_gfn << PAGE_SHIFT),
+                             "size": int(slot.npages << PAGE_SHIFT), "pfn": int(slot.base_pfn), "readonly": bool(slot.readonly),
+                             "dirty_log": bool(slot.dirty_log)})
+        return sorted(rows, key=lambda row: (row["as_id"], row["gpa"]))
+
+    def readonly_slot(self, gpa, size):
+        """Where the first slot that is read-only to the guest begins in [gpa, gpa + size); None without one."""
+        cdef const slot_table *table
+        cdef uint64_t first, last
+        cdef size_t i
+        if gpa < 0 or size <= 0 or gpa + size > GPA_LIMIT:
+            return None
+        with self.lock:
+            self.sync()
+            table = &self.k.slots[0]
+            first, last = gpa >> PAGE_SHIFT, (gpa + size - 1) >> PAGE_SHIFT
+            for i in range(first_memslot_at(table, first), table.count):
+                if table.slots[i].base_gfn > last:
+                    break
+                if table.slots[i].readonly:
+                    return int(table.slots[i].base_gfn << PAGE_SHIFT)
+        return None
+
+    def set_nr_mmu_pages(self, n):
+        """Set the limit on shadow pages; a few are always allowed."""
+        with self.lock:
+            self.sync()
+            change_mmu_pages(self.k, max(n, KVM_MIN_ALLOC_MMU_PAGES))
+            self.k.limit_requested = True
 
     # ---- the host ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +187,7 @@ cdef class Kvm(KvmMemory):
         if level > self.backing:
             raise ValueError(f"level {level}: the machine was made for host pages of level {self.backing} at most")
         with self.lock:
-            for address, start, end in self._frames(gpa, size):
+            for address, start, end in self.memslots.frames(gpa, size):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if alloc_host_pages(slot):
                     raise MemoryError
@@ -111,7 +208,7 @@ cdef class Kvm(KvmMemory):
         if how not in ("unmap", "move", "protect", "readonly"):
             raise ValueError(f"how: want 'unmap', 'move' or 'protect', got {how!r}")
         with self.lock:
-            for address, start, end in self._frames(gpa, size):
+            for address, start, end in self.memslots.frames(gpa, size):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if alloc_host_pages(slot):
                     raise MemoryError
@@ -139,7 +236,7 @@ cdef class Kvm(KvmMemory):
         cdef kvm_memory_slot *slot
         cdef uint8_t page
         with self.lock:
-            slot = self.slot_at(gpa, as_id)
+            slot = self.memslots.slot_at(gpa, as_id)
             page = host_page_of(slot, <uint64_t>gpa >> PAGE_SHIFT)
             return (int(host_pfn_of(slot, <uint64_t>gpa >> PAGE_SHIFT, page)), int(page & HOST_LEVEL_MASK),
                     bool(page & HOST_UNMAPPED), bool(page & HOST_READONLY))
@@ -150,7 +247,7 @@ cdef class Kvm(KvmMemory):
         with self.lock:
             if self.k.mmu_invalidate_start != self.k.mmu_invalidate_end:
                 raise ValueError("an invalidation is under way already")
-            parts = self._frames(gpa, size)
+            parts = self.memslots.frames(gpa, size)
             self.k.mmu_invalidate_start, self.k.mmu_invalidate_end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
             for address, start, end in parts:
                 slot = <kvm_memory_slot *><uintptr_t>address
@@ -167,7 +264,7 @@ cdef class Kvm(KvmMemory):
         young = False
         cdef kvm_memory_slot *slot
         with self.lock:
-            for address, start, end in self._frames(gpa, size):
+            for address, start, end in self.memslots.frames(gpa, size):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 young |= bool(shadow_age_gfn_range(self.k, slot, start, end, bool(clear)))
                 young |= bool(tdp_age_gfn_range(self.k, slot.as_id, start, end, bool(clear)))
@@ -181,7 +278,7 @@ cdef class Kvm(KvmMemory):
         cdef kvm_memory_slot *slot
         cdef uint64_t i
         with self.lock:
-            slot = self.slot_at(gpa, as_id)
+            slot = self.memslots.slot_at(gpa, as_id)
             for i in dirty:
                 if i >= slot.npages:
                     raise ValueError(f"dirty: page {i} of a slot of {slot.npages}")
@@ -229,7 +326,7 @@ cdef class Kvm(KvmMemory):
             return np.flatnonzero(bits).astype(np.uint64) + np.uint64(slot.base_gfn)
 
     cdef kvm_memory_slot *logged_slot(self, gpa, as_id) except NULL:
-        cdef kvm_memory_slot *slot = self.slot_at(gpa, as_id)
+        cdef kvm_memory_slot *slot = self.memslots.slot_at(gpa, as_id)
         if not slot.dirty_log:
             raise ValueError(f"the slot that holds gpa {gpa:#x} has no dirty log; set_dirty_log() starts one")
         return slot
@@ -290,7 +387,7 @@ cdef class Kvm(KvmMemory):
         check_space(as_id)
         first, last = gpa - gpa % PAGE_SIZE, gpa + size + -(gpa + size) % PAGE_SIZE
         with self.lock:
-            for address, start, end in self._frames(first, last - first):
+            for address, start, end in self.memslots.frames(first, last - first):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if slot.as_id != as_id and not self.k.one_address_space:
                     continue
@@ -306,7 +403,7 @@ cdef class Kvm(KvmMemory):
         check_space(as_id)
         first, last = gpa - gpa % PAGE_SIZE, gpa + size + -(gpa + size) % PAGE_SIZE
         with self.lock:
-            for address, start, stop in self._frames(first, last - first):
+            for address, start, stop in self.memslots.frames(first, last - first):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if slot.as_id != as_id and not self.k.one_address_space:
                     continue
@@ -345,7 +442,7 @@ cdef class Kvm(KvmMemory):
         """Split huge mappings of [gpa, gpa + size) down to a level."""
         cdef kvm_memory_slot *slot
         with self.lock:
-            for address, start, end in self._frames(gpa, size):
+            for address, start, end in self.memslots.frames(gpa, size):
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if tdp_try_split_huge_pages(self.k, slot.as_id, start, end, level):
                     raise MemoryError
@@ -356,7 +453,7 @@ cdef class Kvm(KvmMemory):
         cdef bint flush = False
         with self.lock:
             self.sync()
-            for address in self.slots_by_region.values():
+            for address in self.memslots.slots_by_region.values():
                 slot = <kvm_memory_slot *><uintptr_t>address
                 if not slot.dirty_log:
                     flush |= shadow_zap_collapsible(self.k, slot)
@@ -368,7 +465,7 @@ cdef class Kvm(KvmMemory):
         """Take W from every mapping of a frame, not to come back by a fast page fault; whether there was one."""
         cdef kvm_memory_slot *slot
         with self.lock:
-            slot = self.slot_at(gfn << PAGE_SHIFT, as_id)
+            slot = self.memslots.slot_at(gfn << PAGE_SHIFT, as_id)
             if not slot_gfn_write_protect(self.k, slot, gfn, PG_LEVEL_4K):
                 return False
             flush_remote_tlbs(self.k)

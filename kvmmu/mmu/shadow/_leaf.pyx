@@ -12,6 +12,7 @@ from kvmmu.mmu.core._kvm cimport (
     flush_remote_tlbs, kvm, kvm_mmu_page, kvm_page_fault, kvm_vcpu, memslots_of, sp_level, sp_of, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport sp_get_access, sp_get_gfn, sp_set_translation, unlink_parent
+from kvmmu.mmu.core._rmap cimport RMAP_RECYCLE_THRESHOLD, rmap_add
 from kvmmu.mmu.core._slots cimport HOST_READONLY, HOST_UNMAPPED, gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport (
     get_mmio_spte_gfn, is_last_spte, is_mmio_spte, is_mmu_writable_spte, is_shadow_present_pte, spte_to_pfn,
@@ -21,13 +22,13 @@ from kvmmu.mmu.shadow._guest_tables cimport (
     first_gpte_gpa, gpte_rights_of, gpte_size, gpte_to_gfn, is_accessed_gpte, is_malformed_gpte, is_present_gpte,
     protect_clean, read_guest_pte,
 )
-from kvmmu.mmu.shadow._zap cimport drop_spte, rmap_add
+from kvmmu.mmu.shadow._zap cimport drop_spte, zap_rmap
 
 cdef enum:
     PTE_PREFETCH_NUM = 8
 
 
-cdef inline int index_of(uint64_t sptep) noexcept nogil:
+cdef inline int sptep_index(uint64_t sptep) noexcept nogil:
     return <int>(sptep % SPTE_ENT_PER_PAGE)
 
 
@@ -64,7 +65,7 @@ cdef int mmu_set_spte(kvm_vcpu *vcpu, kvm_memory_slot *slot, uint64_t sptep, uin
             was_rmapped = True
     if slot is NULL:
         drop_spte(k, sptep)
-        sp_set_translation(sp, index_of(sptep), gfn, access)
+        sp_set_translation(sp, sptep_index(sptep), gfn, access)
         k.sptes[sptep] = fault_make_mmio_spte(k, gfn, access)
         k.stats.pf_mmio_spte_created += 1
         trace_mark_mmio_spte(k, sptep, gfn, access)
@@ -84,9 +85,10 @@ cdef int mmu_set_spte(kvm_vcpu *vcpu, kvm_memory_slot *slot, uint64_t sptep, uin
     if flush:
         flush_remote_tlbs(k)
     if was_rmapped:
-        sp_set_translation(sp, index_of(sptep), gfn, access)
-    else:
-        rmap_add(k, slot, sptep, gfn, access)
+        sp_set_translation(sp, sptep_index(sptep), gfn, access)
+    elif rmap_add(k, slot, sptep, gfn, access) > RMAP_RECYCLE_THRESHOLD:
+        zap_rmap(k, slot, gfn, level)
+        flush_remote_tlbs(k)
     return ret
 
 
@@ -132,7 +134,7 @@ cdef void prefetch_indirect(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t spte
 cdef int prefetch_run(kvm_vcpu *vcpu, uint64_t sptep, int n) noexcept nogil:
     """Map n frames in a row, up to the first that is not to be had; how many."""
     cdef const kvm_mmu_page *sp = sp_of(vcpu.kvm, sptep)
-    cdef uint64_t gfn = sp_get_gfn(sp, index_of(sptep))
+    cdef uint64_t gfn = sp_get_gfn(sp, sptep_index(sptep))
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gfn)
     cdef int i
     if slot is NULL or gfn + n > slot.base_gfn + slot.npages:
@@ -182,7 +184,7 @@ cdef int sync_spte(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
     cdef kvm *k = vcpu.kvm
     cdef const kvm_pagewalk *w = vcpu.mmu.w
     cdef kvm_mmu_page *sp = sp_of(k, sptep)
-    cdef int i = index_of(sptep)
+    cdef int i = sptep_index(sptep)
     cdef uint64_t old = k.sptes[sptep], new, gpte, gfn
     cdef uint32_t access
     cdef kvm_memory_slot *slot

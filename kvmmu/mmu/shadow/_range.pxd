@@ -13,8 +13,8 @@ from kvmmu.mmu.core._slots cimport kvm_memory_slot
 cdef bint shadow_zap_gfn_range(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil
 # Whether any leaf of [start, end) was accessed; IN clear: and make them old. No flush
 cdef bint shadow_age_gfn_range(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end, bint clear) noexcept nogil
-# Take W, and MMU-writable, from every leaf of any MMU that maps the frame at min_level or above; flush if True
-cdef bint slot_gfn_write_protect(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil
+# Take W, and MMU-writable, from every leaf that maps the frame at min_level or above; flush if True
+cdef bint shadow_write_protect_gfn(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil
 # Clear W of leaves of min_level and above, for the dirty log; flush if True
 cdef bint shadow_wrprot_slot(kvm *k, kvm_memory_slot *slot, int min_level) noexcept nogil
 # The same for the 4K leaves of up to 64 frames

@@ -6,19 +6,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvmmu.arch._bits cimport PG_LEVEL_1G, PG_LEVEL_4K, PT64_INDEX_BITS, PT_WRITABLE_MASK, ROLE_DIRECT_MASK, ROLE_SMM_SHIFT
 from kvmmu.mmu.core._kvm cimport KVM_SHADOW_MMU, kvm, kvm_mmu_page, page_list, sp_level, sp_of
 from kvmmu.mmu.core._page cimport hash_first, list_init, sp_has_gptes
-from kvmmu.mmu.core._rmap cimport pte_list_count, pte_list_get, rmap_head
-from kvmmu.mmu.core._slots cimport host_page_of, kvm_memory_slot, max_mapping_level
+from kvmmu.mmu.core._pte_list cimport pte_list_count, pte_list_get
+from kvmmu.mmu.core._rmap cimport has_rmaps, rmap_head, slot_of_sp
+from kvmmu.mmu.core._slots cimport host_page_of, kvm_memory_slot, max_mapping_level, slot_end
 from kvmmu.mmu.core._spte cimport is_accessed_spte, mark_spte_for_access_track
-from kvmmu.mmu.shadow._zap cimport commit_zap, drop_spte, is_obsolete_sp, prepare_zap_page, slot_of_sp, zap_rmap
-from kvmmu.mmu.tdp._range cimport tdp_write_protect_gfn
-
-
-cdef inline bint has_rmaps(const kvm_memory_slot *slot) noexcept nogil:
-    return slot.rmap[0] is not NULL
-
-
-cdef inline uint64_t slot_end(const kvm_memory_slot *slot) noexcept nogil:
-    return slot.base_gfn + slot.npages
+from kvmmu.mmu.shadow._zap cimport commit_zap, drop_spte, is_obsolete_sp, prepare_zap_page, zap_rmap
 
 
 cdef inline uint64_t next_page(uint64_t gfn, int level) noexcept nogil:
@@ -78,14 +70,13 @@ cdef bint write_protect_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int le
     return flush
 
 
-cdef bint slot_gfn_write_protect(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil:
+cdef bint shadow_write_protect_gfn(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int min_level) noexcept nogil:
     cdef bint flush = False
     cdef int level
-    if has_rmaps(slot):
-        for level in range(min_level, PG_LEVEL_1G + 1):
-            flush |= write_protect_rmap(k, slot, gfn, level, PT_WRITABLE_MASK | k.spte.mmu_writable_mask)
-    if k.tdp_enabled:
-        flush |= tdp_write_protect_gfn(k, slot, gfn, min_level)
+    if not has_rmaps(slot):
+        return False
+    for level in range(min_level, PG_LEVEL_1G + 1):
+        flush |= write_protect_rmap(k, slot, gfn, level, PT_WRITABLE_MASK | k.spte.mmu_writable_mask)
     return flush
 
 

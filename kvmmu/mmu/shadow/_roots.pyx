@@ -16,7 +16,7 @@ from kvmmu.mmu.core._kvm cimport (
     memslots_of, page_list, slot_table, sp_hpa, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport alloc_page, clear_page, first_spte, list_init, reserve_pages
-from kvmmu.mmu.core._rmap cimport reserve_descs
+from kvmmu.mmu.core._pte_list cimport reserve_descs
 from kvmmu.mmu.core._slots cimport alloc_rmaps, gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_shadow_present_pte, make_nonleaf_spte
 from kvmmu.mmu.shadow._shadow cimport get_shadow_page
@@ -26,7 +26,6 @@ from kvmmu.mmu.shadow._zap cimport commit_zap, is_obsolete_sp, make_pages_availa
 cdef enum:
     PAGES_OF_A_ROOT = 8
     PAE_ROOTS = 4
-    LOWEST_SPECIAL = 3
 
 
 # ---- roles -----------------------------------------------------------------------------------------------------------------
@@ -73,14 +72,14 @@ cdef int alloc_all_rmaps(kvm *k) noexcept nogil:
     return 0
 
 
-cdef uint32_t special_page(kvm *k, kvm_mmu *mmu, int level) noexcept nogil:
-    """The MMU's own top page of a level, without entries."""
-    cdef uint32_t sp = mmu.special_roots[level - LOWEST_SPECIAL]
-    if sp == 0:
-        sp = mmu.special_roots[level - LOWEST_SPECIAL] = alloc_page(k, 0, <uint32_t>(level | ROLE_DIRECT_MASK))
-        k.pages[sp].special = True
-    clear_page(k, sp)
-    return sp
+cdef uint32_t top_page(kvm *k, kvm_mmu *mmu, int level) noexcept nogil:
+    """The MMU's own page of a level that no guest table stands behind, without entries."""
+    cdef uint32_t *sp = &mmu.pae_root if level == PG_LEVEL_1G else &mmu.pml4_root if level == PG_LEVEL_1G + 1 else &mmu.pml5_root
+    if sp[0] == 0:
+        sp[0] = alloc_page(k, 0, <uint32_t>(level | ROLE_DIRECT_MASK))
+        k.pages[sp[0]].special = True
+    clear_page(k, sp[0])
+    return sp[0]
 
 
 cdef uint32_t root_page(kvm_vcpu *vcpu, uint64_t gfn, int quadrant, int level) noexcept nogil:
@@ -112,7 +111,7 @@ cdef int alloc_pae_root(kvm_vcpu *vcpu, uint64_t pgd, uint32_t *root) noexcept n
     cdef const kvm_pagewalk *w = mmu.w
     cdef bint direct = (mmu.root_role & ROLE_DIRECT_MASK) != 0
     cdef int i, level, levels = <int>(mmu.root_role & ROLE_LEVEL_MASK)
-    cdef uint32_t top = special_page(k, mmu, LOWEST_SPECIAL), sp
+    cdef uint32_t top = top_page(k, mmu, PG_LEVEL_1G), sp
     cdef uint64_t pdpte, gfn
     for i in range(PAE_ROOTS):
         if direct:
@@ -128,10 +127,10 @@ cdef int alloc_pae_root(kvm_vcpu *vcpu, uint64_t pgd, uint32_t *root) noexcept n
         if sp == 0:
             return -ENOMEM
         k.sptes[first_spte(top) + i] = SPTE_MMU_PRESENT_MASK | PT_PRESENT_MASK | sp_hpa(k, sp)
-        if levels > LOWEST_SPECIAL:
+        if levels > PG_LEVEL_1G:
             k.sptes[first_spte(top) + i] = make_nonleaf_spte(&k.spte, sp_hpa(k, sp), False)
-    for level in range(LOWEST_SPECIAL + 1, levels + 1):
-        sp = special_page(k, mmu, level)
+    for level in range(PG_LEVEL_1G + 1, levels + 1):
+        sp = top_page(k, mmu, level)
         k.sptes[first_spte(sp)] = make_nonleaf_spte(&k.spte, sp_hpa(k, top), False)
         top = sp
     root[0] = top

@@ -22,18 +22,16 @@ from kvmmu.mmu.core._page cimport (
     first_spte, forget_new_page, hash_first, link_parent, list_init, new_shadow_page, reserve_pages, sp_has_gptes,
     spte_index, track_possible_nx_huge_page,
 )
-from kvmmu.mmu.core._rmap cimport reserve_descs
+from kvmmu.mmu.core._pte_list cimport reserve_descs
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport account_disallow_lpage, account_write_track, gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte, make_nonleaf_spte, pages_per_hpage
 from kvmmu.mmu.core._trace cimport TRACE_GET_PAGE, TRACE_SPTE_REQUESTED, trace
 from kvmmu.mmu.core._unsync cimport mark_unsync_child
 from kvmmu.mmu.shadow._guest_tables cimport gpte_changed, guest_walk, walk_guest
 from kvmmu.mmu.shadow._leaf cimport mmu_set_spte, pte_prefetch
-from kvmmu.mmu.shadow._range cimport slot_gfn_write_protect
 from kvmmu.mmu.shadow._sync cimport mmu_sync_children, sync_page
-from kvmmu.mmu.shadow._zap cimport (
-    commit_zap, drop_spte, is_obsolete_sp, make_pages_available, prepare_zap_page, slot_of_sp, zap_spte,
-)
+from kvmmu.mmu.shadow._zap cimport commit_zap, drop_spte, is_obsolete_sp, make_pages_available, prepare_zap_page, zap_spte
 
 cdef enum:
     PAGES_OF_A_FAULT = 8            # one per level, and some
@@ -55,7 +53,7 @@ cdef int account_shadowed(kvm *k, uint32_t sp) noexcept nogil:
     else:
         account_disallow_lpage(slot, page.gfn, 1)
     k.indirect_shadow_pages += 1
-    if slot_gfn_write_protect(k, slot, page.gfn, PG_LEVEL_4K):
+    if k.write_protect_gfn(k, slot, page.gfn, PG_LEVEL_4K):
         flush_remote_tlbs(k)
     return 0
 

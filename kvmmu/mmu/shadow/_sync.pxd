@@ -5,7 +5,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.mmu.core._kvm cimport kvm_mmu, kvm_mmu_page, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm_mmu, kvm_vcpu
 
 # Entries of an unsync page, compared: 1: flush; 0; -1: the page is of no use under these registers, zap it
 cdef int sync_page(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil

@@ -11,12 +11,12 @@ from kvmmu.mmu.core._kvm cimport (
     PREV_ROOTS, flush_remote_tlbs, kvm, kvm_mmu, kvm_mmu_page, kvm_vcpu, page_list, sp_level, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, list_init, spte_index
+from kvmmu.mmu.core._rmap cimport slot_of_sp
 from kvmmu.mmu.core._slots cimport kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte
 from kvmmu.mmu.core._unsync cimport clear_unsync, clear_unsync_child
 from kvmmu.mmu.shadow._leaf cimport sync_spte
-from kvmmu.mmu.shadow._range cimport slot_gfn_write_protect
-from kvmmu.mmu.shadow._zap cimport flush_or_zap, prepare_zap_page, slot_of_sp, zap_spte
+from kvmmu.mmu.shadow._zap cimport flush_or_zap, prepare_zap_page, zap_spte
 
 cdef enum:
     UNSYNC_BATCH = 16
@@ -86,7 +86,7 @@ cdef void mmu_sync_children(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil:
         for i in range(n):
             slot = slot_of_sp(k, &k.pages[found[i]], k.pages[found[i]].gfn)
             if slot is not NULL:
-                is_protected |= slot_gfn_write_protect(k, slot, k.pages[found[i]].gfn, PG_LEVEL_4K)
+                is_protected |= k.write_protect_gfn(k, slot, k.pages[found[i]].gfn, PG_LEVEL_4K)
         if is_protected:
             flush_remote_tlbs(k)
             flush = False

@@ -7,7 +7,7 @@ fault has walked through meanwhile (flooding), the frame is taken for a table no
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 
-from kvmmu.mmu.core._kvm cimport kvm, kvm_vcpu
+from kvmmu.mmu.core._kvm cimport kvm
 
 # KVM has written memory of the guest. IN pae: the guest's entries are eight bytes, so that half of one is a write to all of it
 cdef void track_write(kvm *k, int as_id, uint64_t gpa, size_t size, bint pae) noexcept nogil

@@ -24,9 +24,6 @@ cdef inline bint is_obsolete_sp(const kvm *k, const kvm_mmu_page *sp) noexcept n
     return (sp.role & <uint32_t>ROLE_INVALID_MASK) != 0 or sp.mmu_valid_gen != k.mmu_valid_gen
 
 
-cdef kvm_memory_slot *slot_of_sp(kvm *k, const kvm_mmu_page *sp, uint64_t gfn) noexcept nogil
-# A leaf entry, present already, becomes part of the reverse map
-cdef void rmap_add(kvm *k, kvm_memory_slot *slot, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
 # All leaves that map the page of this level go; whether there were any
 cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil
 # An entry of any kind becomes empty. IN invalid: not NULL: children that nothing needs any more go with it

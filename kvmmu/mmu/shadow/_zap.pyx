@@ -2,57 +2,25 @@
 
 from libc.errno cimport ENOSPC
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.arch._bits cimport (
-    PG_LEVEL_4K, ROLE_GUEST_MODE_MASK, ROLE_INVALID_MASK, ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
-)
+from kvmmu.arch._bits cimport PG_LEVEL_4K, ROLE_GUEST_MODE_MASK, ROLE_INVALID_MASK, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE
 from kvmmu.mmu.core._kvm cimport (
-    KVM_SHADOW_MMU, REQ_FREE_OBSOLETE_ROOTS, count_leaf, flush_remote_tlbs, kvm, kvm_mmu_page, make_all_vcpus_request,
-    memslots_of, page_list, sp_level, sp_of, spte_to_child,
+    KVM_SHADOW_MMU, REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, kvm, kvm_mmu_page, make_all_vcpus_request, page_list,
+    sp_level, sp_of, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport (
-    first_spte, free_page, list_append, list_init, list_remove, sp_get_gfn, sp_has_gptes, sp_set_translation, unhash_page,
-    unlink_parent, untrack_possible_nx_huge_page,
+    first_spte, free_page, list_append, list_init, list_remove, sp_has_gptes, unhash_page, unlink_parent,
+    untrack_possible_nx_huge_page,
 )
-from kvmmu.mmu.core._rmap cimport pte_list_add, pte_list_first, pte_list_remove, rmap_head
-from kvmmu.mmu.core._slots cimport account_disallow_lpage, account_write_track, gfn_to_memslot, kvm_memory_slot
+from kvmmu.mmu.core._pte_list cimport pte_list_first, pte_list_remove
+from kvmmu.mmu.core._rmap cimport rmap_head, rmap_remove, slot_of_sp
+from kvmmu.mmu.core._slots cimport account_disallow_lpage, account_write_track, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_last_spte, is_shadow_present_pte
 from kvmmu.mmu.core._trace cimport TRACE_PREPARE_ZAP_PAGE, trace
 from kvmmu.mmu.core._unsync cimport clear_unsync
 
-cdef enum:
-    RMAP_RECYCLE_THRESHOLD = 1000
-
-
-cdef kvm_memory_slot *slot_of_sp(kvm *k, const kvm_mmu_page *sp, uint64_t gfn) noexcept nogil:
-    return gfn_to_memslot(memslots_of(k, <int>(sp.role >> ROLE_SMM_SHIFT)), gfn)
-
-
 # ---- the reverse map -----------------------------------------------------------------------------------------------------
-
-cdef void rmap_add(kvm *k, kvm_memory_slot *slot, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil:
-    cdef kvm_mmu_page *sp = sp_of(k, sptep)
-    cdef int level = sp_level(sp)
-    cdef size_t count
-    sp_set_translation(sp, <int>(sptep % SPTE_ENT_PER_PAGE), gfn, access)
-    count_leaf(k, level, 1)
-    count = pte_list_add(&k.lists, rmap_head(slot, gfn, level), sptep)
-    k.stats.max_mmu_rmap_size = max(k.stats.max_mmu_rmap_size, <int64_t>count)
-    if count > RMAP_RECYCLE_THRESHOLD:
-        zap_rmap(k, slot, gfn, level)
-        flush_remote_tlbs(k)
-
-
-cdef void rmap_remove(kvm *k, uint64_t sptep) noexcept nogil:
-    cdef kvm_mmu_page *sp = sp_of(k, sptep)
-    cdef int level = sp_level(sp)
-    cdef uint64_t gfn = sp_get_gfn(sp, <int>(sptep % SPTE_ENT_PER_PAGE))
-    cdef kvm_memory_slot *slot = slot_of_sp(k, sp, gfn)
-    count_leaf(k, level, -1)
-    if slot is NULL or not pte_list_remove(&k.lists, rmap_head(slot, gfn, level), sptep):
-        k.stats.bugs += 1
-
 
 cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil:
     cdef uint64_t *head = rmap_head(slot, gfn, level)

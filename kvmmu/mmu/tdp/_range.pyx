@@ -12,9 +12,9 @@ from kvmmu.mmu.core._kvm cimport (
     KVM_TDP_MMU, REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, kvm, make_all_vcpus_request, memslots_of, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, reserve_pages
-from kvmmu.mmu.core._rmap cimport pte_list_first, reserve_descs
+from kvmmu.mmu.core._pte_list cimport pte_list_first, reserve_descs
 from kvmmu.mmu.core._slots cimport (
-    gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, max_mapping_level,
+    gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, max_mapping_level, slot_end,
 )
 from kvmmu.mmu.core._spte cimport (
     is_accessed_spte, is_last_spte, is_shadow_present_pte, is_writable_pte, make_huge_spte, mark_spte_for_access_track,
@@ -81,10 +81,6 @@ cdef visit new_visit() noexcept nogil:
     v.mask = v.gfn = 0
     v.slot = NULL
     return v
-
-
-cdef inline uint64_t slot_end(const kvm_memory_slot *slot) noexcept nogil:
-    return slot.base_gfn + slot.npages
 
 
 # ---- zap -----------------------------------------------------------------------------------------------------------------

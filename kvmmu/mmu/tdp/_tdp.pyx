@@ -20,7 +20,7 @@ from kvmmu.mmu.core._page cimport (
     alloc_page, first_spte, free_page, link_parent, list_append, list_remove, reserve_pages, spte_index,
     track_possible_nx_huge_page, unlink_parent, untrack_possible_nx_huge_page,
 )
-from kvmmu.mmu.core._rmap cimport reserve_descs
+from kvmmu.mmu.core._pte_list cimport reserve_descs
 from kvmmu.mmu.core._spte cimport (
     is_frozen_spte, is_last_spte, is_mmio_spte, is_shadow_present_pte, make_nonleaf_spte, make_small_spte, pages_per_hpage,
     spte_permission_fault, spte_to_pfn,

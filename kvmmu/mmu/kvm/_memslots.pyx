@@ -1,134 +1,57 @@
-"""KvmMemory: memslots that follow a GuestMemory, and the zapping that their changes ask for."""
+"""Memslots: the memslots of one virtual machine, as `_memslots.pxd` describes them."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort
 
-from kvmmu.arch._bits cimport (
-    GPA_BITS, GPA_LIMIT, MEMSLOT_GEN_UPDATE_IN_PROGRESS, MMIO_SPTE_GEN_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G,
-)
+from kvmmu.arch._bits cimport GPA_BITS, GPA_LIMIT, MEMSLOT_GEN_UPDATE_IN_PROGRESS, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G
 from kvmmu.memory._alloc cimport kvmmu_alloc_table
-from kvmmu.memory._lock cimport MachineLock
-from kvmmu.memory._memory cimport GuestMemory, SlotTable, guest_slot
-from kvmmu.mmu.core._kvm cimport (
-    REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, free_kvm, kvm, make_all_vcpus_request, memslots_of, new_kvm, page_list,
-    remove_vcpu,
-)
-from kvmmu.mmu.core._page cimport list_init
+from kvmmu.memory._maker cimport check_maker, maker
+from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable, guest_slot
+from kvmmu.mmu.core._kvm cimport kvm, memslots_of
 from kvmmu.mmu.core._slots cimport (
     SLOT_VERSIONS, alloc_rmaps, append_memslot, first_memslot_at, free_memslot, gfn_to_memslot, kvm_memory_slot,
     new_memslot, remove_invalid_memslots, reserve_memslots, slot_table, sort_memslots,
 )
-from kvmmu.mmu.core._spte cimport SpteFormat, pages_per_hpage
-from kvmmu.mmu.core._trace cimport TRACE_ZAP_ALL_FAST, trace
-from kvmmu.mmu.kvm._entry cimport free_vcpu_pages
-from kvmmu.mmu.shadow._range cimport shadow_zap_gfn_range, zap_obsolete_pages, zap_pages_of_gfns
-from kvmmu.mmu.shadow._zap cimport KVM_MIN_ALLOC_MMU_PAGES, KVM_PERMILLE_MMU_PAGES, change_mmu_pages, flush_or_zap
-from kvmmu.mmu.tdp._range cimport tdp_invalidate_all_roots, tdp_zap_invalidated_roots, tdp_zap_leafs
+from kvmmu.mmu.core._spte cimport pages_per_hpage
+from kvmmu.mmu.kvm._gfns cimport next_generation, zap_all_fast, zap_slot
+from kvmmu.mmu.kvm._memslots cimport Memslots
+from kvmmu.mmu.shadow._zap cimport KVM_MIN_ALLOC_MMU_PAGES, KVM_PERMILLE_MMU_PAGES, change_mmu_pages
 
 cdef uint64_t FIRST_PFN = pages_per_hpage(PG_LEVEL_1G)  # so that no host-physical address is a guest-physical one by chance
 
 
-cdef void unmap_gfns(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) noexcept nogil:
-    """What an mmu notifier makes of frames whose host page goes."""
-    cdef bint flush = shadow_zap_gfn_range(k, slot, start, end)
-    flush |= tdp_zap_leafs(k, slot.as_id, start, end)
-    if flush:
-        flush_remote_tlbs(k)
+cdef Memslots new_memslots(kvm *k, GuestMemory mem, GuestMemory smm_mem, int backing, host):
+    cdef Memslots slots = Memslots.__new__(Memslots, maker())
+    slots.k, slots.mem, slots.smm_mem, slots.backing, slots.host = k, mem, smm_mem, backing, host
+    slots.numbers[0] = slots.numbers[1] = NEVER_SEEN    # sync() takes the tables of the memory
+    k.next_pfn = FIRST_PFN
+    k.one_address_space = smm_mem is mem
+    return slots
 
 
-cdef void zap_all_fast(kvm *k) noexcept nogil:
-    trace(&k.trace, TRACE_ZAP_ALL_FAST, k.mmu_valid_gen, k.n_used_mmu_pages)
-    k.mmu_valid_gen = 1 - k.mmu_valid_gen
-    tdp_invalidate_all_roots(k)
-    make_all_vcpus_request(k, REQ_FREE_OBSOLETE_ROOTS)
-    zap_obsolete_pages(k)
-    if k.tdp_enabled:
-        tdp_zap_invalidated_roots(k)
+cdef class Memslots:
 
-
-cdef void zap_slot(kvm *k, kvm_memory_slot *slot) noexcept nogil:
-    """Leaves that map a memslot, and pages that shadow tables in it."""
-    cdef page_list invalid
-    cdef bint flush
-    list_init(&invalid)
-    flush = shadow_zap_gfn_range(k, slot, slot.base_gfn, slot.base_gfn + slot.npages)
-    flush |= tdp_zap_leafs(k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages)
-    zap_pages_of_gfns(k, slot.as_id, slot.base_gfn, slot.base_gfn + slot.npages, &invalid)
-    flush_or_zap(k, &invalid, flush)
-
-
-cdef void next_generation(kvm *k, uint64_t count) noexcept nogil:
-    """Memslots changed: MMIO entries of the generations before are stale. At a wrap they would look new, so all goes."""
-    cdef uint64_t before = k.memslot_gen & MMIO_SPTE_GEN_MASK
-    k.memslot_gen = (k.memslot_gen & ~MEMSLOT_GEN_UPDATE_IN_PROGRESS) + count
-    if k.memslot_gen & MMIO_SPTE_GEN_MASK < before or count > MMIO_SPTE_GEN_MASK:
-        zap_all_fast(k)
-
-
-cdef class KvmMemory:
-    """Memslots that follow a GuestMemory, and the state that hangs on them. What a host does with them is in `Kvm`."""
-
-    def __cinit__(self, host, GuestMemory mem not None, GuestMemory smm_mem not None, backing=None, slot_zap_all=True,
-                  MachineLock lock=None):
-        cdef SpteFormat fmt = SpteFormat(host)
-        level = host.max_huge_page_level if backing is None else backing
-        if level not in (1, 2, 3):
-            raise ValueError(f"backing: want 1, 2 or 3, got {backing!r}")
-        self.k = new_kvm()
-        if self.k is NULL:
-            raise MemoryError
-        self.host, self.lock = host, MachineLock() if lock is None else lock
-        self.backing = level
-        self.spaces = [mem] if smm_mem is mem else [mem, smm_mem]
-        self.tables = [False] * len(self.spaces)        # no table: sync() takes those of the memory
+    def __cinit__(self, mark=None, *args):
+        check_maker(mark, "Memslots are made by a Kvm")
         self.slots_by_region = {}
-        self.fmt = fmt
-        self.k.spte = fmt.f
-        self.k.arena_hpa = <uint64_t>1 << (fmt.f.maxphyaddr - 1)
-        self.k.next_pfn = FIRST_PFN
-        self.k.one_address_space = smm_mem is mem
-        self.k.tdp_enabled = host.tdp is not None
-        self.k.slot_zap_all = bool(slot_zap_all)
-        self.k.smep_andnot_wp = host.role_bits.smep_andnot_wp
-        self.k.unmap_gfns = unmap_gfns
-        self.arena.slots = &self.arena_slot
-        self.arena.count = 1
-        self.sync()
 
     def __dealloc__(self):
-        free_kvm(self.k)
         free(self.ram_slots)
 
     def __reduce__(self):
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
-
-    cdef void reap(self) noexcept:
-        """Leave the vCPUs that nobody runs any more."""
-        cdef size_t i = self.k.nr_vcpus
-        self.k.vcpu_is_gone = False
-        while i > 0:
-            i -= 1
-            if self.k.vcpus[i].gone:
-                free_vcpu_pages(self.k.vcpus[i])
-                remove_vcpu(self.k, i)
-
-    # ---- memslots ----------------------------------------------------------------------------------------------------
+        raise TypeError("Memslots cannot be copied or pickled")
 
     cdef int sync(self) except -1:
-        """Let the memslots be what the memory is now: all of it, or nothing if it cannot be backed. Whatever goes, or moves,
-        takes all page tables with it."""
-        cdef GuestMemory mem
+        if self.numbers[0] == self.mem.number and self.numbers[1] == self.smm_mem.number:
+            return 0
+        return self.follow()
+
+    cdef int follow(self) except -1:
+        """Make the memslots what the memory is now: all of it, or nothing if it cannot be backed."""
         cdef SlotTable table
         cdef guest_slot *ram
-        cdef bint same = True
-        if self.k.vcpu_is_gone:
-            self.reap()
-        for as_id, mem in enumerate(self.spaces):
-            same = same and self.tables[as_id] is mem.current()
-        if same:
-            return 0
-        tables = [(<GuestMemory>space).current() for space in self.spaces]
+        tables = [self.mem.current()] if self.smm_mem is self.mem else [self.mem.current(), self.smm_mem.current()]
         wanted = {}
         for as_id, table in enumerate(tables):
             for region in table.regions:
@@ -141,7 +64,8 @@ cdef class KvmMemory:
             raise MemoryError
         self._delete(gone)
         self._insert(made)
-        self.tables = tables
+        self.table, self.smm_table = tables[0], tables[-1]
+        self.numbers[0], self.numbers[1] = self.table.number, self.smm_table.number
         self.rebuild_ram(ram)
         return 0
 
@@ -166,10 +90,10 @@ cdef class KvmMemory:
         for key in keys:
             del self.slots_by_region[key]
         next_generation(self.k, 1)
-        self._default_limit()
+        self.default_limit()
 
-    def _default_limit(self):
-        """As many shadow pages as the memory's size gives, unless the VMM has said how many."""
+    cdef int default_limit(self) except -1:
+        """Limit the number of shadow pages by the size of memory, unless the VMM has said how many."""
         cdef size_t i, as_id
         cdef uint64_t pages = 0
         for as_id in range(2):
@@ -177,13 +101,7 @@ cdef class KvmMemory:
                 pages += self.k.slots[as_id].slots[i].npages
         if not self.k.limit_requested:
             change_mmu_pages(self.k, max(<uint64_t>KVM_MIN_ALLOC_MMU_PAGES, pages * KVM_PERMILLE_MMU_PAGES // 1000))
-
-    def set_nr_mmu_pages(self, n):
-        """The limit on shadow pages; a few are always allowed."""
-        with self.lock:
-            self.sync()
-            change_mmu_pages(self.k, max(n, KVM_MIN_ALLOC_MMU_PAGES))
-            self.k.limit_requested = True
+        return 0
 
     def _make(self, keys):
         """The addresses of new memslots for regions, by key, not used yet."""
@@ -228,7 +146,7 @@ cdef class KvmMemory:
         self.slots_by_region.update(made)
         for _ in made:
             next_generation(self.k, 1)
-        self._default_limit()
+        self.default_limit()
 
     cdef void rebuild_ram(self, guest_slot *slots) noexcept:
         """Host-physical memory: every image of every slot, the largest slot's first image in front. IN slots: zeroed, and room
@@ -262,7 +180,7 @@ cdef class KvmMemory:
             raise ValueError(f"gpa {gpa:#x}: no memory slot is there")
         return slot
 
-    def _frames(self, gpa, size):
+    cdef list frames(self, gpa, size):
         """[(slot address, first frame, last frame + 1)] of the slots within [gpa, gpa + size), all address spaces."""
         cdef kvm_memory_slot *slot
         cdef const slot_table *table
@@ -283,48 +201,6 @@ cdef class KvmMemory:
                     break
                 parts.append((<uintptr_t>slot, max(first, slot.base_gfn), min(last, slot.base_gfn + slot.npages)))
         return parts
-
-    def readonly_slot(self, gpa, size):
-        """Where the first slot that is read-only to the guest begins in [gpa, gpa + size); None without one."""
-        cdef const slot_table *table
-        cdef uint64_t first, last
-        cdef size_t i
-        if gpa < 0 or size <= 0 or gpa + size > GPA_LIMIT:
-            return None
-        with self.lock:
-            self.sync()
-            table = &self.k.slots[0]
-            first, last = gpa >> PAGE_SHIFT, (gpa + size - 1) >> PAGE_SHIFT
-            for i in range(first_memslot_at(table, first), table.count):
-                if table.slots[i].base_gfn > last:
-                    break
-                if table.slots[i].readonly:
-                    return int(table.slots[i].base_gfn << PAGE_SHIFT)
-        return None
-
-    def sync_slots(self):
-        """Take the slots that the memory has now.
-
-        Raises
-        ------
-        ValueError
-            The host has too few physical addresses for those that are new; the memslots are as before.
-        """
-        with self.lock:
-            self.sync()
-
-    def slots(self):
-        """One dict per memslot: id, as_id, gpa, size, pfn, readonly, dirty_log."""
-        cdef kvm_memory_slot *slot
-        rows = []
-        with self.lock:
-            self.sync()
-            for address in self.slots_by_region.values():
-                slot = <kvm_memory_slot *><uintptr_t>address
-                rows.append({"id": int(slot.id), "as_id": int(slot.as_id), "gpa": int(slot.base_gfn << PAGE_SHIFT),
-                             "size": int(slot.npages << PAGE_SHIFT), "pfn": int(slot.base_pfn), "readonly": bool(slot.readonly),
-                             "dirty_log": bool(slot.dirty_log)})
-        return sorted(rows, key=lambda row: (row["as_id"], row["gpa"]))
 
 
 cdef int check_space(int as_id) except -1:

@@ -1,4 +1,4 @@
-"""Vm: one virtual machine, its memory, its host, and what its host does with it."""
+"""VirtualMachine: the memory and the host of one virtual machine, and the operations of the host."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,50 +23,14 @@ from kvmmu.walk.results import check_array
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Vm"]
+__all__ = ["VirtualMachine"]
 
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 _COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
 
-class Vm(PartOfMachine):
-    """One virtual machine.
-
-    Parameters
-    ----------
-    mem : GuestMemory
-        Guest-physical memory. Its slots are the memslots: adding and removing them there is what a VMM does with KVM's.
-    cpu : CpuModel, optional
-        The guest's processor, of every vCPU.
-    host : Host, optional
-    smm_mem : GuestMemory, optional
-        The address space of system-management mode; by default that of `mem`.
-    backing : {"4k", "2m", "1g"}, optional
-        Pages that the host has behind the memory; by default its largest.
-    slot_zap_all : bool
-        Deleting or moving a memslot drops all page tables (KVM's quirk, on unless a VMM turns it off), else only what maps the
-        slot or shadows tables in it.
-
-    Attributes
-    ----------
-    vcpus : list of Vcpu
-        In the order in which they were made. The machine keeps them; one that is taken from the list leaves the machine when
-        nobody else holds it.
-
-    Notes
-    -----
-    A machine is locked while it runs; two threads that use one take turns, call by call: accesses, what the guest flushes or
-    loads, what the host does, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or removed from `mem` itself
-    count from the next call on. In a forked process a machine that nobody ran at the fork works; one that another thread ran
-    raises RuntimeError.
-
-    The guest may be wider than its host (`cpu.maxphyaddr` above `host.maxphyaddr`), which KVM leaves to the VMM. Translations
-    then are those of `cpu`, MMIO beyond the host's width exits at every access because no entry can mark it, and memory there
-    is backed by frames that the host has. A processor would raise a #PF with RSVD for such an address under two-dimensional
-    paging.
-    """
-
-    _vcpu_type: type[Any]               # Vcpu, told by the module of Vcpu, which stands above this one
+class VirtualMachine(PartOfMachine):
+    """One virtual machine without a way to make vCPUs; `Vm`, which makes them, tells its parameters and attributes."""
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
                  smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
@@ -91,10 +55,6 @@ class Vm(PartOfMachine):
         self.vcpus: list[Any] = []
         self._made_vcpus = 0
         self._trace: Tracepoints | None = None
-
-    def create_vcpu(self, **options: Any) -> Any:
-        """One more `Vcpu`; `options` go to it."""
-        return self._vcpu_type(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
 
     @locked
     def _join(self, vcpu: Any) -> int:
@@ -367,7 +327,7 @@ class Vm(PartOfMachine):
         self.kvm.recover_huge_pages()
 
     def __repr__(self) -> str:
-        return f"<Vm {self.host} {len(self.vcpus)} vCPUs>"
+        return f"<{type(self).__name__} {self.host} {len(self.vcpus)} vCPUs>"
 
 
 def _level(name: str, value: str) -> int:

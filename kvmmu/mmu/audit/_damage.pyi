@@ -1,3 +1,0 @@
-from kvmmu.mmu.kvm._state import Kvm
-
-def damage(machine: Kvm, what: str, sp: int, index: int = 0, value: int = 0) -> None: ...

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GuestState: the registers of one vCPU, and the walks that they make."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from kvmmu.arch._bits import Cr0, Cr4
+from kvmmu.arch.faults import GuestFault
+from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit
+from kvmmu.arch.second_stages import Ept, Npt, Stage
+from kvmmu.memory._memory import GuestMemory
+from kvmmu.walk._second_stage import SecondStage
+from kvmmu.walk._vcpu_arch import new_arch
+from kvmmu.walk.pagewalk import PageWalk, new_walk
+
+_ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
+_RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
+
+
+class GuestState:
+    """The registers of whoever runs on a vCPU, L1's while L2 runs, and the two walks. The caller holds the lock.
+
+    Parameters
+    ----------
+    mem, smm_mem : GuestMemory
+        Memory of the two address spaces.
+    cpu : CpuModel
+    tdp : {"ept", "npt", None}
+
+    Attributes
+    ----------
+    regs : Regs
+        Of whoever runs.
+    l1_regs : Regs or None
+        L1's, to be in force again when L2 is left; None while L1 runs.
+    smm : bool
+    arch : VcpuArch
+        `regs` as the walks read them.
+    gva_walk, ngpa_walk : PageWalk
+    """
+
+    def __init__(self, mem: GuestMemory, smm_mem: GuestMemory, cpu: CpuModel, tdp: str | None) -> None:
+        self.spaces = (mem, smm_mem)
+        self.cpu, self.tdp = cpu, tdp
+        self.smm = False
+        self.l1_regs: Regs | None = None
+        self.regs = _RESET
+        self.arch = new_arch()
+        self.gva_walk = new_walk(mem, self.arch, self.admit)
+        self.ngpa_walk = new_walk(mem, self.arch, self.admit)
+        self._use_cpu()
+        self.load(_RESET)
+
+    @property
+    def mem(self) -> GuestMemory:
+        """The memory of the address space in force."""
+        return self.spaces[self.smm]
+
+    @property
+    def second(self) -> SecondStage | None:
+        """The second stage of L1's that L2 runs under."""
+        return self.gva_walk.second
+
+    @property
+    def guest_mode(self) -> bool:
+        """True if L2 runs."""
+        return self.l1_regs is not None
+
+    def admit(self, regs: Regs, second: SecondStage | None) -> Regs:
+        """Return legal registers, with PDPTEs loaded through a second stage if there is one."""
+        return admit(self.cpu, regs, self.table_space(second))
+
+    def table_space(self, second: SecondStage | None) -> TableSpace | None:
+        """Return where PDPTE registers are loaded from; None under nested paging of SVM, which has none."""
+        if second is None:
+            return None if self.tdp == "npt" else self.mem
+        return None if isinstance(second.stage, Npt) else _NestedSpace(self.mem, second)
+
+    def load(self, regs: Regs) -> None:
+        """Put legal registers in force."""
+        self.regs = regs
+        self.arch.load(regs)
+        self.gva_walk._init(smm=self.smm, guest_mode=self.guest_mode)
+
+    def set_cpu(self, cpu: CpuModel) -> None:
+        """Take another processor model, if the registers are legal on it."""
+        regs = admit(cpu, self.regs, self.table_space(self.second))
+        self.cpu = cpu
+        self._use_cpu()
+        self.load(regs)
+
+    def _use_cpu(self) -> None:
+        """Make both walks forget what they derived from another processor model."""
+        second = self.second
+        self.gva_walk._set_cpu(self.cpu, npt_host=self.tdp == "npt")
+        self.ngpa_walk._set_cpu(self.cpu)
+        if second is None:
+            return
+        stage = second.stage
+        if isinstance(stage, Ept) and stage.pml is not None and second.pml_index is not None:
+            stage = replace(stage, pml=replace(stage.pml, index=second.pml_index))      # the log goes on where it is
+        self.gva_walk._set_second_stage(self.ngpa_walk._enter(stage))
+
+    def set_smm(self, smm: bool) -> bool:
+        """Enter or leave system-management mode; returns True if that is a change."""
+        changed, self.smm = self.smm != smm, smm
+        self.gva_walk._set_memory(self.mem)
+        self.ngpa_walk._set_memory(self.mem)
+        self.gva_walk._init(smm=self.smm, guest_mode=self.guest_mode)
+        return changed
+
+    def enter_nested(self, stage: Stage | None, registers: dict[str, Any]) -> None:
+        """Run L2 under a second stage, or without one; on a fault nothing has changed."""
+        l1_regs = self.regs if self.l1_regs is None else self.l1_regs
+        l2_regs = replace(l1_regs, **({"pdptrs": None} | known_registers(registers)))
+        before = self.second
+        second = None
+        if stage is not None:
+            second = self.ngpa_walk._enter(stage)
+        try:
+            if second is None:
+                admit(self.cpu, l2_regs, self.mem)
+            regs = self.admit(l2_regs, second)
+        except GuestFault:
+            self._use_second(before)
+            raise
+        self.l1_regs = l1_regs
+        self._use_second(second)
+        self.load(regs)
+
+    def leave_nested(self) -> bool:
+        """Run L1 again, with the registers it had; returns True if L2 ran."""
+        if self.l1_regs is None:
+            return False
+        regs, self.l1_regs = self.l1_regs, None
+        self._use_second(None)
+        self.load(regs)
+        return True
+
+    def _use_second(self, second: SecondStage | None) -> None:
+        if second is None:
+            self.ngpa_walk._leave()
+        else:
+            second = self.ngpa_walk._enter(second.stage)
+        self.gva_walk._set_second_stage(second)
+
+    def check_walk(self, walk: PageWalk) -> None:
+        """Raise ValueError unless the walk is one of the two."""
+        if walk is not self.gva_walk and walk is not self.ngpa_walk:
+            raise ValueError("walk: want gva_walk or ngpa_walk of this vCPU")
+
+
+class _NestedSpace:
+    """L2's physical memory, for a load of the PDPTE registers."""
+
+    def __init__(self, mem: GuestMemory, second: SecondStage) -> None:
+        self.mem, self.second = mem, second
+        self.base = self.gpa = 0
+
+    def is_backed(self, gpa: int, n: int) -> bool:
+        self.base, self.gpa = gpa, self.second.pdpt_gpa(self.mem, gpa)
+        return self.mem.is_backed(self.gpa, n)
+
+    def read_u64(self, gpa: int) -> int:
+        return self.mem.read_u64(self.gpa + gpa - self.base)
+
+
+def changes_roles(before: Regs, after: Regs) -> bool:
+    """Return True if a MOV to CR0 or CR4 changes what roles are made of; CR0.WP counts for nothing while paging is off."""
+    cr0 = before.cr0 ^ after.cr0
+    return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
+
+
+def known_registers(registers: dict[str, Any]) -> dict[str, Any]:
+    """Return registers, if all of them are names of registers."""
+    known = {register.name for register in fields(Regs)}
+    for name in registers:
+        if name not in known:
+            raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(known))}")
+    return registers
