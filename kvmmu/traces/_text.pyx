@@ -44,7 +44,7 @@ cdef class LineParser:
         Lines that are not rows.
     """
 
-    def __init__(self, *, bint fetch=True, bint strict=False):
+    def __cinit__(self, *, bint fetch=True, bint strict=False, **_of_subclass):
         self.state.fetch, self.state.strict = fetch, strict
 
     @property
