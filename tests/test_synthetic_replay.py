@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replay of traces that bring no page tables, on tables made for them: counts against plain Python, walks against translate()."""
 
+import json
 import lzma
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvmmu
-from kvmmu import Access, CpuModel, GuestMemory, Pager, PageTables, Vcpu
+from kvmmu import Access, CpuModel, GuestMemory, Pager, PageTables, Vcpu, cli
 from kvmmu.replay import synthetic
 from kvmmu.replay.result import ReplayInterrupted, SyntheticReport
 from kvmmu.tables import PageSet
@@ -354,3 +355,106 @@ def test_rows_walk_in_both_pages_only_of_one_vcpu():
     for shifts in ([12] * 3, [12, 12, 21, 64], [12, 11, 21, 30]):
         with pytest.raises(ValueError, match="shifts"):
             run.loop.walk_both_pages(shifts)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+def run(capsys, *args):
+    try:
+        status = cli.main([str(arg) for arg in args])
+    except SystemExit as leave:
+        status = leave.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return status, out, err
+
+
+def test_the_command_replays_any_trace(capsys, sample):
+    status, out, err = run(capsys, "replay", "bundled-lackey", "--page", "2m", "--pager", "--frames", "random", "--json")
+    result = json.loads(out)
+    assert (status, err) == (0, "")
+    assert result.keys() >= {"accesses", "kinds", "pages_touched", "page_sizes", "first_touch_faults", "refs", "seconds",
+                             "footprint"}
+    assert (result["accesses"], result["page"], result["frames"]) == (len(sample), "2m", "random")
+    assert result["first_touch_faults"] == result["pages_touched"] == result["footprint"]["mapped"]["2M"]
+    status, out, err = run(capsys, "replay", "bundled-lackey", "--mode", "5l")
+    assert (status, err) == (0, "")
+    assert f"{5 * kvmmu.replay(bundled('lackey')).walks:,} in all" in out
+    assert "5-level paging, 4k pages, linear frames" in out
+
+
+def test_the_command_takes_columns_and_formats(capsys, tmp_path):
+    pytest.importorskip("pyarrow")
+    table = tmp_path / "t.csv"
+    table.write_text("va,type\n0x1000,R\n0x2000,W\n")
+    for more in (("--columns", "addr=va,op=type"), ("--format", "csv", "--columns", "addr=0"), ()):
+        status, out, _ = run(capsys, "replay", table, *more, "--json")
+        assert (status, json.loads(out)["accesses"]) == (0, 2)
+    status, out, _ = run(capsys, "convert", table, tmp_path / "t.parquet", "--json")
+    assert (status, json.loads(out)) == (0, {"path": str(tmp_path / "t.parquet"), "accesses": 2,
+                                             "bytes": (tmp_path / "t.parquet").stat().st_size})
+    status, out, _ = run(capsys, "info", tmp_path / "t.parquet", "--json")
+    found = json.loads(out)
+    assert (status, found["kind"], found["format"], found["kinds"]) == (0, "trace", "kvmmu", {"load": 1, "store": 1, "fetch": 0})
+
+
+def test_info_of_a_recording(capsys):
+    status, out, _ = run(capsys, "info", L4, "--json")
+    found, recording = json.loads(out), kvmmu.traces.Recording.open(L4)
+    columns = recording.columns()
+    assert (status, found["kind"], found["accesses"]) == (0, "recording", len(recording))
+    assert found["pages_touched"] == len(pages_of(columns["gva"], columns["size"], 12))
+    assert found["kinds"] == dict(zip(("load", "store", "fetch"), np.bincount(recording.kind).tolist(), strict=True))
+    assert (found["brings"]["tables"], found["mode"], found["phase"]) == (True, "4l", "static")
+    status, out, _ = run(capsys, "info", L4)
+    assert (status, "200,000" in out) == (0, True)
+
+
+def test_info_of_a_damaged_file(capsys, tmp_path):
+    (tmp_path / "cut.xz").write_bytes(bundled("lackey").read_bytes()[:50_000])
+    status, out, err = run(capsys, "info", tmp_path / "cut.xz")
+    assert (status, "damaged" in out) == (2, True)
+    assert err.startswith(f"kvmmu: {tmp_path}/cut.xz: is damaged behind byte ")
+    status, out, err = run(capsys, "replay", tmp_path / "cut.xz", "--json")
+    assert (status, json.loads(out)["complete"], "cut.xz: is damaged" in err) == (2, False, True)
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (("replay", "lost"), ["lost: no such recording or trace"]), (("info", "lost"), ["lost: no such recording or trace"]),
+    (("replay", "empty"), ["empty: is in no format that is known; it is empty", "lackey", "static_trace.npz"]),
+    (("info", "garbage"), ["garbage: is in no format", "begins with fe ed fa", "champsim", "--format NAME"]),
+    (("convert", "garbage", "out"), ["garbage: is in no format"]),
+    (("replay", "folder"), ["folder: is in no format that is known; it is a directory of note", "drmemtrace"]),
+    (("replay", "fifo"), ["fifo: is a FIFO"]), (("info", "fifo"), ["fifo: is a FIFO"]),
+    (("replay", "/dev/zero"), ["character device"]),
+    (("replay", "fifo", "--format", "lackey"), ["fifo: is a FIFO"]),
+    (("replay", "x.lackey", "--mode", "32"), ["mode '32' has addresses of 32 bits", "0x1fff000748"]),
+    (("replay", "x.lackey", "--mode", "pae", "--page", "1g"), ["mode 'pae' has no 1G pages"]),
+    (("replay", "x.lackey", "--mode", "pae", "--page", "1g", "--pager"), ["mode 'pae' has no 1G pages"]),
+    (("replay", "x.lackey", "--page", "8k"), ["'8k'"]), (("replay", "x.lackey", "--format", "foo"), ["--format foo", "lackey"]),
+    (("replay", "x.lackey", "--format", "csv"), ["x.lackey"]),
+    (("replay", "x.lackey", "--columns", "addr=va"), ["--columns: x.lackey has the format lackey", "csv"]),
+    (("replay", "x.lackey", "--phase", "dyn"), ["--phase dyn: a trace has one phase"]),
+    (("replay", "bundled", "--pager", "--mode", "5l"), ["--mode, --pager: ", "brings page tables of its own"]),
+    (("replay", "bundled", "--columns", "addr=va"), ["--columns: ", "is a recording"]),
+    (("convert", "x.lackey", "out", "--repeat", "2"), ["--repeat 2: only the accesses of a recording"]),
+    (("convert", "x.lackey", "x.lackey"), ["is the same file as x.lackey"]),
+    (("walk", "x.lackey", "0x1"), ["x.lackey: a trace without page tables"]),
+    (("spt", "x.lackey"), ["x.lackey: a trace without page tables"]),
+    (("replay", "text", "--format", "lackey"), ["text: has no accesses", "lackey", "2 lines"])])
+def test_what_cannot_be_done_is_said_in_one_line(capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    import os
+
+    os.mkfifo("fifo")
+    Path("empty").touch()
+    Path("garbage").write_bytes(b"\xfe\xed\xfa" + bytes(range(256)) * 9)
+    Path("text").write_text("hello\nworld\n")
+    Path("folder").mkdir()
+    Path("folder/note").touch()
+    Path("x.lackey").write_text("I  0401ab70,3\nI  0401ab73,5\n S 1fff000748,8\n")
+    status, _, err = run(capsys, *args)
+    last = err.splitlines()[-1]
+    assert (status, last.startswith("kvmmu")) == (2, True)
+    assert [word for word in words if word not in last] == []
+    assert not Path("out").exists()

@@ -464,7 +464,7 @@ def test_convert_and_replay_by_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("convert",), "RECORDING"), (("convert", "lost", "out.parquet"), "lost: no such recording"),
+    (("convert",), "TRACE"), (("convert", "lost", "out.parquet"), "lost: no such recording"),
     (("convert", str(CLIPS / "l4"), "/lost/out.parquet"), "/lost/"),
     (("convert", str(CLIPS / "l4"), "o", "--repeat", "0"), "'0'"), (("convert", str(CLIPS / "l4"), "o", "--repeat", "x"), "'x'"),
     (("convert", str(CLIPS / "l4"), "o", "--compression", "gz"), "'gz'"),
