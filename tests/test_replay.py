@@ -425,7 +425,7 @@ def test_kvm_translate_of_the_nested_guest():
 @pytest.mark.parametrize("name", ["l4", "l5", "ndyn"])
 def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monkeypatch):
     """A Ctrl-C behind any block: what the loop walked is in all counters, and nothing else is."""
-    make, left = sys.modules["kvmmu.replay"].new_replayer, after
+    make, left = sys.modules["kvmmu.replay.replay"].new_replayer, after
 
     class Stopping:
         def __init__(self, *arguments):
@@ -441,7 +441,7 @@ def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monk
             if not left:
                 raise KeyboardInterrupt
             return row
-    monkeypatch.setattr(sys.modules["kvmmu.replay"], "new_replayer", Stopping)
+    monkeypatch.setattr(sys.modules["kvmmu.replay.replay"], "new_replayer", Stopping)
     recording = opened(CLIPS / name)
     with pytest.raises(kvmmu.ReplayInterrupted) as caught:
         kvmmu.replay(recording)
@@ -457,7 +457,7 @@ def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monk
 @pytest.mark.parametrize("after", [1, 2, 10])
 def test_a_fault_is_counted_once_and_for_all(trace, after, monkeypatch):
     """A Ctrl-C while a fault is checked: it is in no counter, and those before it are in all."""
-    module = sys.modules["kvmmu.replay.trace_replay" if trace else "kvmmu.replay"]
+    module = sys.modules["kvmmu.replay.trace_replay" if trace else "kvmmu.replay.replay"]
     judge, left = module.page_fault_reproduced, [after]
 
     def stopping(*args):
