@@ -226,7 +226,7 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
 
 
 class _OnVcpu(Trace):
-    """A trace without registers, with those of a vCPU: all of its processors have them."""
+    """A trace without registers that takes those of a vCPU for all of its processors."""
 
     def __init__(self, trace: Trace, vcpu: Vcpu) -> None:
         super().__init__(replace(_header_of(vcpu), name=trace.header.name, source=trace.header.source), ())

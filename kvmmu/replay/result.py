@@ -105,7 +105,7 @@ class Report:
 
 @dataclass
 class SyntheticReport(Report):
-    """What a replay of a trace without page tables found, on tables that were made for it.
+    """The result of a replay of a trace without page tables, on tables that were made for it.
 
     Attributes
     ----------

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], object]
 
 
 class TablesToOrder(NamedTuple):
-    """Which tables a trace is walked on.
+    """The page tables that a trace is walked on.
 
     Attributes
     ----------
@@ -219,7 +219,7 @@ class _Run:
         self.loop.run(0)
 
     def _walk_paged(self, pager: Pager, chunk: Chunk) -> None:
-        """Page faults come before the walks that they let succeed; a page that replaces others, behind all walks before it."""
+        """Walk a chunk, each row behind its page faults, and before a 2M page of a later row replaces small ones."""
         loop = self.loop
         assert loop is not None
         loop.load(chunk)

@@ -1,4 +1,4 @@
-"""Whatever can be replayed, opened by what is there: a recording, or a trace of any format."""
+"""Recordings and traces of any format, opened and described by one call that tells which of them a path is."""
 
 from pathlib import Path
 from typing import Any
