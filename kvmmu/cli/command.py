@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Sequence
 
 import kvmmu
-from kvmmu.cli import convert, replay, spt, walk
+from kvmmu.cli import convert, info, replay, spt, walk
 from kvmmu.cli.output import BAD, BUG, INTERRUPTED, OK, Deadly, drop_output, flush
 from kvmmu.cli.parsing import Parser, epilog
 from kvmmu.replay.terminal import StreamError, warn
 
 __all__ = ["main"]
 
-_COMMANDS = (replay, convert, walk, spt)                # in the order of the help
+_COMMANDS = (replay, convert, info, walk, spt)                # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +66,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="kvmmu", description="Replay and inspect page walks of recorded x86 guests.",
-                     epilog=epilog("replay", "walk bundled 0x401000", "spt bundled --backing 4k",
-                                    "convert bundled l4.parquet", "replay --help"),
+    parser = Parser(prog="kvmmu", description="Replay and inspect page walks of memory traces and recorded x86 guests.",
+                     epilog=epilog("replay", "replay bundled-lackey --page thp --pager", "info bundled-lackey",
+                                   "walk bundled 0x401000", "spt bundled --backing 4k", "convert bundled l4.parquet",
+                                   "replay --help"),
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"kvmmu {kvmmu.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -1,16 +1,19 @@
-"""kvmmu replay: walk every access of a trace and check each physical address."""
+"""kvmmu replay: walk every access of a trace; check physical addresses, or make the page tables that it lacks."""
 
 import argparse
 import json
+from typing import Any
 
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
-from kvmmu.cli.sources import open_any
+from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
+from kvmmu.cli.synthetic import synthetic_tables
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
-from kvmmu.replay.result import ReplayInterrupted, Report
+from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
 from kvmmu.replay.terminal import say
 from kvmmu.report.tables import replay_tables, show_tables
+from kvmmu.tables.pager import Pager
 from kvmmu.traces import Recording, TraceError
 
 __all__ = ["add"]
@@ -18,37 +21,58 @@ __all__ = ["add"]
 
 def add(commands: Commands) -> None:
     """Add the subcommand to the parser."""
-    run = command(commands, "replay", _replay, "walk every access of a recording or trace and check each physical address",
-                  "Walk every access of a recording or trace and hold each against the recorded physical address. Exit status "
-                  "1 on a mismatch; Ctrl-C reports what was done so far.",
-                  "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json")
-    run.add_argument("recording", nargs="?", metavar="RECORDING",
-                     help="directory of a recording, a trace file in it (.npz or .npz.zst), or a Parquet trace; default: the "
-                          "bundled recording")
+    run = command(commands, "replay", _replay, "walk every access of a trace, on its own page tables or on some made for it",
+                  "Walk every access of a recording or trace. Where it brings page tables, hold each access against the recorded "
+                  "physical address; exit status 1 on a mismatch. Where it brings none, as the traces of other tools, make "
+                  "tables for it and tell footprint, faults, page sizes and references. Ctrl-C reports what was done so far.",
+                  "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json", "replay sort.lackey.xz",
+                  "replay sort.lackey.xz --page thp --pager",
+                  "replay trace.csv --columns addr=va,op=type --page 2m --frames random")
+    run.add_argument("recording", nargs="?", metavar="TRACE", help=f"{WHAT}; default: the bundled recording")
+    add_format(run)
+    tables = run.add_argument_group("page tables for a trace that brings none")
+    tables.add_argument("--mode", choices=("32", "pae", "4l", "5l"), help="paging mode (default: 4l)")
+    tables.add_argument("--page", choices=("4k", "2m", "1g", "thp"),
+                        help="pages (default: 4k; in mode 32 large ones are 4M); thp: 2M where half of the 4K pages are touched")
+    tables.add_argument("--frames", choices=("linear", "random"), help="order of the frames that pages get (default: linear)")
+    tables.add_argument("--pager", action="store_true", help="demand paging: map pages as they are touched, and count the faults")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _replay(args: argparse.Namespace) -> int:
     source = open_any(args)
+    order = _order(args, isinstance(source, Recording) or bool(source.header.registers))
     titled = source if isinstance(source, Recording) else source.header
-    name = f"{titled.name} {titled.phase}"
     try:
-        with progress_bar(f"replaying {name}") as progress:
-            report = replay(source, progress=progress or False)
+        with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
+            report = replay(source, progress=progress or False, **order)
     except (ReplayInterrupted, TraceError) as stop:
         if stop.report is not None and stop.report.accesses:
             _show(stop.report, args.json)
         raise
+    if isinstance(report, SyntheticReport) and not report.accesses and report.skipped:
+        passed_over = ", ".join(f"{count:,} {kind}" for kind, count in report.skipped.items())
+        raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
     _show(report, args.json)
     return MISMATCH if report.mismatches else OK
+
+
+def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
+    """The tables that the arguments ask for, as `replay()` takes them."""
+    given = [f"--{name}" for name in ("mode", "page", "frames", "pager") if getattr(args, name)]
+    if has_tables and given:
+        raise ValueError(f"{', '.join(given)}: {path_of(args)} brings page tables of its own; allowed are traces that bring none")
+    if not args.pager:
+        return {"paging": args.mode, "page": args.page, "frames": args.frames}
+    return {"pager": Pager(args.page or "4k", args.frames or "linear", mode=args.mode or "4l")}
 
 
 def _show(report: Report, as_json: bool) -> None:
     if as_json:
         say(json.dumps(report.to_dict()))
         return
-    show_tables(replay_tables(report))
+    show_tables(synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report))
     for example in report.examples:
         say(f"MISMATCH {example}")
     if report.mismatches > len(report.examples):

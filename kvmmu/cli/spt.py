@@ -5,7 +5,7 @@ import json
 
 from kvmmu.cli.output import OK
 from kvmmu.cli.parsing import Commands, add_phase, command
-from kvmmu.cli.sources import open_any
+from kvmmu.cli.sources import open_with_tables
 from kvmmu.replay.recorded_machine import touched_machine
 from kvmmu.replay.terminal import say
 from kvmmu.report.spte_tree import spte_runs, spte_text
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 
 
 def _spt(args: argparse.Namespace) -> int:
-    vm = touched_machine(open_any(args), tdp=args.tdp, backing=args.backing, nx_huge_pages=args.nx_huge_pages)
+    vm = touched_machine(open_with_tables(args), tdp=args.tdp, backing=args.backing, nx_huge_pages=args.nx_huge_pages)
     if args.json:
         say(json.dumps({"stats": vm.stats, "sptes": [run.__dict__ for run in spte_runs(vm)]}))
     else:

@@ -11,7 +11,7 @@ from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
-from kvmmu.cli.sources import open_any
+from kvmmu.cli.sources import open_with_tables
 from kvmmu.replay.recorded_faults import Context
 from kvmmu.replay.replay import recording_vcpu, use_context
 from kvmmu.replay.terminal import say
@@ -73,7 +73,7 @@ def _use(vcpu: Vcpu, context: Context, source: Recording | ParquetTrace, number:
 def _walk(args: argparse.Namespace) -> int:
     if args.plot is not None and len(args.gva) > 1:
         raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
-    source = open_any(args)
+    source = open_with_tables(args)
     vcpu, ctx = _walk_in(source, args.ctx)
     started = time.perf_counter()
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]

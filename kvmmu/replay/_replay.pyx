@@ -3,15 +3,15 @@
 import numpy as np
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport SIZE_MAX, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT
+from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT, PAGE_SHIFT
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
-from kvmmu.replay._replay_blocks cimport BLOCK, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
+from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets
 from kvmmu.walk.batch._arrays cimport aligned, column, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
@@ -246,6 +246,9 @@ cdef class RowLoop(BlockWalker):
     cdef bint writes                # there are the columns of events
     cdef bint all_known
     cdef size_t rows
+    cdef size_t stop                # of run(), at most rows
+    cdef bint crosses               # rows that reach into the next page are walked there, too
+    cdef int shifts[LEVELS]         # of the pages of leaves
     cdef uint32_t ctx[BLOCK]
 
     def __cinit__(self, mark=None, walk=None, vcpu_count=0, explain=0, *args):
@@ -258,7 +261,8 @@ cdef class RowLoop(BlockWalker):
         if self.walks is NULL:
             raise MemoryError
         self.table = NEVER_SEEN
-        self.rows = 0
+        self.rows = self.stop = 0
+        self.crosses = False
 
     def __dealloc__(self):
         free(self.walks)
@@ -294,6 +298,24 @@ cdef class RowLoop(BlockWalker):
         """Remember no translation of the rows so far: somebody may have written the tables since."""
         self.check_idle()
         self.begun = False
+
+    def walk_both_pages(self, shifts):
+        """Walk rows that reach into the next page there, too, from now on. Chunks have to have sizes, and no recorded addresses.
+
+        Parameters
+        ----------
+        shifts : sequence of int
+            Of the size of a page, by the level of its leaf: paging off, 4K, 2M or 4M, 1G.
+        """
+        cdef int level
+        self.check_idle()
+        if self.vcpus != 1 or len(shifts) != LEVELS:
+            raise ValueError(f"{len(shifts)} shifts and {self.vcpus} vCPUs; want {int(LEVELS)} and 1")
+        for level in range(LEVELS):
+            if not PAGE_SHIFT <= shifts[level] < 64:
+                raise ValueError(f"shifts: {shifts[level]} is no page; want {PAGE_SHIFT} to 63")
+            self.shifts[level] = shifts[level]
+        self.crosses = True
 
     def load(self, chunk):
         """Take the columns of a chunk: `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
@@ -334,11 +356,13 @@ cdef class RowLoop(BlockWalker):
         if None in self.owners or highest >= self.vcpus or chunk.vcpus > self.vcpus:
             vcpus = max(highest + 1, chunk.vcpus)
             raise ValueError(f"rows of {vcpus} vCPUs, registers of {self.vcpus - self.owners.count(None)}")
+        if self.crosses and (self.size is None or chunk.all_known and len(chunk.op)):
+            raise ValueError("a chunk without sizes, or with recorded addresses, where rows are walked in both pages")
         self.all_known = chunk.all_known
         self.rows = self.op.shape[0]
 
-    def run(self, size_t start):
-        """Walk the chunk's rows from start up to an event that is the caller's, the end, or a block with mismatches.
+    def run(self, size_t start, size_t stop=SIZE_MAX):
+        """Walk the chunk's rows from start up to stop or an event that is the caller's, the end, or a block with mismatches.
 
         Returns
         -------
@@ -356,6 +380,7 @@ cdef class RowLoop(BlockWalker):
         if start > self.rows:
             raise ValueError(f"row {start} is not within the {self.rows} rows")
         self.check_idle()
+        self.stop = min(stop, self.rows)
         table = self.walk.mem.current()
         if table.number != self.table:
             self.begun = False
@@ -376,7 +401,7 @@ cdef class RowLoop(BlockWalker):
         cdef size_t i = row[0], stop
         cdef bint one_vcpu = self.vcpu is None or self.vcpus == 1
         cdef int written = WRITTEN
-        while i < self.rows and not self.bad_count and not self.broken:
+        while i < self.stop and not self.bad_count and not self.broken:
             if self.op[i] < OP_EVENT:
                 stop = self.end_of_accesses(i)
                 self.walk_rows(i, stop, one_vcpu)
@@ -395,7 +420,7 @@ cdef class RowLoop(BlockWalker):
 
     cdef size_t end_of_accesses(self, size_t start) noexcept nogil:
         """First event from start on, at most a block away; counts the accesses up to there by kind."""
-        cdef size_t limit = min(self.rows, start + BLOCK), i = start, k
+        cdef size_t limit = min(self.stop, start + BLOCK), i = start, k
         cdef const uint8_t *op = &self.op[0]
         cdef uint32_t stores = 0, fetches = 0, mmio = 0
         cdef uint8_t seen
@@ -437,6 +462,8 @@ cdef class RowLoop(BlockWalker):
                 ctx = self.ctx
         self.walk_block(self.walks, ctx, &self.addr[start], &self.access[start], &self.gpa[start], start, n, self.vcpus,
                         self.all_known)
+        if self.crosses:
+            self.walk_next_pages(&self.addr[start], &self.access[start], &self.size[start], self.shifts, n)
 
 
 # ---- from Python -------------------------------------------------------------------------------------------------------

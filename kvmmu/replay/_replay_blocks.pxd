@@ -42,6 +42,8 @@ cdef struct replay_counters:
     uint64_t mmio
     uint64_t statuses[STATUSES]     # of unchecked rows
     uint64_t error_codes[ERROR_CODES]   # of unchecked rows that end in a #PF
+    uint64_t crossings              # unchecked rows that reach into the next page
+    uint64_t next_levels[LEVELS]    # walks of those next pages, and of rows that fail there, by level of their leaf
 
 
 cdef class BlockWalker:
@@ -54,6 +56,9 @@ cdef class BlockWalker:
     cdef bint running               # without the GIL
     cdef bint broken                # a row whose address is not recorded, where all are said to be
     cdef replay_counters counters
+    cdef uint64_t next_gva[BLOCK]       # of walk_next_pages()
+    cdef uint8_t next_access[BLOCK]
+    cdef uint8_t row_level[BLOCK]
     cdef uint32_t bad[BLOCK]
     cdef Py_ssize_t bad_count
     cdef readonly Py_ssize_t explain
@@ -63,5 +68,9 @@ cdef class BlockWalker:
     cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
                          const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil
     cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil
+    # Walk the next pages of those rows of the last block that reach into them. IN gva, access, size: of the block's rows, n <=
+    # BLOCK; shifts: of the page of a leaf, by level. A walk that fails counts as that of its row, which was unchecked.
+    cdef void walk_next_pages(self, const uint64_t *gva, const uint8_t *access, const uint8_t *size, const int *shifts,
+                              size_t n) noexcept nogil
     # Store the low bytes of a value: WRITTEN, WRITE_TO_HOLE or WRITE_MALFORMED
     cdef int write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil

@@ -5,7 +5,8 @@ from libc.string cimport memcpy, memset
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
-    GPA_LIMIT, INVALID_GPA, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
+    GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK,
+    STATUS_PAGE_FAULT,
 )
 from kvmmu.memory._maker cimport check_maker
 from kvmmu.memory._memory cimport gpa_to_hva
@@ -86,6 +87,19 @@ cdef class BlockWalker:
         """Unchecked accesses that end in a page fault, by error code: a dict."""
         return {code: int(self.counters.error_codes[code]) for code in range(ERROR_CODES) if self.counters.error_codes[code]}
 
+    @property
+    def crossings(self):
+        """Accesses that reach into the next page, if they are walked there."""
+        return int(self.counters.crossings)
+
+    @property
+    def next_page_sizes(self):
+        """Walks that succeed beside those of `page_sizes`, by level of their leaf.
+
+        They are those of next pages, and of the first pages of accesses that fail in the next one.
+        """
+        return [int(self.counters.next_levels[level]) for level in range(PG_LEVEL_NONE, PG_LEVEL_1G + 1)]
+
     def take_mismatches(self):
         """Rows of the last block whose walk did not end as recorded, as far as they are to be explained: a list."""
         rows = [int(self.bad[i]) for i in range(self.bad_count)]
@@ -158,6 +172,39 @@ cdef class BlockWalker:
                 c.error_codes[r.error_code[i] & (ERROR_CODES - 1)] += 1
             if r.status[i] != STATUS_OK and r.level[i] < LEVELS:
                 c.levels[r.level[i]] -= 1
+
+    cdef void walk_next_pages(self, const uint64_t *gva, const uint8_t *access, const uint8_t *size, const int *shifts,
+                              size_t n) noexcept nogil:
+        cdef block_result *r = &self.result
+        cdef replay_counters *c = &self.counters
+        cdef uint64_t offset_mask
+        cdef size_t i, rows = 0
+        for i in range(n):
+            # quick: most rows do not even cross a page of 4K
+            if (gva[i] & PAGE_OFFSET_MASK) + size[i] <= PAGE_SIZE or r.status[i] != STATUS_OK:
+                continue
+            offset_mask = (<uint64_t>1 << shifts[r.level[i]]) - 1
+            if (gva[i] & offset_mask) + size[i] > offset_mask + 1:
+                self.next_gva[rows] = (gva[i] | offset_mask) + 1
+                self.next_access[rows] = access[i]
+                self.row_level[rows] = r.level[i]
+                rows += 1
+        if not rows:
+            return
+        self.rows_under_way.gva, self.rows_under_way.access = self.next_gva, self.next_access
+        self.rows_under_way.ctx = NULL
+        translate_rows(&self.rows_under_way, 0, rows)
+        c.crossings += rows
+        for i in range(rows):
+            if r.status[i] == STATUS_OK:
+                c.next_levels[r.level[i]] += 1
+                continue
+            c.levels[self.row_level[i]] -= 1            # the access fails, its first walk does not
+            c.next_levels[self.row_level[i]] += 1
+            c.statuses[STATUS_OK] -= 1
+            c.statuses[r.status[i]] += 1
+            if r.status[i] == STATUS_PAGE_FAULT:
+                c.error_codes[r.error_code[i] & (ERROR_CODES - 1)] += 1
 
     cdef int write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil:
         cdef bint readonly = False

@@ -1,7 +1,7 @@
 """Replay: a recorded guest walked access by access, each address held against the recorded one."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,8 +26,12 @@ from kvmmu.replay.recorded_faults import (
     use_context,
 )
 from kvmmu.replay.result import EXPLAINED, Mismatch, ReplayInterrupted, Report
+from kvmmu.replay.synthetic import TablesToOrder, replay_synthetic
 from kvmmu.replay.trace_replay import replay_trace
-from kvmmu.traces import Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, is_parquet
+from kvmmu.tables.layout import Frames, Page
+from kvmmu.tables.modes import Mode
+from kvmmu.tables.pager import Pager
+from kvmmu.traces import Chunk, Header, Recording, RecordingError, RegisterSet, Trace
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vm.vcpu import Vcpu
@@ -94,21 +98,33 @@ def nested_stage(recording: Recording, ncr3: int) -> Npt:
 
 
 def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk", tlb: None = None,
+           paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            phase: str | None = None, progress: bool | Progress = False) -> Report:
-    """Walk every access of a trace and hold each against the recorded physical address.
+    """Walk every access of a trace and hold each against the recorded physical address, if there is one.
+
+    A trace without registers (those of other tools) is walked on page tables that are made for it.
 
     Parameters
     ----------
     trace : str or path-like, Recording, Trace, or iterable
-        Where a recording or a Parquet trace (extra `arrow`) lies; one of them opened; or chunks of rows, each an Arrow record
-        batch or a mapping of column names to arrays, whose memory and registers at the start are those of `vm`.
+        Where a recording or a trace of any format of `open_trace()` lies; one of them opened; or chunks of rows, each an Arrow
+        record batch or a mapping of column names to arrays, whose memory and registers at the start are those of `vm`.
     vm : Vcpu, optional
-        For a trace that brings no memory: whose memory, processor and (for an iterable of chunks) registers to take. Accessed and
+        For a trace that brings no memory: whose memory, processor and, if the trace brings none, registers to take. Accessed and
         dirty bits and the writes of the trace go to it.
     mode : {"walk"}
         What to model: the walk of guest page tables.
     tlb : None
         No TLB is modelled.
+    paging : {"4l", "5l", "pae", "32"}, optional
+        Of a trace without registers: the paging mode of its tables, by default "4l".
+    page : {"4k", "2m", "1g", "thp"}, optional
+        Likewise: the size of its pages, by default "4k"; "thp" is 2M where half of the 4K pages are touched.
+    frames : {"linear", "random"}, optional
+        Likewise: in which order pages get frames, by default "linear".
+    pager : Pager, optional
+        Likewise: its tables fill by demand paging as pages are touched. It says itself what the three before it would say. An
+        iterable of chunks needs it, as they are read once; without it a trace is read twice.
     phase : {"static", "dyn"}, optional
         Of a path to a recording: which phase.
     progress : bool or callable
@@ -118,6 +134,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     Returns
     -------
     Report
+        A `SyntheticReport` if tables were made.
 
     Raises
     ------
@@ -144,39 +161,81 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         raise ValueError(f"tlb: want None, got {tlb!r}")
     if vm is not None and not isinstance(vm, Vcpu):
         raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
-    source = _source(trace, vm, phase)
+    order = _order(paging, page, frames, pager)
+    source = _source(trace, vm, phase, order)
     if callable(progress):
-        return _replay(source, vm, progress)
+        return _replay(source, vm, order, progress)
     if not isinstance(progress, bool):
         raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
-        return _replay(source, vm, None)
+        return _replay(source, vm, order, None)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}") as bar:
-        return _replay(source, vm, bar)
+        return _replay(source, vm, order, bar)
 
 
-def _replay(source: Recording | Trace, vm: Vcpu | None, progress: Progress | None) -> Report:
-    return _Run(source, progress).run() if isinstance(source, Recording) else replay_trace(source, vm, progress)
+def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None) -> Report:
+    if isinstance(source, Recording):
+        return _Run(source, progress).run()
+    if source.header.registers:
+        return replay_trace(source, vm, progress)
+    if vm is not None:
+        return replay_trace(_OnVcpu(source, vm), vm, progress)
+    return replay_synthetic(source, order or TablesToOrder(), progress)
 
 
-def _source(trace: Any, vm: Vcpu | None, phase: str | None) -> Recording | Trace:
+def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | None:
+    """The tables that a caller asks for; None if it says nothing about them."""
+    given = {name: value for name, value in (("paging", paging), ("page", page), ("frames", frames)) if value is not None}
+    if pager is None:
+        return TablesToOrder(**given) if given else None
+    if not isinstance(pager, Pager):
+        raise TypeError(f"pager: want a Pager or None, got {type(pager).__name__}")
+    for name, value in given.items():
+        raise ValueError(f"{name}: the pager says it; want None, got {value!r}")
+    return TablesToOrder(pager.mode, pager.page, pager.frames, pager)
+
+
+def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder | None) -> Recording | Trace:
     """What to replay: a Recording or a Trace."""
     if isinstance(trace, (Recording, Trace)):
         source: Recording | Trace = trace
     elif isinstance(trace, str) or hasattr(trace, "__fspath__"):
-        source = ParquetTrace(trace) if is_parquet(trace) else Recording.open(trace, phase)
+        from kvmmu.traces.source import open_source  # the readers of other formats take time to load
+
+        source = open_source(trace, phase=phase)
     elif isinstance(trace, Iterable):
-        if vm is None:
-            raise ValueError("vm: an iterable of chunks has no memory and no registers of its own; want a Vcpu")
-        source = Trace(_header_of(vm), trace)
+        if vm is None and (order is None or order.pager is None):
+            raise ValueError("vm: an iterable of chunks has no memory and no registers of its own; want a Vcpu, or a pager that "
+                             "makes tables")
+        source = Trace(_header_of(vm) if vm is not None else Header(registers=()), trace)
     else:
         raise TypeError(f"trace: want a path, a Recording, a Trace or an iterable of chunks, got {type(trace).__name__}")
     if phase is not None and isinstance(source, Trace):
         raise ValueError(f"phase: a trace has one; want None, got {phase!r}")
     if vm is not None and isinstance(source, Recording):
         raise ValueError("vm: a recording brings its own memory; want None")
+    if order is not None and vm is not None:
+        raise ValueError("vm: tables are made for the trace, and they have memory of their own; want None")
+    if order is not None and (isinstance(source, Recording) or source.header.registers):
+        raise ValueError("paging, page, frames, pager: the trace brings registers and page tables of its own; want None")
+    if type(source) is Trace and vm is None and not source.header.registers and (order is None or order.pager is None):
+        raise ValueError("pager: the chunks of a Trace are read once, and tables for all of its addresses take two readings; "
+                         "want a Pager")
     return source
+
+
+class _OnVcpu(Trace):
+    """A trace without registers that takes those of a vCPU for all of its processors."""
+
+    def __init__(self, trace: Trace, vcpu: Vcpu) -> None:
+        super().__init__(replace(_header_of(vcpu), name=trace.header.name, source=trace.header.source), ())
+        self._trace = trace
+        self.path = getattr(trace, "path", None)
+
+    def chunks(self) -> Generator[Chunk]:
+        for chunk in self._trace.chunks():
+            yield replace(chunk, vcpu=None, vcpus=1)
 
 
 def _header_of(vcpu: Vcpu) -> Header:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted"]
+__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport"]
 
 EXPLAINED = 20
+_TABLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,72 @@ class Report:
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
         return plain | {"rate": self.rate}
+
+
+@dataclass
+class SyntheticReport(Report):
+    """The result of a replay of a trace without page tables, on tables that were made for it.
+
+    Attributes
+    ----------
+    mode : str
+        Paging mode of the tables: "32", "pae", "4l" or "5l".
+    page_sizes : dict of str to int
+        Accesses whose walk succeeds, by the size of the page that their first byte lies in.
+    walk_faults : dict of str to int
+        Accesses whose walk fails, by error code or status: addresses that are not canonical.
+    source : str
+        Format of the trace.
+    page, frames : str
+        What the tables were made of: "4k", "2m", "1g" or "thp"; "linear" or "random".
+    pages_touched : int
+        Distinct pages that accesses touch, of the sizes that the tables have at the end.
+    crossings : int
+        Accesses that reach into the next page. They touch both, and are walked in both.
+    walks, refs : int
+        Walks that succeed, and the paging-structure entries that they read. Walks that end in a first-touch fault are not
+        counted.
+    first_touch_faults : int or None
+        Page faults of demand paging; None without a pager.
+    touched_bytes : int
+        4096 for each distinct 4K page that is touched.
+    mapped : dict of str to int
+        Pages in the tables by size.
+    mapped_bytes : int
+        Memory that those pages take.
+    table_pages : int
+        Page tables, of 4096 bytes each.
+    skipped : dict of str to int
+        What the reader of the trace passed over, by kind.
+    """
+
+    source: str = ""
+    page: str = "4k"
+    frames: str = "linear"
+    pages_touched: int = 0
+    crossings: int = 0
+    walks: int = 0
+    refs: int = 0
+    first_touch_faults: int | None = None
+    touched_bytes: int = 0
+    mapped: dict[str, int] = field(default_factory=dict)
+    mapped_bytes: int = 0
+    table_pages: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def refs_per_walk(self) -> float:
+        return self.refs / self.walks if self.walks else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        names = ("name", "source", "mode", "page", "frames", "complete", "accesses", "kinds", "mmio", "crossings",
+                 "pages_touched", "page_sizes", "first_touch_faults", "walk_faults", "walks", "skipped", "seconds", "waited",
+                 "rate")
+        return {name: getattr(self, name) for name in names} | {
+            "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
+            "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,
+                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}}
 
 
 class ReplayInterrupted(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from kvmmu.memory._memory import GuestMemory
 from kvmmu.traces import Chunk, TraceError
 from kvmmu.traces._files import limit_of
 
-__all__ = ["SetUp", "TraceMemory", "reserve"]
+__all__ = ["SetUp", "TraceMemory", "memory_limit", "reserve"]
 
 LIMIT_VARIABLE = "KVMMU_TRACE_MEMORY_LIMIT"
 _LIMIT = 4 << 30                        # bytes that the set-up rows and the writes of a trace may take here
@@ -55,6 +55,11 @@ def reserve(size: int) -> tuple[NDArray[np.uint8], Any]:
     return np.frombuffer(area, np.uint8), area
 
 
+def memory_limit() -> int:
+    """Bytes of guest memory that a replay may take for a trace."""
+    return limit_of(LIMIT_VARIABLE, _LIMIT)
+
+
 class _Pairs:
     """Pairs of an address and a value, as arrays, in the order in which they came."""
 
@@ -85,7 +90,7 @@ class SetUp:
     """Gathers the MEMORY and MEMORY_WORD rows of a trace, which come before all others."""
 
     def __init__(self) -> None:
-        self._limit = limit_of(LIMIT_VARIABLE, _LIMIT)
+        self._limit = memory_limit()
         self._regions, self._words = _Pairs(), _Pairs()
         self._declared = 0
         self._settled = 0                               # words, when those of one address became one the last time

@@ -1,5 +1,6 @@
 """PageFiller: demand paging over arrays, as a guest kernel's page-fault handler does it. `Pager` supplies the frames."""
 
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -16,7 +17,9 @@ cdef enum:
     FIRST_CAPACITY = 1 << 10
     NO_SMALL_FRAME = 100        # beside build_status
     NO_LARGE_FRAME = 101
+    REPLACES = 102
 
+BEFORE_PROMOTION = int(REPLACES)
 OUT_OF_SMALL_FRAMES = int(NO_SMALL_FRAME)
 OUT_OF_LARGE_FRAMES = int(NO_LARGE_FRAME)
 
@@ -42,6 +45,7 @@ cdef struct filler:
     uint64_t small_pages
     uint64_t large_pages
     uint64_t replaced
+    bint pauses                 # before a large page replaces small ones
 
 
 cdef bint double_regions(filler *f) noexcept nogil:
@@ -112,7 +116,7 @@ cdef int fill(filler *f, uint64_t addr) noexcept nogil:
         if region is NULL:
             return BUILD_NO_MEMORY
         if region.count + 1 >= f.threshold:
-            return fill_region(f, addr, region)
+            return REPLACES if f.pauses and region.count else fill_region(f, addr, region)
     status = map_row(f.b, addr & ~(step - 1), f.small.frames[f.small.count - 1], f.level, f.bits)
     if status == BUILD_DONE:
         f.small.count -= 1
@@ -209,7 +213,8 @@ cdef class PageFiller(TableBuilder):
         self.f.small.count = 0
         return frames
 
-    def touch_rows(self, const uint64_t[::1] gva not None, const uint8_t[::1] size, Py_ssize_t start):
+    def touch_rows(self, const uint64_t[::1] gva not None, const uint8_t[::1] size, Py_ssize_t start,
+                   Py_ssize_t pauses_from=PY_SSIZE_T_MAX):
         """Touch addresses from row start on, and map the pages that are not mapped yet.
 
         Parameters
@@ -218,6 +223,8 @@ cdef class PageFiller(TableBuilder):
             Linear addresses (bytes).
         size : ndarray of uint8, or None
             Bytes of each access; one that reaches into the next page touches that too.
+        pauses_from : int
+            Stop, with BEFORE_PROMOTION, at a row from this one on that makes a large page replace small ones.
 
         Returns
         -------
@@ -233,6 +240,7 @@ cdef class PageFiller(TableBuilder):
         i = start
         with nogil:
             while i < n:
+                f.pauses = i >= pauses_from
                 addr = gva[i]
                 if addr >> PAGE_SHIFT != last:
                     status = touch(f, addr)

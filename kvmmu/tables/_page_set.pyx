@@ -3,10 +3,10 @@
 import numpy as np
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kvmmu.arch._bits cimport PAGE_SHIFT
+from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from kvmmu.memory._memory cimport hash_gfn
 
 cdef enum:
@@ -36,26 +36,35 @@ cdef bint double_size(page_table *t) noexcept nogil:
     return True
 
 
-cdef bint add_rows(page_table *t, const uint64_t *addr, size_t rows) noexcept nogil:
-    cdef size_t i, place
+cdef bint add_key(page_table *t, uint64_t key) noexcept nogil:
+    """Add a page that is not the last one. False: no memory."""
+    cdef size_t place = hash_gfn(key) & t.mask
+    while t.keys[place] and t.keys[place] != key:
+        place = (place + 1) & t.mask
+    if not t.keys[place]:
+        if 2 * t.count >= t.mask:
+            if not double_size(t):
+                return False
+            place = hash_gfn(key) & t.mask
+            while t.keys[place]:
+                place = (place + 1) & t.mask
+        t.keys[place] = key
+        t.count += 1
+    t.last = key
+    return True
+
+
+cdef bint add_rows(page_table *t, const uint64_t *addr, const uint8_t *size, size_t rows) noexcept nogil:
+    """IN size: bytes of each access, or NULL for 1. False: no memory."""
+    cdef size_t i
     cdef uint64_t key
     for i in range(rows):
         key = (addr[i] >> PAGE_SHIFT) + 1
-        if key == t.last:
-            continue
-        place = hash_gfn(key) & t.mask
-        while t.keys[place] and t.keys[place] != key:
-            place = (place + 1) & t.mask
-        if not t.keys[place]:
-            if 2 * t.count >= t.mask:
-                if not double_size(t):
-                    return False
-                place = hash_gfn(key) & t.mask
-                while t.keys[place]:
-                    place = (place + 1) & t.mask
-            t.keys[place] = key
-            t.count += 1
-        t.last = key
+        if key != t.last and not add_key(t, key):
+            return False
+        if size is not NULL and (addr[i] & PAGE_OFFSET_MASK) + size[i] > PAGE_SIZE:
+            if not add_key(t, (addr[i] + PAGE_SIZE >> PAGE_SHIFT) + 1):
+                return False
     return True
 
 
@@ -76,8 +85,15 @@ cdef class PageSet:
     def __len__(self):
         return self.t.count
 
-    def add(self, const uint64_t[::1] addr not None):
-        """Add the pages of addresses (bytes).
+    def add(self, const uint64_t[::1] addr not None, const uint8_t[::1] size=None):
+        """Add the pages of accesses.
+
+        Parameters
+        ----------
+        addr : ndarray of uint64, shape (n,)
+            Their addresses (bytes).
+        size : ndarray of uint8, shape (n,), optional
+            Their sizes (bytes), 1 by default. One that reaches into the next page touches both.
 
         Returns
         -------
@@ -87,9 +103,15 @@ cdef class PageSet:
         cdef size_t before = self.t.count, rows = addr.shape[0]
         cdef page_table *t = &self.t
         cdef bint memory = True
+        cdef const uint8_t *sizes = NULL
+        if size is not None:
+            if <size_t>size.shape[0] != rows:
+                raise ValueError(f"size: {size.shape[0]} rows, addr has {rows}")
+            if rows:
+                sizes = &size[0]
         if rows:
             with nogil:
-                memory = add_rows(t, &addr[0], rows)
+                memory = add_rows(t, &addr[0], sizes, rows)
         if not memory:
             raise MemoryError
         return self.t.count - before

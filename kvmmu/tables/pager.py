@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvmmu.arch._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE, Pte
 from kvmmu.arch.arguments import check_int, check_name
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.tables._filler import OUT_OF_LARGE_FRAMES, OUT_OF_SMALL_FRAMES, PageFiller
+from kvmmu.tables._filler import BEFORE_PROMOTION, OUT_OF_LARGE_FRAMES, OUT_OF_SMALL_FRAMES, PageFiller
 from kvmmu.tables.layout import SEED_MAX, Frames, Page, check_layout
 from kvmmu.tables.modes import MODES, Mode
 from kvmmu.tables.page_tables import PageTables
@@ -45,6 +45,8 @@ class Pager(PageTables):
 
     Attributes
     ----------
+    page, frames : str
+        As given.
     faults : int
         First touches.
     pages, huge_pages : int
@@ -69,7 +71,7 @@ class Pager(PageTables):
                  thp_share: float = 0.5, seed: int = 0, maxphyaddr: int = 46) -> None:
         shape = check_layout(page, frames, mode, thp_share)
         check_name("mode", mode, ("32", "pae", "4l", "5l"))
-        self.page = page
+        self.page, self.frames = page, frames
         seed = check_int("seed", seed, 0, SEED_MAX)
         self._random = np.random.default_rng(seed) if frames == "random" else None
         self._level = _LEVELS[page]
@@ -129,9 +131,26 @@ class Pager(PageTables):
         """
         addr = as_words("gva", gva)
         before = self.faults
-        done = 0
+        self._touch(addr, size, 0, addr.size)
+        return self.faults - before
+
+    def _touch_until_promotion(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, start: int) -> int:
+        """Touch addresses from row `start` on, up to one that makes a large page replace small ones.
+
+        What rows before that one translate to is the same behind this call as when they were touched: faults add pages.
+
+        Returns
+        -------
+        int
+            The first row that was not touched. Row `start` always is, whatever it makes.
+        """
+        return self._touch(addr, size, start, start + 1)
+
+    def _touch(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, done: int, pauses_from: int) -> int:
         while True:
-            done, status = self._settle(*self._filler.touch_rows(addr, size, done))
+            done, status = self._settle(*self._filler.touch_rows(addr, size, done, pauses_from))
+            if status == BEFORE_PROMOTION:
+                return done
             if status in (OUT_OF_SMALL_FRAMES, OUT_OF_LARGE_FRAMES):
                 self._supply_pages(status == OUT_OF_LARGE_FRAMES)
             elif not self._wants_frames(status):
@@ -139,7 +158,7 @@ class Pager(PageTables):
             elif not self._supply():
                 raise MemoryError(f"no frame is left for page tables after {self.faults:,} faults")
         self._finish(done, status, f"{int(addr[done]):#x}" if done < addr.size else "")
-        return self.faults - before
+        return done
 
     def _supply(self) -> bool:
         return super()._supply() or self._reclaim() and super()._supply()

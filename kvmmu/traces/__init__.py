@@ -2,7 +2,7 @@
 # Below: arch._bits, arch.arguments
 # Order: _sink, _text, _text_events, _binary, _qemu, _files, _npz, _schema, header, named, compressed, _rows, stream, foreign,
 #     tables, qemu_plugin, qemu_execlog, pinatrace, perf_script, numpy_arrays, csv, lackey, ftrace, drmemtrace, champsim, parquet,
-#     opening, recording, conversion
+#     opening, recording, source, conversion
 
 from typing import TYPE_CHECKING, Any
 

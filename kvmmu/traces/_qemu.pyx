@@ -30,7 +30,7 @@ cdef enum:                          # why a reading stopped
     NO_BLOCK
     NO_RECORD
 
-_REASONS = {NO_BLOCK: "is not the header of a block", NO_RECORD: "is a record of a kind or size that is not known"}
+REASONS = {NO_BLOCK: "is not the header of a block", NO_RECORD: "is a record of a kind or size that is not known"}
 
 
 ctypedef struct qemu_state:
@@ -106,7 +106,7 @@ cdef class QemuRecords:
         p = &records[start]
         with nogil:
             why = read_units(&self.state, &p, p + (records.shape[0] - start), &sink.rows)
-        return p - &records[0], _REASONS.get(why)
+        return p - &records[0], REASONS.get(why)
 
 
 cdef int read_units(qemu_state *s, const uint8_t **place, const uint8_t *end, row_sink *rows) noexcept nogil:

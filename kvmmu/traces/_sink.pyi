@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ ROWS: int
 MODIFY: int
 
 class Sink:
-    def __init__(self, *, vcpu: bool = ..., gpa: bool = ..., size: bool = ..., value: bool = ..., rows: int = ...) -> None: ...
+    def __new__(cls, *, vcpu: bool = ..., gpa: bool = ..., size: bool = ..., value: bool = ..., rows: int = ...) -> Self: ...
     def __len__(self) -> int: ...
     def take(self) -> dict[str, NDArray[Any]]: ...
 

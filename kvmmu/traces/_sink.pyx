@@ -126,7 +126,7 @@ cdef class Sink:
         Of a chunk, at most.
     """
 
-    def __init__(self, *, bint vcpu=False, bint gpa=False, bint size=True, bint value=False, size_t rows=ROWS):
+    def __cinit__(self, *, bint vcpu=False, bint gpa=False, bint size=True, bint value=False, size_t rows=ROWS):
         self.with_vcpu, self.with_gpa, self.with_size, self.with_value = vcpu, gpa, size, value
         self.rows.capacity = rows + SLACK
         self.refill()

@@ -17,7 +17,7 @@ ctypedef struct text_state:
 cdef class LineParser:
     cdef text_state state
 
-    # Read lines from *p on, until they end or the rows are full. Returns 0, or a key of _REASONS with *p at the broken line.
+    # Read lines from *p on, until they end or the rows are full. Returns 0, or a key of REASONS with *p at the broken line.
     cdef int parse(self, const uint8_t **p, row_sink *rows) noexcept nogil
 
 

@@ -1,9 +1,13 @@
+from typing import Self
+
 from kvmmu.traces._sink import Sink
+
+REASONS: dict[int, str]
 
 class LineParser:
     line: int
     skipped: int
-    def __init__(self, *, fetch: bool = ..., strict: bool = ...) -> None: ...
+    def __new__(cls, *, fetch: bool = ..., strict: bool = ...) -> Self: ...
     def run(self, text: bytes | bytearray, start: int, sink: Sink) -> tuple[int, str | None]: ...
 
 class Lackey(LineParser): ...

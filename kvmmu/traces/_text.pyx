@@ -18,7 +18,7 @@ cdef enum:
     BROKEN_LINE                     # begins like a row and is none
     NO_TEXT                         # has a NUL
 
-_REASONS = {BROKEN_LINE: "is no row of this format", NO_TEXT: "is no text: it has a byte of 0"}
+REASONS = {BROKEN_LINE: "is no row of this format", NO_TEXT: "is no text: it has a byte of 0"}
 
 
 cdef void fill_digits() noexcept nogil:
@@ -44,7 +44,7 @@ cdef class LineParser:
         Lines that are not rows.
     """
 
-    def __init__(self, *, bint fetch=True, bint strict=False):
+    def __cinit__(self, *, bint fetch=True, bint strict=False, **_of_subclass):
         self.state.fetch, self.state.strict = fetch, strict
 
     @property
@@ -86,7 +86,7 @@ cdef class LineParser:
         self.state.end = first + text.shape[0]
         with nogil:
             result = self.parse(&p, &sink.rows)
-        return p - first, _REASONS.get(result)
+        return p - first, REASONS.get(result)
 
 
 # A line that is not a row is passed over, unless every line shall be one. OUT p: behind it.

@@ -1,9 +1,13 @@
+from typing import Self
+
 from kvmmu.traces._text import LineParser
 
 EVENTS: dict[str, int]
 
-class PerfScript(LineParser):
-    def __init__(self, *, weight: bool = ..., ip: bool = ..., phys: bool = ..., strict: bool = ...) -> None: ...
+class Tasks(LineParser): ...
 
-class Ftrace(LineParser):
-    def __init__(self, *, events: int = ..., shadow: bool = ..., strict: bool = ...) -> None: ...
+class PerfScript(Tasks):
+    def __new__(cls, *, weight: bool = ..., ip: bool = ..., phys: bool = ..., strict: bool = ...) -> Self: ...
+
+class Ftrace(Tasks):
+    def __new__(cls, *, events: int = ..., shadow: bool = ..., strict: bool = ...) -> Self: ...

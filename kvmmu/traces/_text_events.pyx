@@ -104,8 +104,7 @@ cdef class PerfScript(Tasks):
 
     cdef bint weight, ip, phys
 
-    def __init__(self, *, bint weight=False, bint ip=True, bint phys=True, bint strict=False):
-        LineParser.__init__(self, strict=strict)
+    def __cinit__(self, *, bint weight=False, bint ip=True, bint phys=True, bint strict=False):
         self.weight, self.ip, self.phys = weight, ip, phys
 
     cdef int parse(self, const uint8_t **p, row_sink *rows) noexcept nogil:
@@ -282,8 +281,7 @@ cdef class Ftrace(Tasks):
     cdef int events
     cdef bint shadow
 
-    def __init__(self, *, int events=PAGE_FAULT, bint shadow=False, bint strict=False):
-        LineParser.__init__(self, strict=strict)
+    def __cinit__(self, *, int events=PAGE_FAULT, bint shadow=False, bint strict=False):
         self.events, self.shadow = events, shadow
 
     cdef int parse(self, const uint8_t **p, row_sink *rows) noexcept nogil:

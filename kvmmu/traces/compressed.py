@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
 
+from kvmmu.traces._files import open_regular
 from kvmmu.traces.header import TraceError
 
 __all__ = ["BLOCK_BYTES", "ByteStream", "compression_of", "open_bytes"]
@@ -322,8 +323,8 @@ class ByteStream:
 
 
 def open_bytes(path: Path) -> ByteStream:
-    """Open a file. Raises OSError as open() does."""
-    file = path.open("rb")
+    """Open a regular file. Raises OSError as open() does, and TraceError for a directory, a FIFO or a device."""
+    file = open_regular(path, TraceError)
     try:
         return ByteStream(path, file)
     except BaseException:

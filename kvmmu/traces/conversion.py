@@ -1,6 +1,7 @@
-"""A recording as a trace: the same accesses, table writes, faults and register loads, in the rows of the trace format."""
+"""Anything as a file in the trace format; a recording with its table writes, faults and register loads as rows."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from kvmmu.arch._bits import Cr4, Op
 from kvmmu.arch.arguments import check_int
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath
 from kvmmu.traces.header import Header, RegisterSet, Stage
-from kvmmu.traces.parquet import ROW_GROUP, ParquetWriter
+from kvmmu.traces.parquet import ROW_GROUP, ParquetTrace, ParquetWriter
 from kvmmu.traces.recording import Recording, recording_files
+from kvmmu.traces.stream import Trace
 
-__all__ = ["convert", "recording_chunks", "recording_header"]
+__all__ = ["convert", "recording_chunks", "recording_header", "source_files"]
 
 _CR3, _CR4, _INVLPG, _CR0, _WORLD_SWITCH = 1, 2, 3, 4, 7
 _LOADS = {_CR3: (Op.MOV_CR3, 1), _CR4: (Op.MOV_CR4, 4), _CR0: (Op.MOV_CR0, 3)}         # event, and column of ctx
@@ -248,20 +250,20 @@ def _interleaved(recording: Recording, start: int, stop: int, events: np.ndarray
     return rows
 
 
-def convert(recording: Recording, out: StrPath, *, repeat: int = 1, compression: str = "lz4",
+def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compression: str = "lz4",
             progress: Progress | None = None) -> int:
-    """Write a recording as a Parquet trace, in memory that does not depend on `repeat`.
+    """Write a recording or a trace as a Parquet trace, in memory that depends neither on its length nor on `repeat`.
 
     Parameters
     ----------
-    recording : Recording
+    source : Recording or Trace
     out : str or path-like
-        The file, new or a regular one, and none of the recording's; it appears when it is complete (see `ParquetWriter`).
+        The file, new or a regular one, and none of the source's; it appears when it is complete (see `ParquetWriter`).
     repeat : int
-        How often its accesses come.
+        How often the accesses of a recording come.
     compression : {"lz4", "zstd", "snappy", "none"}
     progress : callable, optional
-        Called with (accesses written, accesses in all).
+        Called with (accesses written, accesses in all; 0 if unknown).
 
     Returns
     -------
@@ -272,14 +274,34 @@ def convert(recording: Recording, out: StrPath, *, repeat: int = 1, compression:
     ------
     OSError
         `out` is anything else, or cannot be written.
+    RecordingError, TraceError
+        The source is damaged, or has no registers where it needs them.
+    ValueError
+        `repeat` of a trace.
     """
     repeat = check_int("repeat", repeat, 1, _REPEAT_MAX)
-    chunks = recording_chunks(recording, repeat)
-    total = len(recording) * repeat
-    with ParquetWriter(out, recording_header(recording), compression=compression,
-                       inputs=recording_files(recording.path)) as writer:
+    chunks: Iterator[Any]
+    if isinstance(source, Recording):
+        chunks, header, total = recording_chunks(source, repeat), recording_header(source), len(source) * repeat
+    elif repeat != 1:
+        raise ValueError(f"repeat: only the accesses of a recording are repeated; want 1, got {repeat}")
+    else:
+        if isinstance(source, ParquetTrace):
+            source = ParquetTrace(source.path, lean=False)          # with the columns that a replay leaves out
+        chunks, header, total = source.chunks(), source.header, source.header.accesses or 0
+    with ParquetWriter(out, header, compression=compression, inputs=source_files(source)) as writer:
         for columns in chunks:
             writer.write(columns)
             if progress:
                 progress(writer.accesses, total)
     return writer.accesses
+
+
+def source_files(source: Recording | Trace) -> list[Path]:
+    """The files that a recording or a trace is read from."""
+    if isinstance(source, Recording):
+        return recording_files(source.path)
+    path = getattr(source, "path", None)
+    if path is None:
+        return []
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]

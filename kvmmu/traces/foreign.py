@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from kvmmu.traces._sink import Sink
 from kvmmu.traces.compressed import BLOCK_BYTES, ByteStream
-from kvmmu.traces.header import MAX_VCPUS, Header, RegisterSet, TraceError
-from kvmmu.traces.stream import COLUMNS, Chunk, Trace, checked_chunks
+from kvmmu.traces.header import MAX_VCPUS, Header, TraceError
+from kvmmu.traces.stream import Chunk, Trace, checked_chunks
 
 __all__ = [
     "Brings", "ForeignTrace", "Format", "LineReader", "Notes", "foreign_header", "option_error", "text_chunks", "whole_lines",
@@ -20,9 +20,6 @@ __all__ = [
 
 Columns = Mapping[str, Any]
 
-IP = "ip"                           # column: the instruction that made the access; of a fetch, its address
-YIELD_IP = IP in COLUMNS            # chunks have it once the trace format does
-_PAGING_OFF = RegisterSet(cr0=0x11, cr3=0, cr4=0, efer=0)       # PE and ET
 _MAX_LINE = 1 << 16                 # bytes; longer lines are no text that a tracer wrote
 _EXCERPT = 60                       # bytes of a broken line that a message shows
 
@@ -60,7 +57,7 @@ class Format(Protocol):
 
 
 def foreign_header(source: str, path: Path, vcpus: int) -> Header:
-    """Return the header of a trace that brings no registers: paging is off.
+    """Return the header of a trace that brings no registers.
 
     Parameters
     ----------
@@ -70,7 +67,7 @@ def foreign_header(source: str, path: Path, vcpus: int) -> Header:
     vcpus : int
         More than the highest vCPU that the rows may name.
     """
-    return Header(registers=(_PAGING_OFF,) * vcpus, name=path.name, source=source)
+    return Header(registers=(), vcpus=vcpus, name=path.name, source=source)
 
 
 @dataclass(frozen=True)
@@ -130,20 +127,14 @@ class ForeignTrace(Trace):
         self.path, self._read, self.brings, self.notes = path, read, brings, Notes()
 
     def columns(self) -> Generator[dict[str, Any]]:
-        """The chunks as mappings of column names to arrays, with `ip`, not checked."""
+        """The chunks as mappings of column names to arrays, not checked."""
         self.notes = Notes()
         for columns in self._read(self.notes):
             yield dict(columns)
 
     def chunks(self) -> Generator[Chunk]:
         """The chunks, checked."""
-        def wanted() -> Iterator[Columns]:
-            for columns in self.columns():
-                if not YIELD_IP:
-                    columns.pop(IP, None)
-                yield columns
-
-        return checked_chunks(wanted(), self.header)
+        return checked_chunks(self.columns(), self.header)
 
 
 def option_error(format: str, name: str, value: Any, allowed: str) -> ValueError:

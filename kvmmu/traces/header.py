@@ -112,7 +112,7 @@ class Header:
     Parameters
     ----------
     registers : tuple of RegisterSet
-        At the start, one per vCPU.
+        At the start, one per vCPU. Empty: the trace knows neither registers nor page tables, only accesses.
     cpu : dict
         The processor: `vendor` "intel" or "amd", `maxphyaddr`, and any feature of `kvmmu.CpuModel` that is not as by default.
     contexts : tuple of RegisterSet
@@ -125,6 +125,8 @@ class Header:
         Bits that the recorded CPU ignored in PAE PDPTEs, cleared when they are loaded.
     accesses, rows : int, optional
         In all.
+    vcpus : int
+        How many processors there are. With registers it is their number; without, by default as many as there can be.
     """
 
     registers: tuple[RegisterSet, ...]
@@ -138,21 +140,23 @@ class Header:
     pdpte_clear: int = 0
     accesses: int | None = None
     rows: int | None = None
+    vcpus: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.registers) <= MAX_VCPUS:
-            raise TraceError(f"registers: of {len(self.registers)} vCPUs; allowed are 1 to {MAX_VCPUS}")
+        if len(self.registers) > MAX_VCPUS:
+            raise TraceError(f"registers: of {len(self.registers)} vCPUs; allowed are at most {MAX_VCPUS}")
+        if not self.registers and self.contexts:
+            raise TraceError("contexts: there are no registers that they could replace; allowed is none")
+        vcpus = _check_word("vcpus", self.vcpus, 63)
+        if vcpus > MAX_VCPUS:
+            raise TraceError(f"vcpus: is {vcpus}; allowed are at most {MAX_VCPUS}")
+        object.__setattr__(self, "vcpus", len(self.registers) or vcpus or MAX_VCPUS)
         if self.tables_at not in ("start", "end"):
             raise TraceError(f"tables_at: is {self.tables_at!r}; allowed is 'start' or 'end'")
         object.__setattr__(self, "pdpte_clear", _check_word("pdpte_clear", self.pdpte_clear, 64))
         for name in ("accesses", "rows"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _check_word(name, getattr(self, name), 63))
-
-    @property
-    def vcpus(self) -> int:
-        """How many processors there are."""
-        return len(self.registers)
 
     def to_json(self) -> str:
         """The header as text: registers and addresses are hexadecimal strings."""
@@ -161,6 +165,8 @@ class Header:
                  "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
                  "registers": [_plain_registers(regs) for regs in self.registers],
                  "contexts": [_plain_registers(regs) for regs in self.contexts]}
+        if not self.registers:
+            plain["vcpus"] = self.vcpus
         return json.dumps(plain | {name: getattr(self, name) for name in ("accesses", "rows") if getattr(self, name) is not None})
 
     @classmethod
@@ -180,6 +186,8 @@ class Header:
         for name in ("name", "phase", "mode", "source", "tables_at"):
             if not isinstance(values.get(name, ""), str):
                 raise TraceError(f"header: {name}: is {values[name]!r}; allowed is a string")
+        if "registers" not in values:
+            raise TraceError("header: registers: is missing; allowed is a list, empty if the trace knows no registers")
         for name in ("registers", "contexts"):
             rows = values.get(name, [])
             if not isinstance(rows, list):
@@ -253,6 +261,6 @@ def checksum(text: bytes) -> str:
     return f"{zlib.crc32(text):08x}"
 
 
-def with_totals(header: Header, accesses: int, rows: int) -> Header:
-    """The header of a trace that is complete."""
-    return replace(header, accesses=accesses, rows=rows)
+def with_totals(header: Header, accesses: int, rows: int, vcpus: int) -> Header:
+    """The header of a trace that is complete. IN vcpus: one more than the highest that has rows."""
+    return replace(header, accesses=accesses, rows=rows, vcpus=vcpus)

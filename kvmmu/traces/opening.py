@@ -13,12 +13,12 @@ from kvmmu.arch._bits import Op
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes
-from kvmmu.traces.foreign import IP, ForeignTrace, Format
+from kvmmu.traces.foreign import ForeignTrace, Format
 from kvmmu.traces.header import TraceError
-from kvmmu.traces.parquet import ParquetTrace, is_parquet
+from kvmmu.traces.parquet import NoTraceError, ParquetTrace, is_parquet
 from kvmmu.traces.stream import Trace
 
-__all__ = ["GROUP", "describe_trace", "find_format", "formats", "open_trace"]
+__all__ = ["GROUP", "Count", "describe_trace", "find_format", "formats", "open_trace"]
 
 GROUP = "kvmmu.traces"              # of entry points
 # The formats that come with kvmmu: module and name of the object in it.
@@ -35,16 +35,22 @@ class _KvmmuParquet:
     name = "kvmmu"
 
     def sniff(self, head: bytes, path: Path) -> int:
-        if not head.startswith(b"PAR1"):
+        if not head.startswith(b"PAR1") and not (path.suffix == ".parquet" and path.is_file() and not _is_text(head)):
             return 0
         try:
             ParquetTrace(path)
-        except (TraceError, ImportError):
+        except NoTraceError:
             return 20
+        except (TraceError, ImportError):
+            pass                        # open() says what is wrong
         return 100
 
     def open(self, path: Path, **options: Any) -> Trace:
         return ParquetTrace(path, **options)
+
+
+def _is_text(head: bytes) -> bool:
+    return bool(head) and all(byte >= 32 or byte in b"\t\r\n" for byte in head[:_SHOWN])
 
 
 def formats() -> dict[str, Format]:
@@ -126,7 +132,7 @@ def _head_of(path: Path) -> bytes:
 
 def _unknown(path: Path, head: bytes, names: list[str]) -> str:
     if path.is_dir():
-        begins = f"a folder of {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}"
+        begins = f"it is a directory of {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}"
     elif not head:
         begins = "it is empty"
     else:
@@ -136,8 +142,8 @@ def _unknown(path: Path, head: bytes, names: list[str]) -> str:
             compression = compression_of(file.read(16))
         inside = "" if compression == "none" else f" (decompressed {compression})"
         begins = f"it begins with{inside} {shown.hex(' ')} |{text}|"
-    return (f"{path}: is in no format that is known; {begins}. Formats that can be read: {', '.join(names)}. "
-            "If it is one of them, name it: format=NAME, --format NAME")
+    return (f"{path}: is in no format that is known; {begins}. Formats that can be read: {', '.join(names)}, and recordings "
+            "(a directory with static_trace.npz or dyn_trace.npz). If it is one of them, name it: format=NAME, --format NAME")
 
 
 def open_trace(path: StrPath, format: str | None = None, **options: Any) -> Trace:
@@ -197,7 +203,7 @@ def describe_trace(path: StrPath, format: str | None = None, **options: Any) -> 
     if found.name == _KvmmuParquet.name:
         options = {"lean": False} | options         # sizes count
     trace = found.open(path, **options)
-    count = _Count()
+    count = Count()
     damage = None
     try:
         for columns in _columns_of(trace):
@@ -225,12 +231,12 @@ def _columns_of(trace: Trace) -> Iterator[dict[str, Any]]:
         columns: dict[str, Any] = {"op": chunk.op, "addr": chunk.addr, "size": chunk.size, "vcpu": chunk.vcpu}
         if chunk.all_known or (chunk.gpa != np.uint64(0xFFFF_FFFF_FFFF_FFFF)).any():
             columns["gpa"] = chunk.gpa
-        if getattr(chunk, IP, None) is not None:
-            columns[IP] = getattr(chunk, IP)
+        if chunk.ip is not None and chunk.ip.any():
+            columns["ip"] = chunk.ip
         yield {name: column for name, column in columns.items() if column is not None}
 
 
-class _Count:
+class Count:
     """Sums over the rows of a trace."""
 
     def __init__(self) -> None:
@@ -249,7 +255,7 @@ class _Count:
             low, high = int(accesses.min()), int(accesses.max())
             self.lowest = low if self.lowest is None else min(low, self.lowest)
             self.highest = high if self.highest is None else max(high, self.highest)
-        self.brought.update(columns.keys() & {"gpa", IP, "size"})
+        self.brought.update(columns.keys() & {"gpa", "ip", "size"})
         if columns.get("vcpu") is None:
             self.vcpus.add(0)
         else:
@@ -262,5 +268,5 @@ class _Count:
             "kinds": {name: int(self.kinds[list(ops)].sum()) for name, ops in kinds.items()},
             "events": int(self.kinds[Op.MOV_CR3:].sum()), "pages_touched": len(self.pages), "vcpus": len(self.vcpus),
             "lowest": self.lowest, "highest": self.highest,
-            "brings": {name: name in self.brought for name in ("gpa", IP, "size")}
+            "brings": {name: name in self.brought for name in ("gpa", "ip", "size")}
             | {"tables": bool(self.kinds[Op.MEMORY_WORD] or self.kinds[Op.MEMORY])}}

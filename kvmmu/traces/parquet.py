@@ -14,12 +14,12 @@ from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.arch.arguments import check_bool, check_threads
 from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
-from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, count_accesses
+from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["COMPRESSIONS", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
+__all__ = ["COMPRESSIONS", "NoTraceError", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
 
 KEY = b"kvmmu.trace"
 CHECKSUM_KEY = b"kvmmu.trace.crc32"
@@ -28,7 +28,11 @@ ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the s
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
 _BYTES_PER_ROW, _BYTES_BESIDE = 32, 1 << 20            # of a column, decompressed: what any encoding takes, and more
-_DICTIONARY = ["addr", "vcpu", "value", "gpa"]         # the others are bytes, which decode faster plain
+_DICTIONARY = ["addr", "vcpu", "value", "gpa", "ip"]   # the others are bytes, which decode faster plain
+
+
+class NoTraceError(TraceError):
+    """A whole Parquet file that is no trace."""
 
 
 def _arrow() -> Any:
@@ -106,7 +110,8 @@ class ParquetTrace(Trace):
     decoders : int, optional
         Threads that decode; by default one per processor, at most four.
     lean : bool
-        Leave columns undecoded that no row of a group needs: size and value of groups without events, vcpu of traces with one.
+        Leave columns undecoded that no row of a group needs: size and value of groups without events, vcpu of traces with one,
+        ip. A trace without registers is read whole but for ip.
 
     Attributes
     ----------
@@ -140,6 +145,8 @@ class ParquetTrace(Trace):
             header = self._read_header(file)
         finally:
             file.close()
+        sized = not header.registers                # accesses that cross a page touch two of those that are made for them
+        self._unneeded = {"ip"} | (set() if sized else {"size", "value"}) | (set() if header.vcpus > 1 else {"vcpu"})
         self._starts = np.cumsum([0, *self._group_rows]).tolist()
         self.rows = self._starts[-1]
         if header.rows is not None and header.rows != self.rows:
@@ -165,7 +172,7 @@ class ParquetTrace(Trace):
             raise TraceError(f"{self.path}: its footer is damaged (a row group of {min(self._group_rows)} rows)")
         text = pairs.get(KEY)
         if text is None:
-            raise TraceError(f"{self.path}: a Parquet file, but no trace: it has no metadata {KEY.decode()!r}")
+            raise NoTraceError(f"{self.path}: a Parquet file, but no trace: it has no metadata {KEY.decode()!r}")
         stated = pairs.get(CHECKSUM_KEY)
         if stated is not None and stated != checksum(text).encode():
             raise TraceError(f"{self.path}: its header is damaged "
@@ -227,10 +234,10 @@ class ParquetTrace(Trace):
         self._guarded(group, lambda: self._check_sizes(group))
         names = self._names
         if self._lean:
-            names = [name for name in names if name not in ("size", "value") and (name != "vcpu" or self.header.vcpus > 1)]
+            names = [name for name in names if name not in self._unneeded]
         columns = self._columns(group, names)
         if len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
-            columns |= self._columns(group, [name for name in self._names if name in ("size", "value")])
+            columns |= self._columns(group, [name for name in self._names if name in ("size", "value") and name not in columns])
         return [self._guarded(group, lambda: Chunk.checked(columns, self.header, self._starts[group]))]
 
     def _columns(self, group: int, names: list[str]) -> dict[str, Any]:
@@ -305,6 +312,7 @@ class ParquetWriter:
         self.path = Path(path)
         self.header = header
         self.rows = self.accesses = 0
+        self.vcpus = 1
         self._schema = schema()
         self._file = NewFile(path, inputs)
         self._writer: Any = None                        # None once it is closed
@@ -316,12 +324,12 @@ class ParquetWriter:
             self._file.discard()
             raise
 
-    def write(self, columns: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+    def write(self, columns: Mapping[str, Any] | Chunk | None = None, /, **more: Any) -> None:
         """Write rows, checked as on reading.
 
         Parameters
         ----------
-        columns : mapping of str to ndarray
+        columns : mapping of str to ndarray, or Chunk
             As for `Chunk.checked()`; also as keyword arguments.
 
         Raises
@@ -335,8 +343,10 @@ class ParquetWriter:
         """
         if self._writer is None:
             raise ValueError(f"{self.path}: its writer is closed; rows go to a new one")
-        given = dict(columns or {}) | more
-        chunk = Chunk.checked(given, self.header, self.rows)
+        if isinstance(columns, Chunk) and columns.is_checked(self.header) and not more:
+            chunk = columns
+        else:
+            chunk = Chunk.checked(dict(columns_of(columns or {})) | more, self.header, self.rows)
         try:
             self._write_chunk(chunk)
         except BaseException as error:                  # half a row group may be in the file
@@ -353,19 +363,21 @@ class ParquetWriter:
         if events is not None:
             unknown = events if unknown is None else unknown | events
         value = pa.nulls(rows, pa.uint64()) if events is None else pa.array(chunk.value, mask=~events)
+        ip = pa.nulls(rows, pa.uint64()) if chunk.ip is None else pa.array(chunk.ip, mask=chunk.ip == 0)
         table = pa.Table.from_arrays(
             [pa.array(chunk.op), pa.array(chunk.addr), pa.array(chunk.access), pa.array(size), pa.array(vcpu), value,
-             pa.array(chunk.gpa, mask=unknown)], schema=self._schema)
+             pa.array(chunk.gpa, mask=unknown), ip], schema=self._schema)
         self._writer.write_table(table, row_group_size=max(ROW_GROUP, min(rows, 2 * ROW_GROUP)))
         self.rows += rows
         self.accesses += count_accesses(chunk.op)
+        self.vcpus = max(self.vcpus, chunk.vcpus)
 
     def close(self) -> None:
         """Write the header and put the file in its place; harmless if it was done before."""
         if self._writer is None:
             return
         try:
-            text = with_totals(self.header, self.accesses, self.rows).to_json().encode()
+            text = with_totals(self.header, self.accesses, self.rows, self.vcpus).to_json().encode()
             self._writer.add_key_value_metadata({KEY.decode(): text.decode(), CHECKSUM_KEY.decode(): checksum(text)})
             self._writer.close()
             self._file.finish()

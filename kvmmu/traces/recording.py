@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch.arguments import check_int
+from kvmmu.arch.arguments import check_int, check_name
 from kvmmu.traces import _schema
 from kvmmu.traces._files import all_there, kind_of, open_regular
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
@@ -26,6 +26,7 @@ MAXPHYADDR = range(32, 53)
 META = "meta.json"
 ARCHIVES = ("static_trace", "dyn_trace", "tables", "dyn_tables", "gva2gpa", "info_tlb", "kvm_translate")
 _META_BYTES = 1 << 20
+_BUNDLED = {"recording": "l4", "lackey": "lackey/sort.lackey.xz"}
 _TRACE_FILES = " or ".join(f"{phase}_trace.npz[.zst]" for phase in PHASES)
 
 # The access byte of kvmmu: what `kind` and `priv` of the recording contribute to it.
@@ -270,10 +271,17 @@ def _slice(start: int, stop: int | None) -> slice:
     return slice(check_int("start", start, -last, last), None if stop is None else check_int("stop", stop, -last, last))
 
 
-def bundled() -> Path:
-    """Return the directory of the recording that ships inside the package."""
+def bundled(name: str = "recording") -> Path:
+    """Return where data that ships inside the package lies.
+
+    Parameters
+    ----------
+    name : {"recording", "lackey"}
+        The directory of a recording of a Linux guest, or a trace by Valgrind's lackey of `sort`.
+    """
     import importlib.resources
-    return Path(str(importlib.resources.files("kvmmu") / "data" / "l4"))
+    check_name("name", name, _BUNDLED)
+    return Path(str(importlib.resources.files("kvmmu"))) / "data" / _BUNDLED[name]
 
 
 def recording_files(path: StrPath) -> list[Path]:

@@ -19,8 +19,8 @@ from kvmmu.traces.header import Header, TraceError
 __all__ = ["Chunk", "Trace"]
 
 COLUMNS = {"op": "uint8", "addr": "uint64", "access": "uint8", "size": "uint8", "vcpu": "uint16", "value": "uint64",
-           "gpa": "uint64"}
-NULLABLE = ("value", "gpa")
+           "gpa": "uint64", "ip": "uint64"}
+NULLABLE = ("value", "gpa", "ip")
 NEEDED = ("op", "addr", "access")
 
 _U8 = np.uint8
@@ -48,6 +48,8 @@ class Chunk:
         gpa is INVALID_GPA where none was recorded; in events it means nothing.
     size : ndarray of uint8, vcpu : ndarray of uint16, value : ndarray of uint64; or None
         None where it was not read because nothing depends on it.
+    ip : ndarray of uint64, or None
+        Linear address of the instruction that made the access; 0 where it is not known, None if none was read.
     has_events, all_known : bool
         There are events; every access has a gpa.
     vcpus : int
@@ -64,6 +66,7 @@ class Chunk:
     has_events: bool
     all_known: bool
     vcpus: int
+    ip: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return self.op.size
@@ -75,8 +78,8 @@ class Chunk:
         Parameters
         ----------
         columns : mapping of str to ndarray
-            One-dimensional, of the format's dtypes and one length: `op`, `addr`, `access`; `gpa` with INVALID_GPA for null and
-            `value` as masked array or plain; those left out are null or 0, `size` 1.
+            One-dimensional, of the format's dtypes and one length: `op`, `addr`, `access`; `gpa` with INVALID_GPA for null, `ip`
+            with 0 for null, and `value` as masked arrays or plain; those left out are null or 0, `size` 1.
         header : Header
         first : int
             Number of the first row, for messages.
@@ -129,6 +132,8 @@ class _RowCheck:
                         column = np.where(mask, np.uint64(INVALID_GPA), column)
                 elif name == "value":
                     self.null_value = mask
+                elif name == "ip":
+                    column = np.where(mask, np.uint64(0), np.asarray(column))
                 elif mask.any():
                     raise TraceError(f"row {first + int(np.argmax(mask))}: {name} is null; "
                                      f"allowed are nulls in {', '.join(NULLABLE)}")
@@ -169,7 +174,7 @@ class _RowCheck:
             self.columns |= {"size": size, "value": value}
             self._check_events(np.flatnonzero(op >= _FIRST_EVENT))
         return {"op": op, "addr": self.columns["addr"], "access": access, "gpa": gpa, "size": size, "vcpu": vcpu, "value": value,
-                "has_events": has_events, "all_known": not unknown, "vcpus": vcpus}
+                "has_events": has_events, "all_known": not unknown, "vcpus": vcpus, "ip": self.columns.get("ip")}
 
     def _judge_rows(self, op: NDArray[np.uint8], access: NDArray[np.uint8]) -> None:
         self.refuse("op", ~_KNOWN[op], "an access (0, 1, 2, with MMIO 4, 5, 6) or an event (16 to 33)")
@@ -242,12 +247,12 @@ def checked_chunks(chunks: Iterable[Any], header: Header) -> Generator[Chunk]:
     first = 0
     for item in chunks:
         whole = isinstance(item, Chunk) and item.is_checked(header)
-        chunk = item if whole else Chunk.checked(_columns_of(item), header, first)
+        chunk = item if whole else Chunk.checked(columns_of(item), header, first)
         first += len(chunk)
         yield chunk
 
 
-def _columns_of(item: Any) -> Mapping[str, Any]:
+def columns_of(item: Any) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         return item
     if isinstance(item, Chunk):

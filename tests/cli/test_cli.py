@@ -146,7 +146,7 @@ def test_replay_in_a_process_of_its_own(copy):
     bad = command("replay", copy, "--json")
     assert (bad.returncode, bad.stderr, json.loads(bad.stdout)["mismatches"] > 0) == (1, "", True)
     lost = command("replay", copy / "lost")
-    assert (lost.returncode, lost.stdout, lost.stderr) == (2, "", f"kvmmu: {copy / 'lost'}: no such recording\n")
+    assert (lost.returncode, lost.stdout, lost.stderr) == (2, "", f"kvmmu: {copy / 'lost'}: no such recording or trace\n")
 
 
 def test_the_command_works_without_rich():
@@ -310,13 +310,13 @@ def test_walk_contradicts_a_recorded_address(capsys, copy):
     ((), ["COMMAND"]),
     (("play",), ["'play'", "replay", "walk"]),
     (("replay", "lost"), ["lost: no such recording"]),
-    (("replay", ROOT / "tests"), ["tests: not a recording", "static_trace.npz", "dyn_trace.npz"]),
-    (("replay", f"{L4}/meta.json"), ["meta.json: neither a directory nor", "static_trace.npz"]),
+    (("replay", ROOT / "tests"), ["tests: is in no format that is known", "static_trace.npz", "dyn_trace.npz"]),
+    (("replay", f"{L4}/meta.json"), ["meta.json: is in no format that is known", "static_trace.npz"]),
     (("replay", L4, "--phase", "dyn"), ["no phase 'dyn'", "available is static"]),
     (("replay", L4, "--phase", "live"), ["'live'", "static", "dyn"]),
     (("replay", f"{L5}/dyn_trace.npz", "--phase", "static"), ["is the dyn phase", "'static'"]),
     (("replay", L4, L5), [L5]),
-    (("replay", ""), ["not a recording"]),
+    (("replay", ""), ["the name of the recording or trace is empty"]),
     (("walk", L4), ["GVA"]),
     (("walk", L4, "zz"), ["'zz'", "want hexadecimal with 0x"]),
     (("walk", L4, "402000"), ["'402000'", "0x402000 or 0x62250 (decimal 402000)"]),
@@ -369,7 +369,7 @@ def test_a_context_that_no_cpu_can_hold(capsys, copy, command, column, mask, wor
 
 def test_version_and_help(capsys):
     assert run(capsys, "--version")[:2] == (0, f"kvmmu {kvmmu.__version__}\n")
-    for args in (["--help"], ["replay", "--help"], ["convert", "--help"], ["walk", "--help"], ["spt", "--help"]):
+    for args in (["--help"], *([name, "--help"] for name in ("replay", "convert", "info", "walk", "spt"))):
         status, out, _ = run(capsys, *args)
         assert (status, out.startswith("usage: kvmmu")) == (0, True)
         assert f"Examples:\n  kvmmu {'' if len(args) == 1 else args[0]}" in out
@@ -379,7 +379,7 @@ def test_version_and_help(capsys):
 def examples():
     """The examples of all help texts, with a recording in place of the words for one."""
     found = []
-    for name in ("replay", "convert", "walk", "spt"):
+    for name in ("replay", "convert", "info", "walk", "spt"):
         done = command(name, "--help")
         found += [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  kvmmu ")]
     return found
@@ -390,6 +390,8 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "convert", L4, "l4.parquet")[0] == 0
+    shutil.copy(bundled("lackey"), "sort.lackey.xz")
+    Path("trace.csv").write_text("va,type\n0x1000,R\n")
     lines = examples()
     assert len(lines) >= 10
     for args in lines:
@@ -499,7 +501,7 @@ def test_names_of_files_in_messages_are_text(capsys, tmp_path):
     path = os.fsdecode(os.fsencode(str(tmp_path)) + b"/a\x1b[31m\nb\xff")
     status, out, err = run(capsys, "replay", path)
     assert (status, out) == (2, "")
-    assert err == f"kvmmu: {tmp_path}/a\\x1b[31m\\nb\\udcff: no such recording\n"
+    assert err == f"kvmmu: {tmp_path}/a\\x1b[31m\\nb\\udcff: no such recording or trace\n"
 
 
 def test_progress_shows_names_as_text(capsys, monkeypatch, tables):

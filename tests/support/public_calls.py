@@ -400,7 +400,8 @@ CALLS = {
     "Chunk.checked": Call(lambda: Chunk.checked, {"first": (7, 0, U63)}, others=lambda _: {
         "columns": {"op": np.zeros(1, np.uint8), "addr": np.zeros(1, np.uint64), "access": np.zeros(1, np.uint8)},
         "header": Header(registers=(RegisterSet(1, 0, 0, 0),))}),
-    "Header": Call(lambda: Header, {"pdpte_clear": (32, 0, U64), "accesses": (5, 0, U63), "rows": (6, 0, U63)},
+    "Header": Call(lambda: Header, {"pdpte_clear": (32, 0, U64), "accesses": (5, 0, U63), "rows": (6, 0, U63),
+                                            "vcpus": (1, 0, 65536)},
                    others={"registers": (RegisterSet(1, 0, 0, 0),)}, optional=("accesses", "rows")),
     "RegisterSet": Call(lambda: RegisterSet, REGISTERS | {"pkru": (3, 0, U32)}),
     "Stage": Call(lambda: Stage, {"ncr3": (64, 0, U64), "cr4": (32, 0, U64), "efer": (0, 0, U64)}, {"gmet": True},

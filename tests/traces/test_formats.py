@@ -367,7 +367,7 @@ def test_unknown_files(tmp_path):
         open_trace(path)
     with pytest.raises(TraceError, match="it is empty"):
         open_trace(write(tmp_path, "b", b""))
-    with pytest.raises(TraceError, match="a folder of a.gz, b"):
+    with pytest.raises(TraceError, match="it is a directory of a.gz, b"):
         open_trace(tmp_path)
     with pytest.raises(ValueError, match="format: is 'vcd'; allowed is champsim, csv"):
         open_trace(path, "vcd")

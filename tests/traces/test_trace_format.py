@@ -150,7 +150,9 @@ def test_a_header_with_anything_in_it_is_read_or_refused(written, data):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"version": 2}, "version"), ({"version": None}, "version"), ({"registers": []}, "registers: of 0 vCPUs"),
+    ({"version": 2}, "version"), ({"version": None}, "version"), ({"registers": []}, "contexts: there are no registers"),
+    ({"registers": None}, "registers: is a NoneType"), ({"registers": [], "contexts": [], "vcpus": 65537}, "vcpus: is 65537"),
+    ({"registers": [], "contexts": [], "vcpus": "x"}, "vcpus"), ({"registers": [], "contexts": [], "vcpus": -1}, "vcpus"),
     ({"registers": [{}]}, r"registers\[0\].cr0"), ({"registers": 5}, "registers: is a int"), ({"tables_at": "now"}, "'now'"),
     ({"name": 7}, "name: is 7"), ({"cpu": []}, "cpu"), ({"pdpte_clear": -1}, "pdpte_clear"), ({"rows": -1}, "rows"),
     ({"contexts": [{"cr0": 0, "cr3": 0, "cr4": 0, "efer": 0, "cr8": 0}]}, "'cr8' is no register"),
@@ -160,6 +162,17 @@ def test_a_header_with_anything_in_it_is_read_or_refused(written, data):
 def test_headers_that_are_refused(change, words):
     with pytest.raises(TraceError, match=words):
         Header.from_json(json.dumps(json.loads(many().to_json()) | change))
+
+
+def test_headers_without_registers():
+    """The key shall be there; how many processors there are is told beside it, or as many as there can be."""
+    with pytest.raises(TraceError, match="header: registers: is missing"):
+        Header.from_json('{"version": 1}')
+    assert Header.from_json('{"version": 1, "registers": []}').vcpus == 65536
+    made = Header(registers=(), vcpus=3)
+    assert (Header.from_json(made.to_json()), json.loads(made.to_json())["vcpus"]) == (made, 3)
+    assert "vcpus" not in json.loads(many().to_json())
+    assert Header(registers=many().registers, vcpus=1).vcpus == len(many().registers) == 3
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000])
@@ -389,7 +402,8 @@ def test_files_that_are_no_parquet(content, words, tmp_path):
 def test_a_parquet_file_that_is_no_trace(tmp_path):
     pq.write_table(table_of(PLAIN), tmp_path / "other.parquet")
     with pytest.raises(TraceError, match=r"no trace: it has no metadata 'kvmmu.trace'"):
-        kvmmu.replay(tmp_path / "other.parquet")
+        ParquetTrace(tmp_path / "other.parquet")
+    assert kvmmu.replay(tmp_path / "other.parquet").source == "parquet"
 
 
 def test_a_header_that_counts_other_rows(tmp_path):
@@ -451,7 +465,7 @@ def test_convert_and_replay_by_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("convert",), "RECORDING"), (("convert", "lost", "out.parquet"), "lost: no such recording"),
+    (("convert",), "TRACE"), (("convert", "lost", "out.parquet"), "lost: no such recording"),
     (("convert", str(CLIPS / "l4"), "/lost/out.parquet"), "/lost/"),
     (("convert", str(CLIPS / "l4"), "o", "--repeat", "0"), "'0'"), (("convert", str(CLIPS / "l4"), "o", "--repeat", "x"), "'x'"),
     (("convert", str(CLIPS / "l4"), "o", "--compression", "gz"), "'gz'"),

@@ -1,0 +1,274 @@
+"""Replay of a trace that brings no page tables: on tables made for its addresses, or filled by demand paging as it goes."""
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu.arch._bits import GPA_BITS, INVALID_GPA, PAGE_SIZE, Op, Status
+from kvmmu.arch.faults import error_code_text
+from kvmmu.arch.registers import CpuModel
+from kvmmu.replay._replay import RowLoop, new_row_loop
+from kvmmu.replay.result import ReplayInterrupted, SyntheticReport
+from kvmmu.replay.trace_memory import LIMIT_VARIABLE, memory_limit
+from kvmmu.tables._page_set import PageSet
+from kvmmu.tables.layout import Frames, Page, PageLayout, check_layout, layout_pages, tables_needed
+from kvmmu.tables.modes import Mode
+from kvmmu.tables.page_tables import PageTables
+from kvmmu.tables.pager import Pager
+from kvmmu.traces import Chunk, Trace, TraceError
+from kvmmu.traces.foreign import ForeignTrace
+from kvmmu.vm.vcpu import Vcpu
+
+__all__ = ["TablesToOrder", "replay_synthetic"]
+
+_THP_SHARE = 0.5
+_PAGE_SHIFT, _1G_SHIFT = 12, 30
+_SIZE_NAMES = {_PAGE_SHIFT: "4K", 21: "2M", 22: "4M", _1G_SHIFT: "1G"}
+_GUEST_MODES = ("32", "pae", "4l", "5l")
+Progress = Callable[[int, int], object]
+
+
+class TablesToOrder(NamedTuple):
+    """The page tables that a trace is walked on.
+
+    Attributes
+    ----------
+    paging : {"32", "pae", "4l", "5l"}
+    page : {"4k", "2m", "1g", "thp"}
+    frames : {"linear", "random"}
+    pager : Pager or None
+        Fills its own tables at the first touch of each page; the others are those that it was made with.
+    """
+
+    paging: Mode = "4l"
+    page: Page = "4k"
+    frames: Frames = "linear"
+    pager: Pager | None = None
+
+
+def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None) -> SyntheticReport:
+    """Walk every access of a trace on tables that map all its pages.
+
+    Parameters
+    ----------
+    trace : Trace
+        Its header has no registers. Recorded physical addresses are not looked at. Without a pager it is read twice.
+    order : TablesToOrder
+    progress : callable, optional
+        Called with (accesses done, accesses in all or 0) after each chunk.
+
+    Raises
+    ------
+    TraceError
+        The trace is damaged, has events, or takes too much memory for tables; its `report` is what was done until then.
+    ValueError
+        There are no such tables, or an address that they cannot map.
+    ReplayInterrupted
+        Ctrl-C; its `report` likewise.
+    """
+    run = _Run(trace, order, progress)
+    try:
+        run.all_chunks()
+        return run.report(complete=True)
+    except KeyboardInterrupt:
+        raise ReplayInterrupted(run.report(complete=False)) from None
+    except TraceError as error:
+        path = getattr(trace, "path", None)
+        named = error if path is None or str(error).startswith(str(path)) else TraceError(f"{path}: {error}")
+        named.report = run.report(complete=False)
+        raise named from error.__cause__
+
+
+class _Run:
+    """One replay under way."""
+
+    def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None) -> None:
+        self.trace, self.order, self.progress = trace, order, progress
+        if order.paging not in _GUEST_MODES:
+            raise ValueError(f"paging: is {order.paging!r}; allowed is {', '.join(_GUEST_MODES)}")
+        self.shape = check_layout(order.page, order.frames, order.paging, _THP_SHARE)
+        level_shifts = {level: size.bit_length() - 1 for size, level in self.shape.sizes.items()}
+        self.shifts = [_PAGE_SHIFT, *(level_shifts.get(level, _PAGE_SHIFT) for level in (1, 2, 3))]
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.touched = PageSet()
+        self.rows = 0
+        self.layout: PageLayout = {}
+        self.table_pages = 0
+        self.faults_before = order.pager.faults if order.pager else 0
+        self.loop: RowLoop | None = None
+        self.unknown: NDArray[np.uint64] = np.empty(0, np.uint64)
+
+    def all_chunks(self) -> None:
+        pager = self.order.pager
+        if pager is not None:
+            self._begin(pager)
+            for chunk in self._chunks(0):
+                self._add_pages(chunk)
+                self._walk_paged(pager, chunk)
+                self._check_room(pager.table_pages)
+            return
+        damage = self._all_pages()
+        self._begin(self._make_tables())
+        try:
+            for chunk in self._chunks(self.rows):
+                self._walk(chunk)
+        except TraceError as error:
+            raise damage or error from None
+        if damage is not None:
+            raise damage
+
+    # ---- rows ----------------------------------------------------------------------------------------------------------
+
+    def _chunks(self, total: int) -> Generator[Chunk]:
+        """The chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses."""
+        done = 0
+        with closing(self.trace.chunks()) as chunks:
+            while True:
+                started = time.perf_counter()
+                chunk = next(chunks, None)
+                self.waited += time.perf_counter() - started
+                if chunk is None:
+                    return
+                if chunk.has_events:
+                    self._refuse_event(chunk, done)
+                self._check_width(chunk, done)
+                yield self._plain(chunk)
+                done += len(chunk)
+                if self.progress:
+                    self.progress(done, total or self.trace.header.accesses or 0)
+
+    def _plain(self, chunk: Chunk) -> Chunk:
+        if self.unknown.size < len(chunk):
+            self.unknown = np.full(len(chunk), INVALID_GPA, np.uint64)
+        size = np.ones(len(chunk), np.uint8) if chunk.size is None else chunk.size
+        return replace(chunk, size=size, gpa=self.unknown[:len(chunk)], vcpu=None, vcpus=1, all_known=False)
+
+    @staticmethod
+    def _refuse_event(chunk: Chunk, first: int) -> None:
+        row = int(np.argmax(chunk.op >= Op.MOV_CR3))
+        raise TraceError(f"row {first + row}: {Op(chunk.op[row]).name}: the trace has events but no registers that they could "
+                         "change; allowed are accesses alone, or replay it on a vCPU")
+
+    def _check_width(self, chunk: Chunk, first: int) -> None:
+        bits = self.shape.addr_bits
+        if self.shape.signed or not len(chunk) or int(chunk.addr.max()) >> bits == 0:
+            return                                  # addresses that are not canonical fault, as on a CPU
+        row = int(np.argmax(chunk.addr >> np.uint64(bits) != 0))
+        raise ValueError(f"paging: mode {self.order.paging!r} has addresses of {bits} bits, and row {first + row} of the trace "
+                         f"accesses {int(chunk.addr[row]):#x}; want '4l' or '5l'")
+
+    def _add_pages(self, chunk: Chunk) -> None:
+        self.touched.add(np.ascontiguousarray(chunk.addr), np.ascontiguousarray(chunk.size))
+
+    def _all_pages(self) -> TraceError | None:
+        """Read the trace once for the pages that it touches, up to its damage, which is returned."""
+        try:
+            for chunk in self._chunks(0):
+                self._add_pages(chunk)
+                self.rows += len(chunk)
+        except TraceError as error:
+            return error
+        return None
+
+    # ---- tables --------------------------------------------------------------------------------------------------------
+
+    def _pages(self) -> NDArray[np.uint64]:
+        """Numbers of the 4K pages that are touched and can be mapped, ascending."""
+        pages, bits = self.touched.pages(), self.shape.addr_bits - _PAGE_SHIFT
+        if not self.shape.signed:
+            return np.unique(pages & np.uint64((1 << bits) - 1))            # the last page is followed by the first
+        upper = pages >> np.uint64(bits - 1)
+        canonical: NDArray[np.uint64] = pages[(upper == 0) | (upper == np.uint64((1 << 64 - _PAGE_SHIFT - bits + 1) - 1))]
+        return canonical
+
+    def _make_tables(self) -> PageTables:
+        paging, page, frames, _ = self.order
+        pages = self._pages()
+        self.layout = layout_pages(pages, page, _THP_SHARE, self.shape.large_shift)
+        needed = tables_needed(self.layout, self.shape.table_shifts) + self.shape.fixed_tables - 1
+        self._check_room(needed)
+        tables = PageTables.for_addresses(None, pages << np.uint64(_PAGE_SHIFT), page, frames, mode=paging, thp_share=_THP_SHARE)
+        self.table_pages = len(tables.table_frames)
+        return tables
+
+    @staticmethod
+    def _check_room(table_pages: int) -> None:
+        limit = memory_limit()
+        if table_pages * PAGE_SIZE > limit:
+            raise TraceError(f"its page tables take {table_pages * PAGE_SIZE:,} bytes; allowed are {limit:,} "
+                             f"(the environment variable {LIMIT_VARIABLE})")
+
+    def _begin(self, tables: PageTables) -> None:
+        vcpu = Vcpu(tables.mem, cpu=CpuModel(maxphyaddr=GPA_BITS), tdp="ept")      # PDPTEs are registers
+        vcpu.set_regs(tables.regs())
+        self.loop = new_row_loop(vcpu.gva_walk, 1)
+        self.loop.walk_both_pages(self.shifts)
+        self.loop.use(0, vcpu.gva_walk.prepare([vcpu.regs]))
+
+    # ---- walks ---------------------------------------------------------------------------------------------------------
+
+    def _walk(self, chunk: Chunk) -> None:
+        assert self.loop is not None
+        self.loop.load(chunk)
+        self.loop.run(0)
+
+    def _walk_paged(self, pager: Pager, chunk: Chunk) -> None:
+        """Walk a chunk, each row behind its page faults, and before a 2M page of a later row replaces small ones."""
+        loop = self.loop
+        assert loop is not None
+        loop.load(chunk)
+        addr, size = np.ascontiguousarray(chunk.addr), np.ascontiguousarray(chunk.size)
+        row = 0
+        while row < len(chunk):
+            before = pager.faults
+            stop = pager._touch_until_promotion(addr, size, row)
+            if pager.faults != before:
+                loop.forget()
+            loop.run(row, stop)
+            row = stop
+
+    # ---- what was found ------------------------------------------------------------------------------------------------
+
+    def report(self, complete: bool) -> SyntheticReport:
+        header, order, pager = self.trace.header, self.order, self.order.pager
+        report = SyntheticReport(
+            name=header.name, phase="", mode=order.paging, accesses=0, complete=complete, source=header.source, page=order.page,
+            frames=order.frames, waited=self.waited)
+        pages = {size.bit_length() - 1: addr.size for size, addr in self.layout.items()}
+        if pager is not None:
+            report.first_touch_faults = pager.faults - self.faults_before
+            pages = {_PAGE_SHIFT: pager.pages - pager.huge_pages,
+                     _1G_SHIFT if order.page == "1g" else self.shape.large_shift: pager.huge_pages}
+            self.table_pages = pager.table_pages
+        report.mapped = {_SIZE_NAMES[shift]: count for shift, count in sorted(pages.items()) if count}
+        report.mapped_bytes = sum(count << shift for shift, count in pages.items())
+        report.pages_touched = sum(pages.values())
+        report.touched_bytes = len(self._pages()) * PAGE_SIZE
+        report.table_pages = self.table_pages
+        if isinstance(self.trace, ForeignTrace):
+            report.skipped = dict(self.trace.notes.skipped)
+        if self.loop is not None:
+            self._count(report, self.loop)
+        report.seconds = time.perf_counter() - self.started
+        return report
+
+    def _count(self, report: SyntheticReport, loop: RowLoop) -> None:
+        report.kinds = dict(zip(("load", "store", "fetch"), loop.kinds, strict=True))
+        report.accesses, report.unchecked, report.mmio = sum(loop.kinds), loop.unchecked, loop.mmio
+        report.crossings = loop.crossings
+        sizes = zip(self.shifts, loop.page_sizes, strict=True)
+        report.page_sizes = {_SIZE_NAMES[shift]: count for shift, count in sizes if count}
+        report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
+            Status(status).name: count for status, count in enumerate(loop.statuses)
+            if count and status not in (Status.OK, Status.PAGE_FAULT)}
+        # PDPTEs of PAE paging are registers; a walk to a leaf of level n reads the entries from the top level down to n
+        top = 2 if self.order.paging == "pae" else self.shape.levels
+        walks = [first + second for first, second in zip(loop.page_sizes, loop.next_page_sizes, strict=True)]
+        report.walks = sum(walks)
+        report.refs = sum(count * (top + 1 - level) for level, count in enumerate(walks) if level)
