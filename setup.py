@@ -13,7 +13,8 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory",
         "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
         "mmu.audit._damage"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows", "walk.batch._straight",
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk._mappings", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows",
+          "walk.batch._straight",
           "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
           "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "machine._exits", "machine._access",
           "machine._l1_flushes", "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap",

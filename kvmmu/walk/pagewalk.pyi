@@ -11,6 +11,7 @@ from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.walk._contexts import Contexts, SecondStage, VcpuArch
+from kvmmu.walk._mappings import TableQueries
 from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import Span, Translation
 
@@ -18,9 +19,7 @@ _RegsRow = Regs | tuple[Regs, Stage | None]
 
 def new_walk(mem: GuestMemory, vcpu: VcpuArch, admit: Callable[[Regs, SecondStage | None], Regs]) -> PageWalk: ...
 
-class PageWalk:
-    @property
-    def mem(self) -> GuestMemory: ...
+class PageWalk(TableQueries):
     @property
     def fmt(self) -> PageFormat: ...
     @property

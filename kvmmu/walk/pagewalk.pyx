@@ -16,6 +16,7 @@ from kvmmu.walk._contexts cimport (
 )
 from kvmmu.walk._explain cimport fault_behind, record_of
 from kvmmu.walk._fast cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
+from kvmmu.walk._mappings cimport TableQueries
 from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.walk.batch._arrays cimport plain_access, plain_column
 from kvmmu.walk.batch._job cimport Job, new_job
@@ -38,7 +39,7 @@ def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
     return walk
 
 
-cdef class PageWalk:
+cdef class PageWalk(TableQueries):
     """How one vCPU walks one set of guest tables. Made by a Vcpu, never alone.
 
     Attributes
