@@ -9,18 +9,19 @@ from Cython.Compiler import Options
 from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
-SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._memory", "arch._format", "walk._contexts",
+SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._regions", "memory._memory",
+        "memory._callbacks", "arch._format", "walk._contexts",
         "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory",
         "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
         "mmu.audit._damage"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk._mappings", "walk.batch._psc", "walk.batch._leaf", "walk.batch._rows",
-          "walk.batch._straight",
-          "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit",
-          "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "machine._exits", "machine._access",
-          "machine._l1_flushes", "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap",
-          "mmu.core._trace", "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp",
-          "mmu.tdp._range", "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf",
-          "mmu.shadow._sync", "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry"]
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk._mappings", "walk._fetch", "walk.batch._psc", "walk.batch._leaf",
+          "walk.batch._rows", "walk.batch._straight", "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks",
+          "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler",
+          "tlb._tlb", "machine._exits", "machine._access", "machine._l1_flushes", "machine._modes", "machine._machine",
+          "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace", "mmu.core._kvm", "mmu.core._page",
+          "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu.shadow._zap", "mmu.shadow._range",
+          "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync", "mmu.shadow._shadow", "mmu.shadow._roots",
+          "mmu.shadow._track", "mmu.kvm._entry"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 

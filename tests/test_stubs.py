@@ -13,7 +13,7 @@ from kvmmu.arch._roles import CpuRole
 
 PACKAGE = Path(kvmmu.__file__).parent
 STUBS = sorted(PACKAGE.rglob("*.pyi"))
-HIDDEN = {"ContextWalks", "SlotTable", "WalkCache", "WalkCopy", "Workspace"}          # C arrays: nothing for Python
+HIDDEN = {"CachedPages", "ContextWalks", "SlotTable", "WalkCache", "WalkCopy", "Workspace"}    # C arrays: nothing for Python
 
 
 def module_of(path):

@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, translate_nested_gpa, walk_result
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, GVA32_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K,
+    ACC_ALL, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, GPA_LIMIT, GVA32_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K,
     PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT_GLOBAL_MASK, PT_PRESENT_MASK, STATUS_OK,
 )
 from kvmmu.arch._gpte cimport (
@@ -375,7 +375,7 @@ cdef object rows_of(scan *s):
 
 
 cdef object mappings_of(TableQueries queries, uint64_t first, uint64_t last, bint merge, size_t limit):
-    cdef SlotTable table = queries.mem.current()
+    cdef SlotTable table = queries.mem.walked()
     cdef WalkCopy walk = queries.now(table)
     cdef scan s
     s.w, s.n = &walk.w, walk.w.ngpa
@@ -391,6 +391,8 @@ cdef object mappings_of(TableQueries queries, uint64_t first, uint64_t last, bin
             raise MemoryError
         with nogil:
             scan_all(&s)
+        if table.mem.missing is not NULL and queries.mem.fetch_missing(table):
+            return mappings_of(queries, first, last, merge, limit)
         if s.end == SCAN_NO_MEMORY:
             raise MemoryError("there is no memory for so many mappings")
         if s.end == SCAN_LIMIT:
@@ -438,10 +440,10 @@ cdef class TableQueries:
         """
         cdef uint64_t first = check_word("start", start)
         last = (1 << 64) - 1 if stop is None else check_int("stop", stop, 0, 1 << 64) - 1
-        check_int("limit", limit, 1, _ROWS_MAX)
-        if last < start:
+        cdef size_t rows = check_int("limit", limit, 1, _ROWS_MAX)
+        if last < first:
             return Mappings(np.empty(0, _MAPPING))
-        return mappings_of(self, first, last, check_bool("merge", merge), limit)
+        return mappings_of(self, first, last, check_bool("merge", merge), rows)
 
     def who_maps(self, gpa, size=1):
         """Find what maps physical memory.
@@ -459,4 +461,5 @@ cdef class TableQueries:
             Those parts of mappings that lie in [gpa, gpa + size), ascending by linear address.
         """
         gpa = check_gpa("gpa", gpa)
-        return self.mappings().of_memory(gpa, check_int("size", size, 1, (1 << 52) - gpa))
+        size = check_int("size", size, 1, int(GPA_LIMIT) - gpa)
+        return self.mappings().of_memory(gpa, size)
