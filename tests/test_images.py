@@ -245,6 +245,140 @@ def test_lime_that_begins_and_ends_within_one_page(tmp_path):
     assert image.memory.read(0x17FE, 0x1004) == bytes(2) + b"b" * 0x1000 + bytes(2)
 
 
+# ---- compressed ones ---------------------------------------------------------------------------------------------------
+
+def test_avml(tmp_path, guest):
+    """Blocks are unpacked when they are looked at; the last page of a range may be partial."""
+    pytest.importorskip("cramjam", reason="cramjam is not installed (extra images)")
+    last = bytes(range(1, 101))
+    path = written(tmp_path, image_files.avml((0, guest.bytes(0, 0x8000)), (0x8000, guest.bytes(0x8000, None)), (0x40000, last),
+                                              block=0x3000))
+    image = open_image(path)
+    assert (image.format, image.details) == ("avml", {"ranges": 3})
+    check_guest(image, guest, cr3=guest.cr3)
+    assert image.memory.read(0x40000, 200) == last + bytes(100)
+    assert image.memory.read(0x30000, 8) == bytes(8)
+
+
+@pytest.mark.parametrize("kinds", [("zlib",), ("zlib", "plain"), ("snappy", "zlib"), ("zstd", "plain", "snappy")], ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+def test_kdump(tmp_path, guest, kinds, flat):
+    """Each page by itself; registers from QEMU's notes; the flattened variant."""
+    for kind, library in (("snappy", "cramjam"), ("zstd", "zstandard")):
+        if kind in kinds:
+            pytest.importorskip(library, reason=f"{library} is not installed (extra images)")
+    notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, guest.cr3, CR4))
+    data = image_files.kdump(guest, kinds, notes, b"OSRELEASE=6.1\n")
+    image = open_image(written(tmp_path, image_files.flattened(data) if flat else data))
+    assert (image.format, len(image.vcpus)) == ("kdump", 1)
+    assert image.details["vmcoreinfo"] == {"OSRELEASE": "6.1"}
+    check_guest(image, guest)
+
+
+def test_pages_that_a_kdump_leaves_out(tmp_path, guest):
+    """They read as zero."""
+    image = open_image(written(tmp_path, image_files.kdump(guest, holes=(3, 9))))
+    assert image.memory.read(0x3000, PAGE) == bytes(PAGE)
+    assert image.memory.read(0x4000, PAGE) == guest.bytes(0x4000, 0x5000)
+
+
+def test_a_kdump_page_that_is_damaged(tmp_path, guest):
+    """The others are read; the error names the page and the place."""
+    data = bytearray(image_files.kdump(guest, ("zlib",)))
+    desc = 4 * PAGE + 24 * 4
+    at = int.from_bytes(data[desc:desc + 8], "little")
+    data[at:at + 20] = b"?" * 20
+    image = open_image(written(tmp_path, data))
+    assert image.memory.read(0x3000, PAGE) == guest.bytes(0x3000, 0x4000)
+    with pytest.raises(ImageError, match=f"at offset {at:#x}: the page of gpa 0x4000 cannot be unpacked"):
+        image.memory.read(0x4000, 1)
+
+
+def test_a_cut_kdump(tmp_path, guest):
+    data = image_files.kdump(guest, ("plain",))
+    image = open_image(written(tmp_path, data[:-PAGE - 5]))
+    assert "2 pages lie beyond the end of the file" in image.damage[0]
+    assert image.memory.read(0x3000, 8) == guest.bytes(0x3000, 0x3008)
+    with pytest.raises(ImageError, match="the page of gpa 0x1f000"):
+        image.memory.read(0x1F000, 1)
+
+
+def test_lzo_names_its_extra(tmp_path, guest, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lzo", None)
+    data = bytearray(image_files.kdump(guest, ("plain",)))
+    data[4 * PAGE + 12] = 2
+    with pytest.raises(ImportError, match=r"install kvmmu\[lzo\]"):
+        open_image(written(tmp_path, data)).memory.read(0, 1)
+
+
+# ---- Windows, VMware, objects ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [1, 2, 5, 6])
+def test_windows(tmp_path, guest, kind):
+    """Runs, or a bitmap; the root is in the header."""
+    image = open_image(written(tmp_path, image_files.windows_dump(guest, kind, holes=(7, 8, 30) if kind > 1 else ())))
+    assert (image.format, image.details["dump_type"]) == ("windows", kind)
+    for n in (7, 8, 30) if kind > 1 else ():
+        assert not image.memory.is_backed(n * PAGE)
+        guest.memory[n * PAGE:(n + 1) * PAGE] = 0
+    check_guest(image, guest)
+    assert image.vcpus[0].registers["rip"] == 0xFFFFF80000001000
+    assert image.vcpus[0].inferred == ("cr0", "cr4", "efer")
+
+
+def test_windows_of_32_bits(tmp_path, guest):
+    image = open_image(written(tmp_path, image_files.windows_dump(guest, bits=32)))
+    assert image.memory.read(0, guest.memory.size) == guest.memory.tobytes()
+    assert (image.vcpus[0].regs.cr3, image.vcpus[0].regs.is_pae_paging) == (guest.cr3, True)
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+@pytest.mark.parametrize("opened", ["vmem", "vmss"])
+def test_vmware(tmp_path, guest, version, opened):
+    """Regions by the state file, whichever of the two is opened."""
+    written(tmp_path, guest.bytes(0x8000, None) + guest.bytes(0, 0x8000), "vm.vmem")
+    written(tmp_path, image_files.vmware_state([(0, 0x18000, 0x8000), (0x8000, 0, 0x18000)], version), "vm.vmss")
+    image = open_image(tmp_path / f"vm.{opened}")
+    assert (image.format, image.details["regions"]) == ("vmware", 2)
+    check_guest(image, guest, cr3=guest.cr3)
+
+
+def test_vmware_without_regions(tmp_path, guest):
+    """One region, or no state file: the offset is the address."""
+    path = written(tmp_path, guest.memory.tobytes(), "vm.vmem")
+    check_guest(open_image(path), guest, cr3=guest.cr3)
+    written(tmp_path, image_files.vmware_state([]), "vm.vmsn")
+    check_guest(open_image(path), guest, cr3=guest.cr3)
+    path.unlink()
+    with pytest.raises(ImageError, match=r"the memory is in vm\.vmem, which is not there"):
+        open_image(tmp_path / "vm.vmsn")
+
+
+def test_an_object_that_reads(guest):
+    """Neighbouring pages by one call; short answers and holes are zero."""
+    calls = []
+
+    class Reader:
+        def read(self, gpa, n):
+            calls.append((gpa, n))
+            if gpa < 0x2000 < gpa + n or gpa == 0x2000:
+                raise LookupError("a hole")
+            return guest.bytes(gpa, gpa + n)
+
+    image = open_image(Reader(), holes=LookupError)
+    assert image.memory.read(0x8000, 0x4000) == guest.bytes(0x8000, 0xC000)
+    assert calls == [(0x8000, 0x4000)]
+    assert image.memory.read(0x1000, 0x3000) == guest.bytes(0x1000, 0x2000) + bytes(PAGE) + guest.bytes(0x3000, 0x4000)
+    vcpu = image.vcpu(cr3=guest.cr3)
+    assert vcpu.gva_walk.gva_to_gpa(0x400005) == 0x3005
+    with pytest.raises(LookupError):
+        open_image(Reader()).memory.read(0x2000, 1)
+    with pytest.raises(TypeError, match="path: want a path, or an object with read"):
+        open_image(5)
+
+
 # ---- damage, and what is no image --------------------------------------------------------------------------------------
 
 def test_a_cut_file_is_read_up_to_the_damage(tmp_path, guest):
@@ -285,7 +419,7 @@ def test_what_is_no_file(tmp_path):
         open_image(tmp_path / "nothing")
     with pytest.raises(ImageError, match="is no regular file"):
         open_image(tmp_path)
-    with pytest.raises(ValueError, match="format: want 'elf'"):
+    with pytest.raises(ValueError, match="format: want 'avml'"):
         open_image(tmp_path, "tape")
 
 
@@ -338,17 +472,24 @@ def test_a_huge_file_opens_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("make", [image_files.qemu_core, lambda guest: image_files.qemu_core(guest, extended=True),
-                                  lambda guest: image_files.lime((0, guest.bytes(0, None)), (0x30000, b"x" * 5000))],
-                         ids=["elf", "elf-extended", "lime"])
+                                  lambda guest: image_files.lime((0, guest.bytes(0, None)), (0x30000, b"x" * 5000)),
+                                  image_files.kdump, lambda guest: image_files.flattened(image_files.kdump(guest)),
+                                  lambda guest: image_files.avml((0, guest.bytes(0, None)), (0x30000, b"x" * 5000), block=0x4000),
+                                  image_files.windows_dump, lambda guest: image_files.windows_dump(guest, 5, (7,)), "vmware"],
+                         ids=["elf", "elf-extended", "lime", "kdump", "flat", "avml", "windows", "windows-bitmap", "vmware"])
 def test_every_damage_is_refused_or_read_around(tmp_path, make, guest):
     """Cut at 50 places, and changed at 500: an ImageError, or an image that can be used."""
-    data = make(guest)
+    if make == "vmware":
+        data = image_files.vmware_state([(0, 0x18000, 0x8000), (0x8000, 0, 0x18000)])
+        written(tmp_path, guest.memory.tobytes(), "image.vmem")
+    else:
+        data = make(guest)
     rng = np.random.default_rng(11)
     heads = rng.integers(0, min(1500, len(data)), 250)
     places = [(int(at), int(value)) for at, value in zip(
         np.concatenate((heads, rng.integers(0, len(data), 250))), rng.integers(0, 256, 500), strict=True)]
     cuts = np.concatenate((rng.integers(0, min(1500, len(data)), 25), rng.integers(0, len(data), 25))).tolist()
-    path = tmp_path / "image"
+    path = tmp_path / ("image.vmss" if make == "vmware" else "image")
     opened = 0
     for cut, change in [(cut, None) for cut in cuts] + [(None, place) for place in places]:
         damaged = bytearray(data[:cut])
@@ -365,4 +506,22 @@ def test_every_damage_is_refused_or_read_around(tmp_path, make, guest):
             continue
         opened += 1
         del image                               # a look at the mapping of a file that is cut would end the process
-    assert opened > 250
+    assert opened > 50
+
+
+@pytest.mark.parametrize("name", ["linux-l4.ptonly.elf.zst", "linux-pae.ptonly.elf.zst"])
+def test_pyelftools_reads_the_same(tmp_path, name):
+    """Segments and notes by a reader of somebody else's."""
+    elffile = pytest.importorskip("elftools.elf.elffile", reason="pyelftools is not installed (extra test)")
+    path = unpacked(tmp_path, name)
+    image = open_image(path)
+    with path.open("rb") as file:
+        segments = list(elffile.ELFFile(file).iter_segments())
+        load = [segment for segment in segments if segment["p_type"] == "PT_LOAD"]
+        assert [(s["p_paddr"], s["p_filesz"]) for s in load] == [(gpa, size) for gpa, size, _ in image.memory.slots]
+        assert all(image.memory.read(s["p_paddr"], 4096) == s.data()[:4096] for s in load)
+        note, = [note for note in next(s for s in segments if s["p_type"] == "PT_NOTE").iter_notes() if note["n_name"] == "QEMU"]
+    desc = note["n_desc"]
+    desc = desc.encode("latin-1") if isinstance(desc, str) else bytes(desc)
+    cr = np.frombuffer(desc, np.uint64, 5, 392).tolist()
+    assert [cr[0], cr[2], cr[3], cr[4]] == [image.vcpus[0].registers[name] for name in ("cr0", "cr2", "cr3", "cr4")]

@@ -13,10 +13,11 @@ import numpy as np
 
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.images._file import ImageError, ImageFile, join_ranges, memory_of
+from kvmmu.images._flat import FlatFile
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
 from kvmmu.images.image import Image, VcpuState, long_mode_regs, regs_of
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "qemu_vcpus"]
 
 _EHDR = {1: np.dtype([("ident", "V16"), ("type", "<u2"), ("machine", "<u2"), ("version", "<u4"), ("entry", "<u4"),
                       ("phoff", "<u4"), ("shoff", "<u4"), ("flags", "<u4"), ("ehsize", "<u2"), ("phentsize", "<u2"),
@@ -98,7 +99,8 @@ def _program_headers(file: ImageFile, elf_class: int, header: Any, damage: list[
     return file.array(_PHDR[elf_class], start, min(count, there), "the program headers")
 
 
-def _notes(file: ImageFile, segments: Any, is_x86_64: bool, damage: list[str]) -> tuple[list[VcpuState], dict[str, str]]:
+def _notes(file: ImageFile | FlatFile, segments: Any, is_x86_64: bool,
+           damage: list[str]) -> tuple[list[VcpuState], dict[str, str]]:
     """Return the vCPUs, and what the kernel tells."""
     vcpus: list[VcpuState] = []
     info: dict[str, str] = {}
@@ -119,7 +121,14 @@ def _notes(file: ImageFile, segments: Any, is_x86_64: bool, damage: list[str]) -
     return vcpus, info
 
 
-def _each_note(file: ImageFile, start: int, end: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
+def qemu_vcpus(file: ImageFile | FlatFile, offset: int, size: int, *, is_x86_64: bool, damage: list[str]) -> list[VcpuState]:
+    """Return the vCPUs of the notes in a part of a file."""
+    segments = np.zeros(1, _PHDR[2])
+    segments["offset"], segments["filesz"] = offset, size
+    return _notes(file, segments, is_x86_64, damage)[0] if size else []
+
+
+def _each_note(file: ImageFile | FlatFile, start: int, end: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
     """Yield owner, type, offset and size of each note."""
     while start + _NHDR.itemsize <= end:
         header = file.item(_NHDR, start, "a note")
@@ -132,7 +141,7 @@ def _each_note(file: ImageFile, start: int, end: int, damage: list[str]) -> Iter
         start = at + -(-descsz // 4) * 4
 
 
-def _vcpu(file: ImageFile, at: int, size: int, number: int, is_x86_64: bool) -> VcpuState:
+def _vcpu(file: ImageFile | FlatFile, at: int, size: int, number: int, is_x86_64: bool) -> VcpuState:
     if size < _QEMU_STATE.itemsize:
         raise file.fail(f"at offset {at:#x}: its note has {size} bytes, want {_QEMU_STATE.itemsize}", at)
     state = file.item(_QEMU_STATE, at, "the note of a vCPU")

@@ -10,11 +10,12 @@ from warnings import warn
 from kvmmu.arch.arguments import check_name
 from kvmmu.images._file import ImageError, StrPath
 from kvmmu.images.image import Image
+from kvmmu.images.reader import PhysicalReader, open_reader
 
 __all__ = ["GROUP", "Format", "find_image_format", "image_formats", "is_image", "open_image"]
 
 GROUP = "kvmmu.images"                      # of entry points
-_OWN = ("elfcore", "lime", "raw")
+_OWN = ("elfcore", "kdump", "lime", "avml", "windows", "vmware", "raw")
 _HEAD_BYTES = 1 << 16
 _SHOWN = 32                                 # bytes of an unknown file in the message
 _COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
@@ -82,12 +83,13 @@ def is_image(path: StrPath) -> bool:
     return found is not None and found.name != "raw"
 
 
-def open_image(path: StrPath, format: str | None = None, **options: Any) -> Image:
+def open_image(path: StrPath | PhysicalReader, format: str | None = None, **options: Any) -> Image:
     """Open a memory image.
 
     Parameters
     ----------
-    path : str or path-like
+    path : str or path-like, or an object with read(gpa, n)
+        A file; or what reads guest-physical memory, of which the options are `size` and `holes`: see `open_reader()`.
     format : str, optional
         Name of its format; told by its content otherwise.
     **options
@@ -96,7 +98,8 @@ def open_image(path: StrPath, format: str | None = None, **options: Any) -> Imag
     Returns
     -------
     Image
-        The file is mapped, not read: an image of any size opens at once. Nothing is ever written to it.
+        The file is mapped, not read, and what is compressed in it is unpacked when it is looked at: an image of any size opens
+        at once. Nothing is ever written to it.
 
     Raises
     ------
@@ -109,6 +112,10 @@ def open_image(path: StrPath, format: str | None = None, **options: Any) -> Imag
     ImportError
         An optional package is needed; the message names the extra.
     """
+    if not isinstance(path, (str, bytes, PathLike)):
+        if not callable(getattr(path, "read", None)):
+            raise TypeError(f"path: want a path, or an object with read(gpa, n), got {type(path).__name__}")
+        return open_reader(path, **options)
     known = _all_formats()
     if format is not None:
         check_name("format", format, tuple(sorted(known)))

@@ -96,7 +96,7 @@ cdef class GuestMemory:
     cdef bint empty                 # without slots on purpose
     # The table of the slots as they are now. RuntimeError without slots, ValueError of memory of callbacks
     cdef SlotTable current(self)
-    # The same for a walk that calls `fetch_missing()` after it failed, which may change its number, and begins anew if that is True
+    # The same for a walk that calls `fetch_missing()` after it failed, and begins anew where that is True
     cdef SlotTable walked(self)
     cdef bint fetch_missing(self, SlotTable table) except -1
     # Whether pages that are kept may not go
