@@ -10,11 +10,11 @@ from setuptools import Extension, setup
 
 # Kernels index memory that their callers checked; the others keep Cython's own checks.
 SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "memory._regions", "memory._memory",
-        "memory._callbacks", "arch._format", "walk._contexts",
-        "walk._arguments", "walk._explain", "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory",
-        "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
+        "memory._callbacks", "arch._format", "walk._contexts", "walk._arguments", "walk._explain", "walk._mappings",
+        "walk.pagewalk", "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._memory", "mmu.kvm._state",
+        "mmu.audit._leaf", "mmu.audit._guest", "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect",
         "mmu.audit._damage"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk._mappings", "walk._fetch", "walk.batch._psc", "walk.batch._leaf",
+KERNEL = ["_walk", "walk._setup", "walk._fast", "walk._scan", "walk.batch._psc", "walk.batch._leaf",
           "walk.batch._rows", "walk.batch._straight", "walk.batch._blocks", "walk.batch._job", "replay._replay_blocks",
           "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set", "tables._filler",
           "tlb._tlb", "machine._exits", "machine._access", "machine._l1_flushes", "machine._modes", "machine._machine",

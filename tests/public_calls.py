@@ -304,6 +304,7 @@ CALLS = {
     "TableQueries.mappings": Call(lambda: walk().mappings, {"start": (0, 0, U64), "stop": (1 << 47, 0, 1 << 64),
                                                             "limit": (1 << 20, 1, 1 << 40)}, {"merge": True},
                                    optional=("stop",)),
+    "TableQueries.lookup": Call(lambda: walk().lookup, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
     "TableQueries.who_maps": Call(lambda: walk().who_maps, {"gpa": (0, 0, (1 << 52) - 1), "size": (1, 1, 1 << 52)}),
     "PageWalk.walk_record": Call(lambda: walk().walk_record, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
     "Regs": Call(lambda: Regs, REGISTERS | {"pkru": (3, 0, U32), "rflags": (2, 0, U64)}),

@@ -276,3 +276,70 @@ def test_filters():
     assert repr(found) == "<Mappings: 3 rows, 0x202000 bytes>"
     with pytest.raises(ValueError, match="size: want 0x1000"):
         found.where(size=5)
+
+
+# ---- one address -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lookup(mode):
+    """Where each address leads to; with PROBE whatever the rights, and no bit is set."""
+    vcpu, tables = guest(mode, 71)
+    walk = vcpu.gva_walk
+    before = [vcpu.mem.read(gpa, size) for gpa, size, _ in vcpu.mem.slots]
+    single = walk.mappings(merge=False)
+    mask = (1 << 32) - 1 if mode in ("32", "pae") else (1 << 64) - 1
+    rows = list(single)
+    some = [(row.gva + row.size // 2, row) for row in rows[:200]]
+    for gva, row in some:
+        found = walk.lookup(gva, Access.PROBE)
+        assert found == (row.gpa + row.size // 2, row.size, row.pte_access, row.accessed, row.dirty, row.global_, row.pkey)
+        assert isinstance(found.pte_access, Acc)
+    for gva in tables.gvas:
+        row = next((row for row in rows if row.gva <= gva & mask < row.gva + row.size), None)
+        if row is None:
+            record = walk.walk_record(gva)
+            with pytest.raises(kvmmu.GuestFault) as caught:
+                walk.lookup(gva, Access.PROBE)
+            assert caught.value.rule == record.rule
+    assert before == [vcpu.mem.read(gpa, size) for gpa, size, _ in vcpu.mem.slots]
+
+
+def test_lookup_as_an_access():
+    """Rights count, and the bits are set."""
+    tables = builders.PageTables("4l", 0x10000)
+    tables.map(0x40_0000, 0x80_0000, "p w u", level=2)
+    tables.map(0x7000_0000, 0x81_2000, "p u")
+    vcpu = Vcpu(GuestMemory.from_pages(*tables.pages()))
+    vcpu.set_regs(**tables.regs())
+    assert vcpu.gva_walk.lookup(0x40_0123, Access.WRITE | Access.USER) == (
+        0x80_0123, 1 << 21, Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC, True, True, False, 0)
+    with pytest.raises(kvmmu.PageFault) as caught:
+        vcpu.gva_walk.lookup(0x7000_0000, Access.WRITE | Access.USER)
+    assert caught.value.rule == "write"
+    assert vcpu.gva_walk.lookup(0x7000_0000, Access.PROBE).accessed is False
+    with pytest.raises(ValueError, match="PROBE is for lookup"):
+        vcpu.gva_walk.gva_to_gpa(0x7000_0000, Access.PROBE)
+    with pytest.raises(ValueError, match="PROBE is for lookup"):
+        vcpu.gva_walk.translate(np.zeros(1, np.uint64), Access.PROBE)
+    with pytest.raises(ValueError, match="access: "):
+        vcpu.gva_walk.lookup(0, Access.PROBE | Access.WRITE)
+
+
+def test_lookup_over_two_stages():
+    """The page is the smaller one of both, the rights those of both."""
+    mem = GuestMemory(64 << 20)
+    first = kvmmu.PageTables(mem, "4l", frames=range(1 << 20, 2 << 20, 4096))
+    first.map(0x4000_0000, 8 << 20, 1 << 21, accessed=True)
+    stage = kvmmu.PageTables(mem, "ept", frames=range(2 << 20, 3 << 20, 4096))
+    stage.map(0, 0, 1 << 21)
+    stage.map(8 << 20, 32 << 20, write=False)
+    for gpa in range(1 << 21, 4 << 20, 1 << 21):
+        stage.map(gpa, gpa, 1 << 21)
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(cr0=0x80010033, cr3=0x1000, cr4=0x20, efer=0xD00)
+    vcpu.enter_nested(stage.second_stage(), **builders.mode_regs("4l", first.root))
+    found = vcpu.gva_walk.lookup(0x4000_0123, Access.PROBE)
+    assert (found.gpa, found.size) == ((32 << 20) + 0x123, 4096)
+    assert found.pte_access == Acc.READ | Acc.USER | Acc.EXEC
+    with pytest.raises(kvmmu.EptViolation):
+        vcpu.gva_walk.lookup(0x4000_1000, Access.PROBE)

@@ -9,15 +9,30 @@ from numpy.typing import NDArray
 from kvmmu.arch._bits import Acc
 from kvmmu.arch.arguments import check_bool, check_int
 
-__all__ = ["MAPPING", "Mapping", "Mappings"]
+__all__ = ["MAPPING", "Lookup", "Mapping", "Mappings"]
 
 MAPPING = np.dtype([
     ("gva", np.uint64), ("gpa", np.uint64), ("ngpa", np.uint64), ("size", np.uint64), ("pte_gpa", np.uint64), ("level", np.uint8),
     ("pte_access", np.uint8), ("second_access", np.uint8), ("pkey", np.uint8), ("accessed", np.bool_), ("dirty", np.bool_),
-    ("global_", np.bool_), ("pad", np.uint8)])
-_NAMES = tuple(name for name in MAPPING.names or () if name != "pad")
+    ("global_", np.bool_), ("page_shift", np.uint8)])
+_NAMES = tuple(name for name in MAPPING.names or () if name != "page_shift")
 _LETTERS = np.array([f"{'r' if n & 1 else '-'}{'w' if n & 2 else '-'}{'x' if n & 8 else '-'}{'u' if n & 4 else '-'}"
                      for n in range(16)])
+
+
+class Lookup(NamedTuple):
+    """Where one address leads to: what an emulator or a debugger keeps of a translation.
+
+    size is that of the page, the smaller one of both stages; pte_access the rights that both leave, USER by the first.
+    """
+
+    gpa: int
+    size: int
+    pte_access: Acc
+    accessed: bool
+    dirty: bool
+    global_: bool
+    pkey: int
 
 
 class Mapping(NamedTuple):

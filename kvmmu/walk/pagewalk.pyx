@@ -16,8 +16,7 @@ from kvmmu.walk._contexts cimport (
 )
 from kvmmu.walk._explain cimport fault_behind
 from kvmmu.walk._fast cimport init_plain_walk, kvmmu_translation, translate_plainly, use_plain_memory
-from kvmmu.walk._fetch cimport repeat_faults, walk_wholly, whole_record
-from kvmmu.walk._mappings cimport TableQueries
+from kvmmu.walk._mappings cimport TableQueries, repeat_faults, walk_wholly, whole_record
 from kvmmu.walk._setup cimport init_pagewalk, init_second_stage_face, use_second_stage
 from kvmmu.walk.batch._arrays cimport plain_access, plain_column
 from kvmmu.walk.batch._job cimport Job, new_job

@@ -203,6 +203,8 @@ def check_one_access(access: int) -> int:
 def _check_access_bits(seen: int) -> None:
     if seen & Access.SHADOW_STACK:
         raise ValueError("access: SHADOW_STACK accesses are not modelled; want READ WRITE USER AC FETCH IMPLICIT")
+    if seen & Access.PROBE:
+        raise ValueError("access: PROBE is for lookup() and mappings() alone; want READ WRITE USER AC FETCH IMPLICIT")
     if seen & ~ACCESS_VALID:
         raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT")
 
