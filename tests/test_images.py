@@ -164,6 +164,23 @@ def test_a_core_of_a_kernel(tmp_path, guest):
     check_guest(image, guest)
 
 
+def test_a_file_that_cannot_be_mapped(tmp_path, guest, monkeypatch):
+    """As /proc/kcore: it is read where somebody looks."""
+    def refuse(*args, **options):
+        raise OSError(19, "No such device")
+
+    path = written(tmp_path, image_files.qemu_core(guest))
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    image = open_image(path)
+    assert "callbacks" in repr(image.memory)
+    check_guest(image, guest)
+    assert len(image.vcpus) == 2
+    with pytest.raises(ImageError, match="the file ends within the ELF header"):
+        open_image(written(tmp_path, b"\x7fELF\2\1\1", "cut"))
+    with pytest.raises(ImageError, match="there is no memory in it"):
+        open_image(written(tmp_path, image_files.elf_core([]), "empty"))
+
+
 @pytest.mark.parametrize("name", ["linux-l4.ptonly.elf.zst", "linux-l4.paging.ptonly.elf.zst", "linux-pae.ptonly.elf.zst"])
 def test_dumps_of_linux(tmp_path, name):
     """Every answer of QEMU's gva2gpa, from the file alone: registers, EFER, PDPTEs."""
@@ -273,6 +290,24 @@ def test_kdump(tmp_path, guest, kinds, flat):
     assert (image.format, len(image.vcpus)) == ("kdump", 1)
     assert image.details["vmcoreinfo"] == {"OSRELEASE": "6.1"}
     check_guest(image, guest)
+
+
+def test_a_kdump_that_says_more_than_it_has(tmp_path, guest):
+    """Sizes are checked before there is memory for them."""
+    data = bytearray(image_files.kdump(guest))
+    sub = PAGE + 0x60                           # max_mapnr_64
+    for pages, reason in ((1 << 41, "0x20000000000 pages; want 1 to"), (0, "0x0 pages; want 1 to"),
+                          (1 << 39, "bitmaps of 0x2000 bytes for 0x8000000000 pages")):
+        data[sub:sub + 8] = pages.to_bytes(8, "little")
+        with pytest.raises(ImageError, match=reason):
+            open_image(written(tmp_path, data))
+    data[sub:sub + 8] = (1 << 39).to_bytes(8, "little")
+    at = 8 + 4 + 390 + 6 + 16 + 4 + 4 + 4
+    data[at:at + 4] = (1 << 25).to_bytes(4, "little")
+    piece = (1 << 60).to_bytes(8, "big") + (1).to_bytes(8, "big") + b"x"
+    flat = image_files.flattened(bytes(data))
+    with pytest.raises(ImageError, match="the bitmap of pages has 0x1000000000 bytes, more than all pieces"):
+        open_image(written(tmp_path, flat[:-16] + piece + flat[-16:]))
 
 
 def test_pages_that_a_kdump_leaves_out(tmp_path, guest):

@@ -14,6 +14,7 @@ _HEADER = np.dtype([("signature", "S16"), ("type", ">i8"), ("version", ">i8")])
 _PIECE = np.dtype([("offset", ">i8"), ("size", ">i8")])
 _FIRST_PIECE = 4096
 _END = -1
+_HOLES_MAX = 1 << 28
 
 
 class FlatFile:
@@ -40,6 +41,7 @@ class FlatFile:
         ends = self._place + self._length
         self._covered = np.maximum.accumulate(ends) if ends.size else ends
         self.size = int(self._covered[-1]) if ends.size else 0
+        self._most = max(int(self._length.sum()), _HOLES_MAX)           # what is read at once, with holes between pieces
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """Return the pieces of the file in its order."""
@@ -70,6 +72,8 @@ class FlatFile:
 
     def bytes(self, offset: int, n: int, what: str) -> bytes:
         """Return n bytes; ImageError if they end beyond the last piece. What no piece has is zero."""
+        if n > self._most:
+            raise self.fail(f"{what} has {n:#x} bytes, more than all pieces", offset)
         if offset < 0 or offset > self.size or n > self.size - offset:
             raise self.fail(f"the file ends within {what}: {n:#x} bytes are wanted, and it has {self.size:#x}", offset)
         out = np.zeros(n, np.uint8)

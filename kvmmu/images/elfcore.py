@@ -1,4 +1,4 @@
-"""ELF cores: of QEMU's dump-guest-memory, with the registers of every vCPU, of a kernel (kdump), and copies of /proc/kcore.
+"""ELF cores: of QEMU's dump-guest-memory, with the registers of every vCPU, of a kernel (kdump), and /proc/kcore or its copies.
 
 Layout of QEMU's note of a vCPU (owner QEMU, type 0, version 1): u32 version, u32 size, 16 general registers, RIP, RFLAGS, ten
 segments of 24 bytes (selector, limit, flags, padding: u32; base u64) in the order cs ds es fs gs ss ldt tr gdt idt, CR0 to CR4.
@@ -14,6 +14,7 @@ import numpy as np
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.images._file import ImageError, ImageFile, join_ranges, memory_of
 from kvmmu.images._flat import FlatFile
+from kvmmu.images._unmapped import UnmappedFile, open_file
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
 from kvmmu.images.image import Image, VcpuState, long_mode_regs, regs_of
 
@@ -41,6 +42,7 @@ _ET_CORE, _PT_LOAD, _PT_NOTE, _PN_XNUM = 4, 1, 4, 0xFFFF
 _EM_386, _EM_X86_64 = 3, 62
 _CS_L = 1 << 21                                         # of the flags of a segment, as QEMU keeps them
 _NAME_MAX = 256
+_File = ImageFile | FlatFile | UnmappedFile
 _NOTES_MAX = 1 << 26                                    # bytes of notes of one segment that are looked at
 _NO_PADDR = (1 << 64) - 1                               # of segments of /proc/kcore that are no memory
 
@@ -54,7 +56,7 @@ class _Elf:
         return 90 if head.startswith(b"\x7fELF") else 0
 
     def open(self, path: str | PathLike[str]) -> Image:
-        file = ImageFile(path)
+        file = open_file(path)
         elf_class, header = _header(file)
         damage: list[str] = []
         phdrs = _program_headers(file, elf_class, header, damage)
@@ -66,14 +68,15 @@ class _Elf:
             bad = np.flatnonzero(~fits & (gpa != np.uint64(_NO_PADDR)))
             damage += [f"segment {int(n)} (gpa {int(gpa[n]):#x}, {int(size[n]):#x} bytes) wraps around and is left out"
                        for n in bad[:4]]
-        memory = memory_of(file, join_ranges(gpa[fits], offset[fits], size[fits]), damage)
+        ranges = join_ranges(gpa[fits], offset[fits], size[fits])
+        memory = file.memory(ranges) if isinstance(file, UnmappedFile) else memory_of(file, ranges, damage)
         root = kernel_root(info)
         return Image(file.path, self.name, memory, vcpus, damage=damage,
                      root=None if root is None else long_mode_regs(root[0], five_levels=root[1]),
                      details={"segments": int(load.size)} | ({"vmcoreinfo": info} if info else {}))
 
 
-def _header(file: ImageFile) -> tuple[int, Any]:
+def _header(file: _File) -> tuple[int, Any]:
     ident = file.bytes(0, 16, "the ELF header")
     elf_class = ident[4]
     if elf_class not in _EHDR or ident[5] != 1:
@@ -88,7 +91,7 @@ def _header(file: ImageFile) -> tuple[int, Any]:
     return elf_class, header
 
 
-def _program_headers(file: ImageFile, elf_class: int, header: Any, damage: list[str]) -> Any:
+def _program_headers(file: _File, elf_class: int, header: Any, damage: list[str]) -> Any:
     count, start, itemsize = int(header["phnum"]), int(header["phoff"]), _PHDR[elf_class].itemsize
     if count == _PN_XNUM:
         at, kind = _SH_INFO[elf_class]
@@ -99,7 +102,7 @@ def _program_headers(file: ImageFile, elf_class: int, header: Any, damage: list[
     return file.array(_PHDR[elf_class], start, min(count, there), "the program headers")
 
 
-def _notes(file: ImageFile | FlatFile, segments: Any, is_x86_64: bool,
+def _notes(file: _File, segments: Any, is_x86_64: bool,
            damage: list[str]) -> tuple[list[VcpuState], dict[str, str]]:
     """Return the vCPUs, and what the kernel tells."""
     vcpus: list[VcpuState] = []
@@ -121,14 +124,14 @@ def _notes(file: ImageFile | FlatFile, segments: Any, is_x86_64: bool,
     return vcpus, info
 
 
-def qemu_vcpus(file: ImageFile | FlatFile, offset: int, size: int, *, is_x86_64: bool, damage: list[str]) -> list[VcpuState]:
+def qemu_vcpus(file: _File, offset: int, size: int, *, is_x86_64: bool, damage: list[str]) -> list[VcpuState]:
     """Return the vCPUs of the notes in a part of a file."""
     segments = np.zeros(1, _PHDR[2])
     segments["offset"], segments["filesz"] = offset, size
     return _notes(file, segments, is_x86_64, damage)[0] if size else []
 
 
-def _each_note(file: ImageFile | FlatFile, start: int, end: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
+def _each_note(file: _File, start: int, end: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
     """Yield owner, type, offset and size of each note."""
     while start + _NHDR.itemsize <= end:
         header = file.item(_NHDR, start, "a note")
@@ -141,7 +144,7 @@ def _each_note(file: ImageFile | FlatFile, start: int, end: int, damage: list[st
         start = at + -(-descsz // 4) * 4
 
 
-def _vcpu(file: ImageFile | FlatFile, at: int, size: int, number: int, is_x86_64: bool) -> VcpuState:
+def _vcpu(file: _File, at: int, size: int, number: int, is_x86_64: bool) -> VcpuState:
     if size < _QEMU_STATE.itemsize:
         raise file.fail(f"at offset {at:#x}: its note has {size} bytes, want {_QEMU_STATE.itemsize}", at)
     state = file.item(_QEMU_STATE, at, "the note of a vCPU")

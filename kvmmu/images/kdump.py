@@ -39,6 +39,7 @@ _DESC = np.dtype([("offset", "<u8"), ("size", "<u4"), ("flags", "<u4"), ("page_f
 _ZLIB, _LZO, _SNAPPY, _ZSTD = 1, 2, 4, 0x20
 _VERSION_64 = 6                             # from this one on the sub-header has max_mapnr_64
 _INFO_MAX = 1 << 20
+_BITS_AT_ONCE = 1 << 22                     # bytes of a bitmap
 _File = ImageFile | FlatFile
 
 
@@ -140,9 +141,13 @@ class _Pages:
 
 def _set_bits(bits: NDArray[np.uint8], count: int) -> NDArray[np.uint64]:
     """Return the numbers of the bits that are set, of `count` ones."""
-    where = np.flatnonzero(bits)
-    rows, columns = np.nonzero(np.unpackbits(bits[where, None], axis=1, bitorder="little"))
-    numbers = (where[rows] * 8 + columns).astype(np.uint64)
+    found = []
+    for start in range(0, bits.size, _BITS_AT_ONCE):
+        part = bits[start:start + _BITS_AT_ONCE]
+        where = np.flatnonzero(part)
+        rows, columns = np.nonzero(np.unpackbits(part[where, None], axis=1, bitorder="little"))
+        found.append(((start + where[rows]) * 8 + columns).astype(np.uint64))
+    numbers = np.concatenate(found)
     return numbers[numbers < count]
 
 

@@ -30,7 +30,7 @@ _RUNS = {64: (0x98, np.dtype([("first", "<u8"), ("count", "<u8")]), 42),
 _BITMAP = np.dtype({"names": ["signature", "dump", "first", "present", "pages"], "formats": ["S4", "S4", "<u8", "<u8", "<u8"],
                     "offsets": [0, 4, 0x20, 0x28, 0x30], "itemsize": 0x38})
 _CONTEXT_64 = 0x348
-_PAGES_MAX = 1 << 32                        # 16 TiB
+_PAGES_MAX = 1 << 30                        # 4 TiB
 _REGISTERS_64 = {"cs": (0x38, 2), "rflags": (0x44, 4), "rax": (0x78, 8), "rcx": (0x80, 8), "rdx": (0x88, 8), "rbx": (0x90, 8),
                  "rsp": (0x98, 8), "rbp": (0xA0, 8), "rsi": (0xA8, 8), "rdi": (0xB0, 8), "rip": (0xF8, 8)}
 _FULL, _KERNEL, _BITMAP_FULL, _BITMAP_KERNEL = 1, 2, 5, 6

@@ -1,4 +1,4 @@
-"""The questions about whole tables, and walks that ask for pages which are missing, in memory of callbacks, until all are there."""
+"""The questions about whole tables, and walks that ask for pages which are missing in memory of callbacks until all are there."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
