@@ -149,3 +149,17 @@ def test_writable_and_executable_pages(dumped, capsys):
     assert main(["pt", str(dumped[0]["elf"]), "--wx", "--single", "--size", "4k", "--stop", "0x200000", "--json"]) == 0
     found = [m["gva"] >> 12 for m in json.loads(capsys.readouterr().out)["mappings"]]
     assert found == [n for n in range(512) if n % 4 and (n % 8 or n == 0 or n == 7)]
+
+
+@pytest.mark.skipif(shutil.which("makedumpfile") is None, reason="makedumpfile is not installed")
+def test_what_makedumpfile_rearranges(dumped, tmp_path):
+    """makedumpfile -R makes a kdump-compressed file of the flattened one, with the same in it."""
+    files = dumped[0]
+    with files["kdump-zlib"].open("rb") as flat:
+        subprocess.run(["makedumpfile", "-R", tmp_path / "dump"], stdin=flat, check=True, capture_output=True)
+    assert (tmp_path / "dump").read_bytes()[:8] == b"KDUMP   "
+    flat, plain = open_image(files["kdump-zlib"]), open_image(tmp_path / "dump")
+    assert plain.damage == ()
+    assert plain.vcpus == flat.vcpus
+    for start in range(0, SIZE, 1 << 20):
+        assert plain.memory.read(start, 1 << 20) == flat.memory.read(start, 1 << 20)
