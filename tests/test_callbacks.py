@@ -155,7 +155,7 @@ def test_few_pages_are_kept_between_calls():
         asked.extend(gpas.tolist())
         return tables[((gpas - np.uint64(base)) >> np.uint64(12)).astype(np.int64)]
 
-    vcpu = Vcpu(GuestMemory.from_callbacks(read, size=1 << 30, cache_pages=4))
+    vcpu = Vcpu(GuestMemory.from_callbacks(read, size=1 << 30, cache_pages=1))
     vcpu.set_regs(**builders.mode_regs("4l", base))
     gva = np.arange(0, 1 << 26, PAGE, dtype=np.uint64)
     for _ in range(3):
@@ -164,6 +164,11 @@ def test_few_pages_are_kept_between_calls():
     for gva in range(0, 1 << 26, 1 << 21):
         assert vcpu.gva_walk.gva_to_gpa(gva) == gva
     assert len(asked) > 3 * len(tables)
+    assert len(vcpu.gva_walk.mappings(merge=False)) == 1 << 14
+    vcpu.gva_walk.gva_to_gpa(0)
+    for gva in range(0, 1 << 26, 1 << 21):              # as many tables as there are, of which few stay
+        vcpu.mem.read(base + (gva >> 21) * PAGE, 8)
+        assert int(repr(vcpu.mem).split()[-3]) <= 64 + 16
 
 
 def test_accessed_and_dirty_bits():

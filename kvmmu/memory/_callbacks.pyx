@@ -21,6 +21,8 @@ from kvmmu.memory._memory import use_callback_memory
 
 cdef size_t FIRST_PAGES = 256
 _MOST_PAGES = 1 << 32
+_FEW = 16                           # pages that read() keeps
+cdef size_t LEAST_KEPT = 64         # more than any walk of one address reads: it cannot lose its own pages again and again
 _AT_ONCE = 1 << 16                  # pages that read() and write() ask for by one call
 
 
@@ -99,6 +101,7 @@ cdef class CallbackMemory(GuestMemory):
                          "need slots: GuestMemory(size), from_pages(), add_slot()")
 
     cdef SlotTable walked(self):
+        trim(self)
         self.takes_at_start[threading.get_ident()] = self.takes
         return self.cached
 
@@ -134,8 +137,6 @@ cdef class CallbackMemory(GuestMemory):
 
     def fetch(self, gfns):
         """Ask for frames, but for those that are there."""
-        if not self.kept and self.cached.count > self.cache_pages:
-            self.drop_cached()
         with _Asking(self):
             wanted = [gfn for gfn in gfns.tolist() if not self.cached.has(gfn)]
             if wanted:
@@ -215,7 +216,8 @@ cdef class CallbackMemory(GuestMemory):
     def pages_of(self, first, count):
         """The bytes of frames; those that are not kept are asked for, and kept if they are few."""
         numbers = np.arange(first, first + count, dtype=np.uint64)
-        if count <= 16:
+        trim(self)
+        if count <= _FEW:
             self.fetch(numbers)
         with _Asking(self):
             pages = np.empty((count, PAGE_SIZE), np.uint8)
@@ -290,6 +292,13 @@ cdef class CallbackMemory(GuestMemory):
 
     def __repr__(self):
         return f"GuestMemory(callbacks, {int(self.size):#x} bytes, {self.cached.count} pages kept)"
+
+
+cdef int trim(CallbackMemory mem) except -1:
+    """Begin anew where more pages are kept than shall be, unless a batch that needs them is under way."""
+    if not mem.kept and mem.cached.count > max(mem.cache_pages, LEAST_KEPT):
+        mem.drop_cached()
+    return 0
 
 
 class _Asking:

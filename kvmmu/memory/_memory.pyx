@@ -298,7 +298,7 @@ cdef class GuestMemory:
         size : int, optional
             Bytes from 0 on that are memory, whole pages; what lies beyond is hole. By default all 52 bits.
         cache_pages : int
-            Pages that are kept for later calls; one call may keep more while it runs.
+            Pages that are kept for later calls; one call may keep more while it runs, and a few always stay.
 
         Returns
         -------

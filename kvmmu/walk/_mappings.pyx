@@ -56,12 +56,18 @@ cdef int repeat_faults(TableQueries queries, out, tuple names, gva, access, ctx,
 
 
 cdef object mappings_of(TableQueries queries, uint64_t first, uint64_t last, bint merge, size_t limit):
-    cdef SlotTable table
-    while True:
-        table = queries.mem.walked()
-        rows = scan_rows(queries.now(table), first, last, merge, limit)
-        if not queries.mem.fetch_missing(table):
-            return rows
+    cdef SlotTable table = queries.mem.walked()
+    rows = scan_rows(queries.now(table), first, last, merge, limit)
+    if table.mem.missing is NULL:
+        return rows
+    queries.mem.keep(True)
+    try:
+        while queries.mem.fetch_missing(table):
+            table = queries.mem.walked()
+            rows = scan_rows(queries.now(table), first, last, merge, limit)
+    finally:
+        queries.mem.keep(False)
+    return rows
 
 
 cdef object rows_at(TableQueries queries, uint64_t addr):
