@@ -317,9 +317,9 @@ def test_lookup_as_an_access():
         vcpu.gva_walk.lookup(0x7000_0000, Access.WRITE | Access.USER)
     assert caught.value.rule == "write"
     assert vcpu.gva_walk.lookup(0x7000_0000, Access.PROBE).accessed is False
-    with pytest.raises(ValueError, match="PROBE is for lookup"):
+    with pytest.raises(ValueError, match="0x80, PROBE, is for lookup"):
         vcpu.gva_walk.gva_to_gpa(0x7000_0000, Access.PROBE)
-    with pytest.raises(ValueError, match="PROBE is for lookup"):
+    with pytest.raises(ValueError, match="0x80, PROBE, is for lookup"):
         vcpu.gva_walk.translate(np.zeros(1, np.uint64), Access.PROBE)
     with pytest.raises(ValueError, match="access: "):
         vcpu.gva_walk.lookup(0, Access.PROBE | Access.WRITE)

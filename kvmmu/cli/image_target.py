@@ -39,7 +39,7 @@ def add_image_options(command: argparse.ArgumentParser) -> None:
 def image_of(args: argparse.Namespace) -> Image | None:
     """Open what the arguments name if it is an image; None for a recording or a trace. Damage is told on standard error."""
     path = args.recording
-    if path is None or path == "bundled" or Path(path).is_dir() or not Path(path).exists():
+    if path is None or path == "bundled" or not Path(path).is_file():          # others say what it is
         return None
     if args.format is None and not is_image(path) and (is_parquet(path) or str(path).endswith((".npz", ".npz.zst"))):
         return None
