@@ -1,5 +1,5 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, replay, report, spt, oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt, oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from kvmmu.arch.faults import (
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 from kvmmu.machine._mmus import ShadowMmu, TdpMmu
+from kvmmu.memory._callbacks import CallbackMemory as _CallbackMemory  # noqa: F401    # tells GuestMemory of itself
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.replay import replay
@@ -51,6 +52,7 @@ from kvmmu.walker import Walker, get_include
 Contexts = RegisterSets                 # the name of before
 
 if TYPE_CHECKING:
+    from kvmmu.images import open_image
     from kvmmu.traces import open_trace
 
 __all__ = [
@@ -62,14 +64,18 @@ __all__ = [
     "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
     "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
-    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_trace", "plot_walk", "regs_from_vmcb",
-    "replay",
+    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk",
+    "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the readers of other tools' traces when somebody asks for them."""
+    """Load the readers of other tools' traces, and of images, when somebody asks for them."""
+    if name == "open_image":
+        from kvmmu.images import open_image
+
+        return open_image
     if name == "open_trace":
         from kvmmu.traces import open_trace
 

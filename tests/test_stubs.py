@@ -14,7 +14,7 @@ from kvmmu.arch._roles import CpuRole
 PACKAGE = Path(kvmmu.__file__).parent
 STUBS = sorted(PACKAGE.rglob("*.pyi"))
 # C arrays, a base: nothing for Python
-HIDDEN = {"Memslots", "Modes", "RegisterSetWalks", "SlotTable", "WalkCache", "WalkCopy", "Workspace"}
+HIDDEN = {"CachedPages", "Memslots", "Modes", "RegisterSetWalks", "SlotTable", "WalkCache", "WalkCopy", "Workspace"}
 
 
 def module_of(path):

@@ -118,6 +118,7 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t ACCESS_FETCH_MASK
     const uint64_t ACCESS_IMPLICIT_MASK
     const uint64_t ACCESS_SHADOW_STACK_MASK
+    const uint64_t ACCESS_PROBE_MASK
     const uint64_t ACCESS_PFEC_MASK
     const uint64_t ACCESS_VALID_MASK
     const int PERMISSIONS_INDEX_SHIFT

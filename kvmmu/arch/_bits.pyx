@@ -7,7 +7,8 @@ class Access(IntFlag):
     """An intended access; combine with ``|``. READ is 0.
 
     AC says that EFLAGS.AC is 1 at this access (SMAP does not apply to it); IMPLICIT is an implicit supervisor access
-    (descriptor tables, TSS): it clears AC and USER.
+    (descriptor tables, TSS): it clears AC and USER. PROBE is for `PageWalk.lookup()`: where an address leads to, whatever the
+    rights, without accessed and dirty bits.
     """
 
     READ = 0
@@ -17,6 +18,7 @@ class Access(IntFlag):
     FETCH = ACCESS_FETCH_MASK
     IMPLICIT = ACCESS_IMPLICIT_MASK
     SHADOW_STACK = ACCESS_SHADOW_STACK_MASK
+    PROBE = ACCESS_PROBE_MASK
 
 
 class Acc(IntFlag):

@@ -1,6 +1,6 @@
 """The kvmmu command: one file per subcommand."""
-# Below: arch, vm, tables, traces, replay, report, kvmmu
-# Order: parsing, output, sources, synthetic, replay, convert, info, walk, spt, command
+# Below: arch, walk, vm, tables, traces, images, replay, report, kvmmu
+# Order: parsing, output, sources, synthetic, image_target, image_info, replay, convert, info, pt, read, walk, spt, command
 
 from kvmmu.cli.command import main
 

@@ -4,10 +4,12 @@ import argparse
 import json
 from typing import Any
 
+from kvmmu.cli.image_info import print_image
 from kvmmu.cli.output import BAD, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, format_options, path_of
 from kvmmu.cli.synthetic import size_text
+from kvmmu.images import image_formats, is_image, open_image
 from kvmmu.replay.terminal import printable, say, warn
 from kvmmu.report.tables import Table, show_tables
 from kvmmu.traces.source import describe_source
@@ -17,10 +19,11 @@ __all__ = ["add"]
 
 def add(commands: Commands) -> None:
     """Add the subcommand to the parser."""
-    info = command(commands, "info", _info, "say what a file is, and count its accesses and pages",
-                   "Say what a file is, in which format, and how many accesses and pages it has. It is read to its end; exit "
-                   "status 2 if it is damaged, behind what was read until then.",
-                   "info bundled", "info bundled-lackey --json", "info trace.csv --columns addr=va,op=type")
+    info = command(commands, "info", _info, "say what a trace or a memory image is, and what is in it",
+                   "Say what a file is: of a trace the format, and how many accesses and pages it has; of a memory image the "
+                   "format, the memory and the vCPUs in it. A trace is read to its end; exit status 2 if it is damaged, behind "
+                   "what was read until then.",
+                   "info bundled", "info dump.elf", "info bundled-lackey --json", "info trace.csv --columns addr=va,op=type")
     info.add_argument("recording", metavar="FILE", help=WHAT)
     add_format(info)
     add_phase(info)
@@ -29,6 +32,9 @@ def add(commands: Commands) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     path = path_of(args)
+    if args.format in image_formats() or (args.format is None and path.is_file() and is_image(path)):
+        print_image(open_image(path, args.format), args.json)
+        return OK
     found = describe_source(path, phase=args.phase, **format_options(args, path))
     if args.json:
         say(json.dumps(found))

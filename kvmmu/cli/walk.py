@@ -9,6 +9,7 @@ import numpy as np
 import kvmmu
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
+from kvmmu.cli.image_target import add_image_options, image_of, target_vcpu
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
 from kvmmu.cli.sources import open_with_tables
@@ -36,6 +37,7 @@ def add(commands: Commands) -> None:
     walk.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
     walk.add_argument("gva", nargs="+", type=address, metavar="GVA", help="linear address, hexadecimal with 0x")
     add_phase(walk)
+    add_image_options(walk)
     walk.add_argument("--ctx", type=int, metavar="N",
                       help="row of the register contexts of the recording (default: 0) or of the trace's header (default: the "
                            "registers at the start)")
@@ -73,8 +75,9 @@ def _use(vcpu: Vcpu, context: Context, source: Recording | ParquetTrace, number:
 def _walk(args: argparse.Namespace) -> int:
     if args.plot is not None and len(args.gva) > 1:
         raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
-    source = open_with_tables(args)
-    vcpu, ctx = _walk_in(source, args.ctx)
+    image = image_of(args)
+    source = None if image is not None else open_with_tables(args)
+    vcpu, ctx = (target_vcpu(args)[1], -1) if source is None else _walk_in(source, args.ctx)
     started = time.perf_counter()
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
     seconds = time.perf_counter() - started

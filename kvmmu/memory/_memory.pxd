@@ -32,11 +32,20 @@ cdef struct guest_page:
     uint64_t gfn
     const guest_slot *slot      # NULL: free
 
+# Pages that walks missed in memory of callbacks.
+cdef struct missing_pages:
+    uint32_t lock
+    uint64_t limit              # frames from here on are holes
+    uint64_t *gfns              # open addressing: frame + 1, 0 free
+    size_t count, capacity
+    bint failed                 # there was no memory for one
+
 cdef struct guest_mem:
     const guest_slot *slots     # slots[0] is the largest, the others ascend by gpa
     size_t count
     const guest_page *pages     # NULL: too many pages to index, search the slots
     uint64_t page_mask
+    missing_pages *missing      # NULL: what is not there is a hole
 
 cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept nogil
 
@@ -84,6 +93,12 @@ cdef class GuestMemory:
     cdef uint64_t number            # of table, or NO_TABLE
     cdef uint64_t changes           # of slots
     cdef object regions             # _Regions
-    # The table of the slots as they are now. RuntimeError without slots
+    cdef bint empty                 # without slots on purpose
+    # The table of the slots as they are now. RuntimeError without slots, ValueError of memory of callbacks
     cdef SlotTable current(self)
+    # The same for a walk that calls `fetch_missing()` after it failed, and begins anew where that is True
+    cdef SlotTable walked(self)
+    cdef bint fetch_missing(self, SlotTable table) except -1
+    # Whether pages that are kept may not go
+    cdef int keep(self, bint on) except -1
     cdef int forget_table(self) except -1

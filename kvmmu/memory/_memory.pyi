@@ -1,9 +1,11 @@
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Buffer
+
+def use_callback_memory(kind: type[GuestMemory]) -> None: ...
 
 class GuestMemory:
     def __init__(self, size_or_buffer: int | Buffer) -> None: ...
@@ -11,6 +13,17 @@ class GuestMemory:
     def from_pages(cls, gpas: ArrayLike, pages: NDArray[np.uint8] | NDArray[np.uint64]) -> Self: ...
     @classmethod
     def from_slots(cls, slots: Iterable[tuple[int, int | Buffer]]) -> Self: ...
+    @classmethod
+    def from_callbacks(
+        cls,
+        read: Callable[[NDArray[np.uint64]], Any],
+        write: Callable[[NDArray[np.uint64], NDArray[np.uint8]], object] | None = None,
+        *,
+        size: int | None = None,
+        cache_pages: int = ...,
+    ) -> GuestMemory: ...
+    def drop_cached(self) -> None: ...
+    def flush(self) -> None: ...
     def add_slot(self, gpa: int, size_or_buffer: int | Buffer, readonly: bool = False) -> None: ...
     def remove_slot(self, gpa: int) -> NDArray[np.uint8]: ...
     @property

@@ -1,27 +1,56 @@
 """GuestMemory: memslots over the guest-physical address space."""
 
-from bisect import bisect_right
-
 import numpy as np
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_SHIFT, PAGE_SIZE
 from kvmmu.memory._maker cimport check_maker, maker
-from kvmmu.memory._memory cimport NEVER_SEEN, NO_TABLE, guest_mem, guest_page, guest_slot, hash_gfn
+from kvmmu.memory._memory cimport (
+    NEVER_SEEN, NO_TABLE, guest_mem, guest_page, guest_slot, hash_gfn, kvmmu_lock, kvmmu_unlock, missing_pages,
+)
 
 from kvmmu.arch.arguments import (
     check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,
 )
+from kvmmu.memory._regions import _Region, _Regions, _regions_of
 
 # Beyond so many pages outside the largest slot (64 MiB of index) look-ups search the slot table instead.
 cdef size_t MAX_INDEXED_PAGES = 1 << 20
-cdef int ENTRY_ALIGNMENT = 8
 cdef uint64_t last_number = NEVER_SEEN          # of slot tables
-_BUCKET = 512                                   # regions that lie in one list
+_callback_memory = None                         # CallbackMemory, told by its module, which stands above this one
 _NAMED = 8                                      # slots that a message lists
+
+
+cdef void note_missing(missing_pages *missing, uint64_t gfn) noexcept nogil:
+    """Note a page that callbacks are to be asked for."""
+    cdef uint64_t *grown
+    cdef size_t i, h, capacity
+    if gfn >= missing.limit:
+        return
+    kvmmu_lock(&missing.lock)
+    if 2 * missing.count >= missing.capacity:
+        capacity = max(<size_t>256, 2 * missing.capacity)
+        grown = <uint64_t *>calloc(capacity, sizeof(uint64_t))
+        if grown is NULL:
+            missing.failed = True
+            kvmmu_unlock(&missing.lock)
+            return
+        for i in range(missing.capacity):
+            if missing.gfns[i]:
+                h = hash_gfn(missing.gfns[i]) & (capacity - 1)
+                while grown[h]:
+                    h = (h + 1) & (capacity - 1)
+                grown[h] = missing.gfns[i]
+        free(missing.gfns)
+        missing.gfns, missing.capacity = grown, capacity
+    h = hash_gfn(gfn + 1) & (missing.capacity - 1)
+    while missing.gfns[h] and missing.gfns[h] != gfn + 1:
+        h = (h + 1) & (missing.capacity - 1)
+    missing.count += missing.gfns[h] == 0
+    missing.gfns[h] = gfn + 1
+    kvmmu_unlock(&missing.lock)
 
 
 cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept nogil:
@@ -35,6 +64,8 @@ cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept no
             if mem.pages[h].gfn == gfn:
                 return mem.pages[h].slot
             h = (h + 1) & mem.page_mask
+        if mem.missing is not NULL:
+            note_missing(mem.missing, gfn)
         return NULL
     while low < high:
         middle = (low + high) // 2
@@ -49,18 +80,18 @@ cdef const guest_slot *find_slot(const guest_mem *mem, uint64_t gpa) noexcept no
 
 cdef class SlotTable:
     def __cinit__(self, mark=None, regions=None, *args):
-        """regions: list of _Region objects, ascending by gpa; at least one."""
+        """regions: list of _Region objects, ascending by gpa."""
         global last_number
         cdef size_t i, total = 0, capacity = 1
         cdef uint64_t page, h
         check_maker(mark, "a SlotTable is made by a GuestMemory")
         cdef size_t count = len(regions)
         self.regions = regions
-        self.slots = <guest_slot *>calloc(count, sizeof(guest_slot))
+        self.slots = <guest_slot *>calloc(max(count, <size_t>1), sizeof(guest_slot))
         if self.slots is NULL:
             raise MemoryError
-        largest = max(regions, key=_size_of)
-        ordered = [largest] + [region for region in regions if region is not largest]
+        largest = max(regions, key=_size_of, default=None)
+        ordered = regions and [largest] + [region for region in regions if region is not largest]
         for i, region in enumerate(ordered):
             self.slots[i].gpa = region.gpa
             self.slots[i].size = region.size
@@ -69,10 +100,10 @@ cdef class SlotTable:
             if i:
                 total += <size_t>(self.slots[i].size >> PAGE_SHIFT)
         self.mem.slots = self.slots
-        self.mem.count = count
+        self.mem.count = max(count, <size_t>1)              # none: one without bytes
         last_number += 1
         self.number = last_number
-        if count == 1 or total > MAX_INDEXED_PAGES:
+        if count <= 1 or total > MAX_INDEXED_PAGES:
             return
         while capacity < 2 * total:
             capacity *= 2
@@ -94,130 +125,14 @@ cdef class SlotTable:
         free(self.pages)
 
 
-class _Region:
-    """One memslot as Python sees it: its place, its bytes (a uint8 array over the caller's buffer) and its rights.
-
-    `export` is the buffer as it was exported for this region. As long as that is there, its owner cannot resize or close it.
-    """
-
-    __slots__ = ("address", "data", "export", "gpa", "readonly", "size")
-
-    def __init__(self, gpa, data, export, readonly):
-        self.gpa = gpa
-        self.data = data
-        self.export = export
-        self.size = data.size
-        self.readonly = readonly or not data.flags.writeable
-        self.address = _address_of(data)
-
-    @property
-    def end(self):
-        return self.gpa + self.size
-
-    def __repr__(self):
-        return f"[{self.gpa:#x}, {self.end:#x}){' read-only' if self.readonly else ''}"
+def use_callback_memory(kind):
+    """Let `GuestMemory.from_callbacks()` make objects of this class."""
+    global _callback_memory
+    _callback_memory = kind
 
 
 def _size_of(region):
     return region.size
-
-
-def _address_of(data):
-    """Where the bytes of an array lie."""
-    cdef Py_buffer view
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-    address = <uintptr_t>view.buf
-    PyBuffer_Release(&view)
-    return address
-
-
-class _Regions:
-    """The regions of a memory in the order of their addresses, in lists of limited length: one more costs the same however many
-    there are."""
-
-    __slots__ = ("buckets", "count", "firsts", "starts")
-
-    def __init__(self):
-        self.buckets, self.starts = [], []      # the regions; their first addresses
-        self.firsts = []                        # first address of each bucket
-        self.count = 0
-
-    def __iter__(self):
-        for bucket in self.buckets:
-            yield from bucket
-
-    def place(self, gpa):
-        """(bucket, number in it) of the last region that begins at gpa or before; (0, -1) without one."""
-        bucket = max(bisect_right(self.firsts, gpa) - 1, 0)
-        return bucket, bisect_right(self.starts[bucket], gpa) - 1 if self.starts else -1
-
-    def following(self, gpa):
-        """The regions from the one that gpa may lie in on, ascending."""
-        first, number = self.place(gpa)
-        number = max(number, 0)
-        for bucket in self.buckets[first:]:
-            yield from bucket[number:]
-            number = 0
-
-    def find(self, gpa):
-        """The region that begins at gpa, or None."""
-        bucket, number = self.place(gpa)
-        if number < 0 or self.starts[bucket][number] != gpa:
-            return None
-        return self.buckets[bucket][number]
-
-    def add(self, region):
-        """Raises ValueError if it overlaps another one."""
-        bucket, number = self.place(region.gpa)
-        if not self.buckets:
-            self.buckets, self.starts, self.firsts = [[]], [[]], [region.gpa]
-        here = self.buckets[bucket]
-        if number >= 0 and here[number].end > region.gpa:
-            raise ValueError(f"slots overlap: {here[number]} and {region}")
-        upper = here[number + 1] if number + 1 < len(here) else (
-            self.buckets[bucket + 1][0] if bucket + 1 < len(self.buckets) else None)
-        if upper is not None and region.end > upper.gpa:
-            raise ValueError(f"slots overlap: {region} and {upper}")
-        here.insert(number + 1, region)
-        self.starts[bucket].insert(number + 1, region.gpa)
-        self.count += 1
-        self.firsts[bucket] = self.starts[bucket][0]
-        if len(here) > _BUCKET:
-            half = _BUCKET // 2
-            self.buckets[bucket:bucket + 1] = [here[:half], here[half:]]
-            starts = self.starts[bucket]
-            self.starts[bucket:bucket + 1] = [starts[:half], starts[half:]]
-            self.firsts.insert(bucket + 1, starts[half])
-
-    def remove(self, region):
-        """IN region: one of them."""
-        bucket, number = self.place(region.gpa)
-        del self.buckets[bucket][number], self.starts[bucket][number]
-        self.count -= 1
-        if self.buckets[bucket]:
-            self.firsts[bucket] = self.starts[bucket][0]
-        else:
-            del self.buckets[bucket], self.starts[bucket], self.firsts[bucket]
-
-
-def _as_bytes(size_or_buffer):
-    """(a C-contiguous uint8 array: zeroed of the given size, or over the buffer without a copy; the export of its bytes)."""
-    if isinstance(size_or_buffer, (int, np.generic)) or hasattr(type(size_or_buffer), "__index__") and not isinstance(
-            size_or_buffer, np.ndarray):
-        own = np.zeros(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT), np.uint8)
-        return own[:], memoryview(own)              # a view of an array cannot be resized
-    try:
-        data = check_bytes("size_or_buffer", size_or_buffer)
-    except TypeError:
-        raise TypeError("size_or_buffer: want a size in bytes or an object with the buffer protocol, got "
-                        f"{type(size_or_buffer).__name__}") from None
-    view = memoryview(size_or_buffer)
-    check_pages("size_or_buffer", data.size, PAGE_SIZE, GPA_LIMIT)
-    if data.flags.writeable and _address_of(data) % ENTRY_ALIGNMENT:
-        raise ValueError(
-            f"a writable buffer must be {ENTRY_ALIGNMENT}-byte aligned for atomic A/D updates, this one starts at "
-            f"{_address_of(data):#x}; pass it read-only (memoryview.toreadonly()) or copy it")
-    return data, view
 
 
 cdef bytes read_bytes(GuestMemory mem, gpa, n):
@@ -239,13 +154,14 @@ cdef class GuestMemory:
     Parameters
     ----------
     size_or_buffer : int or buffer
-        One slot at GPA 0: that many zeroed bytes, or the caller's buffer without a copy (a read-only buffer makes a
-        read-only slot). A multiple of 4096 bytes, contiguous; writable buffers 8-byte aligned.
+        One slot at GPA 0: that many zeroed bytes, whole pages, or the caller's buffer without a copy (a read-only buffer makes
+        a read-only slot). Contiguous; writable buffers 8-byte aligned. Of a buffer that ends within a page, that page is a slot
+        of its own: a copy, with zeros behind.
 
     Raises
     ------
     ValueError
-        A size that is not a positive multiple of 4096, or a buffer that is not contiguous or not aligned.
+        A size that is not a positive multiple of 4096, or a buffer that is empty, not contiguous or not aligned.
     TypeError
         Neither a size nor a buffer.
 
@@ -264,9 +180,9 @@ cdef class GuestMemory:
         self.regions = _Regions()
 
     def __init__(self, size_or_buffer):
-        data, export = _as_bytes(size_or_buffer)
         regions = _Regions()
-        regions.add(_Region(0, data, export, False))
+        for region in _regions_of(0, size_or_buffer, False):
+            regions.add(region)
         self.regions = regions
         self.forget_table()
 
@@ -274,7 +190,7 @@ cdef class GuestMemory:
         cdef SlotTable table
         cdef uint64_t changes
         while self.table is None:
-            if not self.regions.count:
+            if not self.regions.count and not self.empty:
                 raise RuntimeError("this GuestMemory has no slots: a subclass with an __init__() of its own has to call "
                                    "super().__init__()")
             changes = self.changes
@@ -282,6 +198,15 @@ cdef class GuestMemory:
             if changes == self.changes:         # else somebody changed slots while Python collected garbage
                 self.table, self.number = table, table.number
         return self.table
+
+    cdef SlotTable walked(self):
+        return self.current()
+
+    cdef bint fetch_missing(self, SlotTable table) except -1:
+        return False
+
+    cdef int keep(self, bint on) except -1:
+        return 0
 
     cdef int forget_table(self) except -1:
         """Slots have changed. Whoever walks the table that was keeps it."""
@@ -341,7 +266,7 @@ cdef class GuestMemory:
         Parameters
         ----------
         slots : iterable of (int, int or buffer)
-            For each, its first guest-physical address and what `add_slot()` takes there; at least one.
+            For each, its first guest-physical address and what `add_slot()` takes there; none: all of it is a hole.
 
         Returns
         -------
@@ -350,14 +275,43 @@ cdef class GuestMemory:
         Raises
         ------
         ValueError
-            No slot, or one that `add_slot()` would refuse.
+            One that `add_slot()` would refuse.
         """
         cdef GuestMemory self = cls.__new__(cls)
         for gpa, size_or_buffer in slots:
             self.add_slot(gpa, size_or_buffer)
-        if not self.regions.count:
-            raise ValueError("slots: want at least one")
+        self.empty = not self.regions.count
         return self
+
+    @classmethod
+    def from_callbacks(cls, read, write=None, *, size=None, cache_pages=1 << 16):
+        """Memory whose pages are asked for when they are needed: of a live target, or of what has to be unpacked.
+
+        Parameters
+        ----------
+        read : function
+            read(gpas) with page-aligned addresses, ascending, uint64 (n,): returns their bytes, uint8 (n, 4096), uint64 (n, 512)
+            or bytes. A batch collects what it misses and asks once for each level of the tables.
+        write : function, optional
+            write(gpas, pages) stores pages, uint8 (n, 4096). Without it the memory is read-only: walks set no A/D bits. With it
+            they are set in pages that are kept, which `flush()` gives to it.
+        size : int, optional
+            Bytes from 0 on that are memory, whole pages; what lies beyond is hole. By default all 52 bits.
+        cache_pages : int
+            Pages that are kept for later calls; one call may keep more while it runs, and a few always stay.
+
+        Returns
+        -------
+        GuestMemory
+            For walks, `read()`, `write()`, and `drop_cached()` after the target has changed. A machine, a replay or a page-table
+            builder needs slots, and refuses it.
+
+        Notes
+        -----
+        What a callback raises comes to the caller, with a note. A callback that uses the memory that it serves gets a
+        RuntimeError. Other threads wait while one is in a callback.
+        """
+        return _callback_memory(read, write, size=size, cache_pages=cache_pages)
 
     def add_slot(self, gpa, size_or_buffer, readonly=False):
         """Add a slot.
@@ -379,9 +333,15 @@ cdef class GuestMemory:
         """
         gpa = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE)
         readonly = check_bool("readonly", readonly)
-        data, export = _as_bytes(size_or_buffer)
-        check_length("size_or_buffer", data.size, gpa)
-        self.regions.add(_Region(gpa, data, export, readonly))
+        added = []
+        try:
+            for region in _regions_of(gpa, size_or_buffer, readonly):
+                self.regions.add(region)
+                added.append(region)
+        except BaseException:
+            for region in added:
+                self.regions.remove(region)
+            raise
         self.forget_table()
 
     def remove_slot(self, gpa):
@@ -436,6 +396,26 @@ cdef class GuestMemory:
         """The n bytes at gpa; holes read as zero."""
         gpa = check_gpa("gpa", gpa)
         return read_bytes(self, gpa, check_length("n", n, gpa))
+
+    def drop_cached(self):
+        """Forget the pages that were read by callbacks: the next look asks for them anew, as after the target ran.
+
+        Raises
+        ------
+        ValueError
+            This is no memory of callbacks.
+        """
+        raise ValueError("memory of slots keeps no copies; only that of from_callbacks() does")
+
+    def flush(self):
+        """Give the pages that were read by callbacks to the write callback, with the accessed and dirty bits that walks have set.
+
+        Raises
+        ------
+        ValueError
+            There is no write callback, or no callback at all.
+        """
+        raise ValueError("memory of slots keeps no copies; only that of from_callbacks() does")
 
     def is_backed(self, gpa, n=1):
         """Whether all n bytes at gpa lie in slots."""

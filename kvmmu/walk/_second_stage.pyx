@@ -57,13 +57,15 @@ cdef class SecondStage:
         cdef uint64_t gpa = 0
         cdef bint plain_read = isinstance(self.stage, Ept) and self.n.fault_gpa_mask == ~<uint64_t>0
         cdef unsigned char status
-        cdef SlotTable table = mem.current()
+        cdef SlotTable table = mem.walked()
         cdef kvm_pagewalk n = self.n
         n.mem = &table.mem
         r.refs = 0
         status = translate_nested_gpa(
             &n, ngpa, <unsigned int>(0 if plain_read else n.table_access | ACCESS_USER_MASK), False, 0, True, &gpa, &r)
         if status != STATUS_OK:
+            if mem.fetch_missing(table):
+                return self.pdpt_gpa(mem, ngpa)
             if plain_read:
                 r.exit_qualification &= ~EPT_VIOLATION_GVA_VALID_MASK
             raise nested_fault_of(

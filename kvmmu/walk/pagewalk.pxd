@@ -4,14 +4,15 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
-from kvmmu.memory._memory cimport GuestMemory, SlotTable
+from kvmmu.memory._memory cimport SlotTable
+from kvmmu.walk._fast cimport fast_walk
+from kvmmu.walk._mappings cimport TableQueries
 from kvmmu.walk._register_sets cimport RegisterSets, WalkCopy
 from kvmmu.walk._second_stage cimport SecondStage
 from kvmmu.walk._vcpu_arch cimport VcpuArch
-from kvmmu.walk._fast cimport fast_walk
 
 
-cdef class PageWalk:
+cdef class PageWalk(TableQueries):
     cdef kvm_pagewalk w                 # but for the memory
     cdef fast_walk fast               # over the table with the number `table`, which the memory keeps while it is in force
     cdef uint64_t table
@@ -23,7 +24,6 @@ cdef class PageWalk:
     cdef object admit
     cdef object deliver
     cdef readonly SecondStage second    # of a nested guest: under this walk, or this walk itself
-    cdef readonly GuestMemory mem
     cdef PageFormat format
     cdef readonly uint64_t init_count
     # The walk as it is now, over a table of its memory. RuntimeError if it is not in use

@@ -10,6 +10,7 @@ from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.memory._memory import GuestMemory
+from kvmmu.walk._mappings import TableQueries
 from kvmmu.walk._register_sets import RegisterSets
 from kvmmu.walk._second_stage import SecondStage
 from kvmmu.walk._vcpu_arch import VcpuArch
@@ -20,9 +21,7 @@ _RegsRow = Regs | tuple[Regs, Stage | None]
 
 def new_walk(mem: GuestMemory, vcpu: VcpuArch, admit: Callable[[Regs, SecondStage | None], Regs]) -> PageWalk: ...
 
-class PageWalk:
-    @property
-    def mem(self) -> GuestMemory: ...
+class PageWalk(TableQueries):
     @property
     def fmt(self) -> PageFormat: ...
     @property

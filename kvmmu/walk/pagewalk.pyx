@@ -11,12 +11,13 @@ from kvmmu.arch._gpte cimport kvmmu_pdpte_gpa
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
+from kvmmu.walk._explain cimport fault_behind
+from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
+from kvmmu.walk._mappings cimport TableQueries, repeat_faults, walk_wholly, whole_record
 from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets, widths_of
 from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
-from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
-from kvmmu.walk._explain cimport fault_behind, record_of
-from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
 from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_face, use_second_stage
+from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
 from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
@@ -38,7 +39,7 @@ def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
     return walk
 
 
-cdef class PageWalk:
+cdef class PageWalk(TableQueries):
     """How one vCPU walks one set of guest tables. Made by a Vcpu, never alone.
 
     Attributes
@@ -160,7 +161,7 @@ cdef class PageWalk:
         cdef uint64_t addr = check_scalar_word("gpa", gpa)
         cdef uint32_t a = check_scalar_access(access), rights = check_int("pte_access", pte_access, 0, ACC_ALL)
         cdef bint last = check_bool("final", final)
-        cdef SlotTable table = self.mem.current()
+        cdef SlotTable table = self.mem.walked()
         cdef WalkCopy walk = self.now(table)
         cdef walk_result r
         if walk.second is None:
@@ -168,6 +169,8 @@ cdef class PageWalk:
         r.refs = 0
         r.error_code = 0
         r.status = translate_nested_gpa(&walk.n, addr, explicit_access(a), last, rights, True, &r.gpa, &r)
+        if r.status != STATUS_OK and self.mem.fetch_missing(table):
+            return self._second_stage_gpa(gpa, access, pte_access, final)
         if r.status != STATUS_OK:
             raise fault_behind(walk, &r, addr, a)
         return r.gpa
@@ -191,7 +194,7 @@ cdef class PageWalk:
         """Let the short cut go by the slots of this moment."""
         cdef SlotTable table
         self.check_in_use()
-        table = self.mem.current()
+        table = self.mem.walked()
         self.table = table.number
         use_fast_memory(&self.fast, &table.mem)
         return 0
@@ -324,8 +327,7 @@ cdef class PageWalk:
         Notes
         -----
         Guest faults are data, not exceptions. Ctrl-C ends a batch between two rows: the columns then have what was done so far.
-        Rows are unordered; registers and roles are taken once, at entry. Sets A/D
-        bits: yes, unless set_ad is False. Releases the GIL: yes.
+        Rows are unordered; registers and roles are taken once, at entry. Sets A/D bits: unless set_ad is False. Releases the GIL.
 
         Source: SDM vol. 3, "4-Level Paging and 5-Level Paging", "Access Rights", "Page-Fault Exceptions".
         """
@@ -357,7 +359,7 @@ cdef class PageWalk:
         if fresh:
             out = Translation.empty(n, names)
             arrays = [getattr(out, name) for name in names]
-        table = self.mem.current()
+        table = self.mem.walked()
         if contexts is not None:
             job.take_contexts(ctx, contexts.count)
             many = contexts.walks_over(table)
@@ -368,6 +370,8 @@ cdef class PageWalk:
         job.take_columns(names, arrays, fresh)
         if n:
             job.run_all(threads)
+        if table.mem.missing is not NULL and self.mem.fetch_missing(table):
+            repeat_faults(self, out, names, gva, access, ctx, {"regs": contexts, "set_ad": sets_ad, "threads": threads})
         return out
 
     def gva_to_gpa(self, gva, access=0):
@@ -401,10 +405,8 @@ cdef class PageWalk:
         return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
-        cdef SlotTable table = self.mem.current()   # the short cut did not succeed
-        cdef WalkCopy walk = self.now(table)
         cdef walk_result r
-        walk.w.gva_to_gpa(&walk.w, gva, explicit_access(access), True, &r)
+        cdef WalkCopy walk = walk_wholly(self, gva, explicit_access(access), True, &r)      # the short cut did not succeed
         if r.status != STATUS_OK:
             raise fault_behind(walk, &r, gva & walk.w.gva_mask, access)
         return r.gpa
@@ -490,9 +492,7 @@ cdef class PageWalk:
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(&self.vcpu.arch)
-        cdef SlotTable table = self.mem.current()
-        cdef WalkCopy walk = self.now(table)
-        return record_of(walk, addr, a)
+        return whole_record(self, addr, a)
 
     def __repr__(self):
         return f"<PageWalk level {self.cpu_role.level} of {self.mem!r}>"

@@ -201,6 +201,8 @@ def check_one_access(access: int) -> int:
 def _check_access_bits(seen: int) -> None:
     if seen & Access.SHADOW_STACK:
         raise ValueError("access: SHADOW_STACK accesses are not modelled; want READ WRITE USER AC FETCH IMPLICIT")
+    if seen & Access.PROBE:
+        raise ValueError(f"access: {Access.PROBE:#x}, PROBE, is for lookup() alone; want READ WRITE USER AC FETCH IMPLICIT")
     if seen & ~ACCESS_VALID:
         raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT")
 

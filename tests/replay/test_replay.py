@@ -245,6 +245,11 @@ def test_info_tlb_of_qemu(path, phase, capsys):
     bits = (63, 8, 7, 6, 5, 4, 3, 2, 1)                     # NX G bit7 D A PCD PWT U W
     flags = sum((t.pte >> np.uint64(bit) & np.uint64(1)) << np.uint64(row) for row, bit in enumerate(bits))
     np.testing.assert_array_equal(flags, table["flags"])
+    found = stop_point(recording).gva_walk.mappings(merge=False)
+    np.testing.assert_array_equal(found.gva, table["gva"])
+    np.testing.assert_array_equal(found.gpa, table["gpa"])
+    for bit, column in ((1, found.global_), (3, found.dirty), (4, found.accessed)):
+        np.testing.assert_array_equal(flags >> np.uint64(bit) & np.uint64(1) != 0, column)
     shown(capsys, "info tlb", path, phase, f"{flags.size:,} leaves equal", started)
 
 

@@ -41,6 +41,7 @@ from kvmmu import (
 )
 from kvmmu.mmu.core._spte import SpteFormat
 from kvmmu.traces import Chunk, Header, Recording, RegisterSet, Stage, bundled
+from kvmmu.walk.mapped import Mappings
 
 PAGE = 4096
 MB2 = 2 << 20
@@ -157,6 +158,8 @@ def plain(value):
         return value.permissions.tolist(), value.rsvd_bits_mask.tolist(), value.bad_mt_xwr
     if isinstance(value, (Chunk, Tracepoints, GuestMemory, Tlb, kvmmu.PageTables)):
         return repr(value.op.tolist() if isinstance(value, Chunk) else value)
+    if isinstance(value, Mappings):
+        return [list(row) for row in value]
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return value
@@ -243,6 +246,8 @@ def recorded():
 
 CALLS = {
     "GuestMemory": Call(lambda: GuestMemory, {"size_or_buffer": (PAGE, PAGE, TOP)}),
+    "GuestMemory.from_callbacks": Call(lambda: GuestMemory.from_callbacks, {
+        "size": (1 << 20, 0, 1 << 52), "cache_pages": (16, 1, 1 << 32)}, others={"read": bytes}, optional=("size",)),
     "GuestMemory.add_slot": Call(method(memory, "add_slot"), {"gpa": (MB2, 0, TOP - PAGE), "size_or_buffer": (PAGE, PAGE, TOP)},
                                  {"readonly": True}, state=repr),
     "GuestMemory.remove_slot": Call(method(lambda: with_slot(memory()), "remove_slot"), {"gpa": (0, 0, TOP - 1)}, state=repr),
@@ -312,6 +317,11 @@ CALLS = {
         arrays=("access", "size")),
     "PageWalk.gva_to_gpa": Call(lambda: walk().gva_to_gpa, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
     "PageWalk.span": Call(lambda: walk().span, {"gva": (77, 0, U64), "size": (8, 1, 4096), "access": (2, 0, 255)}),
+    "TableQueries.mappings": Call(lambda: walk().mappings, {"start": (0, 0, U64), "stop": (1 << 47, 0, 1 << 64),
+                                                            "limit": (1 << 20, 1, 1 << 40)}, {"merge": True},
+                                   optional=("stop",)),
+    "TableQueries.lookup": Call(lambda: walk().lookup, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
+    "TableQueries.who_maps": Call(lambda: walk().who_maps, {"gpa": (0, 0, (1 << 52) - 1), "size": (1, 1, 1 << 52)}),
     "PageWalk.walk_record": Call(lambda: walk().walk_record, {"gva": (77, 0, U64), "access": (2, 0, 255)}),
     "Regs": Call(lambda: Regs, REGISTERS | {"pkru": (3, 0, U32), "rflags": (2, 0, U64)}),
     "Tlb.use": Call(method(filled_tlb, "use"), {"space": (3, 0, U64), "pcid": (2, 0, 4095)}, state=tlb_state),

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command on memory images: pt, read, walk, info."""
+
+import csv
+import io
+import json
+
+import image_files
+import numpy as np
+import pytest
+from image_files import PAGE, Guest
+from paths import DATA
+from test_images import unpacked
+
+from kvmmu.cli import main
+
+CLIPS = DATA / "linux"
+
+
+def run(capsys, *args, status=0):
+    """The output of a command."""
+    assert main([str(arg) for arg in args]) == status
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def dump(tmp_path):
+    guest = Guest()
+    path = tmp_path / "dump.elf"
+    path.write_bytes(image_files.qemu_core(guest))
+    return path, guest
+
+
+def test_pt_for_people(capsys, dump):
+    """A line for each part of the address space, and the ranges in it."""
+    lines = run(capsys, "pt", dump[0]).splitlines()
+    assert lines[0].endswith("dump.elf (elf), vCPU 0: 4-level paging, CR3 0x10000")
+    assert lines[1] == "0x0000000000000000  2 ranges, 8K"
+    assert lines[2] == "  0x0000000000400000-0x0000000000400fff      4K  4K rwxu AD-  -> 0x3000"
+    assert lines[-2] == "0xffff800000000000  1 ranges, 2M" or lines[-2].startswith("0x0000800000000000")
+    assert lines[-1] == "  0xffff800000200000-0xffff8000003fffff      2M  2M rw-- --G  -> 0x200000"
+
+
+def test_pt_filters(capsys, dump):
+    path, guest = dump
+
+    def found(*args):
+        return [int(m["gva"]) for m in json.loads(run(capsys, "pt", path, "--json", *args))["mappings"]]
+
+    assert found() == [*sorted(guest.mapped), 0xFFFF_8000_0020_0000]
+    assert found("--wx") == found("--user") == sorted(guest.mapped)
+    assert found("--size", "2m") == [0xFFFF_8000_0020_0000]
+    assert found("--maps", "0x5010") == [0x401010]
+    assert found("--start", "0x401000", "--stop", "0x402000") == [0x401000]
+    assert found("--size", "1g") == []
+    assert "nothing is mapped" in run(capsys, "pt", path, "--size", "1g")
+
+
+def test_pt_as_json_csv_and_parquet(capsys, dump, tmp_path):
+    """The same rows in each."""
+    path, guest = dump
+    found = json.loads(run(capsys, "pt", path, "--json"))
+    assert found["registers"]["cr3"] == guest.cr3
+    first = found["mappings"][0]
+    assert {name: first[name] for name in ("gva", "gpa", "size", "rights", "level")} == {
+        "gva": 0x400000, "gpa": 0x3000, "size": PAGE, "rights": "rwxu", "level": 1}
+    assert (first["accessed"], first["dirty"], first["global"], first["pkey"]) == (True, True, False, 0)
+    rows = list(csv.DictReader(io.StringIO(run(capsys, "pt", path, "--csv"))))
+    assert [{name: str(int(value) if isinstance(value, bool) else value) for name, value in row.items()}
+            for row in found["mappings"]] == rows
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (extra arrow)")
+    run(capsys, "pt", path, "--parquet", tmp_path / "pt.parquet")
+    assert parquet.read_table(tmp_path / "pt.parquet").to_pylist() == found["mappings"]
+
+
+def test_pt_picture(capsys, dump, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
+    run(capsys, "pt", dump[0], "--plot", tmp_path / "space.svg")
+    assert "0xffff800000200000, 2M" in (tmp_path / "space.svg").read_text() or (tmp_path / "space.svg").stat().st_size > 5000
+
+
+def test_pt_equals_info_tlb(capsys, tmp_path):
+    """Line by line what QEMU's monitor listed at the stop of the dump."""
+    tlb = np.load(CLIPS / "pae" / "info_tlb.npz")
+    path = unpacked(tmp_path, "linux-pae.ptonly.elf.zst")
+    rows = list(csv.DictReader(io.StringIO(run(capsys, "pt", path, "--single", "--csv"))))
+    assert [int(row["gva"]) for row in rows] == tlb["gva"].tolist()
+    assert [int(row["gpa"]) for row in rows] == tlb["gpa"].tolist()
+    assert [(int(row["global"]), int(row["dirty"]), int(row["accessed"])) for row in rows] == [
+        (flags >> 1 & 1, flags >> 3 & 1, flags >> 4 & 1) for flags in tlb["flags"].tolist()]
+
+
+def test_pt_of_a_recording(capsys):
+    """Recordings have tables, too."""
+    assert "4-level paging" in run(capsys, "pt", "bundled", "--wx").splitlines()[0]
+    found = json.loads(run(capsys, "pt", "bundled", "--start", "0x401000", "--stop", "0x402000", "--json"))
+    assert [m["gva"] for m in found["mappings"]] == [0x401000]
+
+
+def test_read(capsys, dump):
+    path, guest = dump
+    out = run(capsys, "read", path, "0x400ff8", "16").splitlines()
+    expected = guest.bytes(0x3FF8, 0x4000) + guest.bytes(0x5000, 0x5008)
+    assert len(out) == 1
+    assert out[0].startswith(f"0000000000400ff8  {expected.hex(' ')}  |")
+    out = run(capsys, "read", path, "0x3000", "4", "--physical")
+    assert out.startswith(f"0000000000003000  {guest.bytes(0x3000, 0x3004).hex(' ')} ")
+
+
+def test_read_raw(capfdbinary, dump):
+    path, guest = dump
+    assert main(["read", str(path), "0x400000", "0x2000", "--raw"]) == 0
+    assert capfdbinary.readouterr().out == guest.bytes(0x3000, 0x4000) + guest.bytes(0x5000, 0x6000)
+
+
+def test_read_of_what_is_not_mapped(capsys, dump):
+    """What is mapped comes first; the message names the first address that is not."""
+    assert main(["read", str(dump[0]), "0x401ff0", "0x20"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("0000000000401ff0  ")
+    assert "linear address 0x402000 is not mapped; 0x10 of 0x20 bytes are" in err
+
+
+def test_walk(capsys, dump):
+    path, guest = dump
+    out = run(capsys, "walk", path, "0x400000", "--access", "wu")
+    assert out.splitlines()[-1] == "  -> gpa 0x3000 (4K page)"
+    out = run(capsys, "walk", path, "0x400000", "--vcpu", "1", "--cr0", "0x80000011", "--cr3", hex(guest.cr3), "--cr4", "0x20",
+              "--efer", "0x500")
+    assert "-> gpa 0x3000" in out
+    assert "-> gpa 0x400000" in run(capsys, "walk", path, "0x400000", "--vcpu", "1")
+    walks = json.loads(run(capsys, "walk", path, "0x402000", "--json"))["walks"]
+    assert walks[0]["status"] == "PAGE_FAULT"
+
+
+def test_info(capsys, dump, tmp_path):
+    path, guest = dump
+    out = run(capsys, "info", path)
+    assert f"{path}: elf, " in out
+    assert "0x000000000000-0x00000001ffff" in out
+    assert f"vCPU 0: rip 0xffffffff81000000, rsp 0x7, cr0 0x80050033, cr2 0xdead, cr3 {guest.cr3:#x}" in out
+    facts = json.loads(run(capsys, "info", path, "--json"))
+    assert (facts["format"], len(facts["vcpus"]), facts["damage"]) == ("elf", 2, [])
+    assert facts["vcpus"][0]["cr3"] == guest.cr3
+    cut = tmp_path / "cut"
+    cut.write_bytes(path.read_bytes()[:-100])
+    assert main(["info", str(cut)]) == 0
+    out, err = capsys.readouterr()
+    assert "damage: the file ends at" in out
+    assert "the file ends at" in err
+    assert main(["info", "bundled"]) == 2
+
+
+def test_raw_needs_registers(capsys, tmp_path, dump):
+    raw = tmp_path / "ram"
+    raw.write_bytes(dump[1].memory.tobytes())
+    assert main(["pt", str(raw)]) == 2
+    assert "cr3: a raw image has no registers, and none is given" in capsys.readouterr().err
+    assert "-> 0x3000" in run(capsys, "pt", raw, "--cr3", hex(dump[1].cr3))
+
+
+def test_what_is_no_image(capsys, tmp_path):
+    path = tmp_path / "text"
+    path.write_text("no image")
+    assert main(["pt", str(path)]) == 2
+    assert "is in no format that is known" in capsys.readouterr().err
