@@ -34,7 +34,7 @@ cdef struct vcpu_arch:
     uint64_t nested_pgd         # EPTP or nested CR3, while nested
     uint32_t pkru
 
-# What of the processor model a walk depends on.
+# The part of the processor model that a walk depends on.
 cdef struct cpu_caps:
     int maxphyaddr
     bint gbpages
@@ -51,7 +51,7 @@ cdef struct pml_log:
 
 cdef struct walk_result:
     uint64_t gpa                # INVALID_GPA on a fault
-    uint64_t ngpa               # what the first stage came to; INVALID_GPA where it failed
+    uint64_t ngpa               # address after the first stage; INVALID_GPA where it failed
     uint64_t pte                # the leaf, or the entry that failed, of the stage that failed
     uint64_t pte_gpa            # where it lies; INVALID_GPA for a PDPTE register or none
     uint64_t fault_gpa          # second-stage fault: the address that it could not translate, else INVALID_GPA
@@ -72,7 +72,7 @@ cdef struct walk_step:
     bint sets_accessed          # this walk has set its A, its D
     bint sets_dirty
 
-# What gva_to_gpa of a kvm_pagewalk walks.
+# The kinds of a kvm_pagewalk: what its gva_to_gpa walks.
 cdef enum:
     WALK_TABLES
     WALK_DIRECT                     # paging off: identity, then the second stage if there is one
@@ -128,7 +128,8 @@ cdef inline uint64_t get_guest_pgd(const kvm_pagewalk *w) noexcept nogil:
 
 
 cdef inline uint32_t second_stage_access(const kvm_pagewalk *n, uint32_t access, bint final, uint32_t pte_access) noexcept nogil:
-    """The access that the second stage sees. U: in EPT by the rights of the first stage; in NPT always, except under GMET."""
+    """Return the access that the second stage sees. U: in EPT by the rights of the first stage; in NPT always, except under
+    GMET."""
     access &= <uint32_t>ACCESS_PFEC_MASK
     if n.user_by_pte:
         access &= ~<uint32_t>ACCESS_USER_MASK

@@ -19,7 +19,7 @@ from kvmmu.arch._gpte cimport (
 )
 from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
 
-# What a walk came to, beside STATUS_*.
+# The result of an attempt, beside STATUS_*.
 cdef enum:
     WALK_RACE_LOST = 0xff
 
@@ -28,7 +28,7 @@ cdef enum:
 
 cdef uint8_t second_stage_fault(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
                                 const walk_result *s, walk_result *r) noexcept nogil:
-    """The fault of a second stage that came to s, in r; returns its status. IN access: as the second stage saw it."""
+    """Write the fault of a second stage with the result s into r. Returns its status. IN access: as the second stage saw it."""
     cdef uint64_t info
     r.pte, r.pte_gpa, r.level, r.hole = s.pte, s.pte_gpa, s.level, s.hole
     r.pte_access = s.pte_access
@@ -269,7 +269,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
 
 
 cdef inline void set_no_walk(walk_result *r, uint64_t gpa, uint8_t status) noexcept nogil:
-    """A result that no entry was read for."""
+    """Set a result that no entry was read for."""
     r.gpa = r.ngpa = gpa
     r.pte = 0
     r.pte_gpa = r.fault_gpa = INVALID_GPA
@@ -315,7 +315,7 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
 
 
 cdef inline int record_steps(const guest_walker *walker, const kvm_pagewalk *w, walk_step *steps) noexcept nogil:
-    """The entries that a walk has read, root first; their number."""
+    """Record the entries that a walk has read, root first. Returns their number."""
     cdef int level, n = 0
     for level in range(w.level, walker.level - 1, -1):
         steps[n].level = level
@@ -415,7 +415,8 @@ cdef int ept_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, wal
 
 cdef inline void translate_whole_gpa(const kvm_pagewalk *n, uint32_t access, uint32_t pte_access, bint set_ad,
                                      walk_result *r) noexcept nogil:
-    """The second stage of r.ngpa, no first stage before it: the fault address is the whole address in either conformance."""
+    """Translate r.ngpa by the second stage, with no first stage before it: the fault address is the whole address in either
+    conformance."""
     r.status = translate_nested_gpa(n, r.ngpa, access, True, pte_access, set_ad, &r.gpa, r)
     if r.status != STATUS_OK:
         r.fault_gpa = r.ngpa
@@ -430,12 +431,22 @@ cdef void nonpaging_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t acc
 
 cdef void second_stage_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
                                   walk_result *r) noexcept nogil:
-    """The second stage by itself: a final access whose U says whether the first stage would grant it to users."""
+    """Walk the second stage by itself: a final access whose U says whether the first stage would grant it to users."""
+    cdef const kvm_pagewalk *n = w.ngpa
+    cdef walk_result s
     cdef uint32_t pte_access = <uint32_t>ACC_ALL
     if not access & ACCESS_USER_MASK:
         pte_access &= ~<uint32_t>ACC_USER_MASK
     set_no_walk(r, gva, STATUS_OK)
-    translate_whole_gpa(w.ngpa, access, pte_access, set_ad, r)
+    access = second_stage_access(n, access, True, pte_access)
+    n.gva_to_gpa(n, gva, access, set_ad, &s)
+    r.gpa, r.refs = s.gpa, s.refs
+    if s.status == STATUS_OK:
+        r.pte, r.pte_gpa, r.level, r.pte_access = s.pte, s.pte_gpa, s.level, s.pte_access
+        return
+    r.status = second_stage_fault(n, gva, access, True, pte_access, &s, r)
+    r.gpa = INVALID_GPA
+    r.fault_gpa = gva                       # the whole address in either conformance
 
 
 cdef int nonpaging_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil:

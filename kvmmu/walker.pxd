@@ -73,7 +73,7 @@ cdef inline translation translate(walk_handle handle, uint64_t gva, uint32_t acc
 
 cdef inline uint8_t translate_fully(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad,
                                     walk_result *r) noexcept nogil:
-    """The same with every column of an array; STATUS_*. OUT r: every field, also on a fault; see `walk_result`."""
+    """Translate one address with every column of an array; returns STATUS_*. OUT r: every field, also on a fault."""
     handle.w.gva_to_gpa(&handle.w, gva, explicit_access(access & <uint32_t>ACCESS_VALID_MASK), set_ad, r)
     return r.status
 

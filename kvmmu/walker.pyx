@@ -15,7 +15,7 @@ from kvmmu.walk.pagewalk cimport PageWalk
 from kvmmu.walker cimport translate_fully, translation, walk_handle
 
 
-# What a handle walks that was never refreshed: one slot of no bytes.
+# The memory of a handle that was never refreshed: one slot of no bytes.
 cdef guest_slot NO_SLOT
 cdef guest_mem NO_MEMORY
 cdef PageFormat NO_FORMAT = PageFormat()

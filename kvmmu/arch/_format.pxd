@@ -25,7 +25,7 @@ cdef extern from "kvmmu/arch/_format.h" nogil:
     uint64_t kvmmu_rsvd_bits(uint64_t rsvd0, uint64_t rsvd1, uint64_t pte)
     uint64_t kvmmu_bad_mt_xwr(uint64_t bad_mt_xwr, uint64_t pte)
 
-# What a permission bitmask is made from. smep is MBEC in the ept form, GMET in the tdp form.
+# The parameters of a permission bitmask. smep is MBEC in the ept form, GMET in the tdp form.
 cdef struct permission_params:
     bint tdp
     bint ept
@@ -34,7 +34,7 @@ cdef struct permission_params:
     bint wp
     bint nx
 
-# What the reserved bits of guest tables depend on.
+# The parameters of the reserved bits of guest tables.
 cdef struct rsvd_params:
     int level               # of the root: 2 to 5
     int maxphyaddr
@@ -55,7 +55,7 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
 
 
 cdef inline uint32_t explicit_access(uint32_t access) noexcept nogil:
-    """An access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it."""
+    """Return an access with IMPLICIT resolved: an implicit access is a supervisor's, and EFLAGS.AC does not count for it."""
     return kvmmu_explicit_access(access)
 
 
@@ -76,12 +76,12 @@ cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint32_t pkru,
 
 
 cdef inline bint has_rsvd_bits(const kvm_page_format *fmt, uint64_t pte, int level) noexcept nogil:
-    """Whether a present non-EPT entry has a bit set that its format reserves."""
+    """True if a present non-EPT entry has a bit set that its format reserves."""
     return kvmmu_rsvd_bits(fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1], pte) != 0
 
 
 cdef inline bint has_bad_mt_xwr(const kvm_page_format *fmt, uint64_t pte) noexcept nogil:
-    """Whether a present EPT entry has a bad memory type or combination of rights; user execute counts as execute."""
+    """True if a present EPT entry has a bad memory type or combination of rights; user execute counts as execute."""
     return kvmmu_bad_mt_xwr(fmt.bad_mt_xwr, pte) != 0
 
 

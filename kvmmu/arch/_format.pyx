@@ -29,7 +29,7 @@ from kvmmu.arch.arguments import check_bool, check_bools, check_int, check_integ
 # ---- permissions ------------------------------------------------------------------------------------------------------
 
 cdef bint is_denied(const permission_params *p, uint64_t acc, uint64_t access) noexcept nogil:
-    """Whether rights acc (ACC_*) deny the access: one rule after the other, as the manuals tell them."""
+    """True if rights acc (ACC_*) deny the access: one rule after the other, as the manuals tell them."""
     cdef bint write = (access & ACCESS_WRITE_MASK) != 0
     cdef bint user = (access & ACCESS_USER_MASK) != 0
     cdef bint fetch = (access & ACCESS_FETCH_MASK) != 0
@@ -133,7 +133,7 @@ cdef void reset_guest_rsvds_bits_mask(kvm_page_format *fmt, const rsvd_params *p
 
 
 cdef bint is_bad_mt_xwr(uint64_t low_bits, bint execonly) noexcept nogil:
-    """Whether memory type and rights (entry bits 5:0) are an EPT misconfiguration."""
+    """True if memory type and rights (entry bits 5:0) are an EPT misconfiguration."""
     cdef uint64_t mt = low_bits >> EPT_MT_SHIFT
     cdef uint64_t xwr = low_bits & (EPT_READABLE_MASK | EPT_WRITABLE_MASK | EPT_EXECUTABLE_MASK)
     if mt == 2 or mt == 3 or mt == 7:
@@ -159,7 +159,7 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
             fmt.bad_mt_xwr |= <uint64_t>1 << low_bits
 
 
-# ---- the Python face --------------------------------------------------------------------------------------------------
+# ---- for Python -------------------------------------------------------------------------------------------------------
 
 def _check_access(access):
     """access as a uint32 array without IMPLICIT."""
@@ -210,7 +210,7 @@ cdef class PageFormat:
 
     @staticmethod
     def permission_bitmask(*, tdp=False, ept=False, smep=False, smap=False, wp=True, nx=True):
-        """The parameterised update_permission_bitmask().
+        """Return the tables that update_permission_bitmask() makes of these parameters.
 
         Parameters
         ----------
@@ -279,7 +279,7 @@ cdef class PageFormat:
         return self.rsvd_bits_mask, self.bad_mt_xwr
 
     def is_fault(self, pte_access, access):
-        """Whether rights deny an access, protection keys aside.
+        """True if rights deny an access, protection keys aside.
 
         Parameters
         ----------
@@ -298,7 +298,7 @@ cdef class PageFormat:
         return bool(fault) if np.ndim(fault) == 0 else fault
 
     def is_rsvd_bits_set(self, pte, level):
-        """Whether an entry, taken as present, is malformed: a reserved bit, or in EPT a bad memory type or XWR.
+        """True if an entry, taken as present, is malformed: a reserved bit, or in EPT a bad memory type or XWR.
 
         Parameters
         ----------
@@ -334,7 +334,7 @@ cdef class PageFormat:
         return out[()]
 
     def rule(self, pte_access, access, pkey_denied=False):
-        """The first rule by which rights deny an access: read, write, user, nx, smep, smap or pkey; None if none does."""
+        """Return the first rule by which rights deny an access: read, write, user, nx, smep, smap or pkey; None if none does."""
         cdef uint64_t acc = check_int("pte_access", pte_access, 0, ACC_ALL)
         cdef uint32_t a = int(_check_access(check_int("access", access, 0, 0xFF)))
         cdef bint denied_by_key = check_bool("pkey_denied", pkey_denied)

@@ -97,7 +97,7 @@ cdef inline uint64_t gpte_to_gpa(const guest_walker *walker, uint64_t pte) noexc
 
 
 cdef inline int format_of(const guest_walker *walker) noexcept nogil:
-    """The format as `_gpte.h` counts them."""
+    """Return the format as `_gpte.h` counts them."""
     if guest_walker is guest_walker32:
         return KVMMU_FORMAT_32
     elif guest_walker is guest_walker64:
@@ -123,7 +123,7 @@ cdef inline uint64_t read_gpte(const guest_walker *walker, const uint8_t *hva) n
 
 
 cdef inline bint cmpxchg_gpte(const guest_walker *walker, uint8_t *hva, uint64_t old, uint64_t new) noexcept nogil:
-    """Whether the entry still was old, and is new now. Atomic."""
+    """True if the entry still was old, and is new now. Atomic."""
     if guest_walker is guest_walker32:
         return kvmmu_cmpxchg32(hva, <uint32_t>old, <uint32_t>new)
     else:
@@ -131,13 +131,13 @@ cdef inline bint cmpxchg_gpte(const guest_walker *walker, uint8_t *hva, uint64_t
 
 
 cdef inline bint is_rsvd_bits_set(const guest_walker *walker, const kvm_page_format *fmt, uint64_t pte, int level) noexcept nogil:
-    """Whether a present entry is malformed."""
+    """True if a present entry is malformed."""
     return kvmmu_gpte_malformed(format_of(walker), fmt.rsvd_bits_mask[0][level - 1], fmt.rsvd_bits_mask[1][level - 1],
                                 fmt.bad_mt_xwr, pte) != 0
 
 
 cdef inline uint64_t gpte_rights(const guest_walker *walker, uint64_t pte) noexcept nogil:
-    """The entry with every restricting bit inverted, so that rights accumulate by AND."""
+    """Return the entry with every restricting bit inverted, so that rights accumulate by AND."""
     return kvmmu_gpte_rights(format_of(walker), pte)
 
 

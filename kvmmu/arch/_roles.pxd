@@ -21,7 +21,7 @@ cdef struct kvm_mmu_role_regs:
 
 
 cdef inline uint64_t calc_cpu_role(const kvm_mmu_role_regs *regs, bint smm, bint guest_mode) noexcept nogil:
-    """The cpu_role of these registers. Pure."""
+    """Return the cpu_role of these registers. Pure."""
     cdef uint64_t role = (ACC_ALL << ROLE_ACCESS_SHIFT) | ROLE_EXT_VALID_MASK
     cdef bint lma, wp, nx, smep, smap
     role |= <uint64_t>smm << ROLE_SMM_SHIFT

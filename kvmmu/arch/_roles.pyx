@@ -116,7 +116,7 @@ class CpuRole:
 
     @classmethod
     def from_regs(cls, cr0, cr4, efer, *, smm=False, guest_mode=False):
-        """The role that CR0, CR4 and EFER make."""
+        """Return the role that CR0, CR4 and EFER make."""
         registers = {"cr0": cr0, "cr4": cr4, "efer": efer}
         return cls(int(calc_cpu_roles(*(check_word(name, value) for name, value in registers.items()), smm=smm,
                                       guest_mode=guest_mode)))

@@ -69,7 +69,7 @@ class _Block:
 
 
 def npt_from_vmcb(mem: Memory, vmcb_gpa: int, *, cr4: int, efer: int) -> Npt:
-    """The second stage that a VMCB describes: N_CR3, guest-mode execute trap, and whether L1 intercepts #PF.
+    """Return the second stage that a VMCB describes: N_CR3, guest-mode execute trap, and whether L1 intercepts #PF.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def regs_from_vmcb(mem: Memory, vmcb_gpa: int) -> Regs:
 
 
 def ept_from_vmcs12(mem: Memory, vmcs_gpa: int) -> Ept:
-    """The second stage of a VMCS that a guest hypervisor keeps under KVM: EPTP, MBEC, PML, and which #PF L1 intercepts.
+    """Return the second stage of a VMCS that a guest hypervisor keeps under KVM: EPTP, MBEC, PML, and which #PF L1 intercepts.
 
     KVM works on a copy of the VMCS that is current. Memory has what L1 wrote once L1 loaded another VMCS or did VMCLEAR.
 

@@ -132,12 +132,12 @@ def entry_name(level: int) -> str:
 
 
 def rule_text(rule: str) -> str:
-    """The sentence behind the word of a rule."""
+    """Return the sentence behind the word of a rule."""
     return _RULES[rule]
 
 
 def access_text(access: int) -> str:
-    """An access in words: "user write", "implicit supervisor read"."""
+    """Return an access in words: "user write", "implicit supervisor read"."""
     bits = int(access)
     kind = "fetch" if bits & _FETCH else "write" if bits & _WRITE else "read"
     if bits & _IMPLICIT:
@@ -146,20 +146,20 @@ def access_text(access: int) -> str:
 
 
 def error_code_text(error_code: int) -> str:
-    """An error code with its bits named: 0x3 (P W)."""
+    """Return an error code with its bits named: 0x3 (P W)."""
     names = " ".join(name for flag, name in _ERROR_BITS if error_code & flag)
     return f"{error_code:#x}" + (f" ({names})" if names else "")
 
 
 def npf_info_text(info: int) -> str:
-    """An EXITINFO1 with its bits named: 0x100000006 (W U final)."""
+    """Return an EXITINFO1 with its bits named: 0x100000006 (W U final)."""
     stages = (" final" if info & NpfInfo.GUEST_FINAL else "") + (" table" if info & NpfInfo.GUEST_PAGE else "")
     return f"{info:#x} ({' '.join(name for flag, name in _ERROR_BITS if info & flag)}{stages})"
 
 
 def fault_of(status: int, *, address: int, access: Access, error_code: int, level: int, entry: int, entry_gpa: int | None,
              rule: str) -> GuestFault:
-    """The exception for a status other than OK, not raised."""
+    """Return the exception for a status other than OK, not raised."""
     details: dict[str, Any] = {"address": address, "access": access, "error_code": error_code, "level": level, "entry": entry,
                                "entry_gpa": entry_gpa, "rule": rule}
     what = f"{access_text(access)} of {address:#x}"
@@ -175,12 +175,12 @@ _NESTED: dict[int, tuple[type[NestedFault], str]] = {
 
 
 def nested_title(status: int) -> str:
-    """The name of a second-stage exit."""
+    """Return the name of a second-stage exit."""
     return _NESTED[status][1]
 
 
 def nested_fault_of(status: int, *, fault_gpa: int, exit_qualification: int, **details: Any) -> GuestFault:
-    """The exception for a status of the second stage, not raised."""
+    """Return the exception for a status of the second stage, not raised."""
     kind, title = _NESTED[status]
     address, access, rule = details["address"], details["access"], details["rule"]
     what = "load of the PDPTEs" if address is None else f"{access_text(access)} of {address:#x}"

@@ -226,7 +226,8 @@ def check_combination(regs: Regs) -> None:
 
 
 def load_pdptrs(cpu: CpuModel, cr3: int, mem: TableSpace) -> tuple[int, ...]:
-    """The four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is there.
+    """Return the four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is
+    there.
 
     Source: SDM vol. 3, "PDPTE Registers".
     """
@@ -247,7 +248,7 @@ def check_pdptrs(cpu: CpuModel, pdptrs: tuple[int, ...]) -> None:
 
 
 def admit(cpu: CpuModel, regs: Regs, mem: TableSpace | None) -> Regs:
-    """The registers with PDPTEs loaded where they count; #GP if they are illegal as a whole.
+    """Return the registers with PDPTEs loaded where they count; #GP if they are illegal as a whole.
 
     mem None: a guest under nested paging of SVM, whose PDPTEs are read and checked by each walk.
     Source: APM vol. 2, "Nested Paging", on guests in legacy PAE mode.
@@ -280,7 +281,7 @@ _RELOADS_PDPTRS = {0: int(Cr0.CD | Cr0.NW | Cr0.PG), 4: int(Cr4.PAE | Cr4.PGE | 
 
 
 def after_mov_cr(cpu: CpuModel, regs: Regs, n: int, value: int, mem: TableSpace | None) -> Regs:
-    """The registers after MOV to CRn; #GP if the transition is illegal.
+    """Return the registers after MOV to CRn; #GP if the transition is illegal.
 
     Source: SDM vol. 2, "MOV-Move to/from Control Registers"; vol. 3, "PDPTE Registers", "Initializing IA-32e Mode".
     """
@@ -334,7 +335,8 @@ def _after_mov_cr3(cpu: CpuModel, regs: Regs, value: int, mem: TableSpace | None
 
 
 def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
-    """The registers after WRMSR to IA32_EFER; #GP if the transition is illegal. LMA is read-only: what is written is ignored.
+    """Return the registers after WRMSR to IA32_EFER; #GP if the transition is illegal. LMA is read-only: what is written is
+    ignored.
 
     Source: SDM vol. 3, "Initializing IA-32e Mode"; APM vol. 2, "Extended Feature Enable Register (EFER)".
     """
@@ -346,7 +348,7 @@ def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
 
 
 def after_wrpkru(regs: Regs, value: int) -> Regs:
-    """The registers after WRPKRU; #UD without CR4.PKE."""
+    """Return the registers after WRPKRU; #UD without CR4.PKE."""
     if not regs.cr4 & Cr4.PKE:
         raise InvalidOpcode("#UD: WRPKRU needs CR4.PKE", rule="wrpkru-without-pke")
     return replace(regs, pkru=value)

@@ -44,7 +44,7 @@ class Intercepts:
             object.__setattr__(self, name, check_word(name, getattr(self, name), 32))
 
     def wants_page_fault(self, error_code: int) -> bool:
-        """Whether a #PF with this error code exits to L1."""
+        """True if a #PF with this error code exits to L1."""
         error_code = check_word("error_code", error_code, 32)
         matches = error_code & self.pfec_mask == self.pfec_match
         return bool(self.exception_bitmap >> 14 & 1) == matches
@@ -155,7 +155,7 @@ class Npt:
 
     @property
     def cr0(self) -> int:
-        """The CR0 that nested paging walks with, whatever L1's is."""
+        """Return the CR0 that nested paging walks with, whatever L1's is."""
         return int(Cr0.PE | Cr0.WP | Cr0.PG)
 
 

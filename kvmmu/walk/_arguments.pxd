@@ -10,13 +10,14 @@ from kvmmu.arch._bits cimport ACCESS_VALID_MASK
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
 
-# What is no plain integer in range: another integer type, or an error.
+# Convert an argument that is no plain int in range: another integer type, or an error.
 cdef uint32_t convert_access(access) except? 0xffffffff
 cdef uint64_t convert_word(str name, value) except? 0xffffffffffffffff
 
 
 cdef inline uint64_t to_uint64(value) noexcept:
-    """An int as 64 bits; all ones, without an exception, for what is none, for bools, and out of range (and for all ones)."""
+    """Return an int as 64 bits; all ones, without an exception, for what is none, for bools, and out of range (and for all
+    ones)."""
     cdef uint64_t word = ~<uint64_t>0
     if PyLong_Check(value) and not PyBool_Check(value):
         word = PyLong_AsUnsignedLongLong(value)
@@ -26,17 +27,17 @@ cdef inline uint64_t to_uint64(value) noexcept:
 
 
 cdef inline uint32_t check_scalar_access(access) except? 0xffffffff:
-    """An access of a scalar call."""
+    """Return an access of a scalar call."""
     cdef uint64_t value = to_uint64(access)
     return convert_access(access) if value & ~ACCESS_VALID_MASK else <uint32_t>value
 
 
 cdef inline uint64_t check_scalar_word(str name, value) except? 0xffffffffffffffff:
-    """An address, or another argument of 64 bits, of a scalar call."""
+    """Return an address, or another argument of 64 bits, of a scalar call."""
     cdef uint64_t word = to_uint64(value)
     return convert_word(name, value) if word == ~<uint64_t>0 else word
 
 
 cdef inline uint64_t check_scalar_gva(gva) except? 0xffffffffffffffff:
-    """A linear address of a scalar call."""
+    """Return a linear address of a scalar call."""
     return check_scalar_word("gva", gva)

@@ -1,4 +1,4 @@
-"""What is behind a walk, for people."""
+"""Records and faults of a walk, for people."""
 
 from libc.stdint cimport uint32_t, uint64_t
 

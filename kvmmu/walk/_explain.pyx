@@ -1,4 +1,4 @@
-"""What is behind a walk, for people: its entries, and the rule that ended it."""
+"""Records and faults of a walk: its entries, and the rule that ended it."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from kvmmu.walk.record import WalkRecord, WalkStep
 
 
 cdef list walk_steps(const kvm_pagewalk *w, uint64_t addr, uint32_t access):
-    """The entries of a walk, root first."""
+    """Return the entries of a walk, root first."""
     cdef walk_step steps[PT_MAX_LEVELS]
     cdef int i, n = w.walk_steps(w, addr, access, steps)
     cdef int bits = PT32_INDEX_BITS if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS
@@ -39,7 +39,7 @@ cdef list walk_steps(const kvm_pagewalk *w, uint64_t addr, uint32_t access):
 
 
 cdef object entry_rule(PageFormat fmt, const walk_result *r, uint64_t error_code, uint32_t access):
-    """The rule behind an error code."""
+    """Return the rule behind an error code."""
     if not error_code & PFERR_PRESENT_MASK:
         return "hole" if r.hole else "not-present"
     if error_code & PFERR_RSVD_MASK:
@@ -48,7 +48,7 @@ cdef object entry_rule(PageFormat fmt, const walk_result *r, uint64_t error_code
 
 
 cdef object second_stage_rule(PageFormat fmt, const walk_result *r, uint32_t access):
-    """The rule behind an EPT violation or a nested page fault, from what the exit tells."""
+    """Return the rule behind an EPT violation or a nested page fault, from what the exit tells."""
     cdef uint64_t info = r.exit_qualification
     if r.status == STATUS_NESTED_PAGE_FAULT:
         if info & PFERR_GUEST_PAGE_MASK:
@@ -64,7 +64,7 @@ cdef object second_stage_rule(PageFormat fmt, const walk_result *r, uint32_t acc
 
 
 cdef object rule_of(WalkCopy walk, const walk_result *r, uint32_t access):
-    """The rule behind a fault, as one word."""
+    """Return the rule behind a fault, as one word."""
     if r.status == STATUS_NON_CANONICAL:
         return "non-canonical"
     if r.status == STATUS_PAGE_FAULT:
@@ -110,7 +110,7 @@ cdef object record_of(WalkCopy walk, uint64_t addr, uint32_t access):
 
 
 cdef object second_record(WalkCopy walk, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access):
-    """The record of one walk of the second stage."""
+    """Return the record of one walk of the second stage."""
     cdef const kvm_pagewalk *n = &walk.n
     cdef walk_result r
     cdef uint64_t gpa = 0

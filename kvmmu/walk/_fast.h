@@ -1,4 +1,5 @@
-/* The short cut of scalar walks: entries are gathered as an AND and an OR on the way down, and judged once at the end. */
+/* The fast path of scalar walks: entries are gathered as an AND and an OR on the way down. kvmmu_fast_leaf() checks them at the end, in
+ * place of steps 3 to 7 of the walk (_walk.pxd). */
 #ifndef KVMMU_FAST_H
 #define KVMMU_FAST_H
 

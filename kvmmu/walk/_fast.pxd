@@ -1,9 +1,9 @@
-"""The walk of one address when nothing stands in its way: the short cut of scalar translations.
+"""The fast path of scalar translations: the walk of one address that needs no update and does not fault.
 
-It succeeds where a walk of one stage reads all entries in the largest slot, finds them present and well formed, may make the
-access and has no accessed or dirty bit to set; then it has changed nothing, and the answer is that of `kvm_pagewalk.gva_to_gpa`.
-Everything else it leaves to that one. The walk itself is C (`_fast.h`); entries mean what `_gpte.h` and `_format.h` say, for
-both.
+It repeats steps 2 to 6 of the walk (`_walk.pxd`), and the question of step 7, as an AND and an OR over all entries. It succeeds
+where a walk of one stage reads all entries in the largest slot, finds them present and well formed, may make the access and has
+no accessed or dirty bit to set; then it has changed nothing, and the answer is that of `kvm_pagewalk.gva_to_gpa`. Everything
+else is left to that one. The walk itself is C (`_fast.h`); `_gpte.h` and `_format.h` say for both what entries mean.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -61,7 +61,7 @@ cdef void use_fast_memory(fast_walk *fast, const guest_mem *mem) noexcept nogil
 
 cdef inline kvmmu_translation translate_fast(const fast_walk *fast, const vcpu_arch *arch, uint64_t gva,
                                              uint32_t access) noexcept nogil:
-    """The translation; a gpa of INVALID_GPA where the short cut does not succeed. IN access: of ACCESS_VALID_MASK."""
+    """Return the translation; a gpa of INVALID_GPA where the short cut does not succeed. IN access: of ACCESS_VALID_MASK."""
     if fast.four_levels:
         return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &fast.p, arch.cr3, arch.pkru, gva, access)
     return fast.gva_to_gpa(&fast.p, arch, gva, access)

@@ -114,7 +114,7 @@ cdef class RegisterSets:
         return self.walks
 
     cdef RegisterSetWalks own_walks(self):
-        """The walks, to be changed: a copy if somebody else has those that were."""
+        """Return the walks, to be changed: a copy if somebody else has those that were."""
         if Py_REFCNT(<PyObject *>self.walks) > 1:
             self.walks = self.walks.copy()
         return self.walks

@@ -48,7 +48,7 @@ cdef class SecondStage:
         return 0
 
     def pdpt_gpa(self, GuestMemory mem not None, uint64_t ngpa):
-        """Where the PDPTEs at ngpa lie, for a load of the PDPTE registers.
+        """Return where the PDPTEs at ngpa lie, for a load of the PDPTE registers.
 
         EPT: a read without a linear address, by the manuals; KVM takes it for an access to a guest paging structure, as SVM
         does. A fault of the second stage is raised.
@@ -75,7 +75,7 @@ cdef class SecondStage:
 
 
 cdef SecondStage second_stage(stage, const cpu_caps *caps):
-    """A second stage ready to walk, from an Ept or an Npt."""
+    """Return a second stage ready to walk, from an Ept or an Npt."""
     cdef SecondStage second = SecondStage.__new__(SecondStage, maker(), stage)
     cdef uint64_t role
     if isinstance(stage, Ept):
@@ -112,7 +112,7 @@ cdef uint64_t ept_role(stage) except? 0:
 
 
 cdef uint64_t npt_role(stage) except? 0:
-    """The role of L1's registers with CR0.WP forced, SMAP and PKE off, and GMET in the place of SMEP."""
+    """Return the role of L1's registers with CR0.WP forced, SMAP and PKE off, and GMET in the place of SMEP."""
     cdef kvm_mmu_role_regs regs
     regs.cr0, regs.efer = stage.cr0, stage.efer
     regs.cr4 = <uint64_t>stage.cr4 & ~(CR4_PKE_MASK | CR4_SMAP_MASK)

@@ -29,7 +29,7 @@ cdef int pse36_bits(const cpu_caps *caps) noexcept nogil:
 
 
 cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """What both stages share: the instance of the walk and the data of its format."""
+    """Set what both stages share: the instance of the walk and the data of its format."""
     w.cpu_role = cpu_role
     w.level = <int>(cpu_role & ROLE_LEVEL_MASK)
     w.gva_mask = ~<uint64_t>0 if cpu_role & ROLE_EXT_EFER_LMA_MASK else GVA32_MASK
@@ -56,14 +56,14 @@ cdef void init_instance(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps
 
 
 cdef bint reports_fetch(uint64_t cpu_role, const cpu_caps *caps, bint smep) noexcept nogil:
-    """Whether an error code tells fetches: SMEP, or NX; by the manuals NX counts only with PAE."""
+    """True if an error code tells fetches: SMEP, or NX; by the manuals NX counts only with PAE."""
     if smep:
         return True
     return (cpu_role & ROLE_EFER_NX_MASK) != 0 and (caps.kvm or not cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK)
 
 
 cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil:
-    """All of a first stage that follows from the role; mem, vcpu, fmt and ngpa are the caller's."""
+    """Set all of a first stage that follows from the role; the caller sets mem, vcpu, fmt and ngpa."""
     init_instance(w, cpu_role, caps)
     if cpu_role & ROLE_DIRECT_MASK:
         w.kind = WALK_DIRECT
@@ -84,7 +84,7 @@ cdef void use_second_stage(kvm_pagewalk *w, const kvm_pagewalk *n, bint npt) noe
     w.pdpte_rsvd_mask = w.fmt.rsvd_bits_mask[0][PG_LEVEL_1G - 1] if w.pdptes_in_memory else 0
 
 
-cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
+cdef void init_second_stage_walk(kvm_pagewalk *w, const kvm_pagewalk *n) noexcept nogil:
     w[0] = n[0]
     w.ngpa = n
     w.kind = WALK_SECOND_STAGE
@@ -92,7 +92,7 @@ cdef void init_second_stage_face(kvm_pagewalk *w, const kvm_pagewalk *n) noexcep
 
 
 cdef void init_nested(kvm_pagewalk *w, const cpu_caps *caps) noexcept nogil:
-    """What EPT and NPT share."""
+    """Set what EPT and NPT share."""
     w.is_nested = True
     w.ngpa = NULL
     w.final_before_ad = False
@@ -142,7 +142,7 @@ cdef void init_npt_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *
 # ---- formats -------------------------------------------------------------------------------------------------------------
 
 cdef void fill_format(PageFormat fmt, uint64_t role, const cpu_caps *caps, bint tdp) noexcept:
-    """The format of legacy tables, and the parameters it was made from. IN tdp: they are a second stage (NPT)."""
+    """Fill the format of legacy tables, and the parameters it was made from. IN tdp: they are a second stage (NPT)."""
     cdef permission_params p
     cdef rsvd_params rsvd
     p.tdp = tdp

@@ -1,4 +1,4 @@
-"""PageWalk, the Python face of a walk."""
+"""PageWalk, a walk for Python code."""
 
 from libc.stdint cimport uint32_t, uint64_t
 

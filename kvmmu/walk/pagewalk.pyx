@@ -16,7 +16,7 @@ from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast,
 from kvmmu.walk._mappings cimport TableQueries, repeat_faults, walk_wholly, whole_record
 from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets, widths_of
 from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
-from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_face, use_second_stage
+from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_walk, use_second_stage
 from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
 from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
@@ -31,7 +31,8 @@ _PAGE = int(PAGE_SIZE)
 
 
 def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
-    """A walk of a vCPU. IN admit: maps (Regs, SecondStage or None) to a `Regs` that is legal, with PDPTEs loaded, or raises
+    """Return a walk of a vCPU. IN admit: maps (Regs, SecondStage or None) to a `Regs` that is legal, with PDPTEs loaded, or
+    raises
     GeneralProtection."""
     cdef PageWalk walk = PageWalk.__new__(PageWalk, maker())
     walk.mem, walk.vcpu, walk.admit = mem, vcpu, admit
@@ -64,7 +65,7 @@ cdef class PageWalk(TableQueries):
     # ---- for the vCPU --------------------------------------------------------------------------------------------------
 
     cdef int changed(self) except -1:
-        """What was derived from the walk counts no more."""
+        """Drop what was derived from the walk."""
         self.table = NEVER_SEEN
         init_fast_walk(&self.fast, &self.w)
         self.copy = None
@@ -101,7 +102,7 @@ cdef class PageWalk(TableQueries):
         self.use_second()
 
     def _set_second_stage(self, SecondStage second):
-        """Let the tables of this walk, and what it comes to, be translated by a second stage; None: by identity."""
+        """Translate the tables of this walk, and its results, by a second stage; None: by identity."""
         if self.w.is_nested:
             raise RuntimeError("this walk is a second stage: there is none under it")
         self.second = second
@@ -125,14 +126,14 @@ cdef class PageWalk(TableQueries):
             return self.second
         cdef SecondStage second = second_stage(stage, &self.caps)
         self.init_count += self.second is None or second.n.cpu_role != self.w.cpu_role
-        init_second_stage_face(&self.w, &second.n)
+        init_second_stage_walk(&self.w, &second.n)
         self.format = second.fmt
         self.second = second
         self.changed()
         return second
 
     def _leave(self):
-        """Be no walk any more."""
+        """Put the walk out of use."""
         self.w.cpu_role = 0
         self.w.is_nested = False
         self.w.ngpa, self.w.vcpu = NULL, &self.vcpu.arch
@@ -191,7 +192,7 @@ cdef class PageWalk(TableQueries):
         return copy
 
     cdef int use_memory(self) except -1:
-        """Let the short cut go by the slots of this moment."""
+        """Give the fast path the slots of this moment."""
         cdef SlotTable table
         self.check_in_use()
         table = self.mem.walked()
@@ -210,14 +211,14 @@ cdef class PageWalk(TableQueries):
         return self.format
 
     def inject_page_fault(self, fault, from_hardware=None):
-        """What a fault of this walk leads to, as `Vcpu.inject()` describes it."""
+        """Deliver a fault of this walk, as `Vcpu.inject()` describes it."""
         return self.deliver(fault, from_hardware)
 
     def __reduce__(self):
         raise TypeError("a PageWalk cannot be copied or pickled: it is part of its Vcpu")
 
     def get_guest_pgd(self):
-        """The root as it stands: CR3, EPTP or nested CR3."""
+        """Return the root as it stands: CR3, EPTP or nested CR3."""
         self.check_in_use()
         return int(get_guest_pgd(&self.w))
 
@@ -233,7 +234,7 @@ cdef class PageWalk(TableQueries):
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
-        """Whether rights, or PKRU, deny an access.
+        """True if rights, or PKRU, deny an access.
 
         Parameters
         ----------
@@ -477,7 +478,7 @@ cdef class PageWalk(TableQueries):
         return result
 
     def walk_record(self, gva, access=0):
-        """The whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.
+        """Return the whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.
 
         Parameters
         ----------

@@ -69,7 +69,7 @@ class WalkStep:
 
     @property
     def flags(self) -> str:
-        """The names of the entry's flags that are set, as A D PS."""
+        """Return the names of the entry's flags that are set, as A D PS."""
         flags = (*(_EPT_FLAGS if self.ept else _FLAGS), (Pte.PAGE_SIZE, _BIT7.get(self.level, "PS")))
         return " ".join(name for flag, name in flags if self.entry & flag and not (self.ept and name == "PAT"))
 
@@ -96,7 +96,7 @@ class WalkRecord:
     refs : int
         Paging-structure entries read, in both stages.
     final : WalkRecord or None
-        The second stage of the address that the first one came to.
+        The second stage of the address after the first one.
     ngpa : int or None
         That address, under a second stage.
     exit_qualification : int
@@ -148,7 +148,7 @@ class WalkRecord:
         return plain
 
     def outcome(self) -> str:
-        """The last line: where the walk ends, or why it does not."""
+        """Return the last line: where the walk ends, or why it does not."""
         if self.status == Status.OK:
             return f"-> gpa {self.gpa:#x} ({size_text(self.page_size)})"
         if self.status == Status.NON_CANONICAL:
@@ -158,7 +158,7 @@ class WalkRecord:
         return f"-> {nested_title(self.status)} {self.exit_qualification:#x}: {rule_text(str(self.rule))}"
 
     def lines(self, indent: str = "") -> Iterator[str]:
-        """The walk as text lines; each second-stage walk is indented under the address that it translates."""
+        """Return the walk as text lines; each second-stage walk is indented under the address that it translates."""
         for step in self.steps:
             if step.nested is not None:
                 yield f"{indent}    nGPA {step.gpa:#x}, {access_text(step.nested.access)} of a table"

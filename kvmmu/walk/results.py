@@ -29,7 +29,8 @@ class Translation:
     error_code : ndarray of uint32, shape (n,)
         The #PF error code as the CPU pushes it; 0 where status is not PAGE_FAULT.
     level : ndarray of uint8, shape (n,)
-        1 4K, 2 2M or 4M, 3 1G; 0 with paging off; on a fault the level that failed.
+        1 4K, 2 2M or 4M, 3 1G; 0 with paging off; on a fault the level that failed. Of the first stage; through `ngpa_walk` of
+        the second one.
     pte, pte_gpa : ndarray of uint64, shape (n,)
         The leaf, or the entry that failed, and where it lies (INVALID_GPA for a PDPTE register or none).
     pte_access : ndarray of uint8, shape (n,)
@@ -37,7 +38,7 @@ class Translation:
     refs : ndarray of uint8, shape (n,)
         Paging-structure entries read, in both stages: 4; 24 for 4-on-4.
     ngpa : ndarray of uint64, shape (n,)
-        What the first stage came to; INVALID_GPA where it failed. Without a second stage the same as `gpa`.
+        The address after the first stage; INVALID_GPA where it failed. Without a second stage the same as `gpa`.
     fault_gpa : ndarray of uint64, shape (n,)
         The address that the second stage could not translate, else INVALID_GPA.
     exit_qualification : ndarray of uint64, shape (n,)
@@ -138,7 +139,7 @@ class Accesses:
                    np.empty(n, np.uint8), np.empty(n, np.uint8))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The columns by name."""
+        """Return the columns by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def check(self, n: int) -> Self:
@@ -208,7 +209,7 @@ def _check_access_bits(seen: int) -> None:
 
 
 def check_one_size(size: int) -> int:
-    """The size of one access in bytes as an int."""
+    """Return the size of one access in bytes as an int."""
     return check_int("size", size, 1, SPAN_MAX)
 
 

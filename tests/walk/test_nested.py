@@ -202,3 +202,23 @@ def test_rows_choose_their_second_stage():
     assert t.gpa.tolist() == [GPA, NGPA, GPA]
     with pytest.raises(ValueError, match="first stage"):
         vcpu.ngpa_walk.translate(np.zeros(1, np.uint64), regs=[regs])
+
+
+@pytest.mark.parametrize("rows", [1, 500])
+@pytest.mark.parametrize("kind", ["ept", "npt"])
+def test_ngpa_walk_reports_the_leaf_of_the_second_stage(kind, rows):
+    """Through ngpa_walk, level, pte, pte_gpa and pte_access are those of the second stage, in whatever way a row is found."""
+    mem, l2 = guest(kind=kind)
+    vcpu = machine(mem)
+    vcpu.enter_nested(Ept(eptp()) if kind == "ept" else Npt(ROOT2, cr4=0x20, efer=0xD00), **l2)
+    t = vcpu.ngpa_walk.translate(np.full(rows, NGPA, np.uint64), Access.USER,
+                                 fields=("gpa", "level", "pte", "pte_gpa", "pte_access"))
+    entry_gpa = ROOT2 + 0x3000 + 0x1000 * (NGPA >> 21) + 8 * (NGPA >> 12 & 511)
+    assert set(t.gpa.tolist()) == {GPA}
+    assert set(t.level.tolist()) == {1}
+    assert set(t.pte_gpa.tolist()) == {entry_gpa}
+    assert set(t.pte.tolist()) == {mem.read_u64(entry_gpa)}
+    assert set(t.pte_access.tolist()) == {0xB if kind == "ept" else 0xF}
+    for n in (1, rows, 4 * rows):
+        levels = vcpu.ngpa_walk.translate(np.full(n, NGPA, np.uint64), Access.USER, fields=("gpa", "level")).level
+        assert set(levels.tolist()) == {1}

@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
     STATUS_PAGE_FAULT,
@@ -24,12 +24,12 @@ from kvmmu.walk.batch._rows cimport (
 )
 
 cdef enum:
-    MIN_LANES = 8                   # fewer rows are walked one by one: a block costs about as much as eight single rows
-    # Of 64 rows of a uniform block so many or fewer that are not accepted are checked one by one. Fewer than
-    # MAX_REMAINING_IN_BLOCK, because each is written twice.
+    MIN_LANES = 8                   # fewer rows are walked one by one: kernels do 64 rows, however few count. Tuned by hand
+    # Of 64 rows of a uniform block so many or fewer that are not accepted are checked one by one. Tuned by hand; fewer than
+    # MAX_REMAINING_IN_BLOCK, because each of them is written twice.
     MAX_REMAINING_UNIFORM = 12
-    # Tables of last entries (of 4 KiB) that count as cached by the CPU. Up to 8 MiB, a share of a last-level cache, uniform
-    # blocks are faster than blocks that prefetch; beyond 384 KiB, a share of a second-level cache, blocks prefetch.
+    # Tables of last entries (of 4 KiB) up to which uniform blocks are used, which do not prefetch: 8 MiB, a share of a
+    # last-level cache; and up to which blocks do not prefetch: 384 KiB, a share of a second-level cache. Tuned by hand.
     MAX_CACHED_TABLES_UNIFORM = 2048
     MAX_CACHED_TABLES_IN_BLOCK = 96
 
@@ -69,9 +69,10 @@ cdef bint translate_uniform_block(batch *b, cached_walks *m, size_t first) noexc
         remaining = accept_leaves(b, &m.first, lanes, gva, access, &out, 0)
         if w.ngpa is not NULL:
             gva = out.gpa
-    elif out.level is not NULL:
+    elif w.kind == WALK_DIRECT and out.level is not NULL:
         memset(out.level, 0, KVMMU_BLOCK_ROWS)
-    out.level = NULL                                            # of the first stage
+    if w.kind != WALK_SECOND_STAGE:
+        out.level = NULL                                        # of the first stage
     if w.ngpa is not NULL and kvmmu_count_bits(remaining) <= MAX_REMAINING_UNIFORM:
         remaining |= accept_leaves(b, &m.second, lanes, gva, access, &out, kvmmu_first_bit(~remaining))
     if kvmmu_count_bits(remaining) > MAX_REMAINING_UNIFORM:
@@ -122,8 +123,10 @@ cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
 
 
 cdef inline uint8_t level_of(const block *k, size_t lane) noexcept nogil:
-    """Return the level of the last entry of the first stage."""
-    return <uint8_t>kvmmu_psce_level(k.a.psce[lane]) if k.w.kind == WALK_TABLES else 0
+    """Return the level of the last entry of the first stage, or of a second stage that is walked alone."""
+    if k.w.kind == WALK_TABLES:
+        return <uint8_t>kvmmu_psce_level(k.a.psce[lane])
+    return <uint8_t>kvmmu_psce_level(k.b.psce[lane]) if k.w.kind == WALK_SECOND_STAGE else 0
 
 
 cdef void start_block(batch *b, block *k) noexcept nogil:

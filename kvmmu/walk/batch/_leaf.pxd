@@ -5,11 +5,17 @@ rights and protection key, and which accessed and dirty bits are clear. `kernels
 `set_leaf_bits()` repeats step 7 where nothing but bits of the leaf is to set.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.arch._bits cimport ROLE_CR4_SMEP_MASK
-from kvmmu.walk.batch._kernels cimport kvmmu_leaf_rules
+from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, PG_LEVEL_4K, ROLE_CR4_SMEP_MASK
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
+from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
+from kvmmu.walk.batch._kernels cimport (
+    PSCE_ACCESSED_CLEAR_SHIFT, PSCE_READONLY_SHIFT, PSCE_WRITE_REFUSED_SHIFT, kvmmu_leaf_rules, kvmmu_psce_level,
+    kvmmu_read_entry,
+)
 
 # Result of a leaf check.
 cdef enum:
@@ -27,10 +33,33 @@ cdef struct leaf_result:
 # kvm_page_format.access_info of the access
 cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access_info,
                     leaf_result *out) noexcept nogil
-# Set the accessed bit of a leaf and, for a write, its dirty bit. False: other bits are to set too, or the race is lost.
-# IN entry: address of the leaf in the host; pte: what it was; access_info: of the access
-cdef bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
-                        uint64_t access_info) noexcept nogil
+
+
+cdef inline bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
+                               uint64_t access_info) noexcept nogil:
+    """Set the accessed bit of a leaf and, for a write, its dirty bit. False: other bits are to set too, or the race is lost.
+
+    IN entry: address of the leaf in the host; pte: what it was; access_info: of the access
+    """
+    cdef uint64_t bits = rules.accessed_mask, now
+    cdef uint8_t *hva = <uint8_t *><uintptr_t>entry
+    if not rules.sets_ad or ((psce >> PSCE_ACCESSED_CLEAR_SHIFT) | (psce >> PSCE_WRITE_REFUSED_SHIFT)) & 1:
+        return False
+    if kvmmu_psce_level(psce) > PG_LEVEL_4K and not pte & rules.page_size_mask:
+        return False
+    if access_info & <uint64_t>ACCESS_WRITE_MASK << KVMMU_ACCESS_INFO_SHIFT:
+        if rules.logs:
+            return False
+        bits |= bits << 1
+    if (psce >> PSCE_READONLY_SHIFT) & 1:
+        return True
+    if rules.format == KVMMU_FORMAT_32:
+        if kvmmu_cmpxchg32(hva, <uint32_t>pte, <uint32_t>(pte | bits)):
+            return True
+    elif kvmmu_cmpxchg64(hva, pte, pte | bits):
+        return True
+    now = kvmmu_read_entry(rules.format, entry)
+    return now & bits == bits and (now ^ pte) & ~(rules.accessed_mask * 3) == 0        # somebody else set them
 
 
 cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:

@@ -1,16 +1,14 @@
 """May this leaf be used: the last entry of one row; see `_leaf.pxd`."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K
 from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, kvm_page_format, permission_fault
 from kvmmu.arch._gpte cimport (
-    KVMMU_FORMAT_32, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_gpte_rights, kvmmu_leaf_gpa,
+    kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_gpte_rights, kvmmu_leaf_gpa,
 )
-from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
 from kvmmu.walk.batch._kernels cimport (
-    PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_READONLY_SHIFT, PSCE_WRITE_REFUSED_SHIFT, kvmmu_leaf_rules,
-    kvmmu_psce_level, kvmmu_read_entry,
+    PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, kvmmu_leaf_rules, kvmmu_psce_level, kvmmu_read_entry,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_OK, LEAF_SLOW, leaf_result
 
@@ -40,26 +38,3 @@ cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry
     if need & ~pte or (need and (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1):
         return LEAF_SLOW
     return LEAF_OK
-
-
-cdef bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
-                        uint64_t access_info) noexcept nogil:
-    cdef uint64_t bits = rules.accessed_mask, now
-    cdef uint8_t *hva = <uint8_t *><uintptr_t>entry
-    if not rules.sets_ad or ((psce >> PSCE_ACCESSED_CLEAR_SHIFT) | (psce >> PSCE_WRITE_REFUSED_SHIFT)) & 1:
-        return False
-    if kvmmu_psce_level(psce) > PG_LEVEL_4K and not pte & rules.page_size_mask:
-        return False
-    if access_info & <uint64_t>ACCESS_WRITE_MASK << KVMMU_ACCESS_INFO_SHIFT:
-        if rules.logs:
-            return False
-        bits |= bits << 1
-    if (psce >> PSCE_READONLY_SHIFT) & 1:
-        return True
-    if rules.format == KVMMU_FORMAT_32:
-        if kvmmu_cmpxchg32(hva, <uint32_t>pte, <uint32_t>(pte | bits)):
-            return True
-    elif kvmmu_cmpxchg64(hva, pte, pte | bits):
-        return True
-    now = kvmmu_read_entry(rules.format, entry)
-    return now & bits == bits and (now ^ pte) & ~(rules.accessed_mask * 3) == 0        # somebody else set them

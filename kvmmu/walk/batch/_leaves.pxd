@@ -7,8 +7,8 @@ from kvmmu.walk.batch._kernels cimport kvmmu_kernels, kvmmu_leaf_block
 from kvmmu.walk.batch._psc cimport cached_walk
 
 cdef enum:
-    # Of 64 lanes so many or fewer that are not accepted are checked one by one: a leaf by itself takes about as long as a
-    # quarter of the whole rule for 64.
+    # Of 64 lanes so many or fewer that are not accepted are checked one by one; for more, the whole rule for all 64 is taken.
+    # Tuned by hand.
     MAX_REMAINING_IN_BLOCK = 16
 
 

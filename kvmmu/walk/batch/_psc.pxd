@@ -20,7 +20,7 @@ cdef struct backoff:
     int next_length
 
 cdef enum:
-    MAX_BACKOFF = 31            # one try in 32 blocks: at most 3% more work where a way never pays
+    MAX_BACKOFF = 31            # one try in 32 blocks: about 3% more work where a way never pays
 
 # The memory of the cache of a batch, or of a thread's part of it.
 cdef struct walk_tables:

@@ -25,7 +25,7 @@ from kvmmu.walk.batch._kernels cimport (
 from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
 from kvmmu.walk.batch._psc cimport cached_walk, forget_upper, mark_word, reset_backoff, walk_tables
 
-cdef uint64_t[512] NO_TABLE             # stands for a table in a hole: zeros, not present in any format
+cdef uint64_t[512] NO_TABLE             # read where a table lies in a hole: zeros are not present in any format
 
 
 cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexcept nogil:

@@ -77,7 +77,7 @@ cdef struct block:
 
 # Rows of one context that are deferred until they fill a block.
 cdef enum:
-    DEFERRED_CONTEXTS = 64          # 33 KiB, what the first-level cache of most CPUs holds
+    DEFERRED_CONTEXTS = 64          # 33 KiB: about a first-level cache
 
 cdef struct deferred_rows:
     uint32_t ctx

@@ -179,6 +179,8 @@ cdef void fast_row(batch *b, size_t i) noexcept nogil:
         if not psce or check_leaf(&m.second.rules, psce, entries[1], addr, w.ngpa.fmt.access_info[access], &leaf) != LEAF_OK:
             walk_row(b, i)
             return
+        if w.kind == WALK_SECOND_STAGE:
+            level = <uint8_t>kvmmu_psce_level(psce)
     write_row(b, i, leaf.gpa, STATUS_OK, 0, level)
     if b.recalls:
         mark_word(b.touched, entries[0])

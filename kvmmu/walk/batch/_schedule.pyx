@@ -18,13 +18,15 @@ from kvmmu.walk.batch._rows cimport (
 )
 
 cdef enum:
-    FEW_ROWS = 8                    # fewer are walked one by one: a batch begins at about the cost of eight single rows
-    # Of 64 rows that the memo does not have so many or fewer are walked one by one: those of more fill blocks well enough.
+    FEW_ROWS = 8                    # fewer are walked one by one: they share too little of the cache. As MIN_LANES of blocks
+    # Of 64 rows that the memo does not have so many or fewer are walked one by one; more make a block. Tuned by hand, between
+    # MIN_LANES and MAX_REMAINING_IN_BLOCK.
     FEW_MISSES = 12
-    # Changes of the context in 64 rows from which on rows are deferred. With one change, runs fill blocks well enough.
+    # Changes of the context in 64 rows from which on rows are deferred. One change leaves two runs, which can be blocks.
     MANY_CHANGES = 2
-    # Chunks of 64 rows over which the memo is tried, and for how many it is left alone if most of them miss. 2,048 rows fill
-    # half of it. If nearly all are missing after 4 chunks, the trial is over: it costs less than 4 in 128 chunks then.
+    # Chunks of 64 rows over which the memo is tried: 2,048 rows, half of its entries. If most rows miss, it is left alone for
+    # four times as many chunks, so that trials are a fifth of them at most, and then for ever longer; if nearly all miss in the
+    # first 4 chunks, the trial ends there, and trials are 3%.
     TRIAL = 32
     SHORT_TRIAL = 4
     FIRST_REST = 128

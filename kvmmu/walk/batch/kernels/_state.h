@@ -31,8 +31,8 @@
 #define PSC_TAG_ACCESSED_CLEAR (UINT64_C(1) << 63) /* the flag of the value, for look-ups by tag alone */
 #define PSC_ADDR_MASK ((UINT64_C(1) << GVA_BITS_5_LEVEL) - 1)
 
-/* The memo of translations: the tag is page << MEMO_ID_BITS | memo id of the walk; `page` holds the level, the page frame, and the accesses
- * that are known to pass. */
+/* The memo of translations: the tag is page << MEMO_ID_BITS | memo id of the walk; `page` holds the level, the page frame, and the
+ * accesses that are known to pass. */
 #define MEMO_BITS 12
 #define MEMO_ID_BITS PAGE_SHIFT
 #define MEMO_FRAME_SHIFT 16
@@ -70,8 +70,8 @@ enum { LEAF_IN_TABLE, LEAF_LARGE, LEAF_KINDS };
 
 struct kvmmu_leaf_checker {
     struct kvmmu_psc_entry *psc;
-    uint64_t walk_slot;        /* spreads walks with the same tags over the cache */
-    uint64_t walk_tag;       /* of the walk: kvmmu_psc_tag(0, ...) */
+    uint64_t walk_slot;    /* spreads walks with the same tags over the cache */
+    uint64_t walk_tag;     /* of the walk: kvmmu_psc_tag(0, ...) */
     int level;             /* of the tables of last entries */
     int tag_shift;
     int entry_shift;       /* address to offset in its table */
@@ -92,17 +92,17 @@ struct kvmmu_leaf_block {
     uint64_t psce[KVMMU_BLOCK_ROWS] KVMMU_ALIGNED(KVMMU_BLOCK_ALIGNMENT);
     uint64_t entry[KVMMU_BLOCK_ROWS]; /* host address of the last entry */
     uint64_t pte[KVMMU_BLOCK_ROWS];
-    uint64_t access_info[KVMMU_BLOCK_ROWS];  /* kvm_page_format.access_info of the access */
+    uint64_t access_info[KVMMU_BLOCK_ROWS]; /* kvm_page_format.access_info of the access */
     uint64_t pte_access[KVMMU_BLOCK_ROWS];
     uint64_t gpa[KVMMU_BLOCK_ROWS];
     uint64_t error[KVMMU_BLOCK_ROWS]; /* error code of a fault, but for the bits that come from the access */
-    int level;                   /* of kvmmu_leaf_checker, when psce was looked up */
+    int level; /* of kvmmu_leaf_checker, when psce was looked up */
     /* bit n: of lane n */
     uint64_t noncanonical;
-    uint64_t miss;  /* nothing is cached */
-    uint64_t accessed_clear;  /* an accessed bit above the last entry is clear */
-    uint64_t fault; /* the last entry is not present, malformed, or denies the access */
-    uint64_t slow;  /* no fault, but A/D bits to set, or not a leaf */
+    uint64_t miss;           /* nothing is cached */
+    uint64_t accessed_clear; /* an accessed bit above the last entry is clear */
+    uint64_t fault;          /* the last entry is not present, malformed, or denies the access */
+    uint64_t slow;           /* no fault, but A/D bits to set, or not a leaf */
 };
 
 #define KVMMU_ADDR_TAG_SHIFT(format) KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M)
