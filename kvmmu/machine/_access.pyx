@@ -39,7 +39,7 @@ cdef enum:
 # ---- the second stage ----------------------------------------------------------------------------------------------------
 
 cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
-    """The walk of SPTEs, or what it came to the last time: guest-physical mappings, which a flush drops."""
+    """Walk the SPTEs, or return the mapping of an earlier walk: the processor caches guest-physical mappings until a flush."""
     cdef cached_stage *stage = <cached_stage *>w
     cdef uint64_t gfn = gpa >> PAGE_SHIFT
     cdef gpa_entry *entry = &stage.entries[(gfn ^ (gfn >> 9)) & (GPA_ENTRIES - 1)]
@@ -57,14 +57,14 @@ cdef void cached_gva_to_gpa(const kvm_pagewalk *w, uint64_t gpa, uint32_t access
 # ---- the TLB -------------------------------------------------------------------------------------------------------------
 
 cdef uint64_t spte_leaf_gpa(const kvm_mmu_page *sp, const spte_walk *walk, uint64_t hpa) noexcept nogil:
-    """The guest-physical address that an address in the page of a shadow MMU's leaf stands for."""
+    """Return the guest-physical address of a host-physical one in the page of a shadow MMU's leaf."""
     cdef uint64_t offset = (pages_per_hpage(walk.level) << PAGE_SHIFT) - 1
     cdef uint64_t gfn = sp_get_gfn(sp, <int>(walk.sptep % SPTE_ENT_PER_PAGE))
     return (gfn << PAGE_SHIFT & ~offset) | (hpa & offset)
 
 
 cdef int guest_level(kvm *k, uint32_t sp, uint64_t addr) noexcept nogil:
-    """Shadow paging: the level of the guest's page at addr, that of the last page on the way that stands for a table of it."""
+    """Return the level of the guest's page at addr under shadow paging: that of the last page that shadows a guest's table."""
     cdef uint64_t gfn = addr >> PAGE_SHIFT, spte
     cdef int level = 0
     while not k.pages[sp].role & <uint32_t>ROLE_DIRECT_MASK or k.pages[sp].special:
@@ -77,7 +77,7 @@ cdef int guest_level(kvm *k, uint32_t sp, uint64_t addr) noexcept nogil:
 
 
 cdef int large_page_shift(machine *m, uint64_t addr, int level) noexcept nogil:
-    """The size of the guest's page at addr where an entry may be smaller. IN level: of the processor's walk of its tables."""
+    """Return log2 of the size of the guest's page at addr. IN level: of the processor's walk of the guest's tables."""
     if m.sw.cpu_role & ROLE_DIRECT_MASK:
         return PAGE_SHIFT
     if not m.k.tdp_enabled:
@@ -86,7 +86,7 @@ cdef int large_page_shift(machine *m, uint64_t addr, int level) noexcept nogil:
 
 
 cdef void fill_tlb(machine *m, uint64_t addr, uint32_t access, const walk_result *r, access_result *out) noexcept nogil:
-    """Enter what a walk came to: the page is the smaller one of both stages. OUT out: the addresses."""
+    """Enter the translation of a walk in the TLB; its page is the smaller one of both stages. OUT out: the addresses."""
     cdef kvm *k = m.k
     cdef spte_walk walk
     cdef tlb_entry *entry
@@ -101,7 +101,7 @@ cdef void fill_tlb(machine *m, uint64_t addr, uint32_t access, const walk_result
     else:
         sp = sp_of(k, walk.sptep)
         gpa = spte_leaf_gpa(sp, &walk, r.gpa)
-        # shadow paging: pages without a table of the guest's stand for parts of a large page
+        # shadow paging: pages that shadow no table map parts of a large page
         in_direct_page = not k.tdp_enabled and sp.role & <uint32_t>ROLE_DIRECT_MASK
     out.gpa, out.hpa = gpa, r.gpa
     dirty = (access & ACCESS_WRITE_MASK) != 0
@@ -127,7 +127,7 @@ cdef void fill_tlb(machine *m, uint64_t addr, uint32_t access, const walk_result
     entry.allowed, entry.epoch = allowed_accesses(&m.rights, entry), m.rights.epoch
 
 
-# What a hit depends on: copied out, because the compiler must take every store into a column for one to the machine.
+# The inputs of a hit, copied: the compiler must assume that every store into a column may change the machine.
 cdef struct hit_context:
     uint64_t gva_mask
     uint64_t local_tag, global_tag
@@ -152,7 +152,7 @@ cdef void load_context(machine *m, hit_context *c) noexcept nogil:
 
 
 cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t addr, uint32_t access) noexcept nogil:
-    """The entry that the hint names, if it is the one and is known to allow the access."""
+    """Return the entry that the hint names, if it translates the address and allows the access."""
     cdef const tlb_array *a = &c.arrays[hint & 3]
     cdef uint64_t page = tlb_page(a, addr), key = a.keys[hint >> 2]
     cdef tlb_entry *entry = &a.entries[hint >> 2]
@@ -167,7 +167,7 @@ cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t a
 # ---- one access ------------------------------------------------------------------------------------------------------------
 
 cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
-    """Steps 1 and 3 to 6. 0, or a negative errno."""
+    """Do steps 1 and 3 to 6: 0, or a negative errno."""
     cdef walk_result r
     cdef int ret
     cdef bint shadowed = not m.k.tdp_enabled

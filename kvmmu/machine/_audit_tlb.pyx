@@ -1,7 +1,7 @@
-"""The audit of a TLB: what it remembers of the host's side is still so, or a flush is on its way.
+"""The audit of a TLB: its entries agree with the host's pages, or a flush is requested.
 
-What the guest's tables say may be old in a TLB; that is the guest's business. That a frame is backed by a host page, and may be
-written, is KVM's: whenever it takes one of the two away it has to flush.
+An entry may disagree with the guest's tables: the guest has to flush. It may not map a host page that the frame has lost, nor
+allow writes that KVM has forbidden: KVM has to flush whenever it takes one of the two away.
 """
 
 from libc.stddef cimport size_t
@@ -33,7 +33,7 @@ cdef bint holds_synced_table(kvm *k, const kvm_memory_slot *slot, uint64_t gfn) 
 
 
 cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
-    """What is wrong with an entry, or None."""
+    """Return the fault of an entry, or None."""
     cdef uint64_t first = entry.gpa >> PAGE_SHIFT, gfn
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(k, as_id), first)
     cdef uint8_t host
@@ -60,7 +60,7 @@ cdef fault_of_entry(kvm *k, int as_id, const tlb_entry *entry, int level):
 
 
 def audit_tlb(Machine machine not None):
-    """What is wrong with the TLB of a vCPU: one line each."""
+    """Return the faults of the TLB of a vCPU: one line each."""
     cdef kvm *k = machine.modes.m.k
     cdef const tlb *t = machine.modes.m.tlb
     cdef const tlb_array *a
@@ -69,7 +69,7 @@ def audit_tlb(Machine machine not None):
     errors = []
     with machine.kvm.lock:
         machine.kvm.sync()
-        if machine.modes.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # all of it goes before the guest runs
+        if machine.modes.m.vcpu.requests & (REQ_TLB_FLUSH | REQ_FREE_OBSOLETE_ROOTS):     # a flush comes first
             return errors
         for i in range(TLB_LEVELS):
             a = &t.arrays[i]

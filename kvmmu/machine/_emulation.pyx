@@ -20,7 +20,7 @@ from kvmmu.tlb._tlb cimport tlb_invlpg
 
 
 cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexcept nogil:
-    """The bytes of the access reach memory, if they are known, and the shadow pages of the frame learn of it."""
+    """Write the bytes of the access to memory, if they are known, and zap what they make stale in shadow pages of the frame."""
     cdef kvm *k = m.k
     cdef uint64_t gfn = gpa >> PAGE_SHIFT, entry
     if m.data is not NULL and m.size == 0:              # only to see whether the write will go through
@@ -36,7 +36,7 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
 
 
 cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
-    """Step 6: KVM walks the guest's tables itself. What is not memory, or not for writing, is MMIO."""
+    """Do step 6: walk the guest's tables. An access outside of memory, and a write to a read-only slot, is MMIO."""
     cdef kvm *k = m.k
     cdef kvm_memory_slot *slot
     cdef walk_result r
@@ -73,7 +73,6 @@ cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_res
 
 
 cdef bint repeats_write(machine *m, uint64_t addr, uint32_t access, uint64_t exit_addr) noexcept nogil:
-    """Whether an instruction that KVM does not expect to write page tables is repeated, now that the frame is not shadowed."""
     cdef walk_result r
     cdef walk_step steps[5]
     cdef int n

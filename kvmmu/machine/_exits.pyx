@@ -22,7 +22,7 @@ from kvmmu.tlb._tlb cimport tlb_invlpg
 # ---- exits ---------------------------------------------------------------------------------------------------------------
 
 cdef uint64_t error_code_of_violation(uint64_t qualification, bint mbec) noexcept nogil:
-    """The page-fault error code that KVM makes of an EPT violation."""
+    """Return the page-fault error code that KVM makes of an EPT violation."""
     cdef uint64_t error_code = 0
     if mbec and qualification & EPT_VIOLATION_PROT_USER_EXEC_MASK:
         error_code |= PFERR_PRESENT_MASK
@@ -40,7 +40,7 @@ cdef uint64_t error_code_of_violation(uint64_t qualification, bint mbec) noexcep
 
 
 cdef uint64_t error_code_of_exit(const machine *m, const walk_result *r) noexcept nogil:
-    """The page-fault error code of an exit; for an EPT misconfiguration nothing but RSVD is known."""
+    """Return the page-fault error code of an exit; an EPT misconfiguration gives RSVD alone."""
     cdef const kvm_pagewalk *w = m.mmu.w
     cdef uint64_t error_code = PFERR_RSVD_MASK
     if r.status == STATUS_EPT_VIOLATION:
@@ -53,7 +53,6 @@ cdef uint64_t error_code_of_exit(const machine *m, const walk_result *r) noexcep
 
 
 cdef void machine_drain_pml(machine *m) noexcept nogil:
-    """What the processor logged is dirty; the log is empty again."""
     if m.vcpu.pml_page == 0:
         return
     drain_pml(m.vcpu, <uint16_t>m.pml.index)
@@ -61,7 +60,6 @@ cdef void machine_drain_pml(machine *m) noexcept nogil:
 
 
 cdef int handle_exit(machine *m, uint64_t addr, const walk_result *r) noexcept nogil:
-    """Step 5. RET_PF_*, or a negative errno."""
     cdef kvm *k = m.k
     cdef int ret
     k.stats.exits += 1
@@ -89,8 +87,6 @@ cdef void set_fault(access_result *out, const walk_result *r) noexcept nogil:
 
 
 cdef bint take_guest_fault(machine *m, uint64_t addr, const walk_result *exit_, access_result *out) noexcept nogil:
-    """The fault that KVM's walk has found: the guest's #PF, or an exit to L1, which the exit at hand tells more of. False: it
-    is not there any more."""
     cdef const kvm_pagewalk *w = m.mmu.w
     cdef walk_result r
     cdef uint64_t gpa = 0, error_code = error_code_of_exit(m, exit_), copied

@@ -1,4 +1,4 @@
-"""Faults of the guest in an access, as exceptions: the walk that failed is made again, and its last entry told."""
+"""Faults of the guest in an access, as exceptions with the last entry of the walk that failed."""
 
 from libc.stdint cimport uint32_t, uint64_t
 

@@ -1,26 +1,28 @@
-"""Invalidations by the guest, in the TLB and in tables that shadow the guest's. The caller holds the lock, and has updated the
-modes."""
+"""Invalidations by the guest, in the TLB and in tables that shadow the guest's.
+
+The caller holds the lock, and has updated the modes.
+"""
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.machine._modes cimport Modes
 from kvmmu.machine._state cimport machine
 
-# INVLPG, and the delivery of a fault: translations of a linear address. An address that is not canonical has none. IN current,
-# prev_roots: in tables of the present root, of the roots before
+# INVLPG, and the delivery of a fault: invalidate a linear address; one that is not canonical has no translations. IN current,
+# prev_roots: in tables of the present root, of the previous roots
 cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots) except -1
 # The same of an address of L2's in the tables that shadow L1's second stage
 cdef int invalidate_ngpa(Modes modes, uint64_t ngpa, bint current, bint prev_roots) except -1
 # INVPCID. IN type, pcid, gva: as of the instruction, checked
 cdef int flush_by_pcid(Modes modes, int type, uint32_t pcid, uint64_t gva) except -1
-# MOV to CR3: translations of its PCID go, global ones excepted, unless noflush; a root of the new CR3 is taken. IN before: the
+# MOV to CR3: flush translations of its PCID, global ones excepted, unless noflush; take a root of the new CR3. IN before: the
 # CR3 until now
 cdef int load_cr3(Modes modes, uint64_t before, bint noflush, bint pdptrs_changed) except -1
-# Registers that roles are made of were written: roots of a shadow MMU of theirs are left
+# Free the roots of a shadow MMU: registers that roles are made of were written
 cdef void leave_roots(machine *m) noexcept nogil
-# All translations of the guest go, global ones too. Every root of a shadow MMU agrees with the guest's tables before it runs
+# Flush all translations of the guest, global ones too, and synchronize every root of a shadow MMU before the guest runs
 cdef void flush_all(machine *m) noexcept nogil
-# INVEPT: roots that shadow L1's EPT with this EPTP are left. IN every: of any EPTP
+# INVEPT: free roots that shadow L1's EPT with this EPTP. IN every: of any EPTP
 cdef void flush_ept(machine *m, bint every, uint64_t eptp) noexcept nogil
-# INVVPID: translations of L2's, whatever their VPID. IN type, addr: as of the instruction
+# INVVPID: flush translations of L2's, whatever their VPID. IN type, addr: as of the instruction
 cdef void flush_vpid(machine *m, int type, uint64_t addr) noexcept nogil

@@ -124,7 +124,7 @@ cdef void flush_all(machine *m) noexcept nogil:
 # ---- L1 invalidates what is L2's -----------------------------------------------------------------------------------------
 
 cdef inline bint is_nested_space(uint64_t space) noexcept nogil:
-    """True if a space of the TLB is a root under L1's second stage, which is a host address; others are roles, of 32 bits."""
+    """True if a space of the TLB is a root under L1's second stage: a host address. Other spaces are roles, of 32 bits."""
     return space >> 32 != 0
 
 

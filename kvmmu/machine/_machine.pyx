@@ -1,4 +1,4 @@
-"""Machine: one vCPU on its host, as its Vcpu uses it. What an access does is in `_access.pyx`."""
+"""Machine: one vCPU on its host, as its Vcpu uses it. The steps of an access are in `_access.pxd`."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.walk.results import Accesses, check_access, check_array
 
-cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two looks at signals: Ctrl-C seems immediate, and 20 cost nothing
+cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two checks for signals: Ctrl-C seems immediate, at no cost
 
 
 cdef class Machine:
@@ -59,7 +59,7 @@ cdef class Machine:
 
     @property
     def root_mmu(self):
-        """The MMU outside of L1's nested paging."""
+        """The MMU that is active outside of L1's nested paging."""
         return self.tdp_mmu if self.kvm.k.tdp_enabled else self.shadow_mmu
 
     def update(self):
@@ -98,7 +98,7 @@ cdef class Machine:
         return 0
 
     def access(self, gva, access, arrays):
-        """The rows of checked arrays, in order; `arrays` are those of the result by name."""
+        """Access the rows of arrays in order. `arrays`: the columns of the result by name."""
         cdef Py_ssize_t n = check_array("gva", gva, np.dtype(np.uint64)).size
         access = check_access(access, n)
         cdef uint64_t[::1] gpa = arrays["gpa"], hpa = arrays["hpa"]
@@ -214,7 +214,7 @@ cdef class Machine:
         """Let KVM carry out an access by its own walk, and return (gpa, hpa); a fault of the guest is raised.
 
         data : bytes, optional
-            What a write writes, within one page; empty: only to see whether it would. By default an aligned entry, unchanged.
+            The bytes of a write, within one page; empty: only try if it would succeed. By default an aligned entry, unchanged.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(self.m.arch)
@@ -233,7 +233,7 @@ cdef class Machine:
         return int(out.gpa), int(out.hpa)
 
     cdef int set_data(self, uint64_t addr, const uint8_t[::1] data) except -1:
-        """The bytes of the access to come; the caller keeps them."""
+        """Set the bytes of the next access; the caller keeps them."""
         self.m.data, self.m.size = NULL, 0
         if data is not None:
             if <size_t>data.shape[0] > PAGE_SIZE - (addr & PAGE_OFFSET_MASK):
@@ -243,7 +243,7 @@ cdef class Machine:
         return 0
 
     def drain_pml(self):
-        """Take what the processor logged so far into the dirty log."""
+        """Enter what the processor logged so far in the dirty log."""
         with self.kvm.lock:
             machine_drain_pml(self.m)
 
@@ -253,7 +253,7 @@ _new_accesses = Accesses.__new__
 
 
 cdef object accesses_of(const access_result *out):
-    """Return one access as columns of integers; its constructor, which is Python, is passed by."""
+    """Return one access as `Accesses` of integers, without its constructor, which is Python."""
     result = _new_accesses(Accesses)
     result.gpa, result.hpa = out.gpa, out.hpa
     result.status, result.error_code, result.ret, result.exits = out.status, out.error_code, out.ret, out.exits

@@ -23,7 +23,7 @@ cdef class ShadowMmu(Mmu):
 cdef TdpMmu new_tdp_mmu(Modes modes)
 # IN w: the walk that it shadows
 cdef ShadowMmu new_shadow_mmu(Modes modes, w)
-# How many bits of an address the MMU's tables translate: linear under shadow paging, else guest-physical
+# Return how many bits of an address the MMU's tables translate: linear under shadow paging, else guest-physical
 cdef int mmu_width(const kvm_mmu *mmu) noexcept
-# Raise what a negative errno of the host means. IN what: failed
+# Raise MemoryError or RuntimeError for a negative errno of the host. IN what: the operation that failed
 cdef int raise_errno(int errno, what) except -1

@@ -33,7 +33,7 @@ cdef class Mmu:
     Attributes
     ----------
     fmt : PageFormat
-        What its SPTEs mean.
+        The format of its SPTEs.
     w : PageWalk or None
         The walk whose tables it shadows.
     """
@@ -52,7 +52,7 @@ cdef class Mmu:
 
     @property
     def root_hpa(self):
-        """Where the root lies (host-physical, bytes); None before the first access, and after an invalidation."""
+        """Host-physical address of the root (bytes); None before the first access, and after an invalidation."""
         with self.modes.kvm.lock:
             if not self.mmu.root.valid:
                 return None
@@ -132,7 +132,7 @@ cdef int check_width(const kvm_mmu *mmu, uint64_t addr) except -1:
 cdef class TdpMmu(Mmu):
     """The builder of a vCPU's host page tables under two-dimensional paging, but for guests under L1's nested paging.
 
-    Its `w` is None: a fault of these tables never needs a look at the guest's.
+    Its `w` is None: a fault of these tables needs no walk of the guest's.
     """
 
 

@@ -1,4 +1,4 @@
-"""Modes: what the registers of one vCPU make on its host: walks, formats, the active MMU, roots, tags in the TLB.
+"""Modes: the walks, formats, active MMU, roots and TLB tags that follow from the registers of one vCPU on its host.
 
 `update()` compares the registers and walks of the vCPU with those that were taken last, and takes those that changed. Whoever
 runs the vCPU, or flushes for it, calls it first: with the lock held, as all methods.
@@ -23,7 +23,7 @@ cdef class Modes:
     cdef Kvm kvm
     cdef Tlb tlb
     cdef machine m
-    cdef PyObject *owner            # kvm once more, out of the sight of the garbage collector: m.vcpu lives in it
+    cdef PyObject *owner            # kvm, by a reference that the garbage collector cannot clear: m.vcpu lives in it
     cdef PageWalk gva_walk          # the walk of the vCPU: its registers, role, second stage and memory are taken from it
     cdef VcpuArch arch              # the guest's registers
     cdef uint64_t loads             # what was taken last: loads of the registers,
@@ -38,9 +38,9 @@ cdef class Modes:
     cdef PageFormat hw_fmt, sw_fmt, n_fmt
     cdef PageFormat tdp_fmt, shadow_fmt     # of the SPTEs of each MMU
     cdef SecondStage second         # L1's second stage as KVM walks it
-    cdef object stage               # what it was made from
-    cdef SecondStage walked         # L1's second stage of the vCPU's own walks, whose log is written
-    cdef uint64_t rights_role       # what the rights in force were made from
+    cdef object stage               # the Ept or Npt that it was made from
+    cdef SecondStage walked         # L1's second stage of the vCPU's own walks: all walks write its log
+    cdef uint64_t rights_role       # role, root role and PKRU that the rights in force were made from
     cdef uint32_t rights_root, rights_pkru
     # Take the processor model of the walk anew
     cdef int take_cpu(self) except -1

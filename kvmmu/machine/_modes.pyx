@@ -1,4 +1,4 @@
-"""What registers make on a host: walks, formats, the active MMU, as `_modes.pxd` describes it."""
+"""Walks, formats and the active MMU from registers, as `_modes.pxd` describes them."""
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
@@ -169,7 +169,7 @@ cdef class Modes:
         return 0
 
     cdef int use_mmu(self, kvm_mmu *mmu) except -1:
-        """Make one MMU the active one; what the processor remembers of the other's roots is tagged as such."""
+        """Make an MMU the active one; translations of the other one's roots have other tags in the TLB."""
         if self.m.mmu != mmu:
             self.m.mmu = self.m.vcpu.mmu = mmu
             self.m.root_hpa = 0
@@ -179,7 +179,7 @@ cdef class Modes:
         return 0
 
     cdef int use_guest_walk(self, uint64_t role, bint npt) except -1:
-        """The processor walks the guest's tables, through the SPTEs. IN npt: what the guest knows of them is an NPT."""
+        """Let the processor walk the guest's tables through the SPTEs. IN npt: the second stage is an NPT for the guest."""
         if role != self.m.hw.cpu_role:
             init_pagewalk(&self.m.hw, role, &self.cpu_caps)
             if not role & ROLE_DIRECT_MASK:
@@ -190,7 +190,7 @@ cdef class Modes:
         return 0
 
     cdef int use_tdp(self, uint64_t role, bint smm, bint guest_mode) except -1:
-        """Two-dimensional paging of the host alone."""
+        """Use two-dimensional paging of the host alone."""
         cdef bint changes = self.m.mmu != &self.m.vcpu.root_mmu
         cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
         cdef uint32_t root_role
@@ -209,7 +209,7 @@ cdef class Modes:
         return 0
 
     cdef int use_nested(self, uint64_t role, GuestMemory mem, bint smm, SecondStage second) except -1:
-        """L2 under L1's second stage: the processor goes through a shadow of it. Both stages are of one address space. KVM leaves
+        """Run L2 under L1's second stage: the processor walks a shadow of it. Both stages are of one address space. KVM leaves
         L2 before it enters SMM, and refuses VMRUN and VM entry there."""
         cdef kvm_mmu *mmu = &self.m.vcpu.guest_mmu
         cdef bint changes = self.m.mmu != mmu
@@ -235,7 +235,7 @@ cdef class Modes:
         root_role = shadow_root_role(self.kvm.k, self.second.n.cpu_role, level or self.second.n.level, True)
         root_role |= <uint32_t>smm << ROLE_SMM_SHIFT
         if changes or root_role != mmu.root_role:
-            if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # roots do not tell; L1 has changed its paging mode
+            if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # L1 has changed its paging mode
                 free_mmu_roots(self.m.vcpu, mmu)
             mmu.root_role = root_role
             new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
@@ -246,7 +246,7 @@ cdef class Modes:
         return 0
 
     cdef int use_shadow_paging(self, uint64_t role) except -1:
-        """No second stage: the processor walks tables that stand for the guest's."""
+        """Use shadow paging: the processor has no second stage, and walks tables that shadow the guest's."""
         cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
         cdef uint32_t root_role = shadow_root_role(self.kvm.k, role, 0, False)
         cdef uint64_t hw_role
@@ -279,7 +279,7 @@ cdef class Modes:
         return 0
 
     cdef int init_stage(self, uint32_t root_role) except -1:
-        """The processor's walk of SPTEs as its second stage."""
+        """Make the processor's walk of SPTEs as its second stage."""
         cdef uint64_t role = root_role
         cdef int level = <int>(role & ROLE_LEVEL_MASK)
         if self.kvm.k.spte.ept:
@@ -300,7 +300,7 @@ cdef class Modes:
 
 
 cdef int check_kind(stage, bint ept) except -1:
-    """The host's entries must be able to say what L1's say."""
+    """Raise ValueError unless the host's entries can express the rights of L1's."""
     if isinstance(stage, Ept) and not ept:
         raise ValueError("stage: the host's NPT cannot shadow an Ept; want Host(tdp='ept')")
     if ept and isinstance(stage, Npt) and stage.gmet:

@@ -1,4 +1,4 @@
-"""What the rights of a TLB entry allow under the registers in force: tables, one look-up each for three conditions.
+"""The accesses that the rights of a TLB entry allow under the registers in force, as tables.
 
 An access is allowed if the guest's tables, the host's tables and the protection key allow it. Each condition has a table of
 words by rights; bit i of a word stands for the access with index i in permissions[]. A hit ANDs three words.
@@ -29,5 +29,5 @@ cdef inline uint16_t allowed_accesses(const rights_tables *rights, const tlb_ent
     return allowed
 
 
-# The registers that rights depend on have changed. IN hw, stage: the processor's walks of both stages
+# Make the tables anew: the registers that they depend on have changed. IN hw, stage: the processor's walks of both stages
 cdef void load_rights(rights_tables *rights, const kvm_pagewalk *hw, const kvm_pagewalk *stage) noexcept nogil

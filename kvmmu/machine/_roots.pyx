@@ -15,7 +15,7 @@ from kvmmu.tlb._tlb cimport tlb_flush_all, tlb_use
 
 
 cdef void machine_use_tags(machine *m) noexcept nogil:
-    """A space of the TLB is a role of host tables; under L1's second stage a root, of which L1 has as many as it likes."""
+    """Use the tags. A space of the TLB is a role of host tables; under L1's second stage it is a root."""
     cdef uint64_t space = m.mmu.root_role
     if m.mmu == &m.vcpu.guest_mmu:
         space = sp_hpa(m.k, m.mmu.root.sp) if m.mmu.root.valid else 0
@@ -23,7 +23,6 @@ cdef void machine_use_tags(machine *m) noexcept nogil:
 
 
 cdef int machine_prepare_root(machine *m) noexcept nogil:
-    """Step 1."""
     cdef kvm *k = m.k
     if prepare_mmu(m.vcpu):
         return -1
@@ -38,7 +37,7 @@ cdef int machine_prepare_root(machine *m) noexcept nogil:
 
 
 cdef bint use_root(machine *m) noexcept nogil:
-    """Point the processor at the root, by CR3, EPTP or nested CR3; whether it is another one."""
+    """Load the root into the processor's CR3, EPTP or nested CR3; True if it is another one than before."""
     cdef kvm *k = m.k
     cdef uint64_t level = m.mmu.root_role & ROLE_LEVEL_MASK, hpa = sp_hpa(k, m.mmu.root.sp), spte
     cdef bint other = m.root_hpa != hpa

@@ -1,9 +1,9 @@
-"""The builders of host page tables, as KVM has them. From the bottom up:
+"""The builders of host page tables, KVM's two MMUs. From the bottom up:
 
-`host`     what the host is: its paging, its features, its kernel.
-`core`     what both MMUs are made of: SPTEs, memslots, reverse maps, shadow pages, a page fault.
+`host`     the host: its paging, its features, its kernel.
+`core`     the parts of both MMUs: SPTEs, memslots, reverse maps, shadow pages, a page fault.
 `tdp`      TdpMmu, which maps guest-physical addresses. `shadow`: ShadowMmu, which follows the guest's tables.
-`kvm`      what knows both: the way in, memslots and notifiers, inspection. `audit` checks all of it.
+`kvm`      the users of both MMUs: the entry from an exit, memslots and notifiers, inspection. `audit` checks all of it.
 """
 # Below: arch, memory, _walk, walk
 # Order: host, core, tdp, shadow, kvm, audit

@@ -1,4 +1,4 @@
-"""The host: what its processor can do, and how its KVM is set up."""
+"""Host: the features of the host's processor, and the settings of its KVM."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ _SWITCHES = ("mbec", "gmet", "ad", "pml", "nx_huge_pages", "eager_split", "l1tf"
 
 @dataclass(frozen=True)
 class RoleBits:
-    """How a kernel packs the role of a shadow page.
+    """The packing of a shadow page's role by a kernel.
 
     Attributes
     ----------

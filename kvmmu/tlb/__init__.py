@@ -1,3 +1,3 @@
-"""The TLB: what the processor remembers of translations."""
+"""The TLB: the processor's cache of translations."""
 # Below: arch, memory, walk
 # Order: _tlb, _structure, _hierarchy, hierarchy

@@ -6,9 +6,9 @@ or ASID). A processor may drop an entry whenever it likes; this one does so when
 decides, and when it runs out of spaces.
 
 A page of the guest's may be larger than its entries, because the host's pages are smaller or because no array has its size (4M).
-Software cannot know of them, so that an invalidation of one address takes all entries of the page ("Details of TLB Use"). Each
-entry has the size of the guest's page for that. Where pages were split is remembered by a hash of their numbers, for each size:
-only where one was does an invalidation search the arrays.
+Software cannot know of them, so that an invalidation of one address drops all entries of the page ("Details of TLB Use"). Each
+entry has the size of the guest's page for that. `split` marks the pages that have smaller entries, by a hash of their numbers,
+for each size: an invalidation searches the arrays for marked pages alone.
 
 Sources: SDM vol. 3, "Caching Translation Information", "Invalidation of TLBs and Paging-Structure Caches", "VMX Support for
 Address Translation"; vol. 2, "INVLPG", "INVPCID".
@@ -55,7 +55,7 @@ cdef struct tlb_array:
 cdef struct tlb:
     tlb_array arrays[3]
     uint32_t clock
-    uint64_t spaces[64]             # what each space stands for
+    uint64_t spaces[64]             # the root or role of each space
     int nr_spaces
     uint64_t local_tag, global_tag  # of the registers in force, in their place in a key
     uint64_t hits, misses, evictions
@@ -68,13 +68,13 @@ cdef inline uint64_t tlb_page(const tlb_array *a, uint64_t gva) noexcept nogil:
 
 
 cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nogil:
-    """The entry for a canonical address under the tags in force, NULL without one. OUT level."""
+    """Return the entry for a canonical address under the tags in force, NULL without one. OUT level."""
     cdef tlb_array *a
     cdef uint64_t page, mine, common
     cdef const uint64_t *keys
     cdef size_t way, base
     cdef int i
-    # where it was last time: saves the search, and changes nothing
+    # the place of the last hit: it saves the search, and changes nothing
     cdef uint32_t *hint = &t.hints[(gva >> PAGE_SHIFT) & (TLB_HINTS - 1)]
     a = &t.arrays[hint[0] & 3]
     base = hint[0] >> 2
@@ -109,9 +109,9 @@ cdef void tlb_free(tlb *t) noexcept nogil
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
 # Enter a translation, in the place of the one that was used longest ago. The caller sets page_shift and all that follows
 cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil
-# The entry for gva is smaller than the guest's page, of 2**21, 2**22 or 2**30 bytes
+# Mark the guest's page around gva, of 2**21, 2**22 or 2**30 bytes: it has a smaller entry
 cdef void tlb_remember_split(tlb *t, uint64_t gva, int page_shift) noexcept nogil
-# Forget the entry for one address; of a page that is in pieces this is one of them
+# Drop the entry for one address; of a page with smaller entries this is one of them
 cdef void tlb_drop(tlb *t, uint64_t gva) noexcept nogil
 cdef void tlb_flush_all(tlb *t) noexcept nogil
 # INVLPG, and a page fault: entries of the guest's page around the address, of the PCID in force and global ones

@@ -69,7 +69,7 @@ cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil:
 
 
 cdef inline int split_shift(int size) noexcept nogil:
-    """The sizes that split[] has, as shifts."""
+    """Return log2 of a size of split[]."""
     if size == 0:
         return PAGE_SHIFT + PT64_INDEX_BITS
     return PAGE_SHIFT + PT32_INDEX_BITS if size == 1 else PAGE_SHIFT + 2 * PT64_INDEX_BITS
@@ -200,7 +200,7 @@ cdef void tlb_flush_space(tlb *t, bint globals_too) noexcept nogil:
 
 
 cdef uint64_t space_number(const tlb *t, uint64_t space) noexcept nogil:
-    """The number of a space in its place in a key, 0 of one that has none."""
+    """Return the number of a space in its place in a key, 0 of one that has none."""
     cdef int i
     for i in range(1, t.nr_spaces):
         if t.spaces[i] == space:
@@ -217,7 +217,7 @@ cdef void tlb_flush_space_of(tlb *t, uint64_t space, bint globals_too) noexcept 
 
 
 cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept nogil:
-    """Of every PCID, and global ones."""
+    """Drop a page of every PCID, and global ones."""
     cdef uint64_t number = space_number(t, space), vpn_mask = (<uint64_t>1 << TLB_VPN_BITS) - 1
     cdef uint64_t address = gva & ((vpn_mask << PAGE_SHIFT) | (((<uint64_t>1 << PAGE_SHIFT) - 1)))
     cdef tlb_array *a
@@ -236,13 +236,13 @@ cdef void tlb_invalidate_page_in(tlb *t, uint64_t space, uint64_t gva) noexcept 
                 a.valid -= 1
 
 
-# ---- the Python face ---------------------------------------------------------------------------------------------------
+# ---- Tlb ---------------------------------------------------------------------------------------------------------------
 
 _GEOMETRY = ((128, 12), (128, 8), (4, 4))
 
 
 def _shape(geometry):
-    """[(sets, ways)] of 4K, 2M and 1G, checked."""
+    """Return [(sets, ways)] of 4K, 2M and 1G, checked."""
     try:
         rows = [tuple(map(operator.index, row)) for row in geometry]
     except TypeError:
@@ -257,7 +257,7 @@ def _shape(geometry):
 
 
 cdef class Tlb:
-    """A TLB.
+    """A set-associative TLB for 4K, 2M and 1G pages.
 
     Parameters
     ----------
@@ -270,7 +270,7 @@ cdef class Tlb:
 
     Notes
     -----
-    Every method waits for the machine that uses the TLB, as `Vm` says.
+    Every method waits for the lock of the machine that uses the TLB; see `Vm`.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -330,7 +330,7 @@ cdef class Tlb:
                 tlb_remember_split(&self.t, addr, whole)
 
     def lookup(self, gva):
-        """(hpa of the page, level) of the entry for gva, or None."""
+        """Return (hpa of the page, level) of the entry for gva, or None."""
         cdef int level = 0
         cdef uint64_t addr = check_scalar_word("gva", gva)
         cdef tlb_entry *entry
@@ -364,7 +364,7 @@ cdef class Tlb:
 
 
 cdef int set_geometry(Tlb self, rows) except -1:
-    """An empty TLB of checked (sets, ways). IN self: with its lock held, or not known to anybody yet."""
+    """Give a TLB checked (sets, ways), without entries. IN self: with its lock held, or not used by anybody yet."""
     cdef size_t sets[3]
     cdef size_t ways[3]
     cdef tlb fresh

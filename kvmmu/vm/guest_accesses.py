@@ -8,7 +8,7 @@ from kvmmu.machine._machine import Machine
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.walk.results import Accesses
 
-_LINEAR = 1 << 64                       # addresses go round
+_LINEAR = 1 << 64                       # addresses wrap around
 
 _B = TypeVar("_B", bytes, memoryview)
 

@@ -90,7 +90,7 @@ class GuestState:
         self.load(regs)
 
     def _use_cpu(self) -> None:
-        """Make both walks forget what they derived from another processor model."""
+        """Give both walks the processor model; they derive all else from it anew."""
         second = self.second
         self.gva_walk._set_cpu(self.cpu, npt_host=self.tdp == "npt")
         self.ngpa_walk._set_cpu(self.cpu)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the objects of a machine have in common: its lock, and that they cannot be copied."""
+"""The lock of a machine's objects, which cannot be copied."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -27,7 +27,7 @@ def locked(method: _F) -> _F:
 
 
 class PartOfMachine:
-    """Has the lock of its machine, and refuses to be copied."""
+    """An object that has the lock of its machine, and refuses to be copied."""
 
     _lock: MachineLock
 

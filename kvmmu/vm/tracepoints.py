@@ -94,7 +94,7 @@ class Tracepoints:
         self._kvm: Kvm | None = None
 
     def attach(self, kvm: Kvm) -> None:
-        """Begin; what was seen before is gone."""
+        """Begin to record; earlier events are dropped."""
         set_trace(kvm, self.mask, self.capacity)
         self._kvm = kvm
 

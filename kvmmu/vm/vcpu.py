@@ -66,10 +66,10 @@ class Vm(VirtualMachine):
 
     Notes
     -----
-    A machine is locked while it runs; two threads that use one take turns, call by call: accesses, what the guest flushes or
-    loads, what the host does, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or removed from `mem` itself
-    count from the next call on. In a forked process a machine that nobody ran at the fork works; one that another thread ran
-    raises RuntimeError.
+    A machine is locked during a call; a second thread that uses it waits until the call ends. That holds for accesses, loads
+    and flushes of the guest, operations of the host, `stats`, `audit()`, `Tlb` and MMU methods. Slots that are added to or
+    removed from `mem` itself count from the next call on. In a forked process a machine that nobody ran at the fork works; one
+    that another thread ran raises RuntimeError.
 
     The guest may be wider than its host (`cpu.maxphyaddr` above `host.maxphyaddr`), which KVM leaves to the VMM. Translations
     then are those of `cpu`, MMIO beyond the host's width exits at every access because no entry can mark it, and memory there
@@ -113,7 +113,7 @@ class Vcpu(PartOfMachine):
 
     Notes
     -----
-    Two threads that use the vCPUs of one machine take turns, call by call; see `Vm`.
+    The vCPUs of a machine share its lock: a second thread that uses one waits until the call of the first ends; see `Vm`.
     """
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
@@ -187,7 +187,7 @@ class Vcpu(PartOfMachine):
 
     @property
     def smm(self) -> bool:
-        """Whether the vCPU is in system-management mode: another address space, and a role of its own.
+        """True if the vCPU is in system-management mode, which has another address space and a role of its own.
 
         KVM leaves a nested guest before it enters SMM. One that is made to run there has all of its memory, and L1's second
         stage, in the address space of SMM.
@@ -314,7 +314,7 @@ class Vcpu(PartOfMachine):
 
     @locked
     def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
-        """Forget translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
+        """Invalidate translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
 
         Parameters
         ----------
@@ -394,7 +394,7 @@ class Vcpu(PartOfMachine):
 
     @locked
     def vm_enter(self) -> None:
-        """Do what was put off until the guest runs again: load a root, synchronize it, flush."""
+        """Enter the guest: load a root, synchronize it, flush, as far as that was requested."""
         self._machine().vm_enter()
 
     def _flush_guest(self) -> None:
@@ -409,13 +409,13 @@ class Vcpu(PartOfMachine):
 
     @locked
     def audit_tlb(self) -> list[str]:
-        """What is wrong with the TLB: one line for each entry whose host page, or whose right to write it, is gone unflushed."""
+        """Return one line for each TLB entry whose host page, or whose right to write it, was taken away without a flush."""
         return [] if self._made is None else audit_tlb(self._made)
 
     # ---- accesses ----------------------------------------------------------------------------------------------------
 
     def access(self, gva: "int | NDArray[np.uint64]", access: Any = 0, *, out: Accesses | None = None) -> Accesses:
-        """Access memory as the guest does: TLB, the processor's walk, exits, KVM's answers, and all that follows from them.
+        """Access memory as the guest does: by the TLB, the processor's walk, exits, and KVM's handling of them.
 
         Parameters
         ----------
@@ -440,8 +440,8 @@ class Vcpu(PartOfMachine):
 
         Notes
         -----
-        What a write writes is not known here (see `store()`): where KVM has to carry it out, it is an aligned write of
-        what is there already, of 8 bytes, or 4 with CR4.PAE clear.
+        The bytes of a write are not known here (see `store()`): where KVM has to carry it out, it is an aligned write of
+        the present bytes, 8 of them, or 4 with CR4.PAE clear.
         """
         if not isinstance(gva, np.ndarray):
             if out is not None:
@@ -461,7 +461,7 @@ class Vcpu(PartOfMachine):
             Linear address (bytes) of the first byte.
         data : bytes, or another buffer
             A page boundary in it is crossed as by one instruction: all or nothing, but where KVM has to carry it out, as
-            `write_guest()`. Empty: only to see where a byte would go.
+            `write_guest()`. Empty: only translate the address.
         access : Access
             USER, AC or IMPLICIT; WRITE is added.
         page_table_writing : bool
@@ -531,7 +531,7 @@ class Vcpu(PartOfMachine):
 
     @property
     def mmu_is_nested(self) -> bool:
-        """Whether L2 runs under a second stage of L1's, on a host with two-dimensional paging."""
+        """True if L2 runs under a second stage of L1's, on a host with two-dimensional paging."""
         return self._guest.second is not None
 
     @locked
@@ -713,7 +713,7 @@ class Vcpu(PartOfMachine):
 
 
 def _check_vm(vm: Vm | None, mem: GuestMemory, smm_mem: GuestMemory, tdp: str | None) -> None:
-    """A vCPU has the memory and the host of its machine."""
+    """Raise unless the memory and tdp of a vCPU are those of its machine."""
     if not isinstance(vm, Vm | None):
         raise TypeError(f"vm: want a Vm, got {type(vm).__name__}")
     if vm is not None and (mem is not vm.mem or smm_mem is not vm.smm_mem or tdp != vm.host.tdp):

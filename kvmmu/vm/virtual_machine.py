@@ -30,7 +30,7 @@ _COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
 
 class VirtualMachine(PartOfMachine):
-    """One virtual machine without a way to make vCPUs; `Vm`, which makes them, tells its parameters and attributes."""
+    """One virtual machine without a way to make vCPUs. `Vm`, which makes them, describes parameters and attributes."""
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
                  smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
@@ -63,7 +63,7 @@ class VirtualMachine(PartOfMachine):
         self.vcpus.append(vcpu)
         return number
 
-    # ---- what one sees -----------------------------------------------------------------------------------------------
+    # ---- inspection --------------------------------------------------------------------------------------------------
 
     @property
     def stats(self) -> dict[str, int]:
@@ -71,7 +71,7 @@ class VirtualMachine(PartOfMachine):
         return stats(self.kvm)
 
     def clear_stats(self) -> None:
-        """Begin to count anew."""
+        """Set the counters to zero, but those of present pages."""
         clear_stats(self.kvm)
 
     @property
@@ -92,13 +92,13 @@ class VirtualMachine(PartOfMachine):
 
     @locked
     def audit(self, guest_tables: bool = False) -> list[str]:
-        """What is wrong with the page tables and the TLBs: one line each, none if every invariant holds.
+        """Return the faults of the page tables and the TLBs: one line each, none if every invariant holds.
 
         Parameters
         ----------
         guest_tables : bool
-            Compare what shadows a table of the guest's with the table, too, while its page is in sync. That is right as long as
-            nobody writes the tables behind KVM's back, as `host_write()` does, or under PAE a write of four bytes over the edge
+            Compare shadow pages that are in sync with the guest's tables, too. That is right as long as nobody writes the tables
+            without KVM, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
         wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
@@ -107,7 +107,7 @@ class VirtualMachine(PartOfMachine):
         return wrong
 
     def sptes(self) -> dict[str, NDArray[np.uint64]]:
-        """Every page of SPTEs.
+        """Return every page of SPTEs.
 
         Returns
         -------
@@ -207,7 +207,7 @@ class VirtualMachine(PartOfMachine):
 
     @locked
     def host_write(self, gpa: int, data: "Buffer") -> None:
-        """Write guest memory as the VMM's own process does: KVM learns of it only if the host has to give the page a copy.
+        """Write guest memory as the VMM's own process does: KVM is notified only if the host has to give the page a copy.
 
         Raises
         ------
@@ -279,7 +279,7 @@ class VirtualMachine(PartOfMachine):
         self.kvm.set_backing(*_range(gpa, size), _level("level", level))
 
     def invalidate(self, gpa: int, size: int, how: str = "unmap") -> None:
-        """The host takes pages away, and its mmu notifier tells KVM.
+        """Take pages away, as the host does, with a notification of KVM by its mmu notifier.
 
         Parameters
         ----------
@@ -293,7 +293,7 @@ class VirtualMachine(PartOfMachine):
 
     @contextmanager
     def invalidation(self, gpa: int, size: int) -> Iterator[None]:
-        """An mmu notifier under way: within, faults on these pages come to RetPf.RETRY, and no access gets through."""
+        """Run an mmu notifier around a block: within, faults on these pages return RetPf.RETRY, and no access succeeds."""
         self.kvm.begin_invalidation(*_range(gpa, size))
         try:
             yield
@@ -301,21 +301,21 @@ class VirtualMachine(PartOfMachine):
             self.kvm.end_invalidation()
 
     def age(self, gpa: int, size: int) -> bool:
-        """Whether any of the pages was accessed since the last call; all are old then."""
+        """True if any of the pages was accessed since the last call; all are old then."""
         return self.kvm.age(*_range(gpa, size), True)
 
     def test_age(self, gpa: int, size: int) -> bool:
-        """Whether any of the pages was accessed since they were aged; changes nothing."""
+        """True if any of the pages was accessed since they were aged; changes nothing."""
         return self.kvm.age(*_range(gpa, size), False)
 
     # ---- page tables -------------------------------------------------------------------------------------------------
 
     def zap_all(self) -> None:
-        """Drop all page tables of the host."""
+        """Zap all page tables of the host."""
         self.kvm.zap_all_fast()
 
     def recover_nx_huge_pages(self, ratio: int = 60) -> int:
-        """One period of the recovery worker: zap the oldest 1/ratio of what the NX mitigation split; how many."""
+        """Run one period of the recovery worker: zap the oldest 1/ratio of the tables of the NX mitigation; returns how many."""
         return self.kvm.recover_nx_huge_pages(check_int("ratio", ratio, 1, _COUNT_MAX))
 
     def split_huge_pages(self, gpa: int, size: int, level: str = "4k") -> None:
@@ -323,7 +323,7 @@ class VirtualMachine(PartOfMachine):
         self.kvm.split_huge_pages(*_range(gpa, size), _level("level", level))
 
     def recover_huge_pages(self) -> None:
-        """Put huge mappings in the place of tables wherever slots and host allow them."""
+        """Replace tables by huge mappings wherever slots and host allow it."""
         self.kvm.recover_huge_pages()
 
     def __repr__(self) -> str:
@@ -335,6 +335,6 @@ def _level(name: str, value: str) -> int:
 
 
 def _range(gpa: int, size: int) -> tuple[int, int]:
-    """gpa and size, if they are whole pages within guest-physical memory."""
+    """Return gpa and size, if they are whole pages within guest-physical memory."""
     gpa = check_pages("gpa", gpa, 0, GPA_LIMIT - PAGE_SIZE)
     return gpa, check_length("size", check_pages("size", size, PAGE_SIZE, GPA_LIMIT), gpa)

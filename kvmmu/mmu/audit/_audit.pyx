@@ -6,7 +6,7 @@
     leaves   map the host page that is behind the frame now, no larger than slot and host allow, with no right that role, guest,
              slot, host, write tracking, shadowed tables or dirty log deny
     MMIO     entries of the present generation stand where no slot is
-    lists    have the counts that the counters tell
+    lists    are as long as their counters say
 """
 
 from libc.stddef cimport size_t
@@ -28,7 +28,7 @@ from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 
 
 cdef audit_tdp_page(_Findings f, PageFormat fmt, uint32_t sp, uint64_t base):
-    """A page of a TdpMmu, and all below it. IN base: the first frame that it maps."""
+    """Audit a page of a TdpMmu and all below it. IN base: the first frame that it maps."""
     cdef kvm *k = f.k
     cdef uint32_t role = k.pages[sp].role
     cdef int level = <int>(role & ROLE_LEVEL_MASK), i
@@ -69,7 +69,7 @@ cdef audit_tdp_table(_Findings f, PageFormat fmt, uint32_t sp, int i, uint64_t g
 
 
 cdef size_t references(const kvm *k, uint32_t root) noexcept:
-    """Who holds a root of a TdpMmu: vCPUs, and the machine itself."""
+    """Return how many references a root of a TdpMmu has: of vCPUs, and of the machine itself."""
     cdef size_t i, n = k.pages[root].held
     cdef const kvm_vcpu *vcpu
     for i in range(k.nr_vcpus):
@@ -80,7 +80,7 @@ cdef size_t references(const kvm *k, uint32_t root) noexcept:
 
 
 cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
-    """Every root of a TdpMmu, and all below; returns how many there are."""
+    """Audit every root of a TdpMmu and all below; returns how many roots there are."""
     cdef kvm *k = f.k
     cdef uint32_t root = k.tdp_mmu_roots.head
     cdef size_t roots = 0
@@ -90,7 +90,7 @@ cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
         if k.pages[root].root_count == 0:
             f.errors.append(f"root {root} has no references")
         if k.pages[root].role & ROLE_INVALID_MASK:
-            f.tdp_pages += 1                        # on its way out, and empty
+            f.tdp_pages += 1                        # its vCPUs leave it; it is empty
             for i in range(SPTE_ENT_PER_PAGE):
                 if k.sptes[first_spte(root) + i] != SHADOW_NONPRESENT_VALUE:
                     f.report(root, 0, 0, k.sptes[first_spte(root) + i], "an invalid root still maps")
@@ -101,9 +101,9 @@ cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
 
 
 def audit(Kvm machine not None, guest_tables=False):
-    """What is wrong with the page tables of a machine: one line each.
+    """Return the faults of the page tables of a machine: one line each.
 
-    guest_tables: what shadows the guest's tables is compared with them, too (see `_guest.pxd`).
+    guest_tables: compare shadow pages with the guest's tables, too (see `_guest.pxd`).
     """
     cdef _Findings f = _Findings()
     cdef kvm *k = machine.k

@@ -1,7 +1,7 @@
 """Shadow pages in sync against the guest's own tables.
 
-Writes to such tables are carried out by KVM, which lets the entry go that the guest's stood for. So an entry that is there says
-what the guest's says: the same frame, rights no wider, and it was accessed. What a VMM writes there itself KVM does not learn of.
+KVM carries out writes to such tables, and zaps the entry that shadows the written one. So a present entry has the frame of the
+guest's entry and no wider rights, and the guest's entry was accessed. A VMM that writes there itself does not tell KVM.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -11,7 +11,7 @@ from kvmmu.mmu.audit._leaf cimport _Findings
 from kvmmu.mmu.core._kvm cimport kvm
 
 
-# A walk of tables that a page may shadow a part of; NULL: nobody walks such tables now
+# Return the walk of some vCPU whose tables a page may shadow a part of; NULL: there is none now
 cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept
-# Entry i of a page that shadows a guest's table
+# Check entry i of a page that shadows a guest's table
 cdef audit_guest_entry(_Findings f, const kvm_pagewalk *w, uint32_t sp, int i, uint64_t spte)

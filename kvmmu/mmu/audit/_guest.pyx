@@ -23,7 +23,7 @@ from kvmmu.mmu.shadow._guest_tables cimport (
 
 
 cdef bint walks(const kvm_mmu *mmu, uint32_t role) noexcept:
-    """Pages of this role are parts of what the MMU shadows."""
+    """True if pages of this role shadow tables of the MMU's walk."""
     cdef uint64_t free = ROLE_LEVEL_MASK | ROLE_ACCESS_MASK | ROLE_QUADRANT_MASK | ROLE_PASSTHROUGH_MASK
     return mmu.w is not NULL and not mmu.root_role & ROLE_DIRECT_MASK and not (role ^ mmu.root_role) & ~free
 
@@ -39,7 +39,7 @@ cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept:
 
 
 cdef uint64_t offset_of(const kvm_mmu_page *page, int i) noexcept:
-    """Where the guest's entry of entry i lies in its table, in entries."""
+    """Return the index in its table of the guest's entry that entry i shadows."""
     cdef uint64_t index = i
     if page.role & ROLE_HAS_4_BYTE_GPTE_MASK:
         index |= ((page.role & ROLE_QUADRANT_MASK) >> ROLE_QUADRANT_SHIFT) << PT64_INDEX_BITS
@@ -49,7 +49,7 @@ cdef uint64_t offset_of(const kvm_mmu_page *page, int i) noexcept:
 
 
 cdef bint is_wider(const kvm_mmu_page *page, const kvm_pagewalk *w, uint32_t access, uint32_t allowed) noexcept:
-    """More rights than the guest's tables give, other than by a supervisor's write while CR0.WP is clear."""
+    """True if an entry has more rights than the guest's tables give, other than by a supervisor's write with CR0.WP clear."""
     cdef uint32_t more = access & ~allowed
     if more == 0:
         return False
@@ -71,7 +71,7 @@ cdef audit_guest_entry(_Findings f, const kvm_pagewalk *w, uint32_t sp, int i, u
         return
     gpte = gpa - (slot.base_gfn << PAGE_SHIFT)
     gpte = kvmmu_read32(slot.hva + gpte) if gpte_size(w) == sizeof(uint32_t) else kvmmu_read64(slot.hva + gpte)
-    # outside of L1's nested paging roles do not tell what is malformed: EFER.NX and CR4.PSE are not in them
+    # outside of L1's nested paging EFER.NX and CR4.PSE, which decide what is malformed, are not in the role
     if not is_present_gpte(w, gpte) or (w.is_nested and is_malformed_gpte(w, gpte, level)):
         f.report(sp, gfn, level, spte, f"the guest's entry {gpte:#x} at {gpa:#x} is not present, or malformed")
         return

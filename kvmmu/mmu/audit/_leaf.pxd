@@ -1,4 +1,4 @@
-"""What the audits of all page tables have in common: what they find, and what must be true of a leaf wherever it stands."""
+"""The findings of an audit, and the checks of a leaf that hold in the tables of both MMUs."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -9,7 +9,7 @@ from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 
 cdef class _Findings:
-    """One audit on its way."""
+    """The state of one audit."""
     cdef kvm *k
     cdef list errors
     cdef int64_t leaves[4]          # by level
@@ -18,10 +18,10 @@ cdef class _Findings:
     cdef set synced                 # (slot, gfn) of guest tables whose shadow is taken to be true: none may write there unseen
     cdef report(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, text)
     cdef check(self, name, want, have)
-    # What an entry by itself must be. IN fmt: of its MMU
+    # Check an entry by itself. IN fmt: of its MMU
     cdef entry(self, PageFormat fmt, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
-    # A leaf against slot and host. IN access: ACC_* that it may grant
+    # Check a leaf against slot and host. IN access: ACC_* that it may grant
     cdef leaf(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, uint32_t access)
     cdef dirty_log(self, const kvm_memory_slot *slot, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
-    # An entry that is not present
+    # Check an entry that is not present
     cdef special(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte)

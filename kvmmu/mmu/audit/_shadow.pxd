@@ -19,7 +19,7 @@ from kvmmu.mmu.core._kvm cimport kvm
 from kvmmu.mmu.core._spte cimport SpteFormat
 
 
-# Whether a present entry points into the arena
+# True if a present entry points into the arena
 cdef bint is_page_of_entries(const kvm *k, uint64_t spte) noexcept
-# How many pages there are, with those that belong to the vCPUs. OUT f.synced and all that is counted
+# Audit all shadow pages; returns their number, with the pages that belong to vCPUs. OUT f.synced, and all counts
 cdef size_t audit_shadow(_Findings f, SpteFormat sptes, bint guest_tables) except? 0

@@ -40,7 +40,7 @@ cdef inline bint is_shadow_page(const kvm_mmu_page *page) noexcept:
 
 
 cdef class _Shadow:
-    """The audit of shadow pages on its way."""
+    """The state of one audit of shadow pages."""
     cdef _Findings f
     cdef kvm *k
     cdef SpteFormat sptes
@@ -322,7 +322,7 @@ cdef class _Shadow:
         self.f.leaf(sp, gfn, level, spte, access)
 
     cdef bint table(self, uint32_t sp, int i, uint64_t gfn, int level, uint64_t spte) except? False:
-        """An entry that points to a page; whether there is one."""
+        """Audit an entry that points to a page; True if there is such a page."""
         cdef kvm *k = self.k
         cdef const kvm_mmu_page *page = &k.pages[sp]
         cdef const kvm_mmu_page *child

@@ -1,4 +1,4 @@
-"""What both MMUs are made of.
+"""The parts of both MMUs.
 
 `_spte`    the entries: layouts, make_spte(), checks, access tracking, MMIO entries. No state.
 `_slots`   memslots: host backing, large-page limits, write tracking, dirty log.
@@ -7,7 +7,7 @@
 `_kvm`     struct kvm, kvm_vcpu, kvm_mmu: all state of one virtual machine; requests to its vCPUs.
 `_page`    shadow pages: the arena, the hash, the lists, parents.
 `_rmap`    the reverse map: the leaf SPTEs of a frame.
-`_unsync`  shadow pages that the guest may write to: who may become unsync, and what its parents know of it.
-`_fault`   one page fault: what it asks for, host look-up, huge-page adjustment, the SPTE it ends in, MMIO.
+`_unsync`  shadow pages whose tables the guest may write to: which may become unsync, and the marks in their parents.
+`_fault`   one page fault: its arguments, host look-up, huge-page adjustment, the leaf SPTE, MMIO.
 """
 # Order: _spte, _slots, _pte_list, _trace, _kvm, _page, _rmap, _unsync, _fault

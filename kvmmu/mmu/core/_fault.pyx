@@ -1,4 +1,4 @@
-"""One page fault, up to what is an MMU's own; see `_fault.pxd`."""
+"""The part of a page fault that both MMUs share, as `_fault.pxd` describes it."""
 
 from libc.errno cimport EINVAL
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -65,7 +65,7 @@ cdef void move_host_page(kvm_memory_slot *slot, uint64_t gfn) noexcept nogil:
 
 
 cdef int populate(kvm *k, kvm_page_fault *fault) noexcept nogil:
-    """The host maps what it had not mapped: the zero page for a read, a page of its own for a write."""
+    """Let the host map a page: the zero page for a read, a page of its own for a write."""
     cdef kvm_memory_slot *slot = fault.slot
     cdef uint64_t i = fault.gfn - slot.base_gfn
     if fault.host_page & HOST_UNMAPPED:
@@ -130,7 +130,7 @@ cdef int faultin_pfn(kvm_vcpu *vcpu, kvm_page_fault *fault, uint32_t access) noe
     return RET_PF_CONTINUE
 
 
-# ---- how large -----------------------------------------------------------------------------------------------------------
+# ---- size ----------------------------------------------------------------------------------------------------------------
 
 cdef void hugepage_adjust(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil:
     fault.huge_page_disallowed = fault.exec and vcpu.kvm.spte.nx_huge_pages
@@ -151,7 +151,7 @@ cdef void disallowed_hugepage_adjust(kvm_page_fault *fault, uint64_t spte, int l
         fault.goal_level -= 1
 
 
-# ---- the entry that is there -------------------------------------------------------------------------------------------
+# ---- the present entry -------------------------------------------------------------------------------------------------
 
 cdef void walk_sptes(const kvm *k, uint32_t root, uint64_t addr, spte_walk *walk) noexcept nogil:
     cdef uint64_t gfn = addr >> PAGE_SHIFT
@@ -210,7 +210,7 @@ cdef int fast_page_fault(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil:
     return ret
 
 
-# ---- the entry to be -----------------------------------------------------------------------------------------------------
+# ---- the new entry -------------------------------------------------------------------------------------------------------
 
 cdef bint fault_make_spte(kvm *k, uint32_t role, kvm_memory_slot *slot, uint32_t access, uint64_t gfn, uint64_t pfn,
                           uint64_t old, bint prefetch, bint can_unsync, bint synchronizing, bint host_writable,

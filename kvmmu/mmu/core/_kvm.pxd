@@ -25,7 +25,7 @@ cdef enum:
     KVM_SHADOW_MMU = 0              # index of the lists that each kind of MMU has for itself
     KVM_TDP_MMU = 1
     PREV_ROOTS = 3
-    # what a vCPU does before it runs again
+    # requests: work of a vCPU before it runs again
     REQ_TLB_FLUSH = 1
     REQ_FREE_OBSOLETE_ROOTS = 2
     REQ_LOAD_MMU_PGD = 4
@@ -47,8 +47,8 @@ cdef struct kvm_mmu_page:
     uint8_t write_flooding_count
     bint unsync
     bint tdp_mmu_page
-    bint held                       # a root of a TdpMmu: the machine has a reference of its own
-    bint special                    # the top of a shadow MMU's root, without a guest table behind it; no child counts it a parent
+    bint held                       # a root of a TdpMmu: the virtual machine has a reference of its own
+    bint special                    # pae_root, pml4_root or pml5_root of an MMU: no child counts it a parent
     bint nx_huge_page_disallowed
     bint in_use
 
@@ -65,7 +65,7 @@ cdef struct kvm_stats:
     int64_t pages_4k, pages_2m, pages_1g, nx_lpage_splits
     int64_t max_mmu_rmap_size, max_mmu_page_hash_collisions
     int64_t exits, mmio_exits, insn_emulation, insn_emulation_fail, pml_full
-    int64_t bugs                    # what must never happen, did
+    int64_t bugs                    # of invariants that were found broken
 
 cdef struct kvm
 cdef struct kvm_vcpu
@@ -102,7 +102,7 @@ cdef struct kvm:
     uint64_t mmu_invalidate_start, mmu_invalidate_end       # gfns of an invalidation under way; equal: none
     kvm_vcpu **vcpus
     size_t nr_vcpus
-    bint vcpu_is_gone               # one of them, or more
+    bint vcpu_is_gone               # `gone` is set in one of them, or more
     unmap_gfns_fn unmap_gfns
     write_protect_gfn_fn write_protect_gfn
     bint tdp_enabled
@@ -111,7 +111,7 @@ cdef struct kvm:
     bint limit_requested            # n_max_mmu_pages is the VMM's choice, not that of the memory's size
     bint smep_andnot_wp             # role bits of an older kernel: SMEP counts only while CR0.WP is clear
 
-# One fault on its way through an MMU. The first block is what the exit said, the rest what is found out.
+# One page fault. The first block comes from the exit; the MMU fills in the rest.
 cdef struct kvm_page_fault:
     uint64_t addr
     uint64_t error_code
@@ -157,7 +157,7 @@ cdef struct kvm_vcpu:
     int maxphyaddr                  # of the guest
     uint32_t eflags_ac              # ACCESS_AC of the access under way
     uint64_t rip                    # of the instruction under way
-    bint injected                   # the last fault was the guest's: `guest_fault` tells it
+    bint injected                   # the last fault was the guest's: it is in `guest_fault`
     bint allow_retry                # the last write may be repeated instead of emulated, after `unprotect_and_retry()`
     walk_result guest_fault
     uint64_t mmio_gva, mmio_gfn, mmio_gen
@@ -165,12 +165,12 @@ cdef struct kvm_vcpu:
     bint mmio_cached
     uint64_t last_retry_eip, last_retry_addr
     uint32_t pml_page               # of the arena: the processor's log of dirty pages; 0: none
-    uint16_t pml_index              # of its next entry, once the vCPU is gone
-    bint gone                       # nobody runs it any more; its roots, and what they hold, are left at the next `sync()`
+    uint16_t pml_index              # of its next entry, once `gone` is set
+    bint gone                       # nobody runs it any more; the next `sync()` frees its roots
 
 
 cdef inline kvm_mmu_page *sp_of(kvm *k, uint64_t sptep) noexcept nogil:
-    """The page that an entry is in."""
+    """Return the page that an entry is in."""
     return &k.pages[sptep // SPTE_ENT_PER_PAGE]
 
 
@@ -183,7 +183,7 @@ cdef inline uint64_t sp_hpa(const kvm *k, uint32_t sp) noexcept nogil:
 
 
 cdef inline uint32_t spte_to_child(const kvm *k, uint64_t spte) noexcept nogil:
-    """The page that a present entry other than a leaf points to."""
+    """Return the page that a present entry other than a leaf points to."""
     return <uint32_t>(((spte & SPTE_BASE_ADDR_MASK) - k.arena_hpa) >> PAGE_SHIFT)
 
 
@@ -199,7 +199,7 @@ cdef kvm *new_kvm() noexcept nogil
 cdef void free_kvm(kvm *k) noexcept nogil
 # IN request: REQ_*
 cdef void make_all_vcpus_request(kvm *k, uint32_t request) noexcept nogil
-# Every vCPU drops what its TLB holds of this machine, before it runs again
+# Ask every vCPU to flush its TLB before it runs again
 cdef void flush_remote_tlbs(kvm *k) noexcept nogil
 cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil
 # NULL for want of memory

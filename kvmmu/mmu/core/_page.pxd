@@ -1,9 +1,9 @@
-"""Shadow pages: the arena they live in, the hash and the lists that find them, and who points to them.
+"""Shadow pages: the arena, the hash and the lists that find them, and their parents.
 
 How the pieces are used by a shadow MMU: reserve at the start of a fault (`reserve_pages()`, `reserve_descs()`); look for a page
 of (gfn, role) from `hash_first()` on; if there is none, `new_shadow_page()` makes one, hashed and last of `active_mmu_pages`.
 `link_parent()` and `unlink_parent()` go with every entry that starts or stops to point to a page. An indirect page of level 3
-or less remembers frame and rights of each entry (`shadowed_translation`), because they are not what its role says.
+or less has frame and rights of each entry (`shadowed_translation`), because its role does not determine them.
 `free_page()` takes a page whose entries are empty and that nothing points to. A TdpMmu uses `alloc_page()`, the lists and
 `link_parent()`, and no hash.
 """
@@ -20,7 +20,7 @@ from kvmmu.mmu.core._kvm cimport KVM_MMU_HASH_BUCKETS, kvm, kvm_mmu_page, page_l
 
 
 cdef inline uint64_t first_spte(uint32_t sp) noexcept nogil:
-    """Number of the first entry of a page."""
+    """Return the number of the first entry of a page."""
     return <uint64_t>sp * SPTE_ENT_PER_PAGE
 
 
@@ -30,17 +30,17 @@ cdef inline void list_init(page_list *pages) noexcept nogil:
 
 
 cdef inline uint64_t spte_index(uint64_t gfn, int level) noexcept nogil:
-    """Index of the entry for a frame in a page of this level."""
+    """Return the index of the entry for a frame in a page of this level."""
     return (gfn >> (PT64_INDEX_BITS * (level - 1))) & (SPTE_ENT_PER_PAGE - 1)
 
 
 cdef inline bint sp_has_gptes(const kvm_mmu_page *sp) noexcept nogil:
-    """A guest page table stands behind this page."""
+    """True if a guest page table stands behind this page."""
     return not sp.role & (ROLE_DIRECT_MASK | ROLE_PASSTHROUGH_MASK)
 
 
 cdef inline uint64_t sp_get_gfn(const kvm_mmu_page *sp, int index) noexcept nogil:
-    """The guest frame that an entry of the page maps, or would map."""
+    """Return the guest frame that an entry of the page maps, or would map."""
     if sp.role & ROLE_PASSTHROUGH_MASK:
         return sp.gfn
     if sp.shadowed_translation is not NULL:
@@ -49,7 +49,7 @@ cdef inline uint64_t sp_get_gfn(const kvm_mmu_page *sp, int index) noexcept nogi
 
 
 cdef inline uint32_t sp_get_access(const kvm_mmu_page *sp, int index) noexcept nogil:
-    """The rights that the guest's tables give an entry of the page."""
+    """Return the rights that the guest's tables give an entry of the page."""
     if sp.shadowed_translation is not NULL:
         return <uint32_t>(sp.shadowed_translation[index] & ACC_ALL)
     return <uint32_t>((sp.role & ROLE_ACCESS_MASK) >> ROLE_ACCESS_SHIFT)
@@ -65,7 +65,7 @@ cdef inline uint32_t hash_bucket(uint64_t gfn) noexcept nogil:
 
 
 cdef inline uint32_t hash_first(const kvm *k, uint64_t gfn) noexcept nogil:
-    """The first page of the bucket of gfn; go on with `hash_next`, and compare gfn and role: 0 ends."""
+    """Return the first page of the bucket of gfn; go on with `hash_next`, and compare gfn and role: 0 ends."""
     return k.hash[hash_bucket(gfn)]
 
 
@@ -74,7 +74,7 @@ cdef int reserve_pages(kvm *k, size_t n) noexcept nogil
 # A page of empty entries, in no list; needs a reserved one
 cdef uint32_t alloc_page(kvm *k, uint64_t gfn, uint32_t role) noexcept nogil
 cdef void free_page(kvm *k, uint32_t sp) noexcept nogil
-# Every entry empty
+# Make every entry empty
 cdef void clear_page(kvm *k, uint32_t sp) noexcept nogil
 # alloc_page(), hashed and in active_mmu_pages; 0 for want of memory for shadowed_translation
 cdef uint32_t new_shadow_page(kvm *k, uint64_t gfn, uint32_t role) noexcept nogil

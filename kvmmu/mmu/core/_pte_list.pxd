@@ -31,9 +31,9 @@ cdef struct pte_list_pool:
 cdef void free_pool(pte_list_pool *pool) noexcept nogil
 # Make sure that n additions need no memory: 0, or -1
 cdef int reserve_descs(pte_list_pool *pool, size_t n) noexcept nogil
-# Returns how many entries the list had; needs one reserved descriptor
+# Append an entry; returns how many entries the list had. Needs one reserved descriptor
 cdef size_t pte_list_add(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil
-# Whether it was there
+# True if it was there
 cdef bint pte_list_remove(pte_list_pool *pool, uint64_t *head, uint64_t sptep) noexcept nogil
 cdef size_t pte_list_count(const pte_list_pool *pool, uint64_t head) noexcept nogil
 # IN i: below the count

@@ -1,4 +1,4 @@
-"""Memslots: look-up, large-page limits, counters. What they are is told in `_slots.pxd`."""
+"""Memslots: look-up, large-page limits, counters, as `_slots.pxd` describes them."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -53,7 +53,7 @@ cdef int account_write_track(kvm_memory_slot *slot, uint64_t gfn, int count) noe
 
 
 cdef uint64_t pages_at(const kvm_memory_slot *slot, int level) noexcept nogil:
-    """Pages of this level that the slot touches."""
+    """Return how many pages of this level the slot touches."""
     return level_index(slot, slot.base_gfn + slot.npages - 1, level) + 1
 
 
@@ -91,7 +91,7 @@ cdef int set_dirty_log(kvm_memory_slot *slot, bint on) noexcept nogil:
 
 
 cdef void limit_edges(kvm_memory_slot *slot) noexcept nogil:
-    """A huge page that reaches over an edge of the slot would map what is not its memory."""
+    """Forbid the huge pages that reach over an edge of the slot: they would map memory of another one."""
     cdef int level
     cdef uint64_t mask, end = slot.base_gfn + slot.npages
     for level in range(PG_LEVEL_2M, PG_LEVEL_1G + 1):

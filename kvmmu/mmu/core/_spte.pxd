@@ -1,7 +1,8 @@
 """Entries of the host's page tables (SPTEs): layouts, predicates and the making of each kind. Pure functions, no state.
 
-An SPTE is what the processor walks and what KVM remembers in one word: bit 11 (MMU-present) tells a real entry from an empty,
-frozen or MMIO one; host-writable and MMU-writable say why a clear W is clear; bits 61:60 say how A and D are kept.
+An SPTE holds in one word the entry that the processor walks and KVM's own marks: bit 11 (MMU-present) is set in a real entry,
+not in an empty, frozen or MMIO one; host-writable and MMU-writable say why a clear W is clear; bits 61:60 say how A and D are
+kept.
 
     W  MMU-writable  host-writable
     1       1             1         writable
@@ -10,9 +11,9 @@ frozen or MMIO one; host-writable and MMU-writable say why a clear W is clear; b
     0       0             0         read-only in the host
                                     anything else is a bug
 
-How the pieces are used: an MMU computes rights, asks `_unsync` whether the page may be writable, and calls `make_spte()`;
-upper entries are `make_nonleaf_spte()`. A shadow MMU passes the rights of the guest's walk as `access`, and the SPTE that
-stands there as `old` when it re-derives one (synchronizing).
+How the pieces are used: `fault_make_spte()` of `_fault` asks `_unsync` if the frame may be writable, and calls `make_spte()`;
+upper entries are `make_nonleaf_spte()`. The rights of a request are those of the role, or of the guest's walk in a shadow MMU,
+which sets `synchronizing` when it makes an entry anew that stands there already.
 
 Sources: SDM vol. 3, "EPT Translation Mechanism", "EPT Misconfigurations"; APM vol. 2, "Nested Paging".
 """
@@ -55,7 +56,7 @@ cdef struct spte_format:
     uint64_t me_mask
     uint64_t l1tf_mask              # of an MMIO SPTE: address bits that are set, and saved five bits higher
 
-# What a leaf SPTE is made from.
+# The arguments of a leaf SPTE.
 cdef struct spte_request:
     uint32_t role                   # of the shadow page that it goes into
     uint32_t access                 # ACC_*
@@ -93,12 +94,12 @@ cdef inline bint is_mmu_writable_spte(const spte_format *f, uint64_t spte) noexc
 
 
 cdef inline bint spte_ad_enabled(uint64_t spte) noexcept nogil:
-    """The processor keeps A and D of this entry."""
+    """True if the processor keeps A and D of this entry."""
     return (spte & SPTE_TDP_AD_MASK) != SPTE_TDP_AD_DISABLED
 
 
 cdef inline bint spte_ad_need_write_protect(uint64_t spte) noexcept nogil:
-    """Dirty logging of this entry works by its W, not by its D."""
+    """True if dirty logging of this entry works by its W, not by its D."""
     return (spte & SPTE_TDP_AD_MASK) != 0
 
 
@@ -111,7 +112,7 @@ cdef inline bint is_accessed_spte(const spte_format *f, uint64_t spte) noexcept 
 
 
 cdef inline bint spte_has_volatile_bits(const spte_format *f, uint64_t spte) noexcept nogil:
-    """Somebody else may change this entry at any time: a fast page fault its W, the processor its A and D."""
+    """True if others may change this entry at any time: a fast page fault its W, the processor its A and D."""
     if not is_writable_pte(spte) and is_mmu_writable_spte(f, spte):
         return True
     if is_access_track_spte(f, spte):
@@ -121,13 +122,13 @@ cdef inline bint spte_has_volatile_bits(const spte_format *f, uint64_t spte) noe
 
 
 cdef inline bint check_writable(const spte_format *f, uint64_t spte) noexcept nogil:
-    """Whether W, MMU-writable and host-writable of a present leaf are one of the four rows above."""
+    """True if W, MMU-writable and host-writable of a present leaf are one of the four rows above."""
     if is_mmu_writable_spte(f, spte):
         return (spte & f.host_writable_mask) != 0
     return not is_writable_pte(spte)
 
 
-# ---- what an entry says ------------------------------------------------------------------------------------------------
+# ---- fields of an entry ------------------------------------------------------------------------------------------------
 
 cdef inline uint64_t spte_to_pfn(uint64_t spte) noexcept nogil:
     return (spte & SPTE_BASE_ADDR_MASK) >> PAGE_SHIFT
@@ -138,7 +139,7 @@ cdef inline uint64_t pages_per_hpage(int level) noexcept nogil:
 
 
 cdef inline uint32_t spte_access(const spte_format *f, uint64_t spte) noexcept nogil:
-    """ACC_* that the entry grants."""
+    """Return ACC_* that the entry grants."""
     cdef uint32_t acc = <uint32_t>(spte & (ACC_READ_MASK | ACC_WRITE_MASK))     # P or R, and W, stand in place
     if f.ept:
         if spte & EPT_EXECUTABLE_MASK:
@@ -155,13 +156,13 @@ cdef inline uint32_t spte_access(const spte_format *f, uint64_t spte) noexcept n
 
 cdef inline bint spte_permission_fault(const spte_format *f, const kvm_page_format *fmt, uint64_t spte,
                                        uint64_t error_code) noexcept nogil:
-    """Whether a present entry denies the access that an error code tells of. IN fmt: the MMU's own."""
+    """True if a present entry denies the access of an error code. IN fmt: the MMU's own."""
     cdef uint64_t index = (error_code & ACCESS_PFEC_MASK) >> PERMISSIONS_INDEX_SHIFT
     return ((fmt.permissions[index] >> spte_access(f, spte)) & 1) != 0
 
 
 cdef inline bint is_rsvd_spte(const kvm_page_format *fmt, uint64_t spte, int level) noexcept nogil:
-    """Whether the processor would find a present entry malformed (the shadow-zero check)."""
+    """True if the processor would find a present entry malformed (the shadow-zero check)."""
     return has_rsvd_bits(fmt, spte, level) or (fmt.bad_mt_xwr != 0 and has_bad_mt_xwr(fmt, spte))
 
 
@@ -204,7 +205,7 @@ cdef void init_shadow_format(PageFormat fmt, const spte_format *f, int level, bi
                              bint gbpages) noexcept
 
 
-# What is wrong with an entry: 0, or a sum as `SpteFormat.audit_page()` describes it
+# Return the faults of an entry: 0, or a sum as `SpteFormat.audit_page()` describes it
 cdef uint8_t audit_spte(const spte_format *f, PageFormat fmt, uint64_t spte, int level, uint32_t role) noexcept
 
 

@@ -31,7 +31,7 @@ from kvmmu.walk._arguments cimport check_scalar_word
 from kvmmu.arch.arguments import check_bool, check_int, check_pages, check_word, refuse_masked
 from kvmmu.mmu.host import Host
 
-# What may be wrong with an entry, as `SpteFormat.audit_page()` tells it.
+# The faults of an entry that `SpteFormat.audit_page()` reports.
 cdef enum:
     BAD_WRITABLE = 1
     BAD_RSVD = 2
@@ -229,7 +229,7 @@ cdef void init_shadow_format(PageFormat fmt, const spte_format *f, int level, bi
         init_legacy_zero_bits(fmt, f, level, gbpages)
 
 
-# ---- the Python face ---------------------------------------------------------------------------------------------------
+# ---- SpteFormat --------------------------------------------------------------------------------------------------------
 
 def _as_u64(name, values):
     """values as a C-contiguous uint64 array of one dimension."""
@@ -280,7 +280,7 @@ cdef class SpteFormat:
 
     @property
     def mmio_caching(self):
-        """Whether an SPTE can mark MMIO."""
+        """True if an SPTE can mark MMIO."""
         return bool(self.f.mmio_caching)
 
     def tdp_format(self, level=4, smep=False):
@@ -339,7 +339,7 @@ cdef class SpteFormat:
         return out
 
     def mmio(self, spte):
-        """What MMIO SPTEs say: dict of is_mmio (bool), gfn, gen (uint64), access (uint8); zero where an entry is not one."""
+        """Decode MMIO SPTEs: dict of is_mmio (bool), gfn, gen (uint64), access (uint8); zero where an entry is not one."""
         spte = _as_u64("spte", spte)
         cdef const uint64_t[::1] sptes = spte
         columns = {"is_mmio": np.zeros(spte.size, bool), "gfn": np.zeros(spte.size, np.uint64),
@@ -367,7 +367,7 @@ cdef class SpteFormat:
         return out
 
     def permission_fault(self, PageFormat fmt not None, spte, error_code):
-        """Whether entries deny the access of a page-fault error code (bool), by the MMU's own format."""
+        """Return True for each entry that denies the access of a page-fault error code, by the MMU's own format."""
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.empty(sptes.shape[0], bool)
         cdef uint8_t[::1] fault = out.view(np.uint8)
@@ -378,7 +378,7 @@ cdef class SpteFormat:
         return out
 
     def is_access_tracked(self, spte):
-        """Which entries had their rights taken away to see the next access (bool)."""
+        """Return True for each entry whose rights access tracking has taken away."""
         cdef const uint64_t[::1] sptes = _as_u64("spte", spte)
         out = np.empty(sptes.shape[0], bool)
         cdef uint8_t[::1] tracked = out.view(np.uint8)
@@ -424,7 +424,7 @@ cdef class SpteFormat:
         return int(c_make_huge_spte(&self.f, check_scalar_word("small", small), check_int("level", level, 2, 3)))
 
     def audit_page(self, PageFormat fmt not None, spte, level, role=0):
-        """What is wrong with the entries of a page.
+        """Return the faults of the entries of a page.
 
         Parameters
         ----------

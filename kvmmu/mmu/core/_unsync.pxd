@@ -1,11 +1,11 @@
-"""Which guest page tables may be written to while they are shadowed.
+"""Unsync pages: shadow pages whose guest tables may be written to while they are shadowed.
 
 A leaf page (level 1) may go unsync: the guest writes to the table freely, and the page is compared with it when the guest says
-INVLPG or loads CR3. Every parent knows of unsync pages below it: a bit per entry (`unsync_child_bitmap`) and their number.
+INVLPG or loads CR3. A parent marks the entries below which unsync pages are (`unsync_child_bitmap`), and has their number.
 
-How the pieces are used: `make_spte` in an MMU asks `try_to_unsync()` before a frame becomes writable. A shadow MMU that syncs
-or zaps a page calls `clear_unsync()`, and walks `unsync_children` from its root on `MMU_SYNC`; a page that is linked below a
-parent and has unsync children makes the parent know by `mark_unsync_child()`.
+How the pieces are used: `fault_make_spte()` calls `try_to_unsync()` before a frame becomes writable. A shadow MMU that syncs or
+zaps a page calls `clear_unsync()`; on REQ_MMU_SYNC it follows the marks from its root. When a page that is unsync, or has unsync
+children, is linked below a parent, `mark_unsync_child()` marks it there.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -20,7 +20,7 @@ cdef enum unsync_result:
 
 # IN can_unsync: shadow pages of the frame may become unsync (else their being there is a denial)
 cdef int try_to_unsync(kvm *k, kvm_memory_slot *slot, uint64_t gfn, bint can_unsync, bint prefetch) noexcept nogil
-# The page below entry sptep is unsync, or has unsync children: tell all that stands above
+# Mark entry sptep, whose page is unsync or has unsync children, and the entries of all parents above
 cdef void mark_unsync_child(kvm *k, uint64_t sptep) noexcept nogil
 cdef void clear_unsync_child(kvm *k, uint64_t sptep) noexcept nogil
 cdef void clear_unsync(kvm *k, uint32_t sp) noexcept nogil

@@ -1,4 +1,4 @@
-"""What knows both MMUs.
+"""The users of both MMUs.
 
 `_entry`   from an exit to a return code; roots of a vCPU.
 `_gfns`    guest frames in the tables of both MMUs: zap, write protection.

@@ -8,17 +8,17 @@ from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 # One exit. IN addr: guest-physical for a direct MMU; error_code: of #PF or #NPF, or decoded from an EPT violation. Returns
 # RET_PF_*: EMULATE asks the caller to carry the access out, all others to run the vCPU again; or a negative errno
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil
-# Everything that was asked of the active MMU, and a root for it: 0, or a negative errno
+# Serve the requests to the active MMU, and load a root for it: 0, or a negative errno
 cdef int prepare_mmu(kvm_vcpu *vcpu) noexcept nogil
 cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil
-# A fault that KVM's walk has found goes to the guest, by the walk that failed
+# Deliver a fault that KVM's walk has found to the guest, by the walk that failed
 cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil
-# KVM may let the guest repeat the write instead of carrying it out, once it shadows the frame no longer. IN addr: of the
-# exit; gfn: that is written. Whether the guest is to repeat it
+# Zap the shadow pages of a frame, so that the guest may repeat a write instead of KVM carrying it out. True if there were
+# some, and the guest is to repeat it. IN addr: of the exit; gfn: that is written
 cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexcept nogil
-# What the processor logged since the log was empty is dirty. IN index: of the next entry, counting down
+# Enter the frames that the processor logged in the dirty log. IN index: of the next entry of its log, counting down
 cdef void drain_pml(kvm_vcpu *vcpu, uint16_t index) noexcept nogil
-# All pages that a vCPU holds: roots, and its log, which is drained. It never runs again
+# Free all pages that a vCPU holds: roots, and its log, which is drained. It never runs again
 cdef void free_vcpu_pages(kvm_vcpu *vcpu) noexcept nogil
 # The role of a TdpMmu's root
 cdef uint32_t tdp_root_role(const kvm *k, int level, bint smm, bint guest_mode, bint gmet) noexcept nogil

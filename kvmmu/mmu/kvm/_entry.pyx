@@ -28,7 +28,7 @@ from kvmmu.mmu.tdp._tdp cimport tdp_get_root, tdp_page_fault, tdp_put_root
 
 
 cdef int write_protect_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:
-    """A write to a frame that holds shadowed tables: carried out for the guest, unless the tables can go instead."""
+    """Handle a write to a frame that holds shadowed tables: KVM carries it out, unless it can zap their shadow pages instead."""
     cdef uint64_t walked = PFERR_PRESENT_MASK | PFERR_WRITE_MASK | PFERR_GUEST_PAGE_MASK
     cdef bint again = vcpu.last_retry_eip == vcpu.rip and vcpu.last_retry_addr == addr
     if again:                                           # it was repeated once already: now it is carried out
@@ -50,7 +50,7 @@ cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexc
 
 
 cdef uint32_t walker_error_code(const kvm_vcpu *vcpu, const walk_result *r) noexcept nogil:
-    """P and RSVD of the walk that failed, which exit information of a second stage has in a form of its own."""
+    """Return P and RSVD of the walk that failed; exit information of a second stage has them in a form of its own."""
     if r.status == STATUS_NESTED_PAGE_FAULT:
         return <uint32_t>r.exit_qualification
     if r.status == STATUS_EPT_VIOLATION:
@@ -67,7 +67,7 @@ cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r
     # an entry that grants more than the guest's tables would fault here for ever
     if stale and by_ngpa_walk == vcpu.kvm.tdp_enabled:
         mmu_invalidate_addr(vcpu, mmu, addr, True, 0)
-    # a violation drops what the processor knows of the address in the same tables, whatever else is in the EPTP
+    # a violation drops the processor's translations of the address by the same tables, whatever else is in the EPTP
     if by_ngpa_walk and mmu.w.format == KVMMU_FORMAT_EPT and not error_code & PFERR_RSVD_MASK and (
             r.status == STATUS_EPT_VIOLATION or r.status == STATUS_PAGE_FAULT):
         prev_roots = prev_roots_of(mmu, mmu.root.pgd, PT64_BASE_ADDR_MASK)

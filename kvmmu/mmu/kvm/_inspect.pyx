@@ -1,4 +1,4 @@
-"""What tracepoints and page tables of a machine look like from outside, as arrays."""
+"""Counters, tracepoints and page tables of a machine as dicts and arrays."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def set_trace(Kvm machine not None, uint32_t mask, size_t capacity):
 
 
 def trace_events(Kvm machine not None):
-    """(number of events ever, ndarray of uint64 (n, 10): number, vcpu, id, seven fields), oldest first."""
+    """Return (number of events ever, ndarray of uint64 (n, 10): number, vcpu, id, seven fields), oldest first."""
     cdef kvm *k = machine.k
     cdef trace_ring *ring = &k.trace
     cdef uint64_t i, n, first
@@ -55,7 +55,7 @@ def trace_events(Kvm machine not None):
 
 
 def pages(Kvm machine not None):
-    """Pages of SPTEs that are in use: dict of arrays sp, gfn, role, root_count, nx, unsync, special (one row each), sptes
+    """Return the pages of SPTEs in use: dict of arrays sp, gfn, role, root_count, nx, unsync, special (one row each), sptes
     (n, 512), translations (n, 512): gfn << 12 | ACC_* of the leaf entries of pages that shadow a guest's table, else 0."""
     cdef kvm *k = machine.k
     cdef const kvm_mmu_page *page
@@ -81,7 +81,7 @@ def pages(Kvm machine not None):
 
 
 def stats(Kvm machine not None):
-    """dict of str to int: the counters by KVM's names."""
+    """Return the counters by KVM's names: dict of str to int."""
     cdef const int64_t *counters = <const int64_t *>&machine.k.stats
     with machine.lock:
         return {name: counters[i] for i, name in enumerate(_STATS)}

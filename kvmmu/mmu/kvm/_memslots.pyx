@@ -104,7 +104,7 @@ cdef class Memslots:
         return 0
 
     def _make(self, keys):
-        """The addresses of new memslots for regions, by key, not used yet."""
+        """Return the addresses of new memslots for regions, by key; they are not in force yet."""
         cdef uint64_t pfn = self.k.next_pfn
         cdef kvm_memory_slot *slot
         cdef uintptr_t hva
@@ -149,8 +149,8 @@ cdef class Memslots:
         self.default_limit()
 
     cdef void rebuild_ram(self, guest_slot *slots) noexcept:
-        """Host-physical memory: every image of every slot, the largest slot's first image in front. IN slots: zeroed, and room
-        for all of them."""
+        """Make host-physical memory anew: every image of every slot, the largest slot's first image in front. IN slots: zeroed,
+        with room for all of them."""
         cdef size_t as_id, i, n = 0, largest = 0
         cdef const kvm_memory_slot *slot
         cdef int version

@@ -1,4 +1,4 @@
-"""Kvm: what the host does: notifiers, dirty logs, and the maintenance of a machine's page tables."""
+"""Kvm: notifiers, dirty logs, and the maintenance of a machine's page tables."""
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from kvmmu.mmu.tdp._range cimport (
 
 
 cdef int break_up(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) except -1:
-    """Host pages that reach over an edge of [start, end) become small where they are inside and outside."""
+    """Break up the host pages that reach over an edge of [start, end), inside and outside."""
     cdef uint64_t gfn, first, last, size, edge
     cdef int level
     cdef bint broken
@@ -53,7 +53,7 @@ cdef int break_up(kvm *k, kvm_memory_slot *slot, uint64_t start, uint64_t end) e
 
 
 cdef int limit_level(kvm_memory_slot *slot, uint64_t start, uint64_t end) except -1:
-    """Neighbours of small pages cannot be parts of a huge one."""
+    """Lower the level of the neighbours of small pages, which cannot be parts of a huge one."""
     cdef uint64_t gfn, first, last, size
     cdef int level
     for level in (PG_LEVEL_1G, PG_LEVEL_2M):
@@ -67,7 +67,7 @@ cdef int limit_level(kvm_memory_slot *slot, uint64_t start, uint64_t end) except
 
 
 cdef class Kvm:
-    """The page tables of one virtual machine and all that decides over them. Made by a Vm.
+    """One virtual machine but for its vCPUs: its page tables, its memslots and the pages of its host. Made by a Vm.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ cdef class Kvm:
         return self.memslots.sync()
 
     cdef void reap(self) noexcept:
-        """Leave the vCPUs that nobody runs any more."""
+        """Free the vCPUs that nobody runs any more."""
         cdef size_t i = self.k.nr_vcpus
         self.k.vcpu_is_gone = False
         while i > 0:
@@ -136,7 +136,7 @@ cdef class Kvm:
             self.sync()
 
     def slots(self):
-        """One dict per memslot: id, as_id, gpa, size, pfn, readonly, dirty_log."""
+        """Return one dict per memslot: id, as_id, gpa, size, pfn, readonly, dirty_log."""
         cdef kvm_memory_slot *slot
         rows = []
         with self.lock:
@@ -149,7 +149,7 @@ cdef class Kvm:
         return sorted(rows, key=lambda row: (row["as_id"], row["gpa"]))
 
     def readonly_slot(self, gpa, size):
-        """Where the first slot that is read-only to the guest begins in [gpa, gpa + size); None without one."""
+        """Return the begin of the first slot in [gpa, gpa + size) that is read-only to the guest; None without one."""
         cdef const slot_table *table
         cdef uint64_t first, last
         cdef size_t i
@@ -232,7 +232,7 @@ cdef class Kvm:
             self.k.mmu_invalidate_seq += 1
 
     def host_page(self, gpa, as_id=0):
-        """(host frame, level, unmapped, readonly) of what the host has behind gpa now."""
+        """Return (host frame, level, unmapped, readonly) of the host page behind gpa."""
         cdef kvm_memory_slot *slot
         cdef uint8_t page
         with self.lock:
@@ -242,7 +242,7 @@ cdef class Kvm:
                     bool(page & HOST_UNMAPPED), bool(page & HOST_READONLY))
 
     def begin_invalidation(self, gpa, size):
-        """An mmu notifier has started: faults on these pages retry until `end_invalidation()`."""
+        """Begin an invalidation by an mmu notifier: faults on these pages retry until `end_invalidation()`."""
         cdef kvm_memory_slot *slot
         with self.lock:
             if self.k.mmu_invalidate_start != self.k.mmu_invalidate_end:
@@ -254,13 +254,13 @@ cdef class Kvm:
                 unmap_gfns(self.k, slot, start, end)
 
     def end_invalidation(self):
-        """The mmu notifier is done."""
+        """End the invalidation by an mmu notifier."""
         with self.lock:
             self.k.mmu_invalidate_start = self.k.mmu_invalidate_end = 0
             self.k.mmu_invalidate_seq += 1
 
     def age(self, gpa, size, clear):
-        """Whether any page was accessed since the last time; clear: and make all of them old. Nothing is flushed."""
+        """True if any page was accessed since it was last made old; clear: make all of them old. Nothing is flushed."""
         young = False
         cdef kvm_memory_slot *slot
         with self.lock:
@@ -273,8 +273,11 @@ cdef class Kvm:
     # ---- dirty log ---------------------------------------------------------------------------------------------------
 
     def set_dirty_log(self, gpa, on, as_id=0, created=False, dirty=(), full=False):
-        """Start or stop the dirty log of the slot at gpa; created: it was made a moment ago, and nothing maps it; dirty: pages of
-        it, by number, that the log begins with; full: it begins with all, and protects what is cleared."""
+        """Start or stop the dirty log of the slot at gpa.
+
+        created: the slot is new, and nothing maps it. dirty: pages of it, by number, that the log begins with. full: the log
+        begins with all pages, and a page is protected when it is cleared.
+        """
         cdef kvm_memory_slot *slot
         cdef uint64_t i
         with self.lock:
@@ -312,7 +315,7 @@ cdef class Kvm:
             flush_remote_tlbs(self.k)                   # in any case: see dirty_log()
 
     def dirty_log(self, gpa, clear, as_id=0):
-        """Frames (uint64, ascending) written since the log was last cleared."""
+        """Return the frames (uint64, ascending) written since the log was last cleared."""
         cdef kvm_memory_slot *slot
         cdef uint64_t[::1] words
         with self.lock:
@@ -352,7 +355,7 @@ cdef class Kvm:
             self.clear_dirty_words(slot, np.packbits(bits, bitorder="little").view(np.uint64))
 
     cdef int clear_dirty_words(self, kvm_memory_slot *slot, const uint64_t[::1] wanted) except -1:
-        """Of pages with a bit set: those that are in the log are clean, and the next write to each is logged."""
+        """Clear the pages of the log that have a bit set in `wanted`, and protect them: the next write to each is logged."""
         cdef uint64_t word, first, last
         cdef size_t i
         cdef int bit
@@ -381,7 +384,7 @@ cdef class Kvm:
         return 0
 
     def note_write(self, gpa, size, as_id=0, dirty=True):
-        """KVM or the VMM writes bytes of the guest: the host page becomes a private one; dirty: KVM, which logs the frame."""
+        """Give bytes of the guest that KVM or the VMM writes a private host page. dirty: KVM writes, and logs the frame."""
         cdef kvm_memory_slot *slot
         cdef uint64_t gfn, start, end
         check_space(as_id)
@@ -397,7 +400,7 @@ cdef class Kvm:
                         mark_slot_dirty(slot, gfn)
 
     def track_write(self, gpa, size, as_id=0):
-        """Bytes of the guest were written: what shadows them is not true any more."""
+        """Drop the shadow of bytes of the guest that were written."""
         cdef kvm_memory_slot *slot
         cdef uint64_t at, end, start, stop, part
         check_space(as_id)
@@ -413,22 +416,22 @@ cdef class Kvm:
                     track_write(self.k, as_id, at, part, False)
                     at += part
 
-    # ---- what one sees -----------------------------------------------------------------------------------------------
+    # ---- inspection --------------------------------------------------------------------------------------------------
 
     @property
     def arena_hpa(self):
-        """Host-physical address of the pages of SPTEs: page n is n * 4096 bytes further."""
+        """Host-physical address of the pages of SPTEs: page n lies n * 4096 bytes behind it."""
         return int(self.k.arena_hpa)
 
     # ---- maintenance -------------------------------------------------------------------------------------------------
 
     def zap_all_fast(self):
-        """All page tables go: roots are invalid at once, their contents after that."""
+        """Zap all page tables: roots are invalid at once, their contents are zapped after that."""
         with self.lock:
             zap_all_fast(self.k)
 
     def recover_nx_huge_pages(self, ratio):
-        """What the recovery worker does in one period: zap the oldest 1/ratio of the tables of the NX mitigation."""
+        """Zap the oldest 1/ratio of the tables of the NX mitigation, as the recovery worker does in one period; how many."""
         cdef size_t n
         if ratio < 1:
             raise ValueError(f"ratio: want at least 1, got {ratio}")
@@ -448,7 +451,7 @@ cdef class Kvm:
                     raise MemoryError
 
     def recover_huge_pages(self):
-        """Put huge mappings where slots and host allow them, in the place of tables."""
+        """Replace tables by huge mappings wherever slots and host allow it."""
         cdef kvm_memory_slot *slot
         cdef bint flush = False
         with self.lock:
@@ -462,7 +465,7 @@ cdef class Kvm:
                 flush_remote_tlbs(self.k)
 
     def write_protect_gfn(self, gfn, as_id=0):
-        """Take W from every mapping of a frame, not to come back by a fast page fault; whether there was one."""
+        """Write-protect every mapping of a frame, so that no fast page fault makes it writable; True if one was writable."""
         cdef kvm_memory_slot *slot
         with self.lock:
             slot = self.memslots.slot_at(gfn << PAGE_SHIFT, as_id)
@@ -472,11 +475,11 @@ cdef class Kvm:
             return True
 
     def advance_generation(self, count):
-        """Count memslot updates without making them; MMIO entries grow stale, and all goes when 18 bits wrap."""
+        """Count memslot updates without making them: MMIO entries become stale; when 18 bits wrap, all page tables are zapped."""
         with self.lock:
             next_generation(self.k, count)
 
     @property
     def generation(self):
-        """Of the memslots."""
+        """The generation of the memslots."""
         return int(self.k.memslot_gen)

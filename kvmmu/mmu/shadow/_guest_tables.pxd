@@ -1,4 +1,4 @@
-"""Entries of guest tables as a shadow MMU reads them, in the format of the walk that it shadows."""
+"""Entries of guest tables in the format of the walk that a shadow MMU shadows."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -11,7 +11,7 @@ from kvmmu.memory._memory cimport kvmmu_read32, kvmmu_read64
 from kvmmu.mmu.core._kvm cimport kvm_mmu_page, kvm_vcpu, memslots_of
 from kvmmu.mmu.core._slots cimport HOST_UNMAPPED, gfn_to_memslot, host_page_of, kvm_memory_slot
 
-# A walk of the guest's tables that came to a page, level by level.
+# A walk of the guest's tables that succeeded, level by level.
 cdef struct guest_walk:
     walk_result result
     int level                       # of the leaf
@@ -25,7 +25,7 @@ cdef struct guest_walk:
 
 
 cdef inline bint read_guest_pte(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t gpa, uint64_t *gpte) noexcept nogil:
-    """Whether the entry is to be had without waiting for the host to map the table. OUT gpte."""
+    """Read an entry; False if the host would have to map the table first. OUT gpte."""
     cdef const kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gpa >> PAGE_SHIFT)
     cdef const uint8_t *hva
     if slot is NULL or host_page_of(slot, gpa >> PAGE_SHIFT) & HOST_UNMAPPED:
@@ -49,40 +49,40 @@ cdef inline bint is_malformed_gpte(const kvm_pagewalk *w, uint64_t gpte, int lev
 
 
 cdef inline bint is_accessed_gpte(const kvm_pagewalk *w, uint64_t gpte) noexcept nogil:
-    """A is set, or this format keeps none."""
+    """True if A is set, or the format has no A."""
     return gpte & w.accessed_mask == w.accessed_mask
 
 
 cdef inline uint32_t gpte_rights_of(const kvm_pagewalk *w, uint64_t gpte) noexcept nogil:
-    """ACC_* of an entry."""
+    """Return ACC_* of an entry."""
     return <uint32_t>kvmmu_gpte_access(w.format, kvmmu_gpte_rights(w.format, gpte))
 
 
 cdef inline uint32_t protect_clean(const kvm_pagewalk *w, uint32_t access, uint64_t gpte) noexcept nogil:
-    """A page with a clear D bit is not writable yet: the write that comes must set it."""
+    """Return rights without W if D is clear: the write to come must set it."""
     if w.accessed_mask and not gpte & (w.accessed_mask << 1):
         return access & ~<uint32_t>ACC_WRITE_MASK
     return access
 
 
 cdef inline uint64_t gpte_to_gfn(const kvm_pagewalk *w, uint64_t gpte) noexcept nogil:
-    """The frame that a level-1 entry maps."""
+    """Return the frame that a level-1 entry maps."""
     return kvmmu_leaf_gpa(w.format, gpte, 1, 0, 0) >> PAGE_SHIFT
 
 
 cdef inline uint64_t first_gpte_gpa(const kvm_mmu_page *sp) noexcept nogil:
-    """Where the part of the guest's table lies that a level-1 page shadows."""
+    """Return the address of the part of the guest's table that a level-1 page shadows."""
     cdef uint64_t part = 0
     if sp.role & ROLE_HAS_4_BYTE_GPTE_MASK:             # 1024 entries: two pages
         part = ((sp.role & ROLE_QUADRANT_MASK) >> ROLE_QUADRANT_SHIFT) << (PT64_INDEX_BITS + 2)
     return (sp.gfn << PAGE_SHIFT) + part
 
 
-# Walk the tables that the vCPU's MMU shadows; False: the result tells the guest's fault. Writes A and D, and says so in the
+# Walk the tables that the vCPU's MMU shadows; False: the result is a fault of the guest. Writes A and D, and enters that in the
 # dirty log and the trace. IN access: as of the walk
 cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, guest_walk *walk) noexcept nogil
-# The entry of a level is not what the walk has seen any more
+# True if the entry of a level has changed since the walk
 cdef bint gpte_changed(kvm_vcpu *vcpu, const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil
-# What the tracepoints and the dirty log get to know of a walk that KVM makes
+# Enter a walk that KVM makes in the trace, and its writes in the dirty log
 cdef void trace_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
                      const walk_step *steps, int n) noexcept nogil

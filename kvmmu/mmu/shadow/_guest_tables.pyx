@@ -14,7 +14,7 @@ from kvmmu.mmu.core._trace cimport (
 
 
 cdef uint64_t as_read(const kvm_pagewalk *w, const walk_step *step) noexcept nogil:
-    """An entry before the walk set bits in it."""
+    """Return an entry as it was before the walk set bits in it."""
     cdef uint64_t pte = step.pte
     if step.sets_accessed:
         pte &= ~w.accessed_mask

@@ -37,7 +37,7 @@ cdef inline uint32_t role_access(const kvm_mmu_page *sp) noexcept nogil:
 
 
 cdef inline bint loses_write(const kvm *k, uint64_t old, uint64_t new) noexcept nogil:
-    """A TLB may still let writes through that the new entry is not to allow."""
+    """True if a TLB may still allow writes that the new entry must not allow."""
     return is_mmu_writable_spte(&k.spte, old) and not is_mmu_writable_spte(&k.spte, new)
 
 
@@ -95,7 +95,7 @@ cdef int mmu_set_spte(kvm_vcpu *vcpu, kvm_memory_slot *slot, uint64_t sptep, uin
 # ---- prefetch --------------------------------------------------------------------------------------------------------------
 
 cdef bint prefetch_frame(kvm_vcpu *vcpu, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil:
-    """Map a frame that nobody has asked for, if that costs nothing; False: do not go on."""
+    """Map a frame that no access has asked for, if it needs no work of the host; False: do not go on."""
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gfn)
     cdef uint8_t host_page
     if slot is NULL or slot.invalid or slot.readonly or (slot.dirty_log and access & ACC_WRITE_MASK):
@@ -108,7 +108,7 @@ cdef bint prefetch_frame(kvm_vcpu *vcpu, uint64_t sptep, uint64_t gfn, uint32_t 
 
 
 cdef bint is_usable_gpte(const kvm_pagewalk *w, uint64_t gpte, int level) noexcept nogil:
-    """An entry that may be mapped before the guest touches its page."""
+    """True if an entry may be mapped before the guest accesses its page."""
     return is_present_gpte(w, gpte) and is_accessed_gpte(w, gpte) and not is_malformed_gpte(w, gpte, level)
 
 
@@ -132,7 +132,7 @@ cdef void prefetch_indirect(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t spte
 
 
 cdef int prefetch_run(kvm_vcpu *vcpu, uint64_t sptep, int n) noexcept nogil:
-    """Map n frames in a row, up to the first that is not to be had; how many."""
+    """Map n frames in a row, up to the first that cannot be mapped; returns how many."""
     cdef const kvm_mmu_page *sp = sp_of(vcpu.kvm, sptep)
     cdef uint64_t gfn = sp_get_gfn(sp, sptep_index(sptep))
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(vcpu.kvm, vcpu.as_id), gfn)
@@ -165,7 +165,7 @@ cdef void pte_prefetch(kvm_vcpu *vcpu, uint64_t sptep) noexcept nogil:
         return
     if not sp.role & ROLE_DIRECT_MASK:
         prefetch_indirect(vcpu, vcpu.mmu.w, sptep)
-    elif not sp.role & ROLE_AD_DISABLED_MASK:           # without A bits a page that nobody uses could not be told
+    elif not sp.role & ROLE_AD_DISABLED_MASK:           # without A bits a page that nobody uses would look used
         prefetch_direct(vcpu, sptep)
 
 

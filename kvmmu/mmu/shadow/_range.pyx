@@ -14,7 +14,7 @@ from kvmmu.mmu.shadow._zap cimport commit_zap, drop_spte, is_obsolete_sp, prepar
 
 
 cdef inline uint64_t next_page(uint64_t gfn, int level) noexcept nogil:
-    """The first frame of the next page of a level."""
+    """Return the first frame of the next page of a level."""
     return ((gfn >> (PT64_INDEX_BITS * (level - 1))) + 1) << (PT64_INDEX_BITS * (level - 1))
 
 
@@ -56,7 +56,7 @@ cdef bint shadow_age_gfn_range(kvm *k, kvm_memory_slot *slot, uint64_t start, ui
 # ---- write protection ----------------------------------------------------------------------------------------------------
 
 cdef bint write_protect_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level, uint64_t bits) noexcept nogil:
-    """Take W, or more, from all leaves of a page; whether a processor may still write through one of them."""
+    """Clear bits of all leaves of a page; True if a processor's TLB may still allow a write by one of them."""
     cdef uint64_t head = rmap_head(slot, gfn, level)[0], sptep, spte
     cdef size_t i
     cdef bint flush = False

@@ -48,7 +48,7 @@ cdef uint32_t shadow_root_role(const kvm *k, uint64_t cpu_role, int level, bint 
 # ---- making ----------------------------------------------------------------------------------------------------------------
 
 cdef inline uint64_t root_gfn(const kvm_mmu *mmu, uint64_t pgd) noexcept nogil:
-    """The frame of the guest's root table; outside long mode the upper half of the register says nothing."""
+    """Return the frame of the guest's root table; outside long mode the upper half of the register is ignored."""
     return (pgd & (PT64_BASE_ADDR_MASK if mmu.w.level > PG_LEVEL_1G else PT32_BASE_ADDR_MASK)) >> PAGE_SHIFT
 
 
@@ -58,7 +58,7 @@ cdef inline bint is_visible_gfn(kvm_vcpu *vcpu, uint64_t gfn) noexcept nogil:
 
 
 cdef int alloc_all_rmaps(kvm *k) noexcept nogil:
-    """From the first root on every slot has reverse maps."""
+    """Give every slot reverse maps: they are needed from the first root on."""
     cdef slot_table *table
     cdef size_t as_id, i
     if k.has_shadow_roots:
@@ -73,7 +73,7 @@ cdef int alloc_all_rmaps(kvm *k) noexcept nogil:
 
 
 cdef uint32_t top_page(kvm *k, kvm_mmu *mmu, int level) noexcept nogil:
-    """The MMU's own page of a level that no guest table stands behind, without entries."""
+    """Return the MMU's own page of a level that no guest table stands behind, cleared."""
     cdef uint32_t *sp = &mmu.pae_root if level == PG_LEVEL_1G else &mmu.pml4_root if level == PG_LEVEL_1G + 1 else &mmu.pml5_root
     if sp[0] == 0:
         sp[0] = alloc_page(k, 0, <uint32_t>(level | ROLE_DIRECT_MASK))
@@ -83,7 +83,7 @@ cdef uint32_t top_page(kvm *k, kvm_mmu *mmu, int level) noexcept nogil:
 
 
 cdef uint32_t root_page(kvm_vcpu *vcpu, uint64_t gfn, int quadrant, int level) noexcept nogil:
-    """The page of a guest table that a root begins with, one root more."""
+    """Return the page of a guest table that a root begins with, with a reference more."""
     cdef uint32_t role = (vcpu.mmu.root_role & ~<uint32_t>ROLE_LEVEL_MASK) | (<uint32_t>level << ROLE_LEVEL_SHIFT), sp
     role |= <uint32_t>quadrant << ROLE_QUADRANT_SHIFT
     if level != <int>(vcpu.mmu.root_role & ROLE_LEVEL_MASK):
@@ -95,7 +95,7 @@ cdef uint32_t root_page(kvm_vcpu *vcpu, uint64_t gfn, int quadrant, int level) n
 
 
 cdef uint64_t pdpte_of(const kvm_pagewalk *w, uint64_t pgd, int i) noexcept nogil:
-    """PAE: a register, or under nested NPT a word in memory (0 in a hole)."""
+    """Return a PDPTE: a register, or under nested NPT a word in memory (0 in a hole)."""
     cdef bint readonly = False
     cdef const unsigned char *hva
     if not w.pdptes_in_memory:
@@ -105,7 +105,7 @@ cdef uint64_t pdpte_of(const kvm_pagewalk *w, uint64_t pgd, int i) noexcept nogi
 
 
 cdef int alloc_pae_root(kvm_vcpu *vcpu, uint64_t pgd, uint32_t *root) noexcept nogil:
-    """Four pages of level 2 under one of level 3, and above it what the processor walks more."""
+    """Make a root of four pages of level 2 under pae_root, and above it the levels that the processor walks."""
     cdef kvm *k = vcpu.kvm
     cdef kvm_mmu *mmu = vcpu.mmu
     cdef const kvm_pagewalk *w = mmu.w
@@ -198,7 +198,7 @@ cdef void put_root_page(kvm *k, uint32_t sp, page_list *invalid) noexcept nogil:
 
 
 cdef inline bint is_obsolete_root_page(const kvm_mmu_page *page) noexcept nogil:
-    """It was zapped while it was in use."""
+    """True if a root was zapped while it was in use."""
     return (page.role & <uint32_t>ROLE_INVALID_MASK) != 0
 
 
@@ -222,7 +222,7 @@ cdef void free_shadow_roots(kvm *k, kvm_mmu *mmu, uint32_t roots) noexcept nogil
 
 
 cdef bint is_obsolete_root(const kvm *k, const kvm_mmu_root *root) noexcept nogil:
-    """Zapped, or of special pages, which cannot tell."""
+    """True if a root was zapped, or has no guest's table at its top: such pages have no generation."""
     if not root.valid:
         return False
     return root.sp == 0 or k.pages[root.sp].special or is_obsolete_sp(k, &k.pages[root.sp])

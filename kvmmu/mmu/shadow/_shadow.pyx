@@ -41,7 +41,7 @@ cdef enum:
 # ---- pages -----------------------------------------------------------------------------------------------------------------
 
 cdef int account_shadowed(kvm *k, uint32_t sp) noexcept nogil:
-    """The guest's table gets a shadow: no huge page may map it, and it may not be written unseen. 0, or -1 for want of memory."""
+    """Account a shadow of a guest's table: no huge page may map it, and writes to it are tracked. 0, or -1 for want of memory."""
     cdef kvm_mmu_page *page = &k.pages[sp]
     cdef kvm_memory_slot *slot = slot_of_sp(k, page, page.gfn)
     if slot is NULL:
@@ -59,7 +59,7 @@ cdef int account_shadowed(kvm *k, uint32_t sp) noexcept nogil:
 
 
 cdef uint32_t find_shadow_page(kvm_vcpu *vcpu, uint64_t gfn, uint32_t role) noexcept nogil:
-    """The page of (gfn, role), 0 if there is none. Unsync pages of the frame go if it is an upper table now."""
+    """Return the page of (gfn, role), 0 if there is none. Unsync pages of the frame are zapped if it is an upper table now."""
     cdef kvm *k = vcpu.kvm
     cdef uint32_t sp = hash_first(k, gfn), found = 0
     cdef kvm_mmu_page *page
@@ -115,7 +115,7 @@ cdef uint32_t get_shadow_page(kvm_vcpu *vcpu, uint64_t gfn, uint32_t role) noexc
 
 
 cdef uint32_t child_role(kvm *k, uint64_t sptep, bint direct, uint32_t access) noexcept nogil:
-    """The role of the page that an entry is to point to."""
+    """Return the role of the page that an entry is to point to."""
     cdef uint32_t parent = sp_of(k, sptep).role
     cdef uint32_t role = (parent - 1) & ~<uint32_t>(ROLE_ACCESS_MASK | ROLE_DIRECT_MASK | ROLE_PASSTHROUGH_MASK)
     role |= access << ROLE_ACCESS_SHIFT
@@ -130,7 +130,7 @@ cdef uint32_t child_role(kvm *k, uint64_t sptep, bint direct, uint32_t access) n
 
 
 cdef int get_child_page(kvm_vcpu *vcpu, uint64_t sptep, uint64_t gfn, bint direct, uint32_t access, uint32_t *sp) noexcept nogil:
-    """The page for the place of an entry. 1: the entry points to it already; 0: it is to be linked; or a negative errno."""
+    """Find or make the page below an entry. 1: the entry points to it already; 0: it is to be linked; or a negative errno."""
     cdef kvm *k = vcpu.kvm
     cdef uint64_t spte = k.sptes[sptep]
     cdef uint32_t role = child_role(k, sptep, direct, access), child
@@ -155,17 +155,17 @@ cdef void link_shadow_page(kvm *k, uint64_t sptep, uint32_t child) noexcept nogi
         mark_unsync_child(k, sptep)
 
 
-# ---- the way down ----------------------------------------------------------------------------------------------------------
+# ---- from root to leaf -----------------------------------------------------------------------------------------------------
 
-# A place on the way from the root to a leaf.
+# A place in a walk from the root to a leaf.
 cdef struct shadow_walk:
-    uint32_t sp                     # 0: the way ends
+    uint32_t sp                     # 0: the walk ends
     int level
     uint64_t sptep
 
 
 cdef void shadow_walk_init(kvm_vcpu *vcpu, uint64_t addr, shadow_walk *it) noexcept nogil:
-    """The first page below whatever of the root no guest table stands behind."""
+    """Begin at the first page of the root that a guest table stands behind."""
     cdef kvm *k = vcpu.kvm
     it.sp = vcpu.mmu.root.sp
     while it.sp:
@@ -177,7 +177,7 @@ cdef void shadow_walk_init(kvm_vcpu *vcpu, uint64_t addr, shadow_walk *it) noexc
 
 
 cdef void shadow_walk_next(kvm *k, uint64_t addr, shadow_walk *it) noexcept nogil:
-    """One level down, through an entry that points to a page."""
+    """Go one level down, through an entry that points to a page."""
     it.sp = spte_to_child(k, k.sptes[it.sptep])
     it.level -= 1
     it.sptep = first_spte(it.sp) + spte_index(addr >> PAGE_SHIFT, it.level)
@@ -188,7 +188,7 @@ cdef inline uint64_t first_gfn(uint64_t gfn, int level) noexcept nogil:
 
 
 cdef int map_direct(kvm_vcpu *vcpu, kvm_page_fault *fault, shadow_walk *it, uint32_t access) noexcept nogil:
-    """Steps 6 and 7: from an entry on the guest's level, or from a direct root, to the leaf."""
+    """Do steps 6 and 7: from an entry on the guest's level, or from a direct root, to the leaf."""
     cdef kvm *k = vcpu.kvm
     cdef uint64_t gfn
     cdef uint32_t sp = 0
@@ -214,7 +214,7 @@ cdef int map_direct(kvm_vcpu *vcpu, kvm_page_fault *fault, shadow_walk *it, uint
 
 
 cdef int fetch(kvm_vcpu *vcpu, kvm_page_fault *fault, const guest_walk *walk, uint32_t access) noexcept nogil:
-    """Steps 5 to 7."""
+    """Do steps 5 to 7."""
     cdef kvm *k = vcpu.kvm
     cdef const kvm_pagewalk *w = vcpu.mmu.w
     cdef shadow_walk it
@@ -254,7 +254,7 @@ cdef int fetch(kvm_vcpu *vcpu, kvm_page_fault *fault, const guest_walk *walk, ui
 # ---- faults ----------------------------------------------------------------------------------------------------------------
 
 cdef inline bint is_stale(kvm_vcpu *vcpu) noexcept nogil:
-    """The root is on its way out."""
+    """True if the root is obsolete."""
     cdef kvm *k = vcpu.kvm
     cdef uint32_t root = vcpu.mmu.root.sp
     if root and not k.pages[root].special:
@@ -263,7 +263,7 @@ cdef inline bint is_stale(kvm_vcpu *vcpu) noexcept nogil:
 
 
 cdef int prepare_to_map(kvm_vcpu *vcpu, kvm_page_fault *fault, uint32_t access) noexcept nogil:
-    """Memory, the host page, room for pages: CONTINUE, or what ends the fault."""
+    """Reserve memory, find the host page, make room for pages: CONTINUE, or the RET_PF_* or errno that ends the fault."""
     cdef kvm *k = vcpu.kvm
     cdef int r
     if reserve_pages(k, PAGES_OF_A_FAULT) or reserve_descs(&k.lists, DESCS_OF_A_FAULT):
@@ -278,7 +278,7 @@ cdef int prepare_to_map(kvm_vcpu *vcpu, kvm_page_fault *fault, uint32_t access) 
 
 
 cdef void clear_flooding_on_the_way(kvm_vcpu *vcpu, uint64_t addr) noexcept nogil:
-    """A fault has walked through these pages: the guest uses its tables, and does not only fill them."""
+    """Clear the flooding counts of the pages that a fault has walked through: the guest uses their tables."""
     cdef kvm *k = vcpu.kvm
     cdef shadow_walk it
     shadow_walk_init(vcpu, addr, &it)

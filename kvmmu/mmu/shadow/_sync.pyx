@@ -39,7 +39,7 @@ cdef int sync_page(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil:
 
 
 cdef size_t collect_unsync(kvm *k, uint32_t sp, uint32_t *found, size_t n, size_t max) noexcept nogil:
-    """Unsync pages below sp, up to max of them; bits of the way there that say so without cause are cleared."""
+    """Collect up to max unsync pages below sp; clear the bits of parents that have no unsync child."""
     cdef kvm_mmu_page *page = &k.pages[sp]
     cdef uint64_t word, spte, sptep
     cdef uint32_t child
@@ -102,7 +102,7 @@ cdef void mmu_sync_children(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil:
 
 
 cdef void sync_root(kvm_vcpu *vcpu, uint32_t root) noexcept nogil:
-    """A root, or the roots below one that no guest table stands behind."""
+    """Synchronize a root, or the roots below one that no guest table stands behind."""
     cdef kvm *k = vcpu.kvm
     cdef uint64_t spte
     cdef int i

@@ -24,7 +24,7 @@ cdef inline uint64_t gpte_size_of(const kvm_mmu_page *sp) noexcept nogil:
 
 
 cdef bint is_misaligned(const kvm_mmu_page *sp, uint64_t gpa, size_t size) noexcept nogil:
-    """Whether the write is none to one entry. One byte at its start is: a guest may clear a flag there."""
+    """True if the write is not to one entry. A byte at its start is to one entry: a guest may clear a flag there."""
     cdef uint64_t offset = gpa & PAGE_OFFSET_MASK, whole = gpte_size_of(sp)
     if size == 1 and offset & (whole - 1) == 0:
         return False
@@ -39,7 +39,7 @@ cdef bint is_flooded(kvm_mmu_page *sp) noexcept nogil:
 
 
 cdef int written_sptes(const kvm_mmu_page *sp, uint64_t gpa, int *index) noexcept nogil:
-    """How many entries shadow the guest's entry at gpa. OUT index: of the first one."""
+    """Return how many entries shadow the guest's entry at gpa. OUT index: of the first one."""
     cdef uint64_t entry = gpa & PAGE_OFFSET_MASK, quadrant
     cdef int n = 1
     if not sp.role & ROLE_HAS_4_BYTE_GPTE_MASK:
@@ -56,7 +56,7 @@ cdef int written_sptes(const kvm_mmu_page *sp, uint64_t gpa, int *index) noexcep
 
 
 cdef uint64_t written_value(kvm *k, int as_id, uint64_t gpa, size_t size) noexcept nogil:
-    """The entry that was written; 0 for a write of another size."""
+    """Return the entry that was written; 0 for a write of another size."""
     cdef kvm_memory_slot *slot = gfn_to_memslot(memslots_of(k, as_id), gpa >> PAGE_SHIFT)
     cdef const uint8_t *hva
     if slot is NULL or (size != sizeof(uint32_t) and size != sizeof(uint64_t)) or (

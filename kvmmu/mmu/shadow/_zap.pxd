@@ -1,6 +1,6 @@
-"""How entries and shadow pages of a shadow MMU go, and the limit on their number.
+"""Zapping of entries and shadow pages of a shadow MMU, and the limit on the number of pages.
 
-An entry goes with all that hangs on it: a leaf leaves the reverse map of its frame, a table loses a parent. A page goes in two
+A leaf that is zapped leaves the reverse map of its frame; the page below an upper entry loses a parent. A page is zapped in two
 steps. `prepare_zap_page()` empties it, takes it out of its parents and of the accounts of its guest table, and marks it
 invalid; pages that were prepared stand in a list of the caller's, still in the hash. `commit_zap()` flushes and frees them.
 A root that a vCPU still uses is not freed but left invalid; who frees the root prepares it once more.
@@ -24,12 +24,12 @@ cdef inline bint is_obsolete_sp(const kvm *k, const kvm_mmu_page *sp) noexcept n
     return (sp.role & <uint32_t>ROLE_INVALID_MASK) != 0 or sp.mmu_valid_gen != k.mmu_valid_gen
 
 
-# All leaves that map the page of this level go; whether there were any
+# Zap all leaves that map the page of this level; True if there were any
 cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil
-# An entry of any kind becomes empty. IN invalid: not NULL: children that nothing needs any more go with it
+# Make an entry of any kind empty. IN invalid: not NULL: children that nothing needs any more are zapped with it
 cdef void drop_spte(kvm *k, uint64_t sptep) noexcept nogil
 cdef size_t zap_spte(kvm *k, uint64_t sptep, page_list *invalid) noexcept nogil
-# How many pages were zapped; others than sp may be among them
+# Returns how many pages were zapped; others than sp may be among them
 cdef size_t prepare_zap_page(kvm *k, uint32_t sp, page_list *invalid) noexcept nogil
 cdef void commit_zap(kvm *k, page_list *invalid) noexcept nogil
 # One flush for either reason
@@ -37,5 +37,5 @@ cdef void flush_or_zap(kvm *k, page_list *invalid, bint flush) noexcept nogil
 cdef size_t zap_oldest_pages(kvm *k, size_t n) noexcept nogil
 # 0, or -ENOSPC: not even zapping made room for the pages of a fault
 cdef int make_pages_available(kvm *k) noexcept nogil
-# The limit on shadow pages; those beyond it go
+# Set the limit on shadow pages, and zap the oldest ones beyond it
 cdef void change_mmu_pages(kvm *k, uint64_t limit) noexcept nogil

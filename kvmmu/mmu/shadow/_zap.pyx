@@ -1,4 +1,4 @@
-"""Entries and shadow pages that go, as `_zap.pxd` describes it."""
+"""Zapping of entries and shadow pages, as `_zap.pxd` describes it."""
 
 from libc.errno cimport ENOSPC
 from libc.stddef cimport size_t
@@ -32,7 +32,7 @@ cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexc
 
 
 cdef void drop_first(kvm *k, uint64_t *head) noexcept nogil:
-    """The first entry of a list becomes empty, and leaves the list even if it was none of its own."""
+    """Make the first entry of a list empty; it leaves the list even if it did not belong there, which is a bug."""
     cdef uint64_t sptep = pte_list_first(&k.lists, head[0])
     drop_spte(k, sptep)
     if head[0] and pte_list_first(&k.lists, head[0]) == sptep:
@@ -60,7 +60,7 @@ cdef size_t zap_spte(kvm *k, uint64_t sptep, page_list *invalid) noexcept nogil:
     if invalid is NULL or not is_shadow_present_pte(old) or is_last_spte(old, sp_level(sp_of(k, sptep))):
         return 0
     child = spte_to_child(k, old)
-    # what shadowed L1's EPT or NPT is hardly ever found again; other children stay in the hash
+    # a page that shadows L1's EPT or NPT is hardly ever found again; other children stay in the hash
     if k.tdp_enabled and k.pages[child].role & ROLE_GUEST_MODE_MASK and k.pages[child].parents == 0:
         return prepare_zap_page(k, child, invalid)
     return 0
@@ -69,7 +69,7 @@ cdef size_t zap_spte(kvm *k, uint64_t sptep, page_list *invalid) noexcept nogil:
 # ---- pages ---------------------------------------------------------------------------------------------------------------
 
 cdef void unaccount_shadowed(kvm *k, uint32_t sp) noexcept nogil:
-    """The guest table of a page is not shadowed by it any more."""
+    """Take a page out of the accounts of its guest table."""
     cdef kvm_mmu_page *page = &k.pages[sp]
     cdef kvm_memory_slot *slot = slot_of_sp(k, page, page.gfn)
     k.indirect_shadow_pages -= 1

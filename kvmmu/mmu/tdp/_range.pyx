@@ -23,7 +23,7 @@ from kvmmu.mmu.core._spte cimport (
 from kvmmu.mmu.core._trace cimport TRACE_SPLIT_HUGE_PAGE, trace
 from kvmmu.mmu.tdp._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
 
-# What a visit of leaves is about.
+# The arguments and results of a visit of leaves.
 cdef struct visit:
     int min_level
     int target_level
@@ -217,7 +217,7 @@ cdef int tdp_try_split_huge_pages(kvm *k, int as_id, uint64_t start, uint64_t en
 
 
 cdef void recover(kvm *k, uint64_t sptep, uint64_t gfn, int level, visit *v) noexcept nogil:
-    """An entry that points to a table: the huge leaf that its first leaf belongs to, if slot and host allow one."""
+    """Replace a table by the huge leaf that its first leaf belongs to, if slot and host allow one."""
     cdef const kvm_memory_slot *slot = v.slot
     cdef uint64_t spte = k.sptes[sptep], size = pages_per_hpage(level), first, small
     cdef int i
