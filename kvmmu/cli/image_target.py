@@ -10,7 +10,8 @@ from kvmmu.images import Image, image_formats, is_image, open_image
 from kvmmu.replay.replay import recording_vcpu, use_context
 from kvmmu.replay.terminal import warn
 from kvmmu.replay.trace_replay import trace_start
-from kvmmu.traces import Recording, is_parquet
+from kvmmu.traces import Recording, TraceError
+from kvmmu.traces.opening import find_format
 from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["add_image_options", "add_target", "image_of", "space_of", "target_vcpu"]
@@ -41,12 +42,20 @@ def image_of(args: argparse.Namespace) -> Image | None:
     path = args.recording
     if path is None or path == "bundled" or not Path(path).is_file():          # others say what it is
         return None
-    if args.format is None and not is_image(path) and (is_parquet(path) or str(path).endswith((".npz", ".npz.zst"))):
+    if args.format is None and not is_image(path) and (str(path).endswith((".npz", ".npz.zst")) or _is_trace(path)):
         return None
     image = open_image(path, args.format)
     for damage in image.damage:
         warn(f"kvmmu: {path}: {damage}")
     return image
+
+
+def _is_trace(path: str) -> bool:
+    try:
+        find_format(path)
+    except TraceError:
+        return False
+    return True
 
 
 def target_vcpu(args: argparse.Namespace) -> tuple[str, Vcpu, Image | None]:

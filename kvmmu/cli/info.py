@@ -33,7 +33,10 @@ def add(commands: Commands) -> None:
 def _info(args: argparse.Namespace) -> int:
     path = path_of(args)
     if args.format in image_formats() or (args.format is None and path.is_file() and is_image(path)):
-        print_image(open_image(path, args.format), args.json)
+        image = open_image(path, args.format)
+        for damage in image.damage:
+            warn(f"kvmmu: {path}: {damage}")
+        print_image(image, args.json)
         return OK
     found = describe_source(path, phase=args.phase, **format_options(args, path))
     if args.json:

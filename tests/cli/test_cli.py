@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 from paths import DATA, ROOT
@@ -369,7 +370,7 @@ def test_a_context_that_no_cpu_can_hold(capsys, copy, command, column, mask, wor
 
 def test_version_and_help(capsys):
     assert run(capsys, "--version")[:2] == (0, f"kvmmu {kvmmu.__version__}\n")
-    for args in (["--help"], *([name, "--help"] for name in ("replay", "convert", "info", "walk", "spt"))):
+    for args in (["--help"], *([name, "--help"] for name in ("replay", "convert", "info", "pt", "read", "walk", "spt"))):
         status, out, _ = run(capsys, *args)
         assert (status, out.startswith("usage: kvmmu")) == (0, True)
         assert f"Examples:\n  kvmmu {'' if len(args) == 1 else args[0]}" in out
@@ -391,6 +392,7 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "convert", L4, "l4.parquet")[0] == 0
     shutil.copy(bundled("lackey"), "sort.lackey.xz")
+    Path("dump.elf").write_bytes(image_files.qemu_core(image_files.Guest()))
     Path("trace.csv").write_text("va,type\n0x1000,R\n")
     lines = examples()
     assert len(lines) >= 10
