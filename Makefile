@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := build/build.log
-SOURCES := setup.py pyproject.toml _kvmmu_command.py $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so' ! -name '*.c')
+SOURCES := setup.py pyproject.toml _kvmmu_command.py $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help replay test bench lint build matrix asan tsan live long clean
@@ -69,7 +69,7 @@ long: matrix asan tsan live
 
 clean:
 	rm -rf $(VENV) build dist kvmmu.egg-info
-	find kvmmu tests \( -name '*.so' -o -name '*.c' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	find kvmmu tests \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp has the date of its last success -----------------------------------------------------
 
