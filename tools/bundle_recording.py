@@ -1,7 +1,8 @@
-"""Make a small recording out of a large one: the first accesses of a phase, in the same layout, well compressed.
+"""Make a small recording out of a large one: some accesses of a phase, in the same layout, well compressed.
 
-The first N accesses are kept with the page rows, events, faults and table writes that belong to them; page tables
-are kept whole. The output is a function of the input: archive members carry a fixed date.
+Kept are the first N accesses with the page rows, events, faults and table writes that belong to them; or one block of
+accesses in N, and all events, faults and table writes. Page tables are kept whole. The output is a function of the
+input: archive members carry a fixed date.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from kvmmu.traces import Recording, open_npz
 
 ANSWERS = ("gva2gpa", "info_tlb", "kvm_translate")
 ZIP_METHODS = {"lzma": zipfile.ZIP_LZMA, "deflate": zipfile.ZIP_DEFLATED, "zst": zipfile.ZIP_STORED}
+BLOCK = 4096
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 PER_ACCESS = ("pidx", "off", "kind", "size", "priv")
 PER_PAGE_ROW = ("page_gva", "page_gpa", "page_ctx", "page_io")
@@ -37,6 +39,29 @@ def clip(arrays, accesses):
             kept = arrays[position] < accesses
             clipped.update((name, arrays[name][kept]) for name in (position, *others))
     return clipped
+
+
+def sample(arrays, kept):
+    """Return the arrays of a trace or table file with the accesses that `kept` marks, and everything between them.
+
+    What lies before an access that goes lies before the next one that stays.
+    """
+    sampled = dict(arrays)
+    for name in PER_ACCESS:
+        if name in arrays:
+            sampled[name] = arrays[name][kept]
+    if "pidx" in arrays:                              # rows are numbered in order of first use
+        rows, first = np.unique(sampled["pidx"], return_index=True)
+        rows = rows[np.argsort(first)]
+        number = np.zeros(len(arrays["page_gva"]), arrays["pidx"].dtype)
+        number[rows] = np.arange(len(rows))
+        sampled["pidx"] = number[sampled["pidx"]]
+        sampled.update((name, arrays[name][rows]) for name in PER_PAGE_ROW)
+    before = np.concatenate([[0], np.cumsum(kept)]).astype(np.uint64)
+    for position in POSITIONED:
+        if position in arrays:
+            sampled[position] = before[arrays[position]]
+    return sampled
 
 
 def histogram(values, name=str):
@@ -93,8 +118,10 @@ def save(path, arrays, method):
         path.with_name(f"{path.name}.npz").write_bytes(content)
 
 
-def bundle(source, out, accesses, phase="dyn", answers=(), method="lzma"):
+def bundle(source, out, accesses, phase="dyn", answers=(), method="lzma", one_in=1):
     """Write the first `accesses` accesses of a phase of the recording `source` (all if None) to the directory `out`.
+
+    With one_in, of these one block of 4,096 in so many, the last one, and the accesses around events, faults and table writes.
 
     Returns
     -------
@@ -108,6 +135,13 @@ def bundle(source, out, accesses, phase="dyn", answers=(), method="lzma"):
     accesses = whole if accesses is None else min(accesses, whole)
     tables_name = "dyn_tables" if phase == "dyn" else "tables"
     trace, tables = clip(trace, accesses), clip(open_npz(source / f"{tables_name}.npz"), accesses)
+    if one_in > 1:
+        block = np.arange(accesses) // BLOCK
+        kept = (block % one_in == 0) | (block == block[-1])
+        for arrays in (trace, tables):                  # the accesses around each event: their order stays that of the guest
+            for position in POSITIONED.keys() & arrays.keys():
+                kept[arrays[position].astype(np.int64)] = kept[np.maximum(arrays[position].astype(np.int64) - 1, 0)] = True
+        trace, tables = sample(trace, kept), sample(tables, kept)
     save(out / f"{phase}_trace", trace, method)
     save(out / tables_name, tables, method)
 
@@ -117,7 +151,9 @@ def bundle(source, out, accesses, phase="dyn", answers=(), method="lzma"):
     meta = json.loads((source / "meta.json").read_bytes())
     meta = {key: value for key, value in meta.items() if key not in ("phases", "table_pages", *ANSWERS)}
     meta["phases"] = {phase: counts}
-    if accesses < whole:
+    if one_in > 1:
+        meta["sampled_from"] = {phase: {"accesses": whole, "one_in": one_in, "block": BLOCK}}
+    elif accesses < whole:
         meta["clipped_from"] = {phase: {"accesses": whole}}
     for name in answers:
         save(out / name, open_npz(source / f"{name}.npz"), method)
@@ -139,6 +175,8 @@ def main():
     parser.add_argument("source", metavar="SOURCE_DIR", help="directory of the recording")
     parser.add_argument("out", metavar="OUT_DIR", help="directory to write; made if it does not exist")
     parser.add_argument("--accesses", type=positive, metavar="N", help="keep the first N accesses (default: all)")
+    parser.add_argument("--one-in", type=positive, default=1, metavar="N",
+                        help="of these keep one block of 4,096 in N, with all events, faults and table writes")
     parser.add_argument("--phase", choices=("static", "dyn"), default="dyn", help="which phase (default: %(default)s)")
     parser.add_argument("--with", dest="answers", nargs="+", choices=ANSWERS, default=(),
                         help="recorded answers to keep beside it")
