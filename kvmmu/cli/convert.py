@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 
 from kvmmu.cli.output import OK, cleaning_up
 from kvmmu.cli.parsing import Commands, add_phase, command, count
@@ -14,6 +15,8 @@ from kvmmu.traces._files import check_output
 from kvmmu.traces.parquet import COMPRESSIONS
 
 __all__ = ["add"]
+
+_OTHER_FORMATS = (".csv", ".tsv", ".json", ".txt", ".npz", ".npy")
 
 
 def add(commands: Commands) -> None:
@@ -39,6 +42,8 @@ def add(commands: Commands) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     check_output(args.out, files_of(path_of(args)))
+    if Path(args.out).suffix.lower() in _OTHER_FORMATS:
+        raise ValueError(f"{args.out}: what is written is a Parquet trace; give it a name that ends in .parquet")
     source = open_any(args)
     if args.repeat != 1 and not isinstance(source, Recording):
         raise ValueError(f"--repeat {args.repeat}: only the accesses of a recording are repeated")

@@ -2,14 +2,16 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from kvmmu.cli.image_info import print_image
+from kvmmu.cli.image_target import is_known
 from kvmmu.cli.output import BAD, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, format_options, path_of
 from kvmmu.cli.synthetic import size_text
-from kvmmu.images import image_formats, is_image, open_image
+from kvmmu.images import Image, ImageError, image_formats, is_image, open_image
 from kvmmu.replay.terminal import printable, say, warn
 from kvmmu.report.tables import Table, show_tables
 from kvmmu.traces.source import describe_source
@@ -32,8 +34,12 @@ def add(commands: Commands) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     path = path_of(args)
-    if args.format in image_formats() or (args.format is None and path.is_file() and is_image(path)):
-        image = open_image(path, args.format)
+    image = _image(path, args.format)
+    if image is not None:
+        if args.phase is not None:
+            raise ValueError(f"--phase {args.phase}: an image has no phases")
+        if args.columns is not None:
+            raise ValueError(f"--columns {args.columns}: an image has no columns")
         for damage in image.damage:
             warn(f"kvmmu: {path}: {damage}")
         print_image(image, args.json)
@@ -47,6 +53,18 @@ def _info(args: argparse.Namespace) -> int:
         warn(f"kvmmu: {found['damage']}")
         return BAD
     return OK
+
+
+def _image(path: Path, format: str | None) -> Image | None:
+    """Open a file if it is a memory image: by its format or content, or raw memory as long as it is nothing else."""
+    if format in image_formats() or format is None and path.is_file() and is_image(path):
+        return open_image(path, format)
+    if format is not None or not path.is_file() or is_known(path):
+        return None
+    try:
+        return open_image(path)
+    except ImageError:
+        return None                                     # neither, which the readers of traces say
 
 
 def _tables(found: dict[str, Any]) -> list[Table]:

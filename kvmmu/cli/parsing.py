@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from kvmmu.arch._bits import Access
 from kvmmu.replay.terminal import encodable, write
 
-__all__ = ["Commands", "Parser", "access_of", "add_phase", "address", "command", "count", "epilog"]
+__all__ = ["Commands", "Parser", "access_of", "add_phase", "address", "command", "count", "epilog", "size"]
 
 _ACCESS_LETTERS = {"r": Access.READ, "w": Access.WRITE, "x": Access.FETCH, "u": Access.USER, "a": Access.AC, "i": Access.IMPLICIT}
 _EXIT_STATUS = "Exit status: 0; 1 a mismatch; 2 bad arguments, input or output; 3 a bug of kvmmu; 130 Ctrl-C."
@@ -63,6 +63,14 @@ def address(text: str) -> int:
 
 def _is_number(text: str, base: int) -> bool:
     return len(text) <= 20 and text.isascii() and all(character in "0123456789abcdef"[:base] for character in text)
+
+
+def size(text: str) -> int:
+    """Return a number of bytes, decimal or hexadecimal with 0x."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; want decimal, or hexadecimal with 0x") from None
 
 
 def count(text: str) -> int:

@@ -42,7 +42,10 @@ def add(commands: Commands) -> None:
 
 def _pt(args: argparse.Namespace) -> int:
     name, vcpu, _ = target_vcpu(args)
+    if args.stop is not None and args.stop < args.start:
+        raise ValueError(f"--stop {args.stop:#x}: lies below --start {args.start:#x}")
     found = vcpu.gva_walk.mappings(args.start, args.stop, merge=not args.single)
+    any_mapped = len(found) > 0
     if args.maps is not None:
         found = found.of_memory(args.maps, 1)
     only = True if args.wx else None
@@ -58,7 +61,10 @@ def _pt(args: argparse.Namespace) -> int:
     elif args.parquet is not None:
         _write_parquet(found, args.parquet)
     else:
-        _write_lines([f"{name}: {space_of(vcpu)}", *mapping_lines(found, vcpu.gva_walk.cpu_role.level)])
+        lines = list(mapping_lines(found, vcpu.gva_walk.cpu_role.level))
+        if any_mapped and not len(found):
+            lines = ["nothing that is mapped is of the kind that was asked for"]
+        _write_lines([f"{name}: {space_of(vcpu)}", *lines])
     return OK
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import kvmmu
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
-from kvmmu.cli.image_target import add_image_options, image_of, target_vcpu
+from kvmmu.cli.image_target import add_image_options, given_registers, image_of, refuse_vcpu, target_vcpu
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
 from kvmmu.cli.sources import open_with_tables
@@ -30,11 +30,12 @@ def add(commands: Commands) -> None:
     """Add the subcommand to the parser."""
     walk = command(commands, "walk", _walk, "print walks level by level",
                    "Walk linear addresses through the page tables of a recording or trace, as they are at the start of the "
-                   "phase or trace. Exit status 1 if a walk contradicts an address that the recording has; a trace is not "
-                   "searched for addresses.",
+                   "phase or trace, or of a memory image. Exit status 1 if a walk contradicts an address that the recording "
+                   "has; a trace is not searched for addresses.",
                    "walk bundled 0x401000", "walk RECORDING 0xffffffff81000000 --access x --ctx 3",
                    "walk bundled 0x401000 --plot walk.png", "walk l4.parquet 0x401000 --json")
-    walk.add_argument("recording", metavar="RECORDING", help="as for replay; 'bundled' is the bundled one")
+    walk.add_argument("recording", metavar="RECORDING", help="recording, trace with page tables, or memory image; 'bundled' is "
+                                                             "the bundled recording")
     walk.add_argument("gva", nargs="+", type=address, metavar="GVA", help="linear address, hexadecimal with 0x")
     add_phase(walk)
     add_image_options(walk)
@@ -77,7 +78,16 @@ def _walk(args: argparse.Namespace) -> int:
         raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
     image = image_of(args)
     source = None if image is not None else open_with_tables(args)
-    vcpu, ctx = (target_vcpu(args)[1], -1) if source is None else _walk_in(source, args.ctx)
+    if source is None:
+        if args.ctx is not None:
+            raise ValueError(f"--ctx {args.ctx}: a memory image has no contexts; --vcpu chooses its registers")
+        vcpu, ctx = target_vcpu(args)[1], -1
+    else:
+        refuse_vcpu(args)
+        vcpu, ctx = _walk_in(source, args.ctx)
+        if given := given_registers(args):
+            vcpu.set_regs(**given)
+            ctx = -1                                    # what the recording has is of other registers
     started = time.perf_counter()
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
     seconds = time.perf_counter() - started
@@ -103,7 +113,8 @@ def _walk(args: argparse.Namespace) -> int:
         for record, gpas, right in zip(records, recorded, verified, strict=True):
             say(str(record))
             if gpas:
-                say(f"  recorded: gpa {' then '.join(hex(gpa) for gpa in gpas)}{' - as walked' if right else ''}")
+                later = "" if is_static or record.status else " - later in the phase, when the tables had changed"
+                say(f"  recorded: gpa {' then '.join(hex(gpa) for gpa in gpas)}{' - as walked' if right else later}")
     return MISMATCH if any(wrong) else OK
 
 

@@ -114,7 +114,7 @@ class Image:
         elif "cr3" in registers:
             regs = long_mode_regs(int(registers["cr3"]))
         else:
-            raise ValueError(f"cr3: a {self.format} image has no registers, and none is given")
+            raise ValueError(f"cr3: the image ({self.format}) has no registers, so that cr3 has to be given")
         regs = replace(regs, cr3=regs.cr3 & _CR3_ADDRESS)
         if registers.keys() & {"cr0", "cr4"} and "efer" not in registers:
             changed = replace(regs, **{name: registers[name] for name in ("cr0", "cr4") if name in registers})

@@ -47,7 +47,7 @@ def mapping_lines(mappings: Mappings, root_level: int) -> Iterator[str]:
     for i, mapping in enumerate(mappings):
         if i in stops:
             total = int(mappings.size[i:stops[i]].sum())
-            yield f"{int(groups[i]) << shift:#018x}  {stops[i] - i:,} ranges, {bytes_text(total)}"
+            yield f"{int(groups[i]) << shift:#018x}  {stops[i] - i:,} range{'s' if stops[i] - i > 1 else ''}, {bytes_text(total)}"
         yield f"  {_line(mapping, root_level == 2)}"
 
 

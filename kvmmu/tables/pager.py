@@ -82,6 +82,9 @@ class Pager(PageTables):
         self._region = _growing_region(top) if mem is None else _region_of(mem)
         super().__init__(self._region.mem, mode, frames=self._region)
 
+    def __repr__(self) -> str:
+        return f"Pager({self.page!r}, {self.frames!r}, mode={self.mode!r}: {self.faults} faults, {self.pages} pages)"
+
     def _make_builder(self, keeps_stores: bool) -> PageFiller:
         shape = MODES[self.mode]
         self._filler = PageFiller(

@@ -94,7 +94,7 @@ def _bits(chosen: tuple[str, ...], names: tuple[str, ...]) -> int:
     return sum(1 << names.index(one) for one in chosen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TlbStats:
     """Counters of a TLB hierarchy.
 
@@ -141,6 +141,10 @@ class TlbStats:
         return {"accesses": self.accesses, "levels": levels, "walks": int(self.walks.sum()), "walks_by": by(self.walks),
                 "guest_refs": self.guest_refs, "psc_hits": {str(level): hits for level, hits in self.psc_hits.items()},
                 "unmapped": self.unmapped}
+
+    def __repr__(self) -> str:
+        hits = ", ".join(f"{name} {int(hits.sum())}" for name, hits in zip(self.names, self.hits, strict=True))
+        return f"TlbStats({self.accesses} accesses: {hits}{', ' if hits else ''}walks {int(self.walks.sum())})"
 
     def __str__(self) -> str:
         accesses = max(self.accesses, 1)
