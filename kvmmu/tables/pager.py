@@ -17,6 +17,7 @@ from kvmmu.tables.rows import as_words
 __all__ = ["Pager"]
 
 _FIRST_SLOT = 1 << 20                   # bytes; each further slot for tables is twice as large
+_TRIES = 16                              # of one row; it takes a frame for each level and for the page
 _PAGES_AT_ONCE = 1 << 16                # "random" shuffles so many
 _LEVELS = {"4k": 1, "thp": 1, "2m": 2, "1g": 3}
 
@@ -150,10 +151,15 @@ class Pager(PageTables):
         return self._touch(addr, size, start, start + 1)
 
     def _touch(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, done: int, pauses_from: int) -> int:
+        before, tries = (-1, -1, -1), 0
         while True:
             done, status = self._settle(*self._filler.touch_rows(addr, size, done, pauses_from))
             if status == BEFORE_PROMOTION:
                 return done
+            now = done, self.faults, self._filler.made
+            before, tries = now, tries + 1 if now == before else 0
+            if tries > _TRIES:                          # pages and tables take the last frames from each other
+                raise MemoryError(f"no frames are left for pages and page tables after {self.faults:,} faults")
             if status in (OUT_OF_SMALL_FRAMES, OUT_OF_LARGE_FRAMES):
                 self._supply_pages(status == OUT_OF_LARGE_FRAMES)
             elif not self._wants_frames(status):

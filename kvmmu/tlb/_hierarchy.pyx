@@ -13,7 +13,8 @@ from kvmmu.tlb._hierarchy cimport (
     tlb_level, tlb_levels,
 )
 from kvmmu.tlb._structure cimport (
-    KEY_GLOBAL_SHIFT, KEY_SIZE_SHIFT, KEY_TAG_BITS, KEY_TAG_SHIFT, KEY_VALID_SHIFT, POLICY_LRU, key_structure,
+    KEY_GLOBAL_SHIFT, KEY_SIZE_SHIFT, KEY_TAG_BITS, KEY_TAG_SHIFT, KEY_VALID_SHIFT, MOST_ENTRIES,
+    MOST_PLRU_WAYS, POLICY_FIFO, POLICY_LRU, POLICY_PLRU, POLICY_RANDOM, key_structure,
     structure_free, structure_init, structure_insert, structure_remove, structure_remove_all, structure_use, tlb_policy,
 )
 
@@ -219,6 +220,16 @@ cdef inline uint64_t tag_of(uint32_t number, bint is_global) noexcept nogil:
 
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
+cdef int check_shape(uint32_t sets, uint32_t ways, int policy) except -1:
+    if not (sets and ways and sets <= MOST_ENTRIES // ways):
+        raise ValueError(f"a level of {sets} sets of {ways} ways: want 1 to {int(MOST_ENTRIES)} entries")
+    if policy not in (POLICY_LRU, POLICY_FIFO, POLICY_PLRU, POLICY_RANDOM):
+        raise ValueError(f"policy: {policy} is none")
+    if policy == POLICY_PLRU and ways > MOST_PLRU_WAYS:
+        raise ValueError(f"ways: {ways}; tree-PLRU has at most {int(MOST_PLRU_WAYS)}")
+    return 0
+
+
 cdef class TlbLevels:
     """The levels of a `TlbHierarchy`, compiled. Tags are numbers below 2**15 that the caller gives out.
 
@@ -241,6 +252,9 @@ cdef class TlbLevels:
         if len(levels) > MOST_LEVELS:
             raise ValueError(f"levels: {len(levels)}; at most {MOST_LEVELS} are allowed")
         for i, (sets, ways, policy, inclusion, kinds, sizes) in enumerate(levels):
+            check_shape(sets, ways, policy)
+            if inclusion not in (INCLUSION_NONE, INCLUSION_INCLUSIVE, INCLUSION_EXCLUSIVE):
+                raise ValueError(f"inclusion: {inclusion!r} is none")
             level = &self.h.levels[i]
             if structure_init(&level.s, sets, ways, <tlb_policy><int>policy, <uint64_t>seed + <uint64_t>i):
                 raise MemoryError
@@ -249,6 +263,9 @@ cdef class TlbLevels:
             self.h.is_lru = (i == 0 or self.h.is_lru) and policy == POLICY_LRU and inclusion == INCLUSION_NONE
         for number, (sets, ways, policy) in caches.items():
             i = number
+            if not 2 <= i <= 5:
+                raise ValueError(f"psc: want 2 to 5, got {i}")
+            check_shape(sets, ways, policy)
             if structure_init(&self.h.psc[i - 2], sets, ways, <tlb_policy><int>policy,
                               <uint64_t>seed + <uint64_t>(MOST_LEVELS + i)):
                 raise MemoryError
@@ -283,7 +300,8 @@ cdef class TlbLevels:
 
     def use(self, uint16_t tag, uint16_t global_tag, int root_level, int index_bits, int large_shift):
         """Put tags and a paging mode in force."""
-        if tag >> KEY_TAG_BITS or global_tag >> KEY_TAG_BITS or not 2 <= root_level <= 5 or index_bits not in (9, 10):
+        if tag >> KEY_TAG_BITS or global_tag >> KEY_TAG_BITS or not 2 <= root_level <= 5 or (
+                index_bits not in (9, 10) or large_shift not in (21, 22)):
             raise ValueError("a tag, a root level or the bits of an index are out of range")
         with self.lock:
             self.h.local_tag, self.h.global_tag = tag_of(tag, False), tag_of(global_tag, True)

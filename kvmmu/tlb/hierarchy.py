@@ -314,7 +314,7 @@ class TlbHierarchy:
         self._core.remove_all()
 
     def _flush_space(self, space: int, with_global: bool) -> None:
-        for (other, _), tag in self._tags.items():
+        for (other, _), tag in list(self._tags.items()):         # other threads may add some meanwhile
             if other == space:
                 self._core.remove_tag(tag, False)
         if with_global and space in self._globals:
@@ -324,8 +324,8 @@ class TlbHierarchy:
         tag = self._tags.setdefault((space, pcid), len(self._tags))
         if tag >= _TAGS:
             del self._tags[space, pcid]
-            raise ValueError(f"space {space}, pcid {pcid}: more than {_TAGS} different ones; use old numbers again, after "
-                             "flush_space()")
+            raise ValueError(f"space {space}, pcid {pcid}: more than {_TAGS} different ones; numbers that were used before "
+                             "can be used again")
         return tag
 
     def _global_tag(self, space: int) -> int:

@@ -10,7 +10,7 @@ from kvmmu.memory._memory cimport SlotTable
 from kvmmu.walk._arguments cimport check_scalar_gva
 from kvmmu.walk._register_sets cimport WalkCopy
 from kvmmu.walk._explain cimport fault_behind, record_of
-from kvmmu.walk._scan cimport scan_rows
+from kvmmu.walk._scan cimport large_shift, scan_rows
 
 from kvmmu.arch._bits import Acc
 from kvmmu.arch.arguments import check_bool, check_gpa, check_int, check_word
@@ -116,7 +116,8 @@ cdef class TableQueries:
         cdef size_t rows = check_int("limit", limit, 1, _ROWS_MAX)
         if last < first:
             return Mappings(np.empty(0, _MAPPING))
-        return Mappings(mappings_of(self, first, last, check_bool("merge", merge), rows))
+        found = mappings_of(self, first, last, check_bool("merge", merge), rows)
+        return Mappings(found, 1 << large_shift(self.now(self.mem.walked())))
 
     def lookup(self, gva, access=0):
         """Find where one address leads to, and what a TLB would keep of it.

@@ -8,6 +8,8 @@ through it, and each leaf is cut at the leaves of the second stage.
 
 import numpy as np
 
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
@@ -31,10 +33,19 @@ cdef enum:
     SCAN_DONE
     SCAN_NO_MEMORY
     SCAN_LIMIT
+    SCAN_STOPPED                # by a signal handler that raised
+
+cdef enum:
+    PT32_LARGE_SHIFT = PAGE_SHIFT + PT32_INDEX_BITS
+    PT64_LARGE_SHIFT = PAGE_SHIFT + PT64_INDEX_BITS
 
 cdef size_t FIRST_ROWS = 4096
 cdef size_t FIRST_TABLES = 1024
-cdef size_t LEAVES_PER_ROW = 64         # that a scan may come to without mapping anything, for each row that is allowed
+# Leaves that a scan may come to without mapping anything, for each row that is allowed; a table of the second stage that a leaf
+# is cut by counts as one.
+cdef size_t LEAVES_PER_ROW = 64
+cdef size_t LEAVES_PER_LOOK = 1 << 16   # between two looks at signals
+cdef uint64_t SECOND_STAGE_KEY = 0x800  # beside the level in the key of a table
 
 # A row of `mapped.MAPPING`.
 cdef struct mapping:
@@ -64,10 +75,31 @@ cdef struct scan:
     bint merge
     mapping *rows
     size_t count, capacity, limit, leaves
+    size_t put                  # rows, joined ones too
+    PyObject *error             # that a signal handler raised
     seen_table *seen
     size_t tables, table_capacity
     int end                     # SCAN_*
     mapping leaf                # of the first stage, being cut by the second one
+
+
+cdef int look_at_signals(scan *s) noexcept with gil:
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        Py_INCREF(error)
+        s.error, s.end = <PyObject *>error, SCAN_STOPPED
+        return -1
+    return 0
+
+
+cdef inline int count_leaf(scan *s) noexcept nogil:
+    """Count a leaf, or a table that one is cut by. Returns -1 if there were enough of them, or a signal ends the scan."""
+    s.leaves += 1
+    if s.leaves // LEAVES_PER_ROW > s.limit:
+        s.end = SCAN_LIMIT
+        return -1
+    return look_at_signals(s) if s.leaves % LEAVES_PER_LOOK == 0 else 0
 
 
 # ---- tables that were seen ---------------------------------------------------------------------------------------------
@@ -161,6 +193,7 @@ cdef const uint8_t *page_at(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
 cdef int put_row(scan *s, const mapping *row) noexcept nogil:
     cdef mapping *grown
     cdef mapping *before
+    s.put += 1
     if s.merge and s.count:
         before = &s.rows[s.count - 1]
         if (before.gva + before.size == row.gva and before.gpa + before.size == row.gpa and
@@ -195,8 +228,13 @@ cdef int cut_leaf(scan *s, uint64_t table, int level, uint64_t rights, uint64_t 
     cdef int begin = <int>((first - base) >> shift)
     cdef int end = <int>min((last - base) >> shift, <uint64_t>(table_entries(n) - 1))
     cdef const uint8_t *page = page_at(n, table)
-    cdef uint64_t pte, start, stop, entry_rights
+    cdef uint64_t pte, start, stop, entry_rights, key = table | SECOND_STAGE_KEY | <uint64_t>level
+    cdef size_t put = s.put
     cdef mapping row
+    if place_of(s.seen, s.table_capacity, key).key:     # nothing is mapped below it
+        return 0
+    if count_leaf(s):
+        return -1
     for i in range(begin, end + 1):
         pte = entry_at(n, page, table, i)
         if not is_usable(n, pte, level):
@@ -218,6 +256,8 @@ cdef int cut_leaf(scan *s, uint64_t table, int level, uint64_t rights, uint64_t 
         row.second_access = <uint8_t>kvmmu_gpte_access(n.format, entry_rights)
         if put_row(s, &row):
             return -1
+    if s.put == put and end - begin == table_entries(n) - 1 and remember(s, key, False):
+        return -1
     return 0
 
 
@@ -255,9 +295,7 @@ cdef int put_leaf(scan *s, const kvm_pagewalk *w, uint64_t gva, uint64_t pte, ui
     cdef uint64_t size = <uint64_t>1 << kvmmu_level_shift(w.format, level)
     cdef uint64_t start = max(gva, s.first), stop = min(gva + (size - 1), s.last)
     cdef mapping *leaf = &s.leaf
-    s.leaves += 1
-    if s.leaves // LEAVES_PER_ROW > s.limit:
-        s.end = SCAN_LIMIT
+    if count_leaf(s):
         return -1
     leaf.gva, leaf.size = start, stop - start + 1
     leaf.gpa = leaf.ngpa = kvmmu_leaf_gpa(w.format, pte, level, start, w.pse36_mask)
@@ -372,6 +410,11 @@ cdef object rows_of(scan *s):
     return rows
 
 
+cdef int large_shift(WalkCopy walk):
+    cdef const kvm_pagewalk *w = walk.w.ngpa if walk.w.kind == WALK_SECOND_STAGE else &walk.w
+    return PT32_LARGE_SHIFT if w.format == KVMMU_FORMAT_32 else PT64_LARGE_SHIFT
+
+
 cdef object scan_rows(WalkCopy walk, uint64_t first, uint64_t last, bint merge, size_t limit):
     cdef scan s
     s.w, s.n = &walk.w, walk.w.ngpa
@@ -381,6 +424,7 @@ cdef object scan_rows(WalkCopy walk, uint64_t first, uint64_t last, bint merge, 
     s.count, s.capacity, s.leaves, s.tables, s.table_capacity, s.end = 0, FIRST_ROWS, 0, 0, FIRST_TABLES, SCAN_DONE
     s.leaf.level = s.leaf.pkey = s.leaf.accessed = s.leaf.dirty = s.leaf.global_ = 0
     s.leaf.page_shift = <uint8_t>PAGE_SHIFT
+    s.put, s.error = 0, NULL
     s.rows = <mapping *>realloc(NULL, FIRST_ROWS * sizeof(mapping))
     s.seen = <seen_table *>calloc(FIRST_TABLES, sizeof(seen_table))
     try:
@@ -388,6 +432,10 @@ cdef object scan_rows(WalkCopy walk, uint64_t first, uint64_t last, bint merge, 
             raise MemoryError
         with nogil:
             scan_all(&s)
+        if s.error is not NULL:
+            error = <object>s.error
+            Py_DECREF(error)
+            raise error
         if s.end == SCAN_NO_MEMORY:
             raise MemoryError("there is no memory for so many mappings")
         if s.end == SCAN_LIMIT:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._bits import Acc
-from kvmmu.arch.arguments import check_bool, check_int
+from kvmmu.arch.arguments import check_bool, check_choice, check_gpa, check_int
 
 __all__ = ["MAPPING", "Lookup", "Mapping", "Mappings"]
 
@@ -94,7 +94,9 @@ class Mappings:
     dirty: NDArray[np.bool_]
     global_: NDArray[np.bool_]
 
-    def __init__(self, rows: NDArray[Any]) -> None:
+    def __init__(self, rows: NDArray[Any], large: int = 1 << 21) -> None:
+        """large: bytes of the pages of level 2."""
+        self._large = large
         for name in _NAMES:
             setattr(self, name, np.ascontiguousarray(rows[name]))
 
@@ -138,14 +140,14 @@ class Mappings:
             if value is not None:
                 wanted &= ((rights & np.uint8(right)) != 0) == check_bool(name, value)
         if size is not None:
-            levels = {1 << 12: 1, 1 << 21: 2, 1 << 22: 2, 1 << 30: 3}
-            if size not in levels:
-                raise ValueError(f"size: want {', '.join(hex(known) for known in levels)}, got {size!r}")
-            wanted &= self.level == levels[size]
+            size = check_choice("size", size, (1 << 12, 1 << 21, 1 << 22, 1 << 30))
+            levels = {1 << 12: 1, self._large: 2, 1 << 30: 3}
+            wanted &= self.level == levels.get(size, 255)
         return self._rows(wanted)
 
     def of_memory(self, gpa: int, size: int) -> "Mappings":
         """Return the parts of mappings that lead to [gpa, gpa + size)."""
+        gpa = check_gpa("gpa", gpa)
         first, last = np.uint64(gpa), np.uint64(check_int("size", size, 1, (1 << 52) - gpa) - 1 + gpa)
         found = self._rows((self.gpa <= last) & (self.gpa + (self.size - np.uint64(1)) >= first))
         skip = np.where(found.gpa < first, first - found.gpa, np.uint64(0))
@@ -156,6 +158,7 @@ class Mappings:
 
     def _rows(self, wanted: NDArray[np.bool_]) -> "Mappings":
         chosen = Mappings.__new__(Mappings)
+        chosen._large = self._large
         for name in _NAMES:
             setattr(chosen, name, getattr(self, name)[wanted])
         return chosen

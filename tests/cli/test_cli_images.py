@@ -190,7 +190,7 @@ def test_what_cannot_be_asked_for(capsys, dump, tmp_path, monkeypatch, args, wor
 def test_physical_bytes_of_an_image_without_registers(capsys, tmp_path):
     """They need no page tables."""
     path = tmp_path / "a.ram"
-    path.write_bytes(bytes(range(256)) * 16)
+    path.write_bytes(bytes(range(256)) * 256)
     assert run(capsys, "read", path, "0x10", "4", "--physical") == (
         "0000000000000010  10 11 12 13                                      |....|\n")
-    assert "raw, 4,096 bytes" in run(capsys, "info", path)
+    assert "raw, 65,536 bytes" in run(capsys, "info", path)

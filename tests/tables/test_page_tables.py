@@ -463,3 +463,15 @@ def test_pager_in_given_memory_says_when_it_is_full():
     reached = vcpu.access(np.arange(60, dtype=np.uint64) * PAGE, Access.WRITE)
     assert (reached.status == 0).all()
     assert len({*reached.gpa.tolist(), *pager.table_frames}) == 64
+
+
+@pytest.mark.parametrize("frames", [2, 3, 4, 5, 6, 64, 65, 66, 67])
+def test_a_pager_whose_memory_is_full(frames):
+    """Pages and tables do not take the last frames from each other for ever."""
+    def fill():
+        pager = Pager(mem=GuestMemory(frames * 4096))
+        for page in range(1000):
+            pager.touch([page << 30])
+
+    with pytest.raises(MemoryError, match="fram"):
+        fill()

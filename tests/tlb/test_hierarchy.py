@@ -3,12 +3,14 @@
 
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
 from tlb_model import KINDS, PAGES, Model
 
 from kvmmu import Access, TlbHierarchy, TlbLevel
+from kvmmu.tlb._hierarchy import TlbLevels
 
 HIERARCHIES = int(os.environ.get("KVMMU_TLB_HIERARCHIES", "300"))
 ACCESS = {"load": Access.READ, "store": Access.WRITE, "fetch": Access.FETCH}
@@ -294,3 +296,26 @@ def test_too_many_tags():
     with pytest.raises(ValueError, match="more than 32768"):
         tlb.use(9, 0)
     tlb.use(3, 5)
+
+
+@pytest.mark.parametrize("arguments", [
+    ([], {100000: (1, 1, 0)}), ([], {1: (1, 1, 0)}), ([(4, 4, 9, 0, 7, 7)], {}), ([(4, 100, 2, 0, 7, 7)], {}),
+    ([(0, 4, 0, 0, 7, 7)], {}), ([(4, 4, 0, 5, 7, 7)], {}), ([(1 << 20, 1 << 20, 0, 0, 7, 7)], {})])
+def test_the_compiled_levels_check_their_shape(arguments):
+    with pytest.raises(ValueError, match="want|none|at most"):
+        TlbLevels(*arguments, 0)
+
+
+def test_spaces_are_flushed_while_others_come_into_use():
+    tlb, stop = TlbHierarchy([TlbLevel("a", 4, 2)]), threading.Event()
+
+    def use():
+        for space in range(20_000):
+            tlb.use(space)
+        stop.set()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    while not stop.is_set():
+        tlb.flush_space(1)
+    thread.join()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """walk.mappings(): what whole tables map, held to the walk of single addresses (to QEMU's `info tlb`: test_replay.py)."""
 
+import signal
+import time
 from itertools import pairwise
 
 import builders
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvmmu
-from kvmmu import Acc, Access, CpuModel, Ept, GuestMemory, Npt, Status, Vcpu
+from kvmmu import Acc, Access, CpuModel, Ept, GuestMemory, Npt, PageTables, Status, Vcpu
 
 MODES = ("32", "pae", "4l", "5l")
 ACCESSES = [Access(bits) for bits in (0, 2, 4, 6, 8, 10, 16, 20)]
@@ -274,7 +276,7 @@ def test_filters():
     assert found[-1].rights == "rw--"
     assert [m.gva for m in found] == found.gva.tolist()
     assert repr(found) == "<Mappings: 3 rows, 0x202000 bytes>"
-    with pytest.raises(ValueError, match="size: want 0x1000"):
+    with pytest.raises(ValueError, match="size: want 4096"):
         found.where(size=5)
 
 
@@ -343,3 +345,68 @@ def test_lookup_over_two_stages():
     assert found.pte_access == Acc.READ | Acc.USER | Acc.EXEC
     with pytest.raises(kvmmu.EptViolation):
         vcpu.gva_walk.lookup(0x4000_1000, Access.PROBE)
+
+
+def nested_over_empty_tables():
+    """A vCPU whose 2**18 leaves of 1G lie, but for the first page, where its second stage has tables with nothing in them."""
+    mem = GuestMemory(1 << 20)
+    for table, entry in ((0x10000, 0), (0x11000, 0x13007), (0x12000, 0), (0x13000, 0x14007), (0x14000, 0), (0x1000, 0x2007),
+                         (0x2000, 0x400000E7)):
+        mem.write(table, np.full(512, entry, np.uint64).tobytes())
+    mem.write_u64(0x10000, 0x11007)
+    mem.write_u64(0x11000, 0x12007)
+    mem.write_u64(0x12000, 7 | 0x80 | 6 << 3)
+    vcpu = Vcpu(mem, CpuModel(maxphyaddr=40))
+    registers = {"cr0": 0x80010033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
+    vcpu.set_regs(**registers)
+    vcpu.enter_nested(Ept(0x1001E), **registers)
+    return vcpu
+
+
+def test_empty_tables_of_the_second_stage_are_scanned_once():
+    start = time.monotonic()
+    assert len(nested_over_empty_tables().gva_walk.mappings()) == 0
+    assert time.monotonic() - start < 30                # a minute and more, if each leaf goes through them
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer()")
+def test_a_scan_can_be_interrupted():
+    """A signal handler that raises ends it."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def scan_often():
+        for _ in range(1000):
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+            walk.mappings()
+
+    walk = nested_over_empty_tables().gva_walk
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scan_often()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(walk.mappings(0, 1 << 30)) == 0
+
+
+def test_pages_of_4m_are_no_pages_of_2m():
+    tables = PageTables(GuestMemory(1 << 20), "4l")
+    tables.map(0x40000000, 0, 1 << 21)
+    vcpu = Vcpu(tables.mem)
+    vcpu.set_regs(tables.regs())
+    found = vcpu.gva_walk.mappings()
+    assert [len(found.where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22, 1 << 30)] == [0, 1, 0, 0]
+    with pytest.raises(ValueError, match="size: want 4096"):
+        found.where(size=5)
+    with pytest.raises(ValueError, match="gpa: want"):
+        found.of_memory(-1, 5)
+
+
+def test_pages_of_4m():
+    tables = PageTables(GuestMemory(1 << 20), "32")
+    tables.map(0x400000, 0, 1 << 22)
+    vcpu = Vcpu(tables.mem)
+    vcpu.set_regs(tables.regs())
+    assert [len(vcpu.gva_walk.mappings().where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22)] == [0, 0, 1]
