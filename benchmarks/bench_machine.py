@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import builders
 
 from kvmmu import Access, Accesses, CpuModel, Ept, GuestMemory, Host, Npt, Vm
