@@ -3,6 +3,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    import kvmmu.arch._bits  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "kvmmu.arch._bits":
+        raise
+    raise ImportError(f"{__path__[0]} is a source tree that is not built, and hides the installed kvmmu; run Python in another "
+                      "folder, or as python -P") from None
+
 from kvmmu.arch._bits import INVALID_GPA, Acc, Access, Cr0, Cr4, Efer, EptPte, EptQual, NpfInfo, Pferr, Pte, RetPf, Status
 from kvmmu.arch._format import PageFormat
 from kvmmu.arch._roles import CpuRole, calc_cpu_roles
