@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu.memory._memory import GuestMemory
 
-__all__ = ["ImageError", "ImageFile", "Range", "StrPath", "join_ranges", "memory_of"]
+__all__ = ["ImageError", "ImageFile", "Range", "StrPath", "join_ranges", "joined", "memory_of"]
 
 StrPath = str | PathLike[str]
 
 _PAGE = int(PAGE_SIZE)
 _ALIGNMENT = 8                              # of entries that walks update
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_RANGE = np.dtype([("gpa", np.uint64), ("offset", np.uint64), ("size", np.uint64)])
+_OFFSET_LIMIT = (1 << 63) - 1               # of files
+_DAMAGE_MAX = 1000                          # lines
+_PARTIAL_MIN, _PARTIAL_PER_BYTE = 1 << 24, 4        # memory for pages that are in a file by parts: at least, and per byte of it
 
 
 class ImageError(ValueError):
@@ -114,15 +116,39 @@ def join_ranges(gpa: NDArray[np.uint64], offset: NDArray[np.uint64], size: NDArr
                                        strict=True)]
 
 
+def _tell(damage: list[str], text: str) -> None:
+    """Add a line to the damage, of which there are not many."""
+    if len(damage) < _DAMAGE_MAX:
+        damage.append(text)
+    elif len(damage) == _DAMAGE_MAX:
+        damage.append("there is more damage, which is not listed")
+
+
+def joined(ranges: Iterable[Range], damage: list[str]) -> list[Range]:
+    """Return ranges as a file tells them, clipped to 52 bits, as `join_ranges()` does. OUT damage: those that are left out."""
+    found = []
+    for gpa, offset, size in ranges:
+        if offset + size > _OFFSET_LIMIT:
+            _tell(damage, f"memory at {gpa:#x}, {size:#x} bytes at offset {offset:#x}, ends where no file has bytes; left out")
+            continue
+        if gpa + size > GPA_LIMIT:
+            _tell(damage, f"memory at {gpa:#x} ends beyond 52 bits; what lies beyond is left out")
+            size = max(0, int(GPA_LIMIT) - gpa)
+        if size:
+            found.append(Range(gpa, offset, size))
+    columns = np.array(found, np.uint64).reshape(-1, 3)
+    return join_ranges(columns[:, 0], columns[:, 1], columns[:, 2])
+
+
 def _clipped(file: ImageFile, ranges: Iterable[Range], damage: list[str]) -> list[Range]:
     """Return the parts of ranges that the file has and a guest can address."""
     found = []
     for gpa, offset, size in ranges:
         if gpa + size > GPA_LIMIT:
-            damage.append(f"memory at {gpa:#x} ends beyond 52 bits; what lies beyond is left out")
+            _tell(damage, f"memory at {gpa:#x} ends beyond 52 bits; what lies beyond is left out")
             size = max(0, int(GPA_LIMIT) - gpa)
         if offset + size > file.size:
-            damage.append(f"the file ends at {file.size:#x}, within the memory at gpa {gpa:#x} (offset {offset:#x}, {size:#x} "
+            _tell(damage, f"the file ends at {file.size:#x}, within the memory at gpa {gpa:#x} (offset {offset:#x}, {size:#x} "
                           "bytes); what is missing is a hole")
             size = max(0, file.size - offset)
         if size:
@@ -133,22 +159,32 @@ def _clipped(file: ImageFile, ranges: Iterable[Range], damage: list[str]) -> lis
 def memory_of(file: ImageFile, ranges: Iterable[Range], damage: list[str]) -> GuestMemory:
     """Return guest memory over ranges of the mapped file, which do not overlap; ImageError if the file has none of them.
 
-    Pages of which the file has a part are copied, the rest of them is zero. Memory whose words do not lie at multiples of 8 bytes
+    Pages of which the file has a part are copied, the rest of them is zero; they take four times the size of the file at most, or
+    16 MiB, and those beyond are left out. Memory whose words do not lie at multiples of 8 bytes
     in the file is read-only. OUT damage: what is missing.
     """
     parts: dict[int, NDArray[np.uint8]] = {}
     slots: list[tuple[int, Any]] = []
+    most = max(_PARTIAL_MIN, _PARTIAL_PER_BYTE * file.size) // _PAGE
+    left_out = 0
     for gpa, offset, size in _clipped(file, ranges, damage):
         first, end = -(-gpa // _PAGE) * _PAGE, (gpa + size) // _PAGE * _PAGE
         edges = [(gpa, min(first, gpa + size))] if first != gpa else []
         if end < gpa + size and end >= first:
             edges.append((end, gpa + size))
         for start, stop in edges:
-            page = parts.setdefault(start // _PAGE * _PAGE, np.zeros(_PAGE, np.uint8))
+            page = parts.get(start // _PAGE * _PAGE)
+            if page is None:
+                if len(parts) >= most:
+                    left_out += 1
+                    continue
+                page = parts[start // _PAGE * _PAGE] = np.zeros(_PAGE, np.uint8)
             page[start % _PAGE:start % _PAGE + stop - start] = file.data[offset + start - gpa:offset + stop - gpa]
         if first < end:
             data = file.data[offset + first - gpa:offset + end - gpa]
             slots.append((first, data if (offset + first - gpa) % _ALIGNMENT == 0 else memoryview(data).toreadonly()))
+    if left_out:
+        damage.append(f"the file has parts of more than {most} pages, too many for its size; {left_out} parts are left out")
     slots += parts.items()
     if not slots:
         raise file.fail("there is no memory in it" + (f": {damage[0]}" if damage else ""))

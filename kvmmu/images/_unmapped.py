@@ -14,6 +14,7 @@ __all__ = ["UnmappedFile", "open_file"]
 
 _PAGE = int(PAGE_SIZE)
 _READ_MAX = 1 << 30
+_OFFSET_MAX = (1 << 63) - 1
 
 
 class UnmappedFile:
@@ -38,6 +39,8 @@ class UnmappedFile:
         """Return n bytes; ImageError if the file ends before."""
         if offset < 0 or n > _READ_MAX:
             raise self.fail(f"{what} has {n:#x} bytes; {_READ_MAX:#x} are read at most", offset)
+        if offset > _OFFSET_MAX - n:
+            raise self.fail(f"{what} would lie where no file has bytes", offset)
         found = b""
         while len(found) < n:
             part = os.pread(self._file.fileno(), n - len(found), offset + len(found))

@@ -6,6 +6,7 @@ stand 8 bytes. Version 1 is LiME's format.
 
 from collections import OrderedDict
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ _TRAILER = 8
 _CRC = 4
 _COMPRESSED, _PLAIN, _FIRST_SKIPPED, _STREAM = 0, 1, 0x80, 0xFF
 _KEPT = 64                                  # blocks that stay unpacked
-_BLOCK = np.dtype([("gpa", np.uint64), ("offset", np.uint64), ("packed", np.uint32), ("size", np.uint32), ("plain", np.bool_)])
+_BLOCK = np.dtype([("begin", np.uint64), ("gpa", np.uint64), ("offset", np.uint64), ("packed", np.uint32), ("size", np.uint32),
+                   ("plain", np.bool_)])
 
 
 class _Avml:
@@ -56,6 +58,7 @@ class _Blocks:
         self.damage: list[str] = []
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         found: list[tuple[int, int, int, int, bool]] = []
+        extents: list[tuple[int, int, int]] = []            # of ranges: first address, end, blocks of all up to this one
         at = 0
         while at < file.size:
             if file.size - at < HEADER.itemsize:
@@ -71,11 +74,34 @@ class _Blocks:
                 self.damage.append(f"at offset {at:#x}: {wrong}; what follows is left out")
                 break
             self.ranges += 1
+            before = len(found)
             at = self._frames(found, at + HEADER.itemsize, start, end + 1)
+            if len(found) > before:
+                extents.append((start, found[-1][0] + found[-1][3], len(found)))
             if at < 0:
                 break
             at += _TRAILER
-        self.blocks = np.array(sorted(found), _BLOCK)
+        self.blocks = self._parts_that_count(found, extents)
+
+    def _parts_that_count(self, found: list[tuple[int, int, int, int, bool]], extents: list[tuple[int, int, int]]) -> Any:
+        """Return the blocks, ascending, each from `begin` on: where ranges overlap the one that begins first counts."""
+        begin, covered, overlaps = np.zeros(len(extents), np.uint64), 0, 0
+        for number in sorted(range(len(extents)), key=lambda n: extents[n][0]):
+            start, end, _ = extents[number]
+            begin[number] = max(start, covered)
+            if start < covered:
+                overlaps += 1
+                if overlaps == 1:
+                    self.damage.append(f"the range at gpa {start:#x} overlaps one that begins before it, which counts")
+            covered = max(covered, end)
+        if overlaps > 1:
+            self.damage.append(f"{overlaps} ranges overlap others")
+        counts = np.array([last for _, _, last in extents], np.int64)
+        counts[1:] -= counts[:-1].copy()
+        blocks = np.array([(0, *block) for block in found], _BLOCK)
+        blocks["begin"] = np.maximum(blocks["gpa"], np.repeat(begin, counts))
+        blocks = blocks[blocks["begin"] < blocks["gpa"] + blocks["size"]]
+        return blocks[np.argsort(blocks["begin"], kind="stable")]
 
     def _frames(self, found: list[tuple[int, int, int, int, bool]], at: int, gpa: int, stop: int) -> int:
         """Add the blocks of a range; returns where they end, -1 if that cannot be told."""
@@ -105,12 +131,12 @@ class _Blocks:
     def read(self, gpas: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """Return pages; what no range has is zero."""
         pages = np.zeros((gpas.size, _PAGE), np.uint8)
-        starts = self.blocks["gpa"]
+        begins = self.blocks["begin"]
         for i, gpa in enumerate(gpas.tolist()):
-            place = max(int(np.searchsorted(starts, np.uint64(gpa), "right")) - 1, 0)
-            while place < self.blocks.size and int(starts[place]) < gpa + _PAGE:
-                first, data = int(starts[place]), None
-                begin, end = max(gpa, first), min(gpa + _PAGE, first + int(self.blocks["size"][place]))
+            place = max(int(np.searchsorted(begins, np.uint64(gpa), "right")) - 1, 0)
+            while place < self.blocks.size and int(begins[place]) < gpa + _PAGE:
+                first = int(self.blocks["gpa"][place])
+                begin, end = max(gpa, int(begins[place])), min(gpa + _PAGE, first + int(self.blocks["size"][place]))
                 if begin < end:
                     data = self._unpack(place)
                     pages[i, begin - gpa:end - gpa] = np.frombuffer(data, np.uint8)[begin - first:end - first]

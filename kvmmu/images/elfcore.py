@@ -5,6 +5,7 @@ segments of 24 bytes (selector, limit, flags, padding: u32; base u64) in the ord
 It has no EFER: a processor in long mode is told by the machine of the file, EM_X86_64, and by CS.L.
 """
 
+import struct
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvmmu.arch._bits import Cr0, Cr4
-from kvmmu.images._file import ImageError, ImageFile, join_ranges, memory_of
+from kvmmu.images._file import ImageError, ImageFile, Range, joined, memory_of
 from kvmmu.images._flat import FlatFile
 from kvmmu.images._unmapped import UnmappedFile, open_file
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
@@ -31,7 +32,7 @@ _PHDR = {1: np.dtype([("type", "<u4"), ("offset", "<u4"), ("vaddr", "<u4"), ("pa
          2: np.dtype([("type", "<u4"), ("flags", "<u4"), ("offset", "<u8"), ("vaddr", "<u8"), ("paddr", "<u8"), ("filesz", "<u8"),
                       ("memsz", "<u8"), ("align", "<u8")])}
 _SH_INFO = {1: (28, "<u4"), 2: (44, "<u4")}             # where sh_info lies in a section header
-_NHDR = np.dtype([("namesz", "<u4"), ("descsz", "<u4"), ("type", "<u4")])
+_NHDR = struct.Struct("<III")                           # bytes of the name, bytes of the rest, type
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt")
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)), "rip", "rflags")
 _SEGMENT = np.dtype([("selector", "<u4"), ("limit", "<u4"), ("flags", "<u4"), ("pad", "<u4"), ("base", "<u8")])
@@ -43,7 +44,7 @@ _EM_386, _EM_X86_64 = 3, 62
 _CS_L = 1 << 21                                         # of the flags of a segment, as QEMU keeps them
 _NAME_MAX = 256
 _File = ImageFile | FlatFile | UnmappedFile
-_NOTES_MAX = 1 << 26                                    # bytes of notes of one segment that are looked at
+_NOTE_BYTES_MAX, _NOTES_MAX = 1 << 26, 1 << 16          # of all segments that are looked at
 _NO_PADDR = (1 << 64) - 1                               # of segments of /proc/kcore that are no memory
 
 
@@ -68,7 +69,8 @@ class _Elf:
             bad = np.flatnonzero(~fits & (gpa != np.uint64(_NO_PADDR)))
             damage += [f"segment {int(n)} (gpa {int(gpa[n]):#x}, {int(size[n]):#x} bytes) wraps around and is left out"
                        for n in bad[:4]]
-        ranges = join_ranges(gpa[fits], offset[fits], size[fits])
+        ranges = joined((Range(*row) for row in zip(gpa[fits].tolist(), offset[fits].tolist(), size[fits].tolist(), strict=True)),
+                        damage)
         memory = file.memory(ranges) if isinstance(file, UnmappedFile) else memory_of(file, ranges, damage)
         root = kernel_root(info)
         return Image(file.path, self.name, memory, vcpus, damage=damage,
@@ -107,20 +109,33 @@ def _notes(file: _File, segments: Any, is_x86_64: bool,
     """Return the vCPUs, and what the kernel tells."""
     vcpus: list[VcpuState] = []
     info: dict[str, str] = {}
+    bytes_left, notes_left = min(_NOTE_BYTES_MAX, file.size), _NOTES_MAX
     for segment in segments:
-        start = int(segment["offset"])
-        end = start + min(int(segment["filesz"]), _NOTES_MAX)
-        if end > file.size:
+        start, size = int(segment["offset"]), int(segment["filesz"])
+        if start + size > file.size:
             damage.append(f"at offset {start:#x}: the file ends within the notes")
-            end = file.size
-        for owner, kind, at, size in _each_note(file, start, end, damage):
+            size = max(0, file.size - start)
+        if size > bytes_left or not notes_left:
+            damage.append(f"at offset {start:#x}: all notes have more than {min(_NOTE_BYTES_MAX, file.size):#x} bytes, or are "
+                          f"more than {_NOTES_MAX}; what follows is left out")
+            size = min(size, bytes_left) if notes_left else 0
+        if not size:
+            if not bytes_left or not notes_left:
+                break
+            continue
+        bytes_left -= size
+        data = file.bytes(start, size, "the notes")
+        for owner, kind, at, length in _each_note(data, start, damage):
+            if not notes_left:
+                break
+            notes_left -= 1
             if owner == b"QEMU" and kind == 0:
                 try:
-                    vcpus.append(_vcpu(file, at, size, len(vcpus), is_x86_64))
+                    vcpus.append(_vcpu(file, start + at, data[at:at + length], len(vcpus), is_x86_64))
                 except ImageError as error:
                     damage.append(f"vCPU {len(vcpus)}: {error.reason}")
             elif owner == b"VMCOREINFO":
-                info = parse_vmcoreinfo(file.bytes(at, size, "VMCOREINFO"))
+                info = parse_vmcoreinfo(data[at:at + length])
     return vcpus, info
 
 
@@ -131,23 +146,23 @@ def qemu_vcpus(file: _File, offset: int, size: int, *, is_x86_64: bool, damage: 
     return _notes(file, segments, is_x86_64, damage)[0] if size else []
 
 
-def _each_note(file: _File, start: int, end: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
-    """Yield owner, type, offset and size of each note."""
-    while start + _NHDR.itemsize <= end:
-        header = file.item(_NHDR, start, "a note")
-        namesz, descsz = int(header["namesz"]), int(header["descsz"])
-        at = start + _NHDR.itemsize + -(-namesz // 4) * 4
-        if namesz > _NAME_MAX or at + descsz > end:
-            damage.append(f"at offset {start:#x}: a note of {namesz:#x} and {descsz:#x} bytes ends beyond the notes")
+def _each_note(data: bytes, offset: int, damage: list[str]) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yield owner, type, place and size of each note in the data of a segment, which lies at an offset of the file."""
+    start = 0
+    while start + _NHDR.size <= len(data):
+        namesz, descsz, kind = _NHDR.unpack_from(data, start)
+        at = start + _NHDR.size + -(-namesz // 4) * 4
+        if namesz > _NAME_MAX or at + descsz > len(data):
+            damage.append(f"at offset {offset + start:#x}: a note of {namesz:#x} and {descsz:#x} bytes ends beyond the notes")
             return
-        yield file.bytes(start + _NHDR.itemsize, namesz, "a note").rstrip(b"\0"), int(header["type"]), at, descsz
+        yield data[start + _NHDR.size:start + _NHDR.size + namesz].rstrip(b"\0"), kind, at, descsz
         start = at + -(-descsz // 4) * 4
 
 
-def _vcpu(file: _File, at: int, size: int, number: int, is_x86_64: bool) -> VcpuState:
-    if size < _QEMU_STATE.itemsize:
-        raise file.fail(f"at offset {at:#x}: its note has {size} bytes, want {_QEMU_STATE.itemsize}", at)
-    state = file.item(_QEMU_STATE, at, "the note of a vCPU")
+def _vcpu(file: _File, at: int, desc: bytes, number: int, is_x86_64: bool) -> VcpuState:
+    if len(desc) < _QEMU_STATE.itemsize:
+        raise file.fail(f"at offset {at:#x}: its note has {len(desc)} bytes, want {_QEMU_STATE.itemsize}", at)
+    state: Any = np.frombuffer(desc, _QEMU_STATE, 1)[0]
     if state["version"] != 1:
         raise file.fail(f"at offset {at:#x}: its note is of version {state['version']}, want 1", at)
     registers = dict(zip(_GENERAL, state["general"].tolist(), strict=True))

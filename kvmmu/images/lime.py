@@ -5,7 +5,7 @@ from os import PathLike
 
 import numpy as np
 
-from kvmmu.images._file import ImageFile, Range, join_ranges, memory_of
+from kvmmu.images._file import ImageFile, Range, joined, memory_of
 from kvmmu.images.image import Image
 
 __all__ = ["FORMAT"]
@@ -26,8 +26,7 @@ class _Lime:
     def open(self, path: str | PathLike[str]) -> Image:
         file = ImageFile(path)
         ranges, damage = _ranges(file)
-        columns = np.array(ranges, np.uint64).reshape(-1, 3)
-        memory = memory_of(file, join_ranges(columns[:, 0], columns[:, 1], columns[:, 2]), damage)
+        memory = memory_of(file, joined(ranges, damage), damage)
         return Image(file.path, self.name, memory, damage=damage, details={"ranges": len(ranges)})
 
 

@@ -1,8 +1,10 @@
 """Any memory image, opened by what is in it: the formats of kvmmu and those that other packages add."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from os import PathLike
+from inspect import Parameter, signature
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Protocol
 from warnings import warn
@@ -70,6 +72,7 @@ def _head_of(path: Path) -> bytes:
 
 def find_image_format(path: StrPath) -> Format | None:
     """Return the format of a file, told by its content; None if it is none of those that are known."""
+    _check_path(path)
     known = _all_formats()
     head = _head_of(Path(path))
     scores = {name: format.sniff(head, Path(path)) for name, format in known.items()}
@@ -79,6 +82,7 @@ def find_image_format(path: StrPath) -> Format | None:
 
 def is_image(path: StrPath) -> bool:
     """True if a path is a file in some image format but raw, which any file of whole pages may be."""
+    _check_path(path)
     found = find_image_format(path) if Path(path).is_file() else None
     return found is not None and found.name != "raw"
 
@@ -115,16 +119,38 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
     if not isinstance(path, (str, bytes, PathLike)):
         if not callable(getattr(path, "read", None)):
             raise TypeError(f"path: want a path, or an object with read(gpa, n), got {type(path).__name__}")
+        if format is not None:
+            raise ValueError(f"format: an object with read(gpa, n) has none, got {format!r}")
+        _check_options("an object with read(gpa, n)", open_reader, options)
         return open_reader(path, **options)
+    _check_path(path)
     known = _all_formats()
     if format is not None:
         check_name("format", format, tuple(sorted(known)))
         _head_of(Path(path))
+        _check_options(f"format {format!r}", known[format].open, options)
         return known[format].open(path, **options)
     found = find_image_format(path)
     if found is None:
         raise ImageError(path, _unknown(_head_of(Path(path)), sorted(known)), 0)
+    _check_options(f"format {found.name!r}", found.open, options)
     return found.open(path, **options)
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, PathLike)) or not isinstance(fspath(path), str):
+        raise TypeError(f"path: want a path as str or path-like, got {type(path).__name__}; os.fsdecode() makes a str of bytes")
+
+
+def _check_options(what: str, function: Callable[..., Image], options: dict[str, Any]) -> None:
+    """Raise TypeError if a function that opens images does not take one of the options."""
+    parameters = signature(function).parameters.values()
+    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+        return
+    allowed = [each.name for each in parameters if each.kind is Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"{name}: is no option of {what}; allowed are {', '.join(allowed) or 'none'}")
 
 
 def _unknown(head: bytes, names: list[str]) -> str:

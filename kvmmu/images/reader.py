@@ -35,6 +35,10 @@ def open_reader(reader: PhysicalReader, *, size: int | None = None,
     holes : exception class, or tuple of them
         What it raises where there is no memory: such pages read as zero.
     """
+    classes = holes if isinstance(holes, tuple) else (holes,)
+    if not all(isinstance(each, type) and issubclass(each, BaseException) for each in classes):
+        raise TypeError(f"holes: want an exception class, or a tuple of them, got {holes!r}")
+
     def read(gpas: NDArray[np.uint64]) -> NDArray[np.uint8]:
         pages = np.zeros((gpas.size, _PAGE), np.uint8)
         at = 0
@@ -43,13 +47,16 @@ def open_reader(reader: PhysicalReader, *, size: int | None = None,
             while stop < gpas.size and stop - at < _RUN and gpas[stop] - gpas[stop - 1] == _PAGE:
                 stop += 1
             try:
-                _fill(pages[at:stop], reader.read(int(gpas[at]), (stop - at) * _PAGE))
-            except holes:
+                data = reader.read(int(gpas[at]), (stop - at) * _PAGE)
+            except classes:
                 for i in range(at, stop):
                     try:
-                        _fill(pages[i:i + 1], reader.read(int(gpas[i]), _PAGE))
-                    except holes:
+                        data = reader.read(int(gpas[i]), _PAGE)
+                    except classes:
                         continue
+                    _fill(pages[i:i + 1], data)
+            else:
+                _fill(pages[at:stop], data)
             at = stop
         return pages
 
@@ -57,7 +64,11 @@ def open_reader(reader: PhysicalReader, *, size: int | None = None,
 
 
 def _fill(pages: NDArray[np.uint8], data: Any) -> None:
-    got = np.frombuffer(data, np.uint8)
+    try:
+        got = np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError):
+        raise TypeError(f"read: read(gpa, n) of an object has to return bytes or a contiguous buffer, got {type(data).__name__}"
+                        ) from None
     if got.size > pages.size:
         raise ValueError(f"read: want {pages.size} bytes or fewer, got {got.size}")
     pages.reshape(-1)[:got.size] = got

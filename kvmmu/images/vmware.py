@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
-from kvmmu.images._file import ImageFile, Range, join_ranges, memory_of
+from kvmmu.images._file import ImageFile, Range, joined, memory_of
 from kvmmu.images.image import Image
 
 __all__ = ["FORMAT"]
@@ -64,9 +64,7 @@ class _Vmware:
                 damage.append(f"{state.path}: region {n}, {size:#x} bytes at gpa {gpa:#x}, ends beyond 52 bits")
                 continue
             ranges.append(Range(gpa, offset, size))
-        columns = np.array(ranges, np.uint64).reshape(-1, 3)
-        joined = join_ranges(columns[:, 0], columns[:, 1], columns[:, 2])
-        return Image(file.path, self.name, memory_of(file, joined, damage), damage=damage,
+        return Image(file.path, self.name, memory_of(file, joined(ranges, damage), damage), damage=damage,
                      details={"regions": len(ranges), "state": state.path})
 
     def _flat(self, file: ImageFile) -> Image:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE, Cr0, Cr4, Efer
 from kvmmu.arch.registers import Regs
-from kvmmu.images._file import ImageFile, Range, join_ranges, memory_of
+from kvmmu.images._file import ImageFile, Range, joined, memory_of
 from kvmmu.images.image import Image, VcpuState, long_mode_regs
 
 __all__ = ["FORMAT"]
@@ -57,8 +57,7 @@ class _Windows:
         else:
             raise file.fail(f"dump type {kind}: want {_FULL} (full), or {_KERNEL}, {_BITMAP_FULL}, {_BITMAP_KERNEL} (with a "
                             "bitmap)", 0xF98 if bits == 64 else 0xF88)
-        columns = np.array(ranges, np.uint64).reshape(-1, 3)
-        memory = memory_of(file, join_ranges(columns[:, 0], columns[:, 1], columns[:, 2]), damage)
+        memory = memory_of(file, joined(ranges, damage), damage)
         state = _state(file, head, bits)
         return Image(file.path, self.name, memory, [state], damage=damage, root=state.regs,
                      details={"dump_type": kind, "cpus": int(head["cpus"]), "bugcheck": int(head["bugcheck"])})

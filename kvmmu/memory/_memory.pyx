@@ -293,8 +293,9 @@ cdef class GuestMemory:
             read(gpas) with page-aligned addresses, ascending, uint64 (n,): returns their bytes, uint8 (n, 4096), uint64 (n, 512)
             or bytes. A batch collects what it misses and asks once for each level of the tables.
         write : function, optional
-            write(gpas, pages) stores pages, uint8 (n, 4096). Without it the memory is read-only: walks set no A/D bits. With it
-            they are set in pages that are kept, which `flush()` gives to it.
+            write(gpas, pages) stores pages, uint8 (n, 4096), a copy. Without it the memory is read-only: walks set no A/D bits.
+            With it they are set in pages that are kept. It is given the pages that walks have changed by `flush()`, and in one
+            call before a walk, `read()` or `write()` that finds too many pages kept and forgets them.
         size : int, optional
             Bytes from 0 on that are memory, whole pages; what lies beyond is hole. By default all 52 bits.
         cache_pages : int
@@ -309,7 +310,10 @@ cdef class GuestMemory:
         Notes
         -----
         What a callback raises comes to the caller, with a note. A callback that uses the memory that it serves gets a
-        RuntimeError. Other threads wait while one is in a callback.
+        RuntimeError. Other threads wait while one is in a callback; the child of a fork() in such a moment gets a RuntimeError.
+
+        With a write callback each page takes twice its size: what walks have changed is told by comparison. Bits that a walk in
+        another thread sets while pages are forgotten may be lost.
         """
         return _callback_memory(read, write, size=size, cache_pages=cache_pages)
 
@@ -400,6 +404,8 @@ cdef class GuestMemory:
     def drop_cached(self):
         """Forget the pages that were read by callbacks: the next look asks for them anew, as after the target ran.
 
+        Accessed and dirty bits that walks have set since the last `flush()` are forgotten, too.
+
         Raises
         ------
         ValueError
@@ -408,7 +414,7 @@ cdef class GuestMemory:
         raise ValueError("memory of slots keeps no copies; only that of from_callbacks() does")
 
     def flush(self):
-        """Give the pages that were read by callbacks to the write callback, with the accessed and dirty bits that walks have set.
+        """Give the pages in which walks have set accessed and dirty bits to the write callback.
 
         Raises
         ------

@@ -2,17 +2,20 @@
 """open_image(): each format byte by byte, and QEMU's own dumps of Linux guests."""
 
 import mmap
+import struct
 from itertools import pairwise
 
 import image_files
 import numpy as np
 import pytest
+from children import outcome
 from image_files import CR0, CR4, PAGE, Guest
 from paths import DATA
 
 import kvmmu
-from kvmmu.images import Image, ImageError, image_formats, is_image, open_image
+from kvmmu.images import Image, ImageError, elfcore, image_formats, is_image, open_image
 from kvmmu.images._file import Range, join_ranges
+from kvmmu.images._unmapped import UnmappedFile
 
 IMAGES = DATA / "images"
 LMA = int(kvmmu.Efer.LME | kvmmu.Efer.LMA)
@@ -447,6 +450,160 @@ def test_no_image(tmp_path, data, reason):
         open_image(path)
     assert str(path) in str(caught.value)
     assert reason.split(";")[0][:10] in caught.value.reason
+
+
+def test_notes_that_many_headers_share(tmp_path):
+    """The work is bounded by the file, not by headers times notes."""
+    notes = image_files.note(b"A", 1, b"") * 16384                      # 256 KiB
+    core = bytearray(image_files.elf_core([(0, bytes(PAGE))] + [(0, b"")] * 2000, notes))
+    note_header = core[64:64 + 56]
+    for n in range(2, 2002):
+        core[64 + 56 * n:64 + 56 * (n + 1)] = note_header
+    path = written(tmp_path, core)
+    assert outcome(lambda: open_image(path), seconds=5) == (0, "ok Image")      # 32 million notes took minutes
+    image = open_image(path)
+    assert image.memory.read(0, PAGE) == bytes(PAGE)
+    assert any("all notes have more than" in line for line in image.damage)
+    assert len(image.damage) < 10
+
+
+def test_more_notes_than_any_machine_has(tmp_path, guest, monkeypatch):
+    """Those up to the limit are read, and the rest is told."""
+    monkeypatch.setattr(elfcore, "_NOTES_MAX", 3)
+    notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, guest.cr3, CR4))
+    core = bytearray(image_files.elf_core([(0, guest.memory.tobytes()), (0, b"")], notes * 3))
+    image = open_image(written(tmp_path, core))
+    assert (len(image.vcpus), image.damage) == (3, ())
+    core[64 + 2 * 56:64 + 3 * 56] = core[64:64 + 56]
+    image = open_image(written(tmp_path, core, "more"))
+    assert len(image.vcpus) == 3
+    assert "or are more than 3" in image.damage[0]
+
+
+def test_avml_with_ranges_that_overlap(tmp_path):
+    """The range that begins first counts, whatever blocks it has, as LiME's do."""
+    pytest.importorskip("cramjam", reason="cramjam is not installed (extra images)")
+    image = open_image(written(tmp_path, image_files.avml((0, b"a" * 0x10000), (0x1000, b"b" * PAGE))))
+    assert image.memory.read(0x3000, 1) == image.memory.read(0x1000, 1) == b"a"
+    assert image.memory.read(0, 0x11000) == b"a" * 0x10000 + bytes(PAGE)
+    assert image.damage == ("the range at gpa 0x1000 overlaps one that begins before it, which counts",)
+    rng = np.random.default_rng(9)
+    for _ in range(20):
+        ranges = [(int(rng.integers(0, 64)) * 0x800, bytes([65 + n]) * (int(rng.integers(1, 40)) * 0x700)) for n in range(5)]
+        packed = open_image(written(tmp_path, image_files.avml(*ranges, block=0x3000))).memory
+        plain = open_image(written(tmp_path, image_files.lime(*ranges), "plain")).memory
+        assert packed.read(0, 0x40000) == plain.read(0, 0x40000)
+
+
+def hostile_windows(guest):
+    dump = bytearray(image_files.windows_dump(guest, kind=5, holes=(4,)))
+    dump[0x2020:0x2028] = b"\xff" * 8
+    return dump
+
+
+def hostile_lime(guest):
+    last = struct.pack("<IIQQQ", 0x4C694D45, 1, (1 << 64) - PAGE, (1 << 64) - 1, 0) + bytes(PAGE)
+    return image_files.lime((0, bytes(PAGE))) + last
+
+
+def hostile_elf(guest):
+    core = bytearray(image_files.qemu_core(guest))
+    core[64 + 56 + 8:64 + 56 + 16] = struct.pack("<Q", (1 << 64) - (1 << 20))
+    core[64 + 8:64 + 16] = struct.pack("<Q", (1 << 64) - 8)
+    return core
+
+
+@pytest.mark.parametrize(("make", "usable"), [(hostile_windows, False), (hostile_lime, True), (hostile_elf, True)])
+def test_offsets_beyond_all_files(tmp_path, guest, make, usable):
+    """Memory at such an offset or address is left out, and told."""
+    path = written(tmp_path, make(guest))
+    if usable:
+        image = open_image(path)
+        assert any("beyond 52 bits" in line or "left out" in line for line in image.damage)
+        assert all(gpa + size <= 1 << 52 for gpa, size, _ in image.memory.slots)
+    else:
+        with pytest.raises(ImageError, match="where no file has bytes"):
+            open_image(path)
+
+
+def test_a_region_of_vmware_beyond_all_files(tmp_path, guest):
+    """The other one is there."""
+    written(tmp_path, guest.memory.tobytes(), "vm.vmem")
+    state = bytearray(image_files.vmware_state([(0, 0, 0x8000), (0x8000, 0x8000, 0x18000)], 3))
+    old = bytes([1 << 6 | 4, 13]) + b"regionPageNum" + struct.pack("<II", 1, 8)
+    assert state.count(old) == 1
+    state = state.replace(old, bytes([1 << 6 | 8, 13]) + b"regionPageNum" + struct.pack("<IQ", 1, 1 << 60))
+    written(tmp_path, state, "vm.vmss")
+    image = open_image(tmp_path / "vm.vmem")
+    assert image.memory.slots == [(0, 0x8000, False)]
+    assert "where no file has bytes" in image.damage[0]
+
+
+def test_an_unmapped_file_with_memory_everywhere(tmp_path, guest, monkeypatch):
+    """Addresses and offsets beyond all limits are left out there, too."""
+    core = bytearray(image_files.qemu_core(guest))
+    core[64 + 56 * 2 + 24:64 + 56 * 2 + 32] = struct.pack("<Q", (1 << 52) - PAGE)
+    path = written(tmp_path, core)
+    monkeypatch.setattr(elfcore, "open_file", UnmappedFile)
+    image = open_image(path)
+    assert image.memory.slots == [(0, 1 << 52, True)]
+    assert image.memory.read((1 << 52) - PAGE, PAGE) == guest.bytes(len(guest.memory) // 2, len(guest.memory) // 2 + PAGE)
+    with pytest.raises(ImageError, match="where no file has bytes"):
+        UnmappedFile(path).bytes((1 << 64) - 1, 4, "a thing")
+
+
+def test_lime_with_a_byte_in_each_of_many_pages(tmp_path):
+    """The memory that they take is bounded by the size of the file."""
+    header = struct.Struct("<IIQQQ")
+    path = written(tmp_path, b"".join(header.pack(0x4C694D45, 1, n << 12, n << 12, 0) + b"x" for n in range(20_000)))
+    image = open_image(path)
+    assert sum(size for _, size, _ in image.memory.slots) <= 4 * path.stat().st_size + (16 << 20)
+    assert image.memory.read(0, 2) == b"x\0"
+    assert any("are left out" in line for line in image.damage)
+
+
+class Answers:
+    """A reader that returns one thing."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def read(self, gpa, n):
+        return self.answer
+
+
+@pytest.mark.parametrize("holes", [5, (LookupError, 5), "LookupError", int, LookupError()], ids=str)
+def test_holes_that_are_no_exceptions(holes):
+    with pytest.raises(TypeError, match="holes: want an exception class, or a tuple of them, got "):
+        open_image(Answers(b""), holes=holes)
+
+
+@pytest.mark.parametrize("answer", [None, "text", 5, [1, 2], np.zeros((4, 4), np.uint8).T[:, ::2]], ids=range(5))
+def test_answers_that_are_no_bytes(answer):
+    """Told even where `holes` has the class of the error."""
+    for holes in ((), TypeError):
+        image = open_image(Answers(answer), size=1 << 20, holes=holes)
+        with pytest.raises(TypeError, match=r"read: read\(gpa, n\) of an object has to return bytes or a contiguous buffer, got"):
+            image.memory.read(0, 8)
+
+
+def test_arguments_of_open_image(tmp_path, guest):
+    """The message names the argument, and what is allowed."""
+    for call in (open_image, is_image):
+        with pytest.raises(TypeError, match="path: want a path as str or path-like, got bytes"):
+            call(b"path")
+    path = written(tmp_path, image_files.lime((0, guest.memory.tobytes())))
+    for options, words in (
+            ({"layout": "pc"}, "layout: is no option of format 'lime'; allowed are none"),
+            ({"format": "raw", "colour": 1}, "colour: is no option of format 'raw'; allowed are layout, below_4g")):
+        with pytest.raises(TypeError, match=words):
+            open_image(path, **options)
+    with pytest.raises(TypeError, match=r"colour: is no option of an object with read\(gpa, n\); allowed are size, holes"):
+        open_image(Answers(b""), colour=1)
+    with pytest.raises(ValueError, match="format: an object with read"):
+        open_image(Answers(b""), format="raw")
+    with pytest.raises(ValueError, match="size: 0x5 is not a multiple"):
+        open_image(Answers(b""), size=5)
 
 
 def test_what_is_no_file(tmp_path):

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """GuestMemory.from_callbacks(): the same answers as memory that is there, from few calls."""
 
+import os
+import sys
 import threading
 
 import builders
 import numpy as np
 import pytest
+from children import outcome
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Vcpu
@@ -222,7 +225,8 @@ def test_bytes():
     (lambda gpas: None, TypeError, "got NoneType"),
     (lambda gpas: 7, TypeError, "got int"),
     (lambda gpas: "x" * PAGE, TypeError, "got str"),
-], ids=range(8))
+    (lambda gpas: np.ma.zeros((gpas.size, PAGE), np.uint8), ValueError, "read: want an array without a mask"),
+], ids=range(9))
 def test_callbacks_that_fail(answer, error, words):
     """The error comes to the caller, and the memory works on when the callback does."""
     good = False
@@ -261,6 +265,231 @@ def test_a_callback_that_comes_back():
     with pytest.raises(kvmmu.PageFault):
         vcpu.gva_walk.gva_to_gpa(0x5000)
     assert len(inner) >= 3
+
+
+def test_pages_that_are_dropped_while_others_come():
+    """One thread drops what another fetches: no table is written beyond its end, and each fetch comes to an end."""
+    def work():
+        sys.setswitchinterval(1e-6)
+        mem = GuestMemory.from_callbacks(lambda gpas: np.ones((gpas.size, PAGE), np.uint8), size=1 << 40, cache_pages=1 << 20)
+        done = threading.Event()
+
+        def drop():
+            while not done.is_set():
+                mem.drop_cached()
+
+        thread = threading.Thread(target=drop, daemon=True)
+        thread.start()
+        for base in range(0, 100 * 1000, 1000):
+            mem.fetch(np.arange(base, base + 600))              # room for 1,024 pages; an empty table has less than for 400
+            mem.fetch(np.arange(base + 600, base + 1000))
+        done.set()
+        thread.join(5)
+        assert mem.read(5, 1) == b"\1"
+
+    assert outcome(work, seconds=10) == (0, "ok NoneType")
+
+
+def test_frames_that_are_fetched_twice():
+    """Each is asked for once, and those beyond the size never."""
+    target = Target(GuestMemory(64 * PAGE), 64 * PAGE)
+    mem = target.memory()
+    mem.fetch(np.array([5, 3, 5, 1 << 52, 64]))
+    mem.fetch(np.array([3, 63, 5]))
+    assert target.asked == [3 * PAGE, 5 * PAGE, 63 * PAGE]
+
+
+@pytest.mark.parametrize("name", ["drop_cached", "__init__", "flush", "write", "fetch", "walk"])
+@pytest.mark.parametrize("where", ["read", "write"])
+def test_uses_that_a_callback_may_not_make(name, where):
+    """All that changes what is kept is refused in it, and the memory works on."""
+    caught = []
+
+    def inner():
+        vcpu = Vcpu(mem)
+        vcpu.set_regs(**builders.mode_regs("4l", 0x1000))
+        calls = {"drop_cached": mem.drop_cached, "__init__": lambda: mem.__init__(print), "flush": mem.flush,
+                 "write": lambda: mem.write(0, b"x"), "fetch": lambda: mem.fetch(np.arange(3)),
+                 "walk": lambda: vcpu.gva_walk.gva_to_gpa(5)}
+        with pytest.raises(RuntimeError, match="a callback of a GuestMemory used the memory that it serves") as error:
+            calls[name]()
+        caught.append(error)
+
+    def read(gpas):
+        if where == "read" and len(caught) < 20:
+            inner()
+        return bytes(PAGE) * gpas.size
+
+    def write(gpas, pages):
+        if where == "write":
+            inner()
+
+    mem = GuestMemory.from_callbacks(read, write, size=1 << 20)
+    mem.fetch(np.arange(1, 3))
+    mem.write(0, b"data")
+    assert mem.read(0, 4) == b"data"
+    assert 0 < len(caught) < 20
+    mem.drop_cached()
+
+
+def test_a_walk_whose_callback_drops_the_pages():
+    """It ends with the error, not never."""
+    calls = []
+
+    def read(gpas):
+        calls.append(gpas)
+        if len(calls) < 50:
+            mem.drop_cached()
+        return bytes(PAGE) * gpas.size
+
+    mem = GuestMemory.from_callbacks(read)
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(**builders.mode_regs("4l", 0x1000))
+    with pytest.raises(RuntimeError, match="used the memory that it serves"):
+        vcpu.gva_walk.gva_to_gpa(0x5000)
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork()")
+def test_a_fork_while_another_thread_is_in_a_callback():
+    """The child cannot use this memory, and says so at once; another memory works there."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def read(gpas):
+        if threading.current_thread() is thread:
+            inside.set()
+            leave.wait(10)
+        return bytes(PAGE) * gpas.size
+
+    mem = GuestMemory.from_callbacks(read, size=1 << 20)
+    thread = threading.Thread(target=lambda: mem.read(0, 8), daemon=True)
+    thread.start()
+    assert inside.wait(10)
+    try:
+        signal, text = outcome(lambda: mem.read(0, 8), seconds=2)
+        other = outcome(lambda: GuestMemory.from_callbacks(lambda gpas: bytes(PAGE) * gpas.size).read(0, 8), seconds=2)
+    finally:
+        leave.set()
+        thread.join(10)
+    assert signal == 0
+    assert text.startswith("RuntimeError: this memory was in a callback of another thread when the process was forked")
+    assert other == (0, "ok bytes")
+    assert outcome(lambda: mem.read(0, 8), seconds=2) == (0, "ok bytes")
+
+
+def dirty_target(fail=False):
+    """200 tables' worth of pages, each mapped by an entry without accessed bits; vCPU, its target, and what it was given."""
+    base, tables = big_guest(200 * 512)
+    tables[2:] &= ~np.uint64(0x60)
+    mem = GuestMemory.from_pages(base + PAGE * np.arange(len(tables), dtype=np.uint64), tables)
+    target, given = Target(mem), []
+
+    def write(gpas, pages):
+        if fail:
+            raise OSError("no")
+        given.append(gpas.tolist())
+        target.write(gpas, pages)
+
+    lazy = GuestMemory.from_callbacks(target.read, write, size=1 << 32, cache_pages=1)
+    vcpu = Vcpu(lazy)
+    vcpu.set_regs(**builders.mode_regs("4l", base))
+    return vcpu, mem, given, base + 3 * PAGE
+
+
+def test_accessed_bits_outlive_pages_that_leave():
+    """Pages that walks have changed go to the write callback before they are forgotten; others never do."""
+    vcpu, mem, given, leaf = dirty_target()
+    vcpu.mem.read(leaf + 0x1000_0000, 5000)                     # not changed
+    for n in range(200):
+        vcpu.gva_walk.gva_to_gpa(n << 21)
+    assert 1 <= len(given) <= 4
+    vcpu.mem.flush()
+    assert all(mem.read_u64(leaf + n * PAGE) & 0x20 for n in range(200))
+    everything = [gpa for call in given for gpa in call]
+    assert all(gpa < leaf + 200 * PAGE for gpa in everything)
+    calls = len(given)
+    vcpu.mem.flush()
+    assert len(given) == calls
+
+
+def test_a_write_callback_that_fails_as_pages_leave():
+    """The walk raises, and the bits stay for the next try."""
+    vcpu, mem, _, leaf = dirty_target(fail=True)
+    errors = 0
+    for n in range(200):
+        try:
+            vcpu.gva_walk.gva_to_gpa(n << 21)
+        except OSError as error:
+            errors += str(error) == "no"
+    assert errors > 100
+    assert int(repr(vcpu.mem).split()[-3]) > 64
+    assert not mem.read_u64(leaf) & 0x20
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda pages: pages.fill(7),
+    lambda pages: pages.resize((1, 5), refcheck=False),
+    lambda pages: setattr(pages, "shape", (-1,)),
+    lambda pages: setattr(pages, "dtype", np.uint64),
+], ids=["fill", "resize", "shape", "dtype"])
+def test_what_a_write_callback_does_to_its_array(spoil):
+    """The array is its own."""
+    mem = GuestMemory.from_callbacks(lambda gpas: bytes(PAGE) * gpas.size, lambda gpas, pages: spoil(pages), size=1 << 20)
+    mem.fetch(np.arange(2))
+    mem.write(PAGE - 2, b"data")
+    assert mem.read(PAGE - 3, 6) == b"\0data\0"
+    assert mem.read(0, 8) == bytes(8)
+
+
+def test_a_write_keeps_bits_that_were_set_meanwhile():
+    """A walk in another thread sets an accessed bit in the page that is written, while the callback runs."""
+    base, tables = big_guest(512)
+    tables &= ~np.uint64(0x60)
+    mem = GuestMemory.from_pages(base + PAGE * np.arange(len(tables), dtype=np.uint64), tables)
+    target = Target(mem)
+
+    def write(gpas, pages):
+        target.write(gpas, pages)
+        if not walked:
+            walked.append(threading.Thread(target=lambda: vcpu.gva_walk.gva_to_gpa(0)))
+            walked[0].start()
+            walked[0].join(5)
+
+    walked = []
+    vcpu = Vcpu(GuestMemory.from_callbacks(target.read, write, size=1 << 32))
+    vcpu.set_regs(**builders.mode_regs("4l", base))
+    leaf = base + 3 * PAGE
+    vcpu.mem.fetch(np.arange(base >> 12, (base >> 12) + 4))
+    vcpu.mem.write_u64(leaf + 8, 0x1234)
+    assert walked
+    assert vcpu.mem.read_u64(leaf) & 0x20
+    assert vcpu.mem.read_u64(leaf + 8) == mem.read_u64(leaf + 8) == 0x1234
+    vcpu.mem.flush()
+    assert mem.read_u64(leaf) & 0x20
+
+
+def test_memory_without_its_callbacks():
+    """Made without __init__(): each use names what is missing."""
+    kind = type(GuestMemory.from_callbacks(print))
+
+    class Mine(kind):
+        def __init__(self):
+            pass
+
+    for mem in (kind.__new__(kind), Mine()):
+        assert "not initialized" in repr(mem)
+        assert mem.slots == []
+        for call in (lambda mem: mem.read(0, 1), lambda mem: mem.write(0, b"x"), lambda mem: mem.flush(),
+                     lambda mem: mem.drop_cached(), lambda mem: mem.fetch(np.arange(3)), lambda mem: mem.read_u64(0),
+                     lambda mem: mem.pages_of(0, 1)):
+            with pytest.raises(RuntimeError, match=r"has no callbacks: .* has to call super\(\)\.__init__"):
+                call(mem)
+        vcpu = Vcpu(mem)
+        vcpu.set_regs(**builders.mode_regs("4l", 0x1000))
+        with pytest.raises(RuntimeError, match="has no callbacks"):
+            vcpu.gva_walk.gva_to_gpa(0)
+        mem = kind.__init__(mem, lambda gpas: bytes(PAGE) * gpas.size) or mem
+        assert mem.read(0, 1) == b"\0"
 
 
 def test_threads_share_the_pages():
