@@ -1,6 +1,7 @@
 """Raw images: physical memory byte by byte, as it is, or as the RAM of a QEMU machine, without the hole below 4 GiB."""
 
 from os import PathLike
+from pathlib import Path
 
 from kvmmu.arch._bits import PAGE_SIZE
 from kvmmu.arch.arguments import check_name, check_pages
@@ -13,6 +14,7 @@ _FOUR_GIB = 1 << 32
 # RAM of this size and more is cut: (from this size on, bytes that stay below 4 GiB).
 _LAYOUTS = {"pc": (0xE0000000, 0xC0000000), "q35": (0xB0000000, 0x80000000), "microvm": (0xC0000000, 0xC0000000)}
 _LEAST = 1 << 16
+_SUFFIXES = (".raw", ".mem", ".ram", ".bin", ".img", ".dd", ".dump")
 
 
 class _Raw:
@@ -21,10 +23,12 @@ class _Raw:
     name = "raw"
 
     def sniff(self, head: bytes, path: PathLike[str]) -> int:
-        """A file of whole pages that is nothing else."""
+        """A file of whole pages that is nothing else; small ones by their names alone."""
         with open(path, "rb") as file:
             size = file.seek(0, 2)
-        return 1 if size >= _LEAST and size % int(PAGE_SIZE) == 0 and any(head) | (size > len(head)) else 0
+        if size == 0 or size % int(PAGE_SIZE) or size < _LEAST and Path(path).suffix.lower() not in _SUFFIXES:
+            return 0
+        return 1 if any(head) or size > len(head) else 0
 
     def open(self, path: str | PathLike[str], *, layout: str = "flat", below_4g: int | None = None) -> Image:
         """Open an image.

@@ -15,7 +15,7 @@ MAPPING = np.dtype([
     ("gva", np.uint64), ("gpa", np.uint64), ("ngpa", np.uint64), ("size", np.uint64), ("pte_gpa", np.uint64), ("level", np.uint8),
     ("pte_access", np.uint8), ("second_access", np.uint8), ("pkey", np.uint8), ("accessed", np.bool_), ("dirty", np.bool_),
     ("global_", np.bool_), ("page_shift", np.uint8)])
-_NAMES = tuple(name for name in MAPPING.names or () if name != "page_shift")
+_NAMES = ("gva", "gpa", "size", "level", "pte_access", "accessed", "dirty", "global_", "pkey", "pte_gpa", "ngpa", "second_access")
 _LETTERS = np.array([f"{'r' if n & 1 else '-'}{'w' if n & 2 else '-'}{'x' if n & 8 else '-'}{'u' if n & 4 else '-'}"
                      for n in range(16)])
 
@@ -40,16 +40,16 @@ class Mapping(NamedTuple):
 
     gva: int
     gpa: int
-    ngpa: int
     size: int
-    pte_gpa: int
     level: int
     pte_access: int
-    second_access: int
-    pkey: int
     accessed: bool
     dirty: bool
     global_: bool
+    pkey: int
+    pte_gpa: int
+    ngpa: int
+    second_access: int
     rights: str
 
 

@@ -717,3 +717,14 @@ def test_pyelftools_reads_the_same(tmp_path, name):
     desc = desc.encode("latin-1") if isinstance(desc, str) else bytes(desc)
     cr = np.frombuffer(desc, np.uint64, 5, 392).tolist()
     assert [cr[0], cr[2], cr[3], cr[4]] == [image.vcpus[0].registers[name] for name in ("cr0", "cr2", "cr3", "cr4")]
+
+
+def test_a_small_raw_image_by_its_name(tmp_path):
+    for name, known in (("image.raw", True), ("image.xyz", False)):
+        path = tmp_path / name
+        path.write_bytes(b"\1" * 0x8000)
+        if known:
+            assert open_image(path).format == "raw"
+        else:
+            with pytest.raises(ImageError, match="no format that is known"):
+                open_image(path)

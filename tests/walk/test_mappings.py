@@ -410,3 +410,15 @@ def test_pages_of_4m():
     vcpu = Vcpu(tables.mem)
     vcpu.set_regs(tables.regs())
     assert [len(vcpu.gva_walk.mappings().where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22)] == [0, 0, 1]
+
+
+def test_a_row_begins_with_address_target_and_size():
+    """In the order of the columns."""
+    tables = PageTables(GuestMemory(1 << 20), "4l")
+    tables.map([0x5000, 0x6000], [0x9000, 0xA000], 4096)
+    vcpu = Vcpu(tables.mem)
+    vcpu.set_regs(tables.regs())
+    row, = vcpu.gva_walk.mappings()
+    assert tuple(row)[:4] == (0x5000, 0x9000, 0x2000, 1)
+    assert row == vcpu.gva_walk.mappings()[0]
+    assert list(vcpu.gva_walk.mappings().to_dict())[:4] == ["gva", "gpa", "size", "level"]
