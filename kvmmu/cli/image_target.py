@@ -7,16 +7,16 @@ from typing import Any
 import kvmmu
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import open_with_tables
-from kvmmu.images import Image, image_formats, is_image, open_image
+from kvmmu.images import Image, is_image, open_image
 from kvmmu.replay.replay import recording_vcpu, use_context
 from kvmmu.replay.terminal import warn
 from kvmmu.replay.trace_replay import trace_start
-from kvmmu.traces import Recording, TraceError
-from kvmmu.traces._files import StrPath
+from kvmmu.traces import ParquetTrace, Recording, TraceError
 from kvmmu.traces.opening import find_format
+from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_target", "image_of", "space_of", "target_vcpu"]
+__all__ = ["add_image_options", "add_target", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer")
 _MODES = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
@@ -33,7 +33,7 @@ def add_target(command: argparse.ArgumentParser) -> None:
 def add_image_options(command: argparse.ArgumentParser) -> None:
     """Add the options of images."""
     group = command.add_argument_group("of memory images")
-    group.add_argument("--format", choices=sorted(image_formats()), help="format of the image (default: told by its content)")
+    group.add_argument("--format", metavar="F", help="format of the image (default: told by its content)")
     group.add_argument("--vcpu", type=int, metavar="N", help="whose registers (default: 0)")
     others = command.add_argument_group("registers")
     for name in _REGISTERS:
@@ -43,40 +43,21 @@ def add_image_options(command: argparse.ArgumentParser) -> None:
 def image_of(args: argparse.Namespace) -> Image | None:
     """Open what the arguments name if it is an image; None for a recording or a trace. Damage is told on standard error."""
     path = args.recording
-    if path is None or path == "bundled" or not Path(path).is_file():          # others say what it is
+    if path is None or not Path(path).is_file():        # others say what it is
         return None
-    if args.format is None and not is_image(path) and is_known(path):
+    if args.format is None and not is_image(path) and _is_trace(path):
         return None
     image = open_image(path, args.format)
+    if args.phase is not None:
+        raise ValueError(f"--phase {args.phase}: an image has no phases")
     for damage in image.damage:
         warn(f"kvmmu: {path}: {damage}")
     return image
 
 
-def given_registers(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the registers that the arguments say."""
-    return {name: getattr(args, name) for name in _REGISTERS if getattr(args, name) is not None}
-
-
-def vcpu_number(args: argparse.Namespace, image: Image) -> int:
-    """Return the number of the vCPU that the arguments say, which the image has."""
-    number, count = args.vcpu or 0, max(len(image.vcpus), 1)
-    if not 0 <= number < count:
-        raise ValueError(f"--vcpu {number}: the image has {f'vCPUs 0 to {count - 1}' if count > 1 else 'vCPU 0 alone'}")
-    if args.phase is not None:
-        raise ValueError(f"--phase {args.phase}: an image has no phases")
-    return int(number)
-
-
-def refuse_vcpu(args: argparse.Namespace) -> None:
-    """Raise ValueError if the arguments name a vCPU of what is no image."""
-    if args.vcpu is not None:
-        raise ValueError(f"--vcpu {args.vcpu}: only memory images have vCPUs; --ctx chooses a recording's registers for walk")
-
-
-def is_known(path: StrPath) -> bool:
-    """True if a file is a trace or a recording of a format that is known."""
-    if str(path).endswith((".npz", ".npz.zst")):
+def _is_trace(path: str) -> bool:
+    """True if a file is a trace of a format that is known, or belongs to a recording."""
+    if is_recording(path):
         return True
     try:
         find_format(path)
@@ -85,28 +66,56 @@ def is_known(path: StrPath) -> bool:
     return True
 
 
-def target_vcpu(args: argparse.Namespace) -> tuple[str, Vcpu, Image | None]:
-    """Return a name for people, a vCPU with the registers that the arguments say, and the image if it is one."""
-    given = given_registers(args)
-    image = image_of(args)
-    if image is not None:
-        number = vcpu_number(args, image)
-        if not image.vcpus and image.root is None and "cr3" not in given:
-            raise ValueError(f"{image.path}: has no registers ({image.format}); say where its page tables begin by --cr3")
-        return f"{image.path} ({image.format}), vCPU {number}", image.vcpu(number, **given), image
-    source = open_with_tables(args)
-    refuse_vcpu(args)
+def _given_registers(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the registers that the arguments say."""
+    return {name: getattr(args, name) for name in _REGISTERS if getattr(args, name) is not None}
+
+
+def image_vcpu(args: argparse.Namespace, image: Image) -> tuple[str, Vcpu]:
+    """Return a name for people, and a vCPU of an image with the registers that the arguments say."""
+    given = _given_registers(args)
+    number, count = args.vcpu or 0, max(len(image.vcpus), 1)
+    if not 0 <= number < count:
+        raise ValueError(f"--vcpu {number}: the image has {f'vCPUs 0 to {count - 1}' if count > 1 else 'vCPU 0 alone'}")
+    if not image.vcpus and image.root is None and "cr3" not in given:
+        raise ValueError(f"{image.path}: has no registers ({image.format}); say where its page tables begin by --cr3")
+    return f"{image.path} ({image.format}), vCPU {number}", image.vcpu(number, **given)
+
+
+def source_vcpu(args: argparse.Namespace, source: Recording | ParquetTrace, ctx: int | None = None) -> tuple[Vcpu, int]:
+    """Return a vCPU with the registers of a context, or those that the arguments say, and the number of the context.
+
+    Without ctx it is context 0 of a recording, and what a trace starts with, whose number is -1. So is that of other registers.
+    """
+    if args.vcpu is not None:
+        raise ValueError(f"--vcpu {args.vcpu}: only memory images have vCPUs; --ctx chooses a recording's registers for walk")
     if isinstance(source, Recording):
         vcpu, contexts = recording_vcpu(source)
-        try:
-            use_context(vcpu, contexts[0])
-        except (kvmmu.GuestFault, ValueError) as error:
-            raise ValueError(f"{source.path}: context 0: {error}") from error
+        what, number = "recording", ctx or 0
     else:
-        vcpu = trace_start(source).vcpu
-    if given:
+        start = trace_start(source)
+        vcpu, contexts = start.vcpu, start.contexts
+        what, number = "trace", -1 if ctx is None else ctx
+    if isinstance(source, Recording) or ctx is not None:
+        if not 0 <= number < len(contexts):
+            there = f"contexts 0 to {len(contexts) - 1}" if contexts else "no contexts"
+            raise ValueError(f"--ctx {number}: the {what} has {there}")
+        try:
+            use_context(vcpu, contexts[number])
+        except (kvmmu.GuestFault, ValueError) as error:
+            raise ValueError(f"{source.path}: context {number}: {error}") from error
+    if given := _given_registers(args):
         vcpu.set_regs(**given)
-    return str(source.path), vcpu, None
+        number = -1
+    return vcpu, number
+
+
+def target_vcpu(args: argparse.Namespace, image: Image | None) -> tuple[str, Vcpu]:
+    """Return a name for people, and a vCPU with the registers that the arguments say. IN image: what `image_of()` returned."""
+    if image is not None:
+        return image_vcpu(args, image)
+    source = open_with_tables(args)
+    return str(source.path), source_vcpu(args, source)[0]
 
 
 def space_of(vcpu: Vcpu) -> str:

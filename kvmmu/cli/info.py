@@ -2,16 +2,15 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from kvmmu.cli.image_info import print_image
-from kvmmu.cli.image_target import is_known
+from kvmmu.cli.image_target import image_of
 from kvmmu.cli.output import BAD, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, format_options, path_of
 from kvmmu.cli.synthetic import size_text
-from kvmmu.images import Image, ImageError, image_formats, is_image, open_image
+from kvmmu.images import Image, ImageError, image_formats, is_image
 from kvmmu.replay.terminal import printable, say, warn
 from kvmmu.report.tables import Table, show_tables
 from kvmmu.traces.source import describe_source
@@ -34,14 +33,10 @@ def add(commands: Commands) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     path = path_of(args)
-    image = _image(path, args.format)
+    image = _image(args)
     if image is not None:
-        if args.phase is not None:
-            raise ValueError(f"--phase {args.phase}: an image has no phases")
         if args.columns is not None:
             raise ValueError(f"--columns {args.columns}: an image has no columns")
-        for damage in image.damage:
-            warn(f"kvmmu: {path}: {damage}")
         print_image(image, args.json)
         return OK
     found = describe_source(path, phase=args.phase, **format_options(args, path))
@@ -55,16 +50,16 @@ def _info(args: argparse.Namespace) -> int:
     return OK
 
 
-def _image(path: Path, format: str | None) -> Image | None:
-    """Open a file if it is a memory image: by its format or content, or raw memory as long as it is nothing else."""
-    if format in image_formats() or format is None and path.is_file() and is_image(path):
-        return open_image(path, format)
-    if format is not None or not path.is_file() or is_known(path):
+def _image(args: argparse.Namespace) -> Image | None:
+    """Open a file if it is a memory image; a file of no format that is known is left to the readers of traces."""
+    if args.format is not None and args.format not in image_formats():
         return None
     try:
-        return open_image(path)
+        return image_of(args)
     except ImageError:
-        return None                                     # neither, which the readers of traces say
+        if args.format is None and not is_image(args.recording):
+            return None
+        raise
 
 
 def _tables(found: dict[str, Any]) -> list[Table]:

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 
-from kvmmu.cli.image_target import add_target, space_of, target_vcpu
+from kvmmu.cli.image_target import add_target, image_of, space_of, target_vcpu
 from kvmmu.cli.output import OK
 from kvmmu.cli.parsing import Commands, address, command
 from kvmmu.replay.terminal import say, write
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def _pt(args: argparse.Namespace) -> int:
-    name, vcpu, _ = target_vcpu(args)
+    name, vcpu = target_vcpu(args, image_of(args))
     if args.stop is not None and args.stop < args.start:
         raise ValueError(f"--stop {args.stop:#x}: lies below --start {args.start:#x}")
     found = vcpu.gva_walk.mappings(args.start, args.stop, merge=not args.single)

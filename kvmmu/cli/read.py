@@ -34,11 +34,12 @@ def add(commands: Commands) -> None:
 def _read(args: argparse.Namespace) -> int:
     check_int("N", args.n, 0, 1 << 32)
     check_int("GVA + N", args.gva + args.n, 0, 1 << 64)
-    if args.physical and (image := image_of(args)) is not None:
-        data, trouble = read_present(image.memory, args.gva, args.n)
+    image = image_of(args)
+    if args.physical:
+        mem = image.memory if image is not None else target_vcpu(args, None)[1].mem
+        data, trouble = read_present(mem, args.gva, args.n)
     else:
-        _, vcpu, _ = target_vcpu(args)
-        data, trouble = read_present(vcpu.mem, args.gva, args.n) if args.physical else read_mapped(vcpu, args.gva, args.n)
+        data, trouble = read_mapped(target_vcpu(args, image)[1], args.gva, args.n)
     if args.raw:
         _write_bytes(data)
     else:

@@ -6,20 +6,15 @@ import time
 
 import numpy as np
 
-import kvmmu
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
-from kvmmu.cli.image_target import add_image_options, given_registers, image_of, refuse_vcpu, target_vcpu
+from kvmmu.cli.image_target import add_image_options, image_of, image_vcpu, source_vcpu
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
 from kvmmu.cli.sources import open_with_tables
-from kvmmu.replay.recorded_faults import Context
-from kvmmu.replay.replay import recording_vcpu, use_context
 from kvmmu.replay.terminal import say
-from kvmmu.replay.trace_replay import trace_start
 from kvmmu.report.figure import plot_walk
-from kvmmu.traces import ParquetTrace, Recording
-from kvmmu.vm.vcpu import Vcpu
+from kvmmu.traces import Recording
 
 __all__ = ["add"]
 
@@ -48,46 +43,17 @@ def add(commands: Commands) -> None:
     walk.add_argument("--plot", metavar="FILE", help="save a figure of the walk of a single GVA (.png, .svg, .pdf)")
 
 
-def _walk_in(source: Recording | ParquetTrace, ctx: int | None) -> tuple[Vcpu, int]:
-    """A vCPU that has the registers of a context, and the number of that context; -1 are those of a trace's start."""
-    if isinstance(source, Recording):
-        vcpu, contexts = recording_vcpu(source)
-        what, number = "recording", ctx or 0
-    else:
-        start = trace_start(source)
-        vcpu, contexts = start.vcpu, start.contexts
-        if ctx is None:
-            return vcpu, -1
-        what, number = "trace", ctx
-    if not 0 <= number < len(contexts):
-        there = f"contexts 0 to {len(contexts) - 1}" if contexts else "no contexts"
-        raise ValueError(f"--ctx {number}: the {what} has {there}")
-    _use(vcpu, contexts[number], source, number)
-    return vcpu, number
-
-
-def _use(vcpu: Vcpu, context: Context, source: Recording | ParquetTrace, number: int) -> None:
-    try:
-        use_context(vcpu, context)
-    except (kvmmu.GuestFault, ValueError) as error:
-        raise ValueError(f"{source.path}: context {number}: {error}") from error
-
-
 def _walk(args: argparse.Namespace) -> int:
     if args.plot is not None and len(args.gva) > 1:
         raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
-    image = image_of(args)
-    source = None if image is not None else open_with_tables(args)
-    if source is None:
-        if args.ctx is not None:
-            raise ValueError(f"--ctx {args.ctx}: a memory image has no contexts; --vcpu chooses its registers")
-        vcpu, ctx = target_vcpu(args)[1], -1
+    image, source = image_of(args), None
+    if image is None:
+        source = open_with_tables(args)
+        vcpu, ctx = source_vcpu(args, source, args.ctx)
+    elif args.ctx is not None:
+        raise ValueError(f"--ctx {args.ctx}: a memory image has no contexts; --vcpu chooses its registers")
     else:
-        refuse_vcpu(args)
-        vcpu, ctx = _walk_in(source, args.ctx)
-        if given := given_registers(args):
-            vcpu.set_regs(**given)
-            ctx = -1                                    # what the recording has is of other registers
+        vcpu, ctx = image_vcpu(args, image)[1], -1
     started = time.perf_counter()
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
     seconds = time.perf_counter() - started
