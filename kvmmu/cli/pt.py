@@ -3,12 +3,16 @@
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvmmu.cli.image_target import add_target, image_of, space_of, target_vcpu
-from kvmmu.cli.output import OK
+from kvmmu.cli.output import OK, cleaning_up
 from kvmmu.cli.parsing import Commands, address, command
-from kvmmu.replay.terminal import say, write
+from kvmmu.cli.sources import files_of, path_of
+from kvmmu.replay.terminal import printable, say, write
 from kvmmu.report.address_space import mapping_lines, plot_mappings
+from kvmmu.traces._files import NewFile
+from kvmmu.traces.named import pyarrow
 from kvmmu.walk.mapped import Mappings
 
 __all__ = ["add"]
@@ -59,7 +63,7 @@ def _pt(args: argparse.Namespace) -> int:
     elif args.csv:
         _write_lines([",".join(_names()), *(",".join(_csv(value) for value in row) for row in _rows(found))])
     elif args.parquet is not None:
-        _write_parquet(found, args.parquet)
+        _write_parquet(found, args.parquet, files_of(path_of(args)))
     else:
         lines = list(mapping_lines(found, vcpu.gva_walk.cpu_role.level))
         if any_mapped and not len(found):
@@ -86,13 +90,11 @@ def _write_lines(lines: list[str]) -> None:
         write("\n".join(lines[start:start + _LINES]) + "\n")
 
 
-def _write_parquet(found: Mappings, path: str) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("Parquet files need pyarrow; install kvmmu[arrow]") from None
-    columns = found.to_dict()
-    table = pyarrow.table({name: columns[column] for name, column in zip(_names(), _COLUMNS, strict=True)})
-    pyarrow.parquet.write_table(table, path)
-    say(f"{path}: {len(found):,} ranges")
+def _write_parquet(found: Mappings, path: str, inputs: list[Path]) -> None:
+    arrow, columns = pyarrow(), found.to_dict()
+    table = arrow.table({name: columns[column] for name, column in zip(_names(), _COLUMNS, strict=True)})
+    with cleaning_up():
+        file = NewFile(path, inputs)
+        arrow.parquet.write_table(table, file.part)
+        file.finish()
+    say(f"{printable(path)}: {len(found):,} ranges")

@@ -194,3 +194,27 @@ def test_physical_bytes_of_an_image_without_registers(capsys, tmp_path):
     assert run(capsys, "read", path, "0x10", "4", "--physical") == (
         "0000000000000010  10 11 12 13                                      |....|\n")
     assert "raw, 65,536 bytes" in run(capsys, "info", path)
+
+
+@pytest.mark.parametrize("command", ["info", "pt", "walk", "read"])
+def test_damage_is_told_once(capsys, dump, command):
+    path, _ = dump
+    path.write_bytes(path.read_bytes()[:-100])
+    more = {"walk": ["0x400000"], "read": ["0x400000", "4"]}.get(command, [])
+    assert main([command, str(path), *more]) == 0
+    assert capsys.readouterr().err.count("the file ends at") == 1
+
+
+def test_a_format_that_there_is_not(capsys, dump):
+    assert main(["pt", str(dump[0]), "--format", "foo"]) == 2
+    assert "kdump" in capsys.readouterr().err
+
+
+def test_parquet_over_the_image_is_refused(capsys, dump):
+    """Its memory is mapped, and it may be all that there is of it."""
+    pytest.importorskip("pyarrow")
+    path, _ = dump
+    before = path.read_bytes()
+    assert main(["pt", str(path), "--parquet", str(path)]) == 2
+    assert "is the same file as" in capsys.readouterr().err
+    assert path.read_bytes() == before
