@@ -105,10 +105,11 @@ def check_words(name: str, values: Any, count: int, bits: int = 64) -> tuple[int
     return words
 
 
-def check_integers(name: str, values: Any, low: int, high: int, dtype: type[np.unsignedinteger[Any]] = np.uint64) -> NDArray[Any]:
+def check_integers(name: str, values: Any, low: int, high: int, dtype: type[np.unsignedinteger[Any]] = np.uint64, *,
+                   copy: bool = True) -> NDArray[Any]:
     """Return an integer or an array_like of integers from low to high as an array of a dtype, of the same shape.
 
-    An ndarray of another kind is a ValueError: its dtype is wrong.
+    An ndarray of another kind is a ValueError: its dtype is wrong. copy: False: an array that needs no change is returned itself.
     """
     refuse_masked(name, values)
     if isinstance(values, (np.ndarray, np.integer)):
@@ -123,10 +124,12 @@ def check_integers(name: str, values: Any, low: int, high: int, dtype: type[np.u
             array = np.array(numbers, dtype).reshape(items.shape)
     else:
         array = np.array(check_int(name, values, low, high), dtype)
-    if array.size and (int(array.min()) < low or int(array.max()) > high):
+    limits = np.iinfo(array.dtype)
+    fits = low <= limits.min and limits.max <= high     # whatever the values
+    if array.size and not fits and (int(array.min()) < low or int(array.max()) > high):
         bad = int(array.min()) if int(array.min()) < low else int(array.max())
         raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(bad)}")
-    return array.astype(dtype)
+    return array.astype(dtype, copy=copy)
 
 
 def check_bools(name: str, values: Any) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ cdef enum:
     MOST_LEVELS = 16
     KINDS = 3                           # load, store, fetch
     SIZES = 3                           # 4K; 2M or 4M; 1G
+    CLASSES = 18                        # kind, user, size: places in a row of counters
     UPPER_LEVELS = 4                    # of tables, whose entries paging-structure caches hold: 2 to 5
     NOWHERE = 255                       # as number of the level that hit: none, a page walk
 

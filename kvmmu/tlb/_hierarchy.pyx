@@ -4,13 +4,13 @@ import numpy as np
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from kvmmu.arch._bits cimport ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, PAGE_SHIFT
 from kvmmu.memory._lock cimport MachineLock
 from kvmmu.tlb._hierarchy cimport (
-    INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, INCLUSION_NONE, KINDS, MOST_LEVELS, NOWHERE, SIZES, UPPER_LEVELS, tlb_inclusion,
-    tlb_level, tlb_levels,
+    CLASSES, INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, INCLUSION_NONE, KINDS, MOST_LEVELS, NOWHERE, SIZES, UPPER_LEVELS,
+    tlb_inclusion, tlb_level, tlb_levels,
 )
 from kvmmu.tlb._structure cimport (
     KEY_GLOBAL_SHIFT, KEY_SIZE_SHIFT, KEY_TAG_BITS, KEY_TAG_SHIFT, KEY_VALID_SHIFT, MOST_ENTRIES,
@@ -47,6 +47,16 @@ cdef int MOST_LINEAR_BITS = 57
 
 
 # ---- one access --------------------------------------------------------------------------------------------------------
+
+cdef inline int kind_of(uint8_t access) noexcept nogil:
+    """Return the kind of an access: load, store, fetch."""
+    return 2 if access & ACCESS_FETCH_MASK else (access & ACCESS_WRITE_MASK) != 0
+
+
+cdef inline int class_of(uint8_t access) noexcept nogil:
+    """Return the place of an access to a 4K page in a row of counters: by kind, user, size."""
+    return (kind_of(access) * 2 + ((access & ACCESS_USER_MASK) != 0)) * SIZES
+
 
 cdef inline int size_of(uint64_t key) noexcept nogil:
     return <int>(key >> KEY_SIZE_SHIFT & 3)
@@ -120,7 +130,7 @@ cdef void run_rows(tlb_levels *h, Py_ssize_t rows, const uint64_t *gva, const ui
                    uint8_t *references) noexcept nogil:
     """Let rows go through the levels. is_global, level and references may be NULL."""
     cdef uint64_t mask = (<uint64_t>1 << MOST_LINEAR_BITS) - 1, key, addr
-    cdef int kind, user, size, depth, found, read, first
+    cdef int kind, size, depth, found, read, first
     cdef uint8_t bits
     cdef const uint8_t *path
     cdef Py_ssize_t i
@@ -131,8 +141,7 @@ cdef void run_rows(tlb_levels *h, Py_ssize_t rows, const uint64_t *gva, const ui
         if size < 0 or size >= SIZES:
             h.unmapped += 1
         else:
-            kind = 2 if bits & ACCESS_FETCH_MASK else (bits & ACCESS_WRITE_MASK) != 0
-            user = (bits & ACCESS_USER_MASK) != 0
+            kind = kind_of(bits)
             addr = gva[i] & mask
             key = addr >> h.shifts[size] | <uint64_t>size << KEY_SIZE_SHIFT
             key |= h.global_tag if is_global is not NULL and is_global[i] else h.local_tag
@@ -143,9 +152,9 @@ cdef void run_rows(tlb_levels *h, Py_ssize_t rows, const uint64_t *gva, const ui
             else:
                 found = look_up(h, key, path, depth)
             if found != NOWHERE:
-                h.hits[found][(kind * 2 + user) * SIZES + size] += 1
+                h.hits[found][class_of(bits) + size] += 1
             else:
-                h.walks[(kind * 2 + user) * SIZES + size] += 1
+                h.walks[class_of(bits) + size] += 1
                 read = walk(h, addr, size)
                 h.references += <uint64_t>read
         if level is not NULL:
@@ -160,7 +169,7 @@ cdef int walk_of_lru(void *h, uint64_t addr, int size) noexcept nogil:
 
 cdef void run_lru_rows(tlb_levels *h, lru_rows *r, bint portable) noexcept nogil:
     """The same where all levels are LRU, none inclusive or exclusive. IN r: rows, columns and results."""
-    cdef int kind, user, size, i, bits
+    cdef int kind, size, i, bits
     r.addr_mask = (<uint64_t>1 << MOST_LINEAR_BITS) - 1
     r.count = h.count
     memset(r.asked, 0, sizeof(r.asked))
@@ -169,9 +178,7 @@ cdef void run_lru_rows(tlb_levels *h, lru_rows *r, bint portable) noexcept nogil
         r.tags[size][0] = <uint64_t>size << KEY_SIZE_SHIFT | h.local_tag
         r.tags[size][1] = <uint64_t>size << KEY_SIZE_SHIFT | h.global_tag
     for bits in range(256):
-        kind = 2 if bits & ACCESS_FETCH_MASK else (bits & ACCESS_WRITE_MASK) != 0
-        user = (bits & ACCESS_USER_MASK) != 0
-        r.class_of[bits] = <uint8_t>((kind * 2 + user) * SIZES)
+        r.class_of[bits] = <uint8_t>class_of(<uint8_t>bits)
     for i in range(h.count):
         r.levels[i] = &h.levels[i].s
         for kind in range(2 * KINDS):
@@ -219,6 +226,16 @@ cdef inline uint64_t tag_of(uint32_t number, bint is_global) noexcept nogil:
 
 
 # ---- from Python -------------------------------------------------------------------------------------------------------
+
+cdef object words(const uint64_t *from_, Py_ssize_t count):
+    """Return a copy of some words as an ndarray."""
+    cdef uint64_t[::1] out
+    found = np.empty(count, np.uint64)
+    if count:
+        out = found
+        memcpy(&out[0], from_, count * sizeof(uint64_t))
+    return found
+
 
 cdef int check_shape(uint32_t sets, uint32_t ways, int policy) except -1:
     if not (sets and ways and sets <= MOST_ENTRIES // ways):
@@ -383,21 +400,11 @@ cdef class TlbLevels:
     def counters(self):
         """dict of ndarrays of uint64: hits (level, kind, user, size), walks (kind, user, size), psc_hits (level from 2 on),
         replaced (level), and the ints references, unmapped."""
-        cdef uint64_t[:, :, :, ::1] hits
-        cdef uint64_t[:, :, ::1] walks
-        cdef int i, kind, user, size, place
-        found = np.zeros((max(self.h.count, 1), KINDS, 2, SIZES), np.uint64), np.zeros((KINDS, 2, SIZES), np.uint64)
-        hits, walks = found
+        cdef int i
         with self.lock:
-            for kind in range(KINDS):
-                for user in range(2):
-                    for size in range(SIZES):
-                        place = (kind * 2 + user) * SIZES + size
-                        walks[kind, user, size] = self.h.walks[place]
-                        for i in range(self.h.count):
-                            hits[i, kind, user, size] = self.h.hits[i][place]
-            return {"hits": found[0][:self.h.count], "walks": found[1],
-                    "psc_hits": np.array([self.h.psc_hits[i] for i in range(UPPER_LEVELS)], np.uint64),
+            return {"hits": words(&self.h.hits[0][0], self.h.count * CLASSES).reshape(self.h.count, KINDS, 2, SIZES),
+                    "walks": words(&self.h.walks[0], CLASSES).reshape(KINDS, 2, SIZES),
+                    "psc_hits": words(&self.h.psc_hits[0], UPPER_LEVELS),
                     "replaced": np.array([self.h.levels[i].s.replaced for i in range(self.h.count)], np.uint64),
                     "references": int(self.h.references), "unmapped": int(self.h.unmapped)}
 
@@ -415,14 +422,8 @@ cdef class TlbLevels:
     def keys(self, int number):
         """ndarray of uint64 (sets, ways): what a level holds."""
         cdef key_structure *s
-        cdef uint64_t[::1] out
-        cdef Py_ssize_t i
         if not 0 <= number < self.h.count:
             raise ValueError(f"number: want 0 to {self.h.count - 1}, got {number}")
         with self.lock:
             s = &self.h.levels[number].s
-            found = np.empty(<Py_ssize_t>s.sets * s.stride, np.uint64)
-            out = found
-            for i in range(out.shape[0]):
-                out[i] = s.keys[i]
-            return found.reshape(s.sets, s.stride)[:, :s.ways].copy()
+            return words(s.keys, <Py_ssize_t>s.sets * s.stride).reshape(s.sets, s.stride)[:, :s.ways].copy()

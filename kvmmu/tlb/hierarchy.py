@@ -351,9 +351,7 @@ class TlbHierarchy:
         out : mapping of str to ndarray of uint8, optional
             Columns to fill: "level", the number of the level that hit or 255 for a walk; "refs", the entries that the walk read.
         """
-        if not (type(gva) is np.ndarray and gva.dtype == np.uint64):    # else every value is one
-            gva = check_integers("gva", gva, 0, (1 << 64) - 1)
-        rows = np.ascontiguousarray(gva).reshape(-1)
+        rows = np.ascontiguousarray(check_integers("gva", gva, 0, (1 << 64) - 1, copy=False)).reshape(-1)
         bits, leaf = (_byte_column(name, values, rows.size) for name, values in (("access", access), ("level", level)))
         kept = None
         if is_global is not None:
@@ -386,9 +384,7 @@ class TlbHierarchy:
 
 
 def _byte_column(name: str, values: ArrayLike, rows: int) -> NDArray[np.uint8]:
-    if not (type(values) is np.ndarray and values.dtype == np.uint8):
-        values = check_integers(name, values, 0, 255, np.uint8)
-    column = np.ascontiguousarray(values).reshape(-1)
+    column = np.ascontiguousarray(check_integers(name, values, 0, 255, np.uint8, copy=False)).reshape(-1)
     if column.size not in (1, rows):
         raise ValueError(f"{name}: want 1 row or {rows}, got {column.size}")
     return column
