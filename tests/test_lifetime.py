@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from alarms import Stop, alarms
 from builders import PageTables
 
 import kvmmu
@@ -509,23 +510,6 @@ def test_a_page_that_is_dirty_already_takes_no_entry():
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------------------------
-
-class Stop(BaseException):
-    """What the handlers of these tests raise."""
-
-
-@contextlib.contextmanager
-def alarms():
-    def stop(*_):
-        raise Stop
-
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
 
 def slow_batch():
     """(walk, gva, Translation, seconds): a batch of faults of all kinds, that takes longer than Python waits for signals."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 import builders
 import numpy as np
 import pytest
+from alarms import Stop, alarms
 
 import kvmmu
 from kvmmu import Acc, Access, CpuModel, Ept, GuestMemory, Npt, PageTables, Status, Vcpu
@@ -372,31 +373,28 @@ def test_empty_tables_of_the_second_stage_are_scanned_once():
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer()")
 def test_a_scan_can_be_interrupted():
     """A signal handler that raises ends it."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
     def scan_often():
         for _ in range(1000):
             signal.setitimer(signal.ITIMER_REAL, 0.005)
             walk.mappings()
 
     walk = nested_over_empty_tables().gva_walk
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            scan_often()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with alarms(), pytest.raises(Stop):
+        scan_often()
     assert len(walk.mappings(0, 1 << 30)) == 0
 
 
-def test_pages_of_4m_are_no_pages_of_2m():
-    tables = PageTables(GuestMemory(1 << 20), "4l")
-    tables.map(0x40000000, 0, 1 << 21)
+def mappings_of(mode, *pages):
+    """The mappings of tables that map some pages."""
+    tables = PageTables(GuestMemory(1 << 20), mode)
+    tables.map(*pages)
     vcpu = Vcpu(tables.mem)
     vcpu.set_regs(tables.regs())
-    found = vcpu.gva_walk.mappings()
+    return vcpu.gva_walk.mappings()
+
+
+def test_pages_of_4m_are_no_pages_of_2m():
+    found = mappings_of("4l", 0x40000000, 0, 1 << 21)
     assert [len(found.where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22, 1 << 30)] == [0, 1, 0, 0]
     with pytest.raises(ValueError, match="size: want 4096"):
         found.where(size=5)
@@ -405,20 +403,14 @@ def test_pages_of_4m_are_no_pages_of_2m():
 
 
 def test_pages_of_4m():
-    tables = PageTables(GuestMemory(1 << 20), "32")
-    tables.map(0x400000, 0, 1 << 22)
-    vcpu = Vcpu(tables.mem)
-    vcpu.set_regs(tables.regs())
-    assert [len(vcpu.gva_walk.mappings().where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22)] == [0, 0, 1]
+    found = mappings_of("32", 0x400000, 0, 1 << 22)
+    assert [len(found.where(size=size)) for size in (1 << 12, 1 << 21, 1 << 22)] == [0, 0, 1]
 
 
 def test_a_row_begins_with_address_target_and_size():
     """In the order of the columns."""
-    tables = PageTables(GuestMemory(1 << 20), "4l")
-    tables.map([0x5000, 0x6000], [0x9000, 0xA000], 4096)
-    vcpu = Vcpu(tables.mem)
-    vcpu.set_regs(tables.regs())
-    row, = vcpu.gva_walk.mappings()
+    found = mappings_of("4l", [0x5000, 0x6000], [0x9000, 0xA000], 4096)
+    row, = found
     assert tuple(row)[:4] == (0x5000, 0x9000, 0x2000, 1)
-    assert row == vcpu.gva_walk.mappings()[0]
-    assert list(vcpu.gva_walk.mappings().to_dict())[:4] == ["gva", "gpa", "size", "level"]
+    assert row == found[0]
+    assert list(found.to_dict())[:4] == ["gva", "gpa", "size", "level"]
