@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvmmu.arch._bits import Acc
+from kvmmu.report.figure import matplotlib_or_error
 from kvmmu.walk.mapped import Mapping, Mappings
 
 __all__ = ["mapping_lines", "plot_mappings"]
@@ -79,11 +80,7 @@ def plot_mappings(mappings: Mappings, path: str | PathLike[str] | None = None, *
     ImportError
         matplotlib is missing.
     """
-    try:
-        import matplotlib.figure
-        import matplotlib.patches
-    except ImportError:
-        raise ImportError("figures need matplotlib; install kvmmu[plot]") from None
+    matplotlib = matplotlib_or_error()
     rows = _groups(mappings)
     left_out = max(0, len(rows) - _ROWS)
     if left_out:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_walk"]
+__all__ = ["matplotlib_or_error", "plot_walk"]
 
 # All lengths are inches, which are also the units of the axes.
 _CELL_WIDTH, _CELL_HEIGHT = 1.78, 0.92
@@ -35,6 +35,16 @@ _UNREAD = ("#ffffff", "#8a8a8a")
 _FLAGS = {"A": "accessed", "D": "dirty", "G": "global", "PS": "large page", "PAT": "memory type"}
 _INK = "#222222"
 _FAINT = "#555555"
+
+
+def matplotlib_or_error() -> Any:
+    """Return matplotlib with the parts that figures are made of; an ImportError names the extra."""
+    try:
+        import matplotlib.figure
+        import matplotlib.patches
+    except ImportError:
+        raise ImportError("figures need matplotlib; install kvmmu[plot]") from None
+    return matplotlib
 
 
 def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax: "Axes | None" = None) -> "Figure":
@@ -62,10 +72,7 @@ def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax:
     ImportError
         matplotlib is missing.
     """
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise ImportError("figures need matplotlib; install kvmmu[plot]") from None
+    matplotlib = matplotlib_or_error()
     drawing = _Drawing(record)
     figure = None if ax is None else ax.get_figure(root=True)
     if ax is None or figure is None:
