@@ -80,7 +80,7 @@ KVMMU_INLINE uint64_t kvmmu_pdpte_index(uint64_t addr)
     return addr >> PT32_PAE_INDEX_SHIFT & PT32_PAE_INDEX_MASK;
 }
 
-/* Where PDPTE number `index` of PAE paging lies in memory. IN root: CR3, or nested CR3 */
+/* Return the address in memory of PDPTE number `index` of PAE paging. IN root: CR3, or nested CR3 */
 KVMMU_INLINE uint64_t kvmmu_pdpte_gpa(uint64_t root, uint64_t index)
 {
     return (root & CR3_PAE_PDPT_MASK) + index * sizeof(uint64_t);

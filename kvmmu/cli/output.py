@@ -1,4 +1,4 @@
-"""What all subcommands do with their output, and how they end."""
+"""All subcommands write their output, and end, by these functions."""
 
 import os
 import signal

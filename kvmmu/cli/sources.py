@@ -1,4 +1,4 @@
-"""Where the accesses of a subcommand come from."""
+"""Functions that open the recording or trace that a subcommand names."""
 
 import argparse
 import inspect

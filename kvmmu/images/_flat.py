@@ -18,7 +18,7 @@ _HOLES_MAX = 1 << 28
 
 
 class FlatFile:
-    """What the pieces of a flattened file make up; to be read as an `ImageFile` is.
+    """A flattened file, put together from its pieces; it is read as an `ImageFile` is.
 
     Attributes
     ----------

@@ -23,7 +23,7 @@ for _bit in Cr4:
 
 @dataclass(frozen=True)
 class VcpuState:
-    """What an image tells of one vCPU.
+    """The state of one vCPU, as an image has it.
 
     Attributes
     ----------

@@ -24,7 +24,7 @@ _HEAD_64 = np.dtype({"names": ["dtb", "machine", "cpus", "bugcheck", "runs", "pa
 _HEAD_32 = np.dtype({"names": ["dtb", "machine", "cpus", "bugcheck", "pae", "runs", "pages", "type"],
                      "formats": ["<u4", "<u4", "<u4", "<u4", "u1", "<u4", "<u4", "<u4"],
                      "offsets": [0x10, 0x20, 0x24, 0x28, 0x5C, 0x64, 0x68, 0xF88], "itemsize": 0x1000})
-# Where the runs begin, one of them, and how many there may be.
+# By bits: offset of the first run, dtype of a run, the most runs that a header has room for.
 _RUNS = {64: (0x98, np.dtype([("first", "<u8"), ("count", "<u8")]), 42),
          32: (0x6C, np.dtype([("first", "<u4"), ("count", "<u4")]), 86)}
 _BITMAP = np.dtype({"names": ["signature", "dump", "first", "present", "pages"], "formats": ["S4", "S4", "<u8", "<u8", "<u8"],
