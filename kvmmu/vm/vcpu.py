@@ -407,6 +407,10 @@ class Vcpu(PartOfMachine):
         if self._made is not None:
             self._made.drain_pml()
 
+    def _logged(self) -> set[tuple[int, int]]:
+        """Return what the processor logged and no exit has drained: (address space, guest frame)."""
+        return set() if self._made is None else self._made.logged()
+
     @locked
     def audit_tlb(self) -> list[str]:
         """Return one line for each TLB entry whose host page, or whose right to write it, was taken away without a flush."""

@@ -101,7 +101,8 @@ class VirtualMachine(PartOfMachine):
             without KVM, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
+        logged = {page for vcpu in self.vcpus for page in vcpu._logged()}
+        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables), logged)
         for vcpu in self.vcpus:
             wrong += vcpu.audit_tlb()
         return wrong
