@@ -96,7 +96,8 @@ class ScenarioMachine:
         for address, data in self._stub.memory():
             self._poke(address, data)
         self.vcpu = self.vm.create_vcpu()
-        self.vcpu.set_regs(**{name: _number(value) for name, value in scenario["regs"].items()})
+        registers: dict[str, Any] = {name: _number(value) for name, value in scenario["regs"].items()}
+        self.vcpu.set_regs(**registers)
         self._watched = [_number(gpa) for gpa in scenario["watch"]]
         self._tables = {gpa: self._peek(gpa, PAGE_SIZE) for gpa in self._watched}
         self._trace = trace
@@ -396,8 +397,9 @@ class ScenarioMachine:
         self._host_write(_number(op["gpa"]), self._peek(_number(op["gpa"]), 8))
 
     def _op_set_sregs(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        registers: dict[str, Any] = {name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op}
         try:
-            self.vcpu.set_regs(**{name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op})
+            self.vcpu.set_regs(**registers)
         except GuestFault:
             return -EINVAL
         return None

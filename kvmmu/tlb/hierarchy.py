@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,8 +15,10 @@ from kvmmu.tlb._hierarchy import TlbLevels
 
 __all__ = ["TlbHierarchy", "TlbLevel", "TlbStats"]
 
-KINDS = ("load", "store", "fetch")
-PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
+Kind = Literal["load", "store", "fetch"]
+PageSize = Literal["4k", "2m", "1g"]
+KINDS: tuple[Kind, ...] = ("load", "store", "fetch")
+PAGES: tuple[PageSize, ...] = ("4k", "2m", "1g")        # "2m": pages of 4 MiB, too, in 32-bit paging
 POLICIES = ("lru", "fifo", "plru", "random")
 INCLUSIONS = ("none", "inclusive", "exclusive")
 MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
@@ -50,10 +52,10 @@ class TlbLevel:
     name: str
     sets: int
     ways: int
-    policy: str = "lru"
-    kinds: tuple[str, ...] = KINDS
-    pages: tuple[str, ...] = PAGES
-    inclusion: str = "none"
+    policy: Literal["lru", "fifo", "plru", "random"] = "lru"
+    kinds: Sequence[Kind] = KINDS
+    pages: Sequence[PageSize] = PAGES
+    inclusion: Literal["none", "inclusive", "exclusive"] = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -90,7 +92,7 @@ def _some_of(name: str, chosen: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(one for one in names if one in chosen)
 
 
-def _bits(chosen: tuple[str, ...], names: tuple[str, ...]) -> int:
+def _bits(chosen: Sequence[str], names: tuple[str, ...]) -> int:
     return sum(1 << names.index(one) for one in chosen)
 
 
