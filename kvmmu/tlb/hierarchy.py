@@ -1,7 +1,7 @@
 """TLB hierarchies: levels of any shape, and what a stream of accesses costs in them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from os import PathLike
 from typing import Any, Self
@@ -12,14 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
+from kvmmu.tlb.counters import KINDS, MODES, PAGES, TlbStats, details_of
 
-__all__ = ["TlbHierarchy", "TlbLevel", "TlbStats"]
+__all__ = ["MODES", "TlbHierarchy", "TlbLevel"]
 
-KINDS = ("load", "store", "fetch")
-PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
 POLICIES = ("lru", "fifo", "plru", "random")
 INCLUSIONS = ("none", "inclusive", "exclusive")
-MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
 _MOST_ENTRIES, _MOST_LEVELS, _MOST_PLRU_WAYS = 1 << 24, 16, 64
 _TAGS = 1 << 15
 _PCID_BITS = 12
@@ -94,70 +92,6 @@ def _bits(chosen: tuple[str, ...], names: tuple[str, ...]) -> int:
     return sum(1 << names.index(one) for one in chosen)
 
 
-@dataclass(frozen=True, repr=False)
-class TlbStats:
-    """Counters of a TLB hierarchy.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Of the levels.
-    hits : ndarray of uint64, shape (levels, 3, 2, 3)
-        Accesses that a level served: by kind (load, store, fetch), user mode (no, yes), page size (4k, 2m, 1g).
-    walks : ndarray of uint64, shape (3, 2, 3)
-        Accesses that no level served.
-    guest_refs : int
-        Paging-structure entries that the walks read.
-    psc_hits : dict of int to int
-        Walks that a paging-structure cache shortened, by the level of the cached entry (2: PDE ... 5: PML5E).
-    replaced : tuple of int
-        Entries that each level replaced.
-    unmapped : int
-        Rows without a page, which asked no level.
-    """
-
-    names: tuple[str, ...]
-    hits: NDArray[np.uint64]
-    walks: NDArray[np.uint64]
-    guest_refs: int
-    psc_hits: dict[int, int] = field(default_factory=dict)
-    replaced: tuple[int, ...] = ()
-    unmapped: int = 0
-
-    @property
-    def accesses(self) -> int:
-        """Accesses to pages."""
-        return int(self.hits.sum() + self.walks.sum())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: levels (name, hits, replaced), walks, by kind, mode and size, and references."""
-        def by(counts: NDArray[np.uint64]) -> dict[str, dict[str, int]]:
-            return {"kinds": dict(zip(KINDS, counts.sum(axis=(1, 2)).tolist(), strict=True)),
-                    "modes": dict(zip(("supervisor", "user"), counts.sum(axis=(0, 2)).tolist(), strict=True)),
-                    "pages": dict(zip(PAGES, counts.sum(axis=(0, 1)).tolist(), strict=True))}
-
-        levels = [{"name": name, "hits": int(hits.sum()), "replaced": replaced} | by(hits)
-                  for name, hits, replaced in zip(self.names, self.hits, self.replaced, strict=True)]
-        return {"accesses": self.accesses, "levels": levels, "walks": int(self.walks.sum()), "walks_by": by(self.walks),
-                "guest_refs": self.guest_refs, "psc_hits": {str(level): hits for level, hits in self.psc_hits.items()},
-                "unmapped": self.unmapped}
-
-    def __repr__(self) -> str:
-        hits = ", ".join(f"{name} {int(hits.sum())}" for name, hits in zip(self.names, self.hits, strict=True))
-        return f"TlbStats({self.accesses} accesses: {hits}{', ' if hits else ''}walks {int(self.walks.sum())})"
-
-    def __str__(self) -> str:
-        accesses = max(self.accesses, 1)
-        rows = [(name, int(hits.sum())) for name, hits in zip(self.names, self.hits, strict=True)]
-        rows.append(("page walks", int(self.walks.sum())))
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{self.accesses:,} accesses"]
-        lines += [f"  {name:{width}}  {count:>16,}  {100 * count / accesses:6.2f}%" for name, count in rows]
-        walks = rows[-1][1]
-        lines.append(f"  {self.guest_refs:,} entries read" + (f", {self.guest_refs / walks:.2f} per walk" if walks else ""))
-        return "\n".join(lines)
-
-
 class TlbHierarchy:
     """A hierarchy of TLBs and paging-structure caches that streams of accesses go through.
 
@@ -174,6 +108,11 @@ class TlbHierarchy:
         entries.
     seed : int
         Of "random" replacement: the same seed and the same accesses give the same counters.
+    details : bool
+        Keep `TlbDetails`: why levels miss, and the pages and instructions whose accesses take walks. That takes time for each
+        access and memory for each page.
+    curve : bool
+        Keep stack distances as well: the misses of fully associative TLBs of all sizes.
 
     Notes
     -----
@@ -181,7 +120,8 @@ class TlbHierarchy:
     Invalidation is that of the SDM, vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches".
     """
 
-    def __init__(self, levels: Sequence[TlbLevel], *, psc: Mapping[int, TlbLevel] | None = None, seed: int = 0) -> None:
+    def __init__(self, levels: Sequence[TlbLevel], *, psc: Mapping[int, TlbLevel] | None = None, seed: int = 0,
+                 details: bool = False, curve: bool = False) -> None:
         levels = tuple(levels)
         if not all(isinstance(level, TlbLevel) for level in levels):
             raise TypeError(f"levels: want TlbLevels, got {levels!r}")
@@ -198,10 +138,12 @@ class TlbHierarchy:
                 raise TypeError(f"psc[{number}]: want a TlbLevel, got {cache!r}")
         _check_exclusive(levels)
         self._levels, self._psc, self._seed = levels, psc, check_word("seed", seed)
+        self._details = 2 if check_bool("curve", curve) else int(check_bool("details", details))
         self._core = TlbLevels(
             [(level.sets, level.ways, POLICIES.index(level.policy), INCLUSIONS.index(level.inclusion), _bits(level.kinds, KINDS),
               _bits(level.pages, PAGES)) for level in levels],
-            {number: (cache.sets, cache.ways, POLICIES.index(cache.policy)) for number, cache in psc.items()}, self._seed)
+            {number: (cache.sets, cache.ways, POLICIES.index(cache.policy)) for number, cache in psc.items()}, self._seed,
+            self._details)
         self._tags: dict[tuple[int, int], int] = {}
         self._globals: dict[int, int] = {}
         self.use()
@@ -334,7 +276,8 @@ class TlbHierarchy:
     # ---- accesses -------------------------------------------------------------------------------------------------------
 
     def access(self, gva: ArrayLike, access: ArrayLike = Access.READ, level: ArrayLike = 1, *,
-               is_global: ArrayLike | None = None, out: Mapping[str, NDArray[np.uint8]] | None = None) -> None:
+               is_global: ArrayLike | None = None, ip: ArrayLike | None = None,
+               out: Mapping[str, NDArray[np.uint8]] | None = None) -> None:
         """Let accesses go through the hierarchy; `stats()` tells what they met.
 
         Parameters
@@ -348,6 +291,8 @@ class TlbHierarchy:
             is counted as unmapped.
         is_global : array_like of bool, optional
             Whether the page is global.
+        ip : array_like of int, optional
+            Addresses of the instructions, for the details.
         out : mapping of str to ndarray of uint8, optional
             Columns to fill: "level", the number of the level that hit or 255 for a walk; "refs", the entries that the walk read.
         """
@@ -356,20 +301,26 @@ class TlbHierarchy:
         kept = None
         if is_global is not None:
             kept = np.ascontiguousarray(_flag_column(is_global, rows.size)).view(np.uint8)
+        ips = None
+        if ip is not None:
+            ips = np.ascontiguousarray(check_integers("ip", ip, 0, (1 << 64) - 1, copy=False)).reshape(-1)
+            if ips.size != rows.size:
+                raise ValueError(f"ip: want {rows.size} rows, got {ips.size}")
         out = dict(out or {})
         for name, column in out.items():
             check_name("out", name, ("level", "refs"))
             if not isinstance(column, np.ndarray) or column.dtype != np.uint8 or column.shape != rows.shape or (
                     not column.flags.c_contiguous or not column.flags.writeable):
                 raise ValueError(f"out[{name!r}]: want a writable contiguous array of uint8 of {rows.size} rows")
-        self._core.run(rows, bits, leaf, kept, out.get("level"), out.get("refs"))
+        self._core.run(rows, bits, leaf, kept, out.get("level"), out.get("refs"), ip=ips)
 
     def stats(self) -> TlbStats:
         """Return the counters since they were cleared."""
         found = self._core.counters()
         return TlbStats(tuple(level.name for level in self._levels), found["hits"], found["walks"], found["references"],
                         {number: int(found["psc_hits"][number - 2]) for number in sorted(self._psc)},
-                        tuple(found["replaced"].tolist()), found["unmapped"])
+                        tuple(found["replaced"].tolist()), found["unmapped"], found["cached_references"],
+                        details_of(self._core.details(), self._mode))
 
     def clear_stats(self) -> None:
         """Set all counters to 0. What the levels hold stays."""
