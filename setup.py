@@ -21,7 +21,7 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.bat
           "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
           "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",
           "tables._filler", "tlb._tlb", "tlb._structure", "tlb._recency", "tlb._counts",
-          "tlb._details", "tlb._levels", "tlb._hierarchy", "machine._exits", "machine._access",
+          "tlb._details", "tlb._levels", "tlb._hierarchy", "tlb._stream", "machine._exits", "machine._access",
           "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace",
           "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range",
           "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync",

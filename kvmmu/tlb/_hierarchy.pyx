@@ -12,12 +12,13 @@ from kvmmu.tlb._details cimport (
     DETAIL_LEVELS, MISS_CLASSES, MOST_REFERENCES, details_clear, details_free, details_new, tlb_details,
 )
 from kvmmu.tlb._levels cimport (
-    CLASSES, INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, INCLUSION_NONE, KINDS, MOST_LEVELS, SIZES, UPPER_LEVELS, WAY_FASTEST,
-    WAY_PORTABLE, WAY_SCALAR, remove_address, remove_all, run_levels, tlb_inclusion, tlb_level, tlb_rows, tlb_way,
+    CLASSES, INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, INCLUSION_NONE, KINDS, MOST_LEVELS, MOST_LINEAR_BITS, SIZES, UPPER_LEVELS,
+    WAY_FASTEST, WAY_PORTABLE, WAY_SCALAR, remove_address, remove_all, run_levels, tlb_inclusion, tlb_level, tlb_rows, tlb_way,
 )
 from kvmmu.tlb._structure cimport (
     KEY_GLOBAL_SHIFT, KEY_TAG_BITS, KEY_TAG_SHIFT, KEY_VALID_SHIFT, MOST_ENTRIES, MOST_PLRU_WAYS, POLICY_FIFO, POLICY_LRU,
-    POLICY_PLRU, POLICY_RANDOM, key_structure, structure_free, structure_init, structure_remove_all, tlb_policy,
+    POLICY_PLRU, POLICY_RANDOM, key_structure, structure_free, structure_init, structure_remove,
+    structure_remove_all, tlb_policy,
 )
 
 cdef inline uint64_t tag_bits() noexcept nogil:
@@ -220,6 +221,16 @@ cdef class TlbLevels:
                 if self.h.psc[i].keys is not NULL:
                     structure_remove_all(&self.h.psc[i], tag_bits(), value & tag_bits())
 
+    def remove_upper_of(self, uint64_t gva, uint16_t tag):
+        """Drop the entries of paging-structure caches of a tag that lead to an address."""
+        cdef int level
+        with self.lock:
+            gva &= (<uint64_t>1 << MOST_LINEAR_BITS) - 1
+            for level in range(2, self.h.root_level + 1):
+                if self.h.psc[level - 2].keys is not NULL:
+                    structure_remove(&self.h.psc[level - 2],
+                                     gva >> (PAGE_SHIFT + self.h.index_bits * (level - 1)) | tag_of(tag, False))
+
     def remove_all(self):
         """Drop everything."""
         with self.lock:
@@ -246,6 +257,8 @@ cdef class TlbLevels:
             d = self.h.details
             if d is NULL:
                 return None
+            if d.out_of_memory:
+                raise MemoryError("no memory was left for the details of a TLB hierarchy")
             return {"misses": words(&d.misses[0][0], self.h.count * MISS_CLASSES).reshape(self.h.count, MISS_CLASSES),
                     "by_references": words(d.by_references, MOST_REFERENCES), "pages": counted(&d.pages),
                     "ips": counted(&d.ips) if d.has_ips else None,

@@ -18,6 +18,7 @@ cdef enum:
     SIZES = 3                           # 4K; 2M or 4M; 1G
     CLASSES = 18                        # kind, user, size: places in a row of counters
     UPPER_LEVELS = 4                    # of tables, whose entries paging-structure caches hold: 2 to 5
+    MOST_LINEAR_BITS = 57
     NOWHERE = 255                       # as number of the level that hit: none, a page walk
 
 cdef enum tlb_inclusion:

@@ -7,7 +7,7 @@ from libc.string cimport memset
 from kvmmu.arch._bits cimport ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, PAGE_SHIFT
 from kvmmu.tlb._details cimport details_remove, details_remove_all, details_take
 from kvmmu.tlb._levels cimport (
-    INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, KINDS, NOWHERE, SIZES, UPPER_LEVELS, WAY_PORTABLE, WAY_SCALAR,
+    INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, KINDS, MOST_LINEAR_BITS, NOWHERE, SIZES, UPPER_LEVELS, WAY_PORTABLE, WAY_SCALAR,
     tlb_level, tlb_levels, tlb_rows, tlb_way,
 )
 from kvmmu.tlb._structure cimport (
@@ -38,8 +38,6 @@ cdef extern from "kvmmu/tlb/_lru_rows.h" nogil:
         int (*walk)(void *h, uint64_t addr, int size) noexcept nogil
         void *h
     void kvmmu_lru_run(lru_rows *r, int portable)
-
-cdef int MOST_LINEAR_BITS = 57
 
 cdef enum:
     DETAIL_ROWS = 2048                  # whose results are held until their details are taken

@@ -1,12 +1,12 @@
 """Counters of TLB hierarchies, and what they tell of misses."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "TlbDetails", "TlbStats", "details_of", "miss_curve"]
+__all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
 
 KINDS = ("load", "store", "fetch")
 PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
@@ -100,6 +100,16 @@ class TlbStats:
         Paging-structure entries that the walks did not read because a paging-structure cache had what they lead to.
     details : TlbDetails or None
         None if the hierarchy keeps none.
+    host_refs : int
+        Entries of the host's tables that walks read, under two-dimensional paging.
+    host_cached_refs : int
+        Those that they did not read because of a paging-structure cache of the host's tables.
+    host_hits : dict of str to int
+        Translations of guest-physical addresses that a nested TLB served, by its name.
+    host_walks : int
+        Those that it did not.
+    walks_by_all_refs : ndarray of uint64 or None
+        Walks by the number of entries that they read in both stages; None with one stage.
     """
 
     names: tuple[str, ...]
@@ -111,6 +121,17 @@ class TlbStats:
     unmapped: int = 0
     cached_refs: int = 0
     details: "TlbDetails | None" = None
+    host_refs: int = 0
+    host_cached_refs: int = 0
+    host_hits: dict[str, int] = field(default_factory=dict)
+    host_walks: int = 0
+    walks_by_all_refs: NDArray[np.uint64] | None = None
+
+    def under_host(self, host: "TlbStats", by_refs: NDArray[np.uint64]) -> "TlbStats":
+        """Return these counters with those of the host's translations."""
+        hits = {name: int(hits.sum()) for name, hits in zip(host.names, host.hits, strict=True)}
+        return replace(self, host_refs=host.guest_refs, host_cached_refs=host.cached_refs, host_hits=hits,
+                       host_walks=int(host.walks.sum()), walks_by_all_refs=by_refs)
 
     @property
     def accesses(self) -> int:
@@ -129,6 +150,9 @@ class TlbStats:
         found = {"accesses": self.accesses, "levels": levels, "walks": int(self.walks.sum()), "walks_by": by(self.walks),
                  "guest_refs": self.guest_refs, "cached_refs": self.cached_refs,
                  "psc_hits": {str(level): hits for level, hits in self.psc_hits.items()}, "unmapped": self.unmapped}
+        if self.walks_by_all_refs is not None:
+            found |= {"host_refs": self.host_refs, "host_cached_refs": self.host_cached_refs, "host_hits": self.host_hits,
+                      "host_walks": self.host_walks, "walks_by_all_refs": self.walks_by_all_refs.tolist()}
         if self.details is None:
             return found
         for level, misses in zip(levels, self.details.misses.tolist(), strict=True):
@@ -175,3 +199,39 @@ def _pages_of(counted: NDArray[np.uint64], mode: str) -> NDArray[np.uint64]:
         gva |= np.where(gva >> np.uint64(width - 1) & np.uint64(1), np.uint64((1 << 64) - (1 << width)), np.uint64(0))
     pages = np.column_stack((gva, size, walks))
     return pages[np.lexsort((size, gva, ~walks))]
+
+
+def sum_of(stats: list[TlbStats]) -> TlbStats:
+    """Return the sum of the counters of hierarchies of the same levels."""
+    if len(stats) == 1:
+        return stats[0]
+    first = stats[0]
+    details = [one.details for one in stats if one.details is not None]
+    return TlbStats(
+        first.names, sum((one.hits for one in stats), np.zeros_like(first.hits)),
+        sum((one.walks for one in stats), np.zeros_like(first.walks)), sum(one.guest_refs for one in stats),
+        {level: sum(one.psc_hits[level] for one in stats) for level in first.psc_hits},
+        tuple(sum(counts) for counts in zip(*(one.replaced for one in stats), strict=True)), sum(one.unmapped for one in stats),
+        sum(one.cached_refs for one in stats), _sum_of_details(details) if details else None)
+
+
+def _sum_of_details(details: list[TlbDetails]) -> TlbDetails:
+    counted = [one.distances for one in details if one.distances is not None]
+    distances = np.zeros(max((one.size for one in counted), default=0), np.uint64)
+    for one in counted:
+        distances[:one.size] += one
+    ips = [one.ips for one in details if one.ips is not None]
+    return TlbDetails(
+        np.sum([one.misses for one in details], axis=0, dtype=np.uint64),
+        np.sum([one.walks_by_refs for one in details], axis=0, dtype=np.uint64), _merged([one.pages for one in details]),
+        _merged(ips) if ips else None, distances if counted else None, sum(one.first_uses for one in details),
+        sum(one.after_removals for one in details))
+
+
+def _merged(tables: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Return rows whose last column counts, each once with the sum of its counts, the largest first."""
+    rows = np.concatenate(tables)
+    keys, place = np.unique(rows[:, :-1], axis=0, return_inverse=True)
+    counts = np.zeros(len(keys), np.uint64)
+    np.add.at(counts, place.reshape(-1), rows[:, -1])
+    return np.column_stack((keys, counts))[np.argsort(~counts, kind="stable")]

@@ -14,8 +14,9 @@ from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_in
 from kvmmu.tlb._hierarchy import TlbLevels
 from kvmmu.tlb.counters import KINDS, MODES, PAGES, TlbStats, details_of
 
-__all__ = ["MODES", "TlbHierarchy", "TlbLevel"]
+__all__ = ["PAGE_LEVELS", "TlbHierarchy", "TlbLevel", "tlb_of"]
 
+PAGE_LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 POLICIES = ("lru", "fifo", "plru", "random")
 INCLUSIONS = ("none", "inclusive", "exclusive")
 _MOST_ENTRIES, _MOST_LEVELS, _MOST_PLRU_WAYS = 1 << 24, 16, 64
@@ -113,6 +114,9 @@ class TlbHierarchy:
         access and memory for each page.
     curve : bool
         Keep stack distances as well: the misses of fully associative TLBs of all sizes.
+    nested : TlbHierarchy, optional
+        Levels and paging-structure caches for the guest-physical addresses that page walks translate under two-dimensional
+        paging. Without: the host's tables are walked for each, from their root.
 
     Notes
     -----
@@ -121,7 +125,7 @@ class TlbHierarchy:
     """
 
     def __init__(self, levels: Sequence[TlbLevel], *, psc: Mapping[int, TlbLevel] | None = None, seed: int = 0,
-                 details: bool = False, curve: bool = False) -> None:
+                 details: bool = False, curve: bool = False, nested: "TlbHierarchy | None" = None) -> None:
         levels = tuple(levels)
         if not all(isinstance(level, TlbLevel) for level in levels):
             raise TypeError(f"levels: want TlbLevels, got {levels!r}")
@@ -138,6 +142,9 @@ class TlbHierarchy:
                 raise TypeError(f"psc[{number}]: want a TlbLevel, got {cache!r}")
         _check_exclusive(levels)
         self._levels, self._psc, self._seed = levels, psc, check_word("seed", seed)
+        if nested is not None and not isinstance(nested, TlbHierarchy):
+            raise TypeError(f"nested: want a TlbHierarchy or None, got {type(nested).__name__}")
+        self._nested = nested
         self._details = 2 if check_bool("curve", curve) else int(check_bool("details", details))
         self._core = TlbLevels(
             [(level.sets, level.ways, POLICIES.index(level.policy), INCLUSIONS.index(level.inclusion), _bits(level.kinds, KINDS),
@@ -157,6 +164,21 @@ class TlbHierarchy:
     def psc(self) -> dict[int, TlbLevel]:
         """The paging-structure caches by level."""
         return dict(self._psc)
+
+    @property
+    def nested(self) -> "TlbHierarchy | None":
+        """The hierarchy of guest-physical addresses, or None."""
+        return self._nested
+
+    def nested_or_none(self) -> "TlbHierarchy":
+        """Return the hierarchy of guest-physical addresses, or one that holds nothing."""
+        return TlbHierarchy([]) if self._nested is None else self._nested
+
+    def another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
+        """Return an empty hierarchy of the same shape, with the same details unless they are given."""
+        return TlbHierarchy(self._levels, psc=self._psc, seed=self._seed, nested=self._nested,
+                            details=self._details > 0 if details is None else details,
+                            curve=self._details > 1 if curve is None else curve)
 
     # ---- from files -----------------------------------------------------------------------------------------------------
 
@@ -186,8 +208,17 @@ class TlbHierarchy:
             found = tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not TOML ({error})") from error
+        return cls._from_tables(found, where, ("level", "psc", "seed", "nested"))
+
+    @classmethod
+    def _from_tables(cls, found: dict[str, Any], where: str, known: tuple[str, ...]) -> Self:
         for key in found:
-            check_name(f"{where}: key", key, ("level", "psc", "seed"))
+            check_name(f"{where}: key", key, known)
+        nested = found.get("nested")
+        if nested is not None:
+            if not isinstance(nested, dict):
+                raise ValueError(f"{where}: nested: want tables nested.level and nested.psc.N")
+            nested = cls._from_tables(nested, f"{where}: nested", ("level", "psc", "seed"))
         tables, caches = found.get("level", []), found.get("psc", {})
         if not isinstance(tables, list) or not isinstance(caches, dict):
             raise ValueError(f"{where}: want [[level]] tables and [psc.N] tables")
@@ -198,7 +229,7 @@ class TlbHierarchy:
             psc[int(number)] = _level_of(table, f"{where}: psc.{number}", f"psc{number}")
         try:
             return cls([_level_of(table, f"{where}: level {i}") for i, table in enumerate(tables)], psc=psc,
-                       seed=found.get("seed", 0))
+                       seed=found.get("seed", 0), nested=nested)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}".replace(f"{where}: {where}", where)) from error
 
@@ -250,6 +281,16 @@ class TlbHierarchy:
     def flush_space(self, space: int) -> None:
         """Drop everything of an address space, global pages as well: INVVPID of a single context, a new ASID."""
         self._flush_space(check_word("space", space), True)
+
+    def flush_in_force(self) -> None:
+        """Drop everything of the space in force, as a MOV to CR4 does that changes PGE."""
+        self._flush_space(self._space, True)
+
+    def page_fault(self, gva: int) -> None:
+        """A #PF at gva: drop the page around it, and the paging-structure entries that lead to it, of the PCID in force."""
+        gva, tag = check_word("gva", gva), self._tag(self._space, self._pcid)
+        self._core.remove_address(gva, tag, False)
+        self._core.remove_upper_of(gva, tag)
 
     def flush(self) -> None:
         """Drop everything, in every space."""
@@ -373,3 +414,20 @@ def _level_of(table: Any, where: str, name: str | None = None) -> TlbLevel:
         return TlbLevel(**table)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def tlb_of(name: str, tlb: Any) -> TlbHierarchy:
+    """Return the hierarchy that an argument means: one, a preset by its name, or a TOML file by its path.
+
+    Those that are named keep details.
+    """
+    if isinstance(tlb, TlbHierarchy):
+        return tlb
+    if isinstance(tlb, str) and tlb in TlbHierarchy.presets():
+        return TlbHierarchy.preset(tlb).another(details=True)
+    if isinstance(tlb, PathLike) or isinstance(tlb, str) and tlb.endswith(".toml"):
+        return TlbHierarchy.from_toml(tlb).another(details=True)
+    presets = ", ".join(TlbHierarchy.presets())
+    if isinstance(tlb, str):
+        raise ValueError(f"{name}: want a path that ends in .toml, or one of {presets}; got {tlb!r}")
+    raise TypeError(f"{name}: want a TlbHierarchy, a path, or one of {presets}; got {type(tlb).__name__}")

@@ -216,6 +216,12 @@ class Model:
         else:
             self.drop_if(lambda entry: entry[2] == self.space and (type == 2 or entry[3] is not None))
 
+    def page_fault(self, gva):
+        self.drop_page(gva, self.pcid)
+        bits = 10 if self.mode == "32" else 9
+        for level, cache in self.psc.items():
+            cache.drop((gva % 2**57 >> (12 + bits * (level - 1)), "4k", self.space, self.pcid))
+
     def flush_space(self, space):
         self.drop_if(lambda entry: entry[2] == space)
 
