@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmmu.tlb.counters import TlbStats
 from kvmmu.walk.html import table_html
 
 __all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport"]
@@ -73,6 +74,8 @@ class Report:
         Of `seconds`, those in which the walk had to wait for decoded rows.
     complete : bool
         False if the replay stopped before the end of the trace.
+    tlb : TlbStats or None
+        Counters of the TLB hierarchy, if one was asked for.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Report:
     walk_faults: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     complete: bool = True
+    tlb: TlbStats | None = None
 
     @property
     def rate(self) -> float:
@@ -105,7 +109,8 @@ class Report:
         """Plain data for JSON."""
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
-        return plain | {"rate": self.rate}
+        del plain["tlb"]
+        return plain | {"rate": self.rate} | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
     def _title(self) -> str:
         stopped = "" if self.complete else ", stopped early"
@@ -198,7 +203,8 @@ class SyntheticReport(Report):
         return {name: getattr(self, name) for name in names} | {
             "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
             "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,
-                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}}
+                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}
+        } | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
 
 class ReplayInterrupted(KeyboardInterrupt):
