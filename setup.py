@@ -29,7 +29,7 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.bat
           "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._mmus",
           "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan", "embed._page_cache", "embed._vcpus", "embed._memories"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
-PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
+PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows"]
 
 # C sources beside the Cython source of a module.
 C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
