@@ -23,6 +23,7 @@ from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
 from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
+from kvmmu.vm.snapshot import load_into, take_snapshot
 from kvmmu.vm.virtual_machine import VirtualMachine
 from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
 from kvmmu.walk.pagewalk import PageWalk
@@ -35,6 +36,7 @@ __all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
+_LEVEL_NAMES = {1: "4k", 2: "2m", 3: "1g"}
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _READ_MAX = 1 << 32
 _WRITE = int(Access.WRITE)
@@ -80,6 +82,36 @@ class Vm(VirtualMachine):
     def create_vcpu(self, **options: Any) -> "Vcpu":
         """Return a new `Vcpu` of this machine; `options` are arguments of its constructor."""
         return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
+
+    def clone(self) -> "Vm":
+        """Return another machine in the state of this one, with memory of its own, that goes on exactly as this one would.
+
+        Its vCPUs are new objects, in the order of `vcpus`.
+
+        Raises
+        ------
+        RuntimeError, ValueError
+            As `snapshot()`.
+
+        Notes
+        -----
+        Costs a copy of the page tables, and `GuestMemory.copy()`: a clone of a clone takes the pages that were changed since the
+        first one. Slots over a file that its owner mapped read-only share its bytes.
+        """
+        return self._clone()[0]
+
+    def _clone(self) -> "tuple[Vm, dict[Vcpu, Vcpu]]":
+        """Return a clone, and the counterparts of all vCPUs."""
+        with self._lock:
+            self._lock.check_outermost("clone()")
+            snapshot = take_snapshot(self, memory=False)
+            mem = self.mem.copy()
+            smm_mem = mem if self.smm_mem is self.mem else self.smm_mem.copy()
+        vm = Vm(mem, self.cpu, self.host, smm_mem=smm_mem, backing=_LEVEL_NAMES[self.kvm.backing])
+        counterparts = {saved.vcpu: vm.create_vcpu() for saved in snapshot._vcpus}
+        with vm._lock:
+            load_into(vm, snapshot, counterparts)
+        return vm, counterparts
 
 
 class Vcpu(PartOfMachine):
@@ -133,6 +165,7 @@ class Vcpu(PartOfMachine):
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
+        self._idle: Machine | None = None           # what `_made` was before `Vm.restore()` to a time when there was none
         self.id = 0
         if vm is not None:
             self.id = vm._join(self)
@@ -350,11 +383,15 @@ class Vcpu(PartOfMachine):
             self._vm = vm
         return self._vm
 
+    def clone(self) -> "Vcpu":
+        """Return the counterpart of this vCPU in `Vm.clone()` of its machine."""
+        return self.vm._clone()[1][self]
+
     @locked
     def _machine(self) -> Machine:
         """Return this vCPU on its host, made at the first use."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+            self._made = self._idle or Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
 
     @property
