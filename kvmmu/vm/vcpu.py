@@ -14,6 +14,7 @@ from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFa
 from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
+from kvmmu.machine._hw_record import hw_walk_record
 from kvmmu.machine._machine import Machine
 from kvmmu.machine._mmus import Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
@@ -27,6 +28,7 @@ from kvmmu.vm.snapshot import load_into, take_snapshot
 from kvmmu.vm.virtual_machine import VirtualMachine
 from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
 from kvmmu.walk.pagewalk import PageWalk
+from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import Accesses, check_one_access
 
 if TYPE_CHECKING:
@@ -487,6 +489,35 @@ class Vcpu(PartOfMachine):
         columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
         self._machine().access(gva, access, columns.arrays())
         return columns
+
+    def hw_walk_record(self, gva: int, access: int = 0) -> WalkRecord:
+        """Return the processor's own walk of one address through the SPTEs, level by level. Nothing changes by it.
+
+        Under two-dimensional paging these are the guest's tables, each entry reached through the SPTEs, and the SPTEs of the
+        address behind them; without, the SPTEs that shadow the guest's tables. Faults are part of the record: an exit, or a #PF.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes).
+        access : Access
+            EFLAGS.AC of the vCPU is added.
+
+        Returns
+        -------
+        WalkRecord
+            Its `gpa` is a host-physical address. `plot_walk()` draws it.
+
+        Raises
+        ------
+        RuntimeError
+            The processor has no root: before the first access or `vm_enter()`, or after an operation of the host took it away.
+
+        Notes
+        -----
+        The TLB is not asked. What the processor finds depends on accesses before: the SPTEs are made by the exits of these.
+        """
+        return hw_walk_record(self._machine(), gva, access)
 
     @locked
     def store(self, gva: int, data: "Buffer", access: int = 0, *, page_table_writing: bool = True) -> Accesses:
