@@ -68,6 +68,8 @@ class Report:
         Of `seconds`, those in which the walk had to wait for decoded rows.
     complete : bool
         False if the replay stopped before the end of the trace.
+    skipped : dict of str to int
+        What the reader of a trace of another tool passed over, by kind.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Report:
     walk_faults: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     complete: bool = True
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -136,8 +139,6 @@ class SyntheticReport(Report):
         Memory that those pages take.
     table_pages : int
         Page tables, of 4096 bytes each.
-    skipped : dict of str to int
-        What the reader of the trace passed over, by kind.
     """
 
     source: str = ""
@@ -152,7 +153,6 @@ class SyntheticReport(Report):
     mapped: dict[str, int] = field(default_factory=dict)
     mapped_bytes: int = 0
     table_pages: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def refs_per_walk(self) -> float:
