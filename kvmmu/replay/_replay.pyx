@@ -9,17 +9,21 @@ import numpy as np
 from libc.stddef cimport size_t
 from libc.stdint cimport SIZE_MAX, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
-from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result
+from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, OP_EVENT, OP_GUEST_WRITE,
-    OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_KIND_MASK, OP_MEMORY, OP_MMIO_SHIFT, OP_NPT_FAULT, OP_PAGE_FAULT, OP_RESTART,
-    OP_SET_CPL_AC, PAGE_SHIFT, PFERR_GUEST_FINAL_MASK, STATUS_NESTED_PAGE_FAULT, STATUS_OK, STATUS_PAGE_FAULT,
+    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_KIND_MASK, OP_MEMORY, OP_MMIO_SHIFT, OP_NPT_FAULT,
+    OP_PAGE_FAULT, OP_RESTART, OP_SET_CPL_AC, PAGE_SHIFT,
 )
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_keep_copies
+from kvmmu.replay._recorded_faults cimport (
+    FAULT_CODES, count_fault, fault_count, fault_counts, reproduces_npt_fault, reproduces_page_fault,
+)
 from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, MOST_EXPLAINED, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
 from kvmmu.replay._replay_registers cimport NO_SET, ReplayRegisters, new_registers
+from kvmmu.tlb._stream cimport stream_begin, stream_run
 from kvmmu.traces._recorded_rows cimport RecordedRows, row_columns
 from kvmmu.walk._register_sets cimport RegisterSets
 from kvmmu.walk.batch._arrays cimport aligned, column_of, exact_column
@@ -30,9 +34,6 @@ from kvmmu.walk.results import check_array
 _COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access": np.dtype(np.uint8), "gpa": np.dtype(np.uint64),
                  "size": np.dtype(np.uint8), "vcpu": np.dtype(np.uint16), "value": np.dtype(np.uint64)}
 _MAY_BE_NONE = ("size", "vcpu", "value")
-
-cdef enum:
-    FAULT_CODES = 512               # of recorded faults that are counted here: all that a walk can reproduce, and more
 
 # Why run() has returned.
 cdef enum:
@@ -65,12 +66,6 @@ cdef struct decoded_rows:
     uint8_t size[BLOCK]
     uint64_t value[BLOCK]
 
-# Recorded faults of one code.
-cdef struct fault_count:
-    uint8_t op
-    uint64_t code
-    uint64_t count
-
 
 cdef class RowLoop(BlockWalker):
     """Walks the rows of a trace and carries out its events.
@@ -94,8 +89,9 @@ cdef class RowLoop(BlockWalker):
     cdef decoded_rows *decoded
     cdef bint crosses               # rows that reach into the next page are walked there, too
     cdef int shifts[LEVELS]         # of the pages of leaves
-    cdef fault_count faults[FAULT_CODES]
+    cdef fault_counts faults
     cdef uint32_t ctx[BLOCK]
+    cdef uint32_t vcpu[BLOCK]       # of rows of several vCPUs
     cdef uint32_t filled_with       # the first `filled` of them are this set
     cdef size_t filled
 
@@ -106,8 +102,7 @@ cdef class RowLoop(BlockWalker):
         self.registers = new_registers(walk, vcpu_count)
         self.rows.n = self.base = self.at = self.filled = 0
         self.crosses, self.checks_faults = False, True
-        for i in range(FAULT_CODES):
-            self.faults[i].count = 0
+        memset(&self.faults, 0, sizeof(self.faults))
 
     def __dealloc__(self):
         free(self.decoded)
@@ -125,8 +120,10 @@ cdef class RowLoop(BlockWalker):
     @property
     def fault_counts(self):
         """Recorded faults that the walk reproduced, or that were only counted, by (op, error code or exit information)."""
-        return {(int(self.faults[i].op), int(self.faults[i].code)): int(self.faults[i].count)
-                for i in range(FAULT_CODES) if self.faults[i].count}
+        cdef const fault_count *of_code = self.faults.of_code
+        cdef int i
+        return {(int(of_code[i].op), int(of_code[i].code)): int(of_code[i].count)
+                for i in range(FAULT_CODES) if of_code[i].count}
 
     @property
     def event(self):
@@ -136,6 +133,18 @@ cdef class RowLoop(BlockWalker):
         if not 0 < self.at <= self.rows.n or self.rows.value is NULL:
             raise ValueError("the loop has not stopped at an event")
         return (int(self.base + i), int(self.rows.op[i]), int(vcpu_of(self, i)), int(self.rows.addr[i]), int(self.rows.value[i]))
+
+    def carry_out(self):
+        """Carry out the event at which run() has stopped so that TLBs follow it; False if it is the caller's to carry out."""
+        cdef SlotTable table = self.walk.mem.current()
+        cdef int done
+        self.event                                      # there is one
+        self.registers.bind(table)
+        self.check_vcpus(&self.rows, 0, 1)
+        done = carry_out(self, table, self.at - 1)
+        if done == STOP_MALFORMED:
+            raise ValueError(f"row {self.row - 1}: an event without its columns")
+        return done == STOP_END
 
     def use(self, Py_ssize_t vcpu, RegisterSets contexts not None):
         """Put a register set in force on a vCPU; returns its number."""
@@ -216,6 +225,8 @@ cdef class RowLoop(BlockWalker):
             raise ValueError("a chunk without sizes, or with recorded addresses, where rows are walked in both pages")
         if first > <size_t>n:
             raise ValueError(f"first: row {first} is not within the {n} rows")
+        if self.fed is not None:
+            self.fed.use_ips(chunk.ip, n)
         rows.n, rows.all_known = n, chunk.all_known
         self.rows, self.kept, self.at = rows, kept, first
 
@@ -233,6 +244,8 @@ cdef class RowLoop(BlockWalker):
         self.rows.op, self.rows.addr, self.rows.access = self.decoded.op, self.decoded.addr, self.decoded.access
         self.rows.gpa, self.rows.size, self.rows.value = self.decoded.gpa, self.decoded.size, self.decoded.value
         self.rows.vcpu, self.rows.all_known = NULL, True
+        if self.fed is not None:
+            self.fed.use_ips(None, 0)
         self.kept, self.source = [], source
 
     cdef int check_vcpus(self, const replay_rows *rows, Py_ssize_t n, Py_ssize_t vcpus) except -1:
@@ -261,7 +274,7 @@ cdef class RowLoop(BlockWalker):
         -------
         int
             AT_ROW : `stop` is reached
-            AT_EVENT : `event` is the caller's to carry out
+            AT_EVENT : `event` is the caller's to carry out. If TLBs are fed, each event but a GUEST_WRITE: `carry_out()` goes on
             AT_MISMATCHES : `take_mismatches()` tells them
             END : all rows are done
 
@@ -320,7 +333,9 @@ cdef int run_rows(RowLoop loop, SlotTable table, size_t stop) noexcept nogil:
             walk_accesses(loop, end)
             loop.at = end
             continue
-        done = carry_out(loop, table)
+        done = STOP_EVENT
+        if loop.stream is NULL or rows.op[loop.at] == OP_GUEST_WRITE:
+            done = carry_out(loop, table, loop.at)
         if done == STOP_MALFORMED:
             return done
         loop.at += 1
@@ -380,11 +395,17 @@ cdef void walk_accesses(RowLoop loop, size_t end) noexcept nogil:
     cdef const uint32_t *ctx
     cdef size_t start = loop.at, n = end - start
     cdef uint64_t accesses = loop.counters.kinds[0] + loop.counters.kinds[1] + loop.counters.kinds[2]
-    ctx = sets_of_one(loop, n) if rows.vcpu is NULL or loop.registers.vcpus == 1 else sets_of_rows(loop, start, n)
+    cdef bint one_vcpu = rows.vcpu is NULL or loop.registers.vcpus == 1
+    ctx = sets_of_one(loop, n) if one_vcpu else sets_of_rows(loop, start, n)
     loop.walk_block(loop.registers.walks, ctx, &rows.addr[start], &rows.access[start], &rows.gpa[start], accesses - n, n,
                     loop.registers.count, rows.all_known)
+    if loop.stream is not NULL:
+        stream_begin(loop.stream, &rows.addr[start], &rows.access[start], loop.result.gpa, loop.result.level,
+                     loop.columns.status, start, n)
     if loop.crosses:
         loop.walk_next_pages(&rows.addr[start], &rows.access[start], &rows.size[start], loop.shifts, n)
+    if loop.stream is not NULL:
+        stream_run(loop.stream, loop.registers.walks, loop.registers.current, NULL if one_vcpu else loop.vcpu)
 
 
 cdef const uint32_t *sets_of_one(RowLoop loop, size_t n) noexcept nogil:
@@ -405,19 +426,19 @@ cdef const uint32_t *sets_of_rows(RowLoop loop, size_t start, size_t n) noexcept
     cdef uint32_t last = loop.registers.vcpus - 1
     cdef size_t k
     for k in range(n):                          # in range, whoever has written there since
-        loop.ctx[k] = loop.rows.vcpu[start + k]
+        loop.vcpu[k] = loop.rows.vcpu[start + k]
     kvmmu_keep_copies()
     for k in range(n):
-        loop.ctx[k] = loop.registers.current[min(loop.ctx[k], last)]
+        loop.vcpu[k] = min(loop.vcpu[k], last)
+        loop.ctx[k] = loop.registers.current[loop.vcpu[k]]
     return loop.ctx
 
 
 # ---- events ------------------------------------------------------------------------------------------------------------
 
-cdef int carry_out(RowLoop loop, SlotTable table) noexcept nogil:
-    """Carry out the event in the next row: STOP_END. STOP_EVENT if it is the caller's."""
+cdef int carry_out(RowLoop loop, SlotTable table, size_t i) noexcept nogil:
+    """Carry out the event in a row: STOP_END. STOP_EVENT if it is the caller's."""
     cdef const replay_rows *rows = &loop.rows
-    cdef size_t i = loop.at
     cdef int op = rows.op[i], written
     cdef uint32_t vcpu = vcpu_of(loop, i)
     cdef uint64_t value
@@ -429,62 +450,23 @@ cdef int carry_out(RowLoop loop, SlotTable table) noexcept nogil:
         return STOP_END if written == WRITTEN else STOP_MALFORMED if written == WRITE_MALFORMED else STOP_EVENT
     if op in (OP_INVLPG, OP_INVPCID, OP_HOST_INVALIDATE, OP_SET_CPL_AC):
         return STOP_END                         # a walk keeps nothing; accesses say CPL and AC themselves
-    if op == OP_PAGE_FAULT:
-        return check_page_fault(loop, &loop.registers.walks[loop.registers.current[vcpu]], rows.addr[i], value)
-    if op == OP_NPT_FAULT:
-        return check_npt_fault(loop, loop.registers.last_nested[vcpu], rows.addr[i], value)
+    if op == OP_PAGE_FAULT or op == OP_NPT_FAULT:
+        return check_fault(loop, op, vcpu, rows.addr[i], value)
     if op == OP_RESTART or op >= OP_MEMORY or not loop.registers.follow(&table.mem, vcpu, <uint8_t>op, value):
         return STOP_EVENT
     return STOP_END
 
 
-cdef int check_page_fault(RowLoop loop, const kvm_pagewalk *w, uint64_t gva, uint64_t code) noexcept nogil:
-    """Hold the walk against a recorded #PF: an access to gva as far as the error code tells of it. Stores no accessed bits."""
-    cdef uint32_t access = <uint32_t>code & <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK | ACCESS_FETCH_MASK)
-    cdef bint reproduced = not loop.checks_faults
-    # A supervisor's fault does not tell EFLAGS.AC: SMAP faults only with it clear, all others with it set too.
-    if not access & ACCESS_USER_MASK:
-        reproduced = reproduced or faults_with(w, gva, access | <uint32_t>ACCESS_AC_MASK, code)
-    reproduced = reproduced or faults_with(w, gva, access, code)
-    return count_fault(loop, OP_PAGE_FAULT, code) if reproduced else STOP_EVENT
-
-
-cdef inline bint faults_with(const kvm_pagewalk *w, uint64_t gva, uint32_t access, uint64_t code) noexcept nogil:
-    cdef walk_result r
-    w.gva_to_gpa(w, gva, access, False, &r)
-    return r.status == STATUS_PAGE_FAULT and r.error_code == code
-
-
-cdef int check_npt_fault(RowLoop loop, uint32_t number, uint64_t gpa, uint64_t info) noexcept nogil:
-    """Hold the NPT of a register set against a recorded #NPF: EXITINFO2 and EXITINFO1. Stores no accessed bits."""
-    cdef const kvm_pagewalk *n
-    cdef walk_result r
-    cdef uint32_t access = <uint32_t>info & <uint32_t>(ACCESS_WRITE_MASK | ACCESS_USER_MASK | ACCESS_FETCH_MASK)
-    cdef uint64_t reached
-    if not loop.checks_faults:
-        return count_fault(loop, OP_NPT_FAULT, info)
-    if number == NO_SET:
-        return STOP_EVENT
-    n = loop.registers.walks[number].ngpa
-    r.refs, r.error_code = 0, 0
-    if n.fault_status != STATUS_NESTED_PAGE_FAULT or translate_nested_gpa(
-            n, gpa, access, (info & PFERR_GUEST_FINAL_MASK) != 0, ACC_ALL, False, &reached, &r) == STATUS_OK:
-        return STOP_EVENT
-    return count_fault(loop, OP_NPT_FAULT, info) if r.exit_qualification == info and r.fault_gpa == gpa else STOP_EVENT
-
-
-cdef int count_fault(RowLoop loop, int op, uint64_t code) noexcept nogil:
-    """Count a recorded fault; STOP_EVENT if there is no room for its code."""
-    cdef fault_count *f
-    cdef size_t i
-    for i in range(FAULT_CODES):
-        f = &loop.faults[i]
-        if not f.count:
-            f.op, f.code = <uint8_t>op, code
-        if f.op == op and f.code == code:
-            f.count += 1
-            return STOP_END
-    return STOP_EVENT
+cdef int check_fault(RowLoop loop, int op, uint32_t vcpu, uint64_t addr, uint64_t code) noexcept nogil:
+    """Hold the walk against a recorded fault."""
+    cdef const kvm_pagewalk *walks = loop.registers.walks
+    cdef uint32_t nested = loop.registers.last_nested[vcpu]
+    cdef bint counts = not loop.checks_faults
+    if not counts and op == OP_PAGE_FAULT:
+        counts = reproduces_page_fault(&walks[loop.registers.current[vcpu]], addr, code)
+    elif not counts and nested != NO_SET:
+        counts = reproduces_npt_fault(walks[nested].ngpa, addr, code)
+    return STOP_END if counts and count_fault(&loop.faults, op, code) else STOP_EVENT
 
 
 def new_row_loop(PageWalk walk not None, Py_ssize_t vcpus, Py_ssize_t explain=0):

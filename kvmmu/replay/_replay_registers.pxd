@@ -28,6 +28,7 @@ cdef class ReplayRegisters:
     cdef PageWalk walk
     cdef list owners                # RegisterSets of one row each, by number
     cdef list bound                 # their walks over the table with the number `table`: own what walks points to
+    cdef dict taken                 # numbers by the identity of their owners
     cdef dict stages                # numbers of second stages, equal ones being one
     cdef kvm_pagewalk *walks        # by number
     cdef readonly uint32_t count

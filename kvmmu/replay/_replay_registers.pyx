@@ -36,7 +36,7 @@ cdef class ReplayRegisters:
         if not 1 <= vcpus <= MOST_VCPUS:
             raise ValueError(f"vcpus: want 1 to {int(MOST_VCPUS)}, got {vcpus}")
         self.walk, self.vcpus = walk, <uint32_t>vcpus
-        self.owners, self.bound, self.stages = [], [], {}
+        self.owners, self.bound, self.stages, self.taken = [], [], {}, {}
         self.current = <uint32_t *>calloc(vcpus, sizeof(uint32_t))
         self.last_nested = <uint32_t *>calloc(vcpus, sizeof(uint32_t))
         self.transitions = <transition *>calloc(TRANSITIONS, sizeof(transition))
@@ -53,7 +53,7 @@ cdef class ReplayRegisters:
         free(self.transitions)
 
     def add(self, RegisterSets contexts not None):
-        """Take a register set; returns its number.
+        """Take a register set, unless it was taken before; returns its number.
 
         Raises
         ------
@@ -64,12 +64,16 @@ cdef class ReplayRegisters:
         cdef uint32_t room = 2 * self.room + 4
         if contexts.count != 1:
             raise ValueError(f"contexts: want one register set, got {contexts.count}")
+        number = self.taken.get(id(contexts))
+        if number is not None:
+            return number
         if self.count == self.room:
             grown = <kvm_pagewalk *>realloc(self.walks, room * sizeof(kvm_pagewalk))
             if grown is NULL:
                 raise MemoryError
             self.walks, self.room = grown, room
         self.owners.append(contexts)
+        self.taken[id(contexts)] = int(self.count)
         self.bound.append(None)
         self.bind_one(self.count, self.walk.mem.current())
         self.count += 1
@@ -79,7 +83,7 @@ cdef class ReplayRegisters:
     def drop_all(self):
         """Forget all sets and what events led to; none is in force on any vCPU."""
         self.count = 0
-        self.owners, self.bound, self.stages = [], [], {}
+        self.owners, self.bound, self.stages, self.taken = [], [], {}, {}
         memset(self.current, 0xFF, self.vcpus * sizeof(uint32_t))
         memset(self.last_nested, 0xFF, self.vcpus * sizeof(uint32_t))
         memset(self.transitions, 0, TRANSITIONS * sizeof(transition))

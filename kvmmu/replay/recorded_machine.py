@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,8 +25,8 @@ _TOUCHED_LIMIT = 1 << 22                    # pages
 _STOPS = (*REGISTER_EVENTS, Op.RESTART)
 
 
-def touched_machine(source: Recording | ParquetTrace, *, tdp: str = "ept", backing: str = "2m",
-                    nx_huge_pages: bool = False) -> Vm:
+def touched_machine(source: Recording | ParquetTrace, *, tdp: Literal["ept", "npt"] | None = "ept",
+                    backing: Literal["4k", "2m", "1g"] = "2m", nx_huge_pages: bool = False) -> Vm:
     """A machine whose guest has read every page that a recording or a trace touches, each once.
 
     Parameters

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvmmu.replay.progress import progress_bar
@@ -12,8 +13,11 @@ from kvmmu.replay.trace_replay import recording_vcpu, replay_recording, replay_t
 from kvmmu.tables.layout import Frames, Page
 from kvmmu.tables.modes import Mode
 from kvmmu.tables.pager import Pager
+from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
+from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
 from kvmmu.traces import Chunk, Header, Recording, RegisterSet, Trace
 from kvmmu.traces._npz import StrPath
+from kvmmu.traces.conversion import recording_chunks, recording_header
 from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
@@ -21,7 +25,8 @@ __all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
 Progress = Callable[[int, int], object]
 
 
-def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk", tlb: None = None,
+def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk",
+           tlb: TlbHierarchy | StrPath | None = None,
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            phase: str | None = None, progress: bool | Progress = False) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
@@ -38,8 +43,10 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         dirty bits and the writes of the trace go to it.
     mode : {"walk"}
         What to model: the walk of guest page tables.
-    tlb : None
-        No TLB is modelled.
+    tlb : TlbHierarchy, str or path-like, optional
+        A hierarchy that all accesses go through, each by the page that the walk finds: one, of whose shape an empty one is made
+        for each vCPU, or with all details a preset by its name or a TOML file by its path. Register loads, INVLPG, INVPCID and
+        page faults of the trace drop what the manuals say. The counters are `report.tlb`.
     paging : {"4l", "5l", "pae", "32"}, optional
         Of a trace without registers: the paging mode of its tables, by default "4l".
     page : {"4k", "2m", "1g", "thp"}, optional
@@ -81,31 +88,39 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     """
     if mode != "walk":
         raise ValueError(f"mode: want 'walk', got {mode!r}")
+    tlbs = None
     if tlb is not None:
-        raise ValueError(f"tlb: want None, got {tlb!r}")
+        hierarchy = tlb_of("tlb", tlb)
+        tlbs = partial(ProcessorTlbs, [TlbOfHost(hierarchy)])
     if vm is not None and not isinstance(vm, Vcpu):
         raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
     order = _order(paging, page, frames, pager)
     source = _source(trace, vm, phase, order)
     if callable(progress):
-        return _replay(source, vm, order, progress)
+        return _replay(source, vm, order, progress, tlbs)
     if not isinstance(progress, bool):
         raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
-        return _replay(source, vm, order, None)
+        return _replay(source, vm, order, None, tlbs)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}") as bar:
-        return _replay(source, vm, order, bar)
+        return _replay(source, vm, order, bar, tlbs)
 
 
-def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None) -> Report:
+def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None,
+            tlbs: Callable[[int], ProcessorTlbs] | None) -> Report:
     if isinstance(source, Recording):
-        return replay_recording(source, progress)
+        return replay_recording(source, progress, tlbs)
     if source.header.registers:
-        return replay_trace(source, vm, progress)
+        return replay_trace(source, vm, progress, tlbs)
     if vm is not None:
-        return replay_trace(_OnVcpu(source, vm), vm, progress)
-    return replay_synthetic(source, order or TablesToOrder(), progress)
+        return replay_trace(_OnVcpu(source, vm), vm, progress, tlbs)
+    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
+
+
+def trace_of(recording: Recording) -> Trace:
+    """Return a recording as a trace, which brings its memory as rows."""
+    return Trace(recording_header(recording), recording_chunks(recording))
 
 
 def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | None:

@@ -24,6 +24,7 @@ from kvmmu.replay.register_events import (
 )
 from kvmmu.replay.result import EXPLAINED, Mismatch, ReplayInterrupted, Report, take_counts
 from kvmmu.replay.trace_memory import SetUp, TraceMemory
+from kvmmu.tlb.processor import ProcessorTlbs
 from kvmmu.traces import Chunk, Header, ParquetTrace, Recording, RecordingError, RegisterSet, Trace, TraceError
 from kvmmu.traces._recorded_rows import RecordedRows
 from kvmmu.traces.conversion import recording_header
@@ -34,9 +35,11 @@ __all__ = ["RowRun", "recording_vcpu", "replay_recording", "replay_trace", "with
 _STRETCH = 1 << 20                      # rows of a recording between two calls of progress
 _MAX_OFF = 0xFFFF                       # of the 16 bits of a recorded offset
 Progress = Callable[[int, int], object]
+MakeTlbs = Callable[[int], ProcessorTlbs]
 
 
-def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | None = None) -> Report:
+def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | None = None,
+                 tlbs: MakeTlbs | None = None) -> Report:
     """Walk every access of a trace and hold each against its recorded physical address, where it has one.
 
     Parameters
@@ -46,6 +49,8 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
         Whose memory to walk, for a trace that brings none; its registers are those of the header.
     progress : callable, optional
         Called with (accesses done, accesses in all or 0) after each chunk.
+    tlbs : callable, optional
+        Called with the number of vCPUs; makes the TLBs that the accesses go through.
 
     Raises
     ------
@@ -56,7 +61,7 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
     """
     # A program that makes chunks, or looks on, may write the tables meanwhile: those of a vCPU that it has
     alone = vcpu is None or (type(trace) is ParquetTrace and progress is None)
-    run = RowRun(trace.header, vcpu, alone)
+    run = RowRun(trace.header, vcpu, alone, tlbs)
     try:
         with closing(trace.chunks()) as chunks:
             while True:
@@ -78,7 +83,7 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
         raise named from error.__cause__
 
 
-def replay_recording(recording: Recording, progress: Progress | None = None) -> Report:
+def replay_recording(recording: Recording, progress: Progress | None = None, tlbs: MakeTlbs | None = None) -> Report:
     """Walk every access of a recording and hold each against its recorded physical address.
 
     Parameters
@@ -86,6 +91,8 @@ def replay_recording(recording: Recording, progress: Progress | None = None) -> 
     recording : Recording
     progress : callable, optional
         Called with (accesses done, accesses in all) about every million accesses.
+    tlbs : callable, optional
+        As for `replay_trace()`.
 
     Raises
     ------
@@ -98,7 +105,7 @@ def replay_recording(recording: Recording, progress: Progress | None = None) -> 
     if recording.pages_gpa.max(initial=0) > INVALID_GPA - _MAX_OFF:
         # a walk that faults ends at INVALID_GPA, and no recorded address may be that
         raise RecordingError(f"{recording.path}: pages_gpa: is {int(recording.pages_gpa.max()):#x}; allowed is below 2**52")
-    run = RowRun(recording_header(recording), recording_vcpu(recording)[0], alone=True)
+    run = RowRun(recording_header(recording), recording_vcpu(recording)[0], True, tlbs)
     try:
         for accesses in run.recorded(RecordedRows(recording)):
             if progress:
@@ -175,9 +182,12 @@ class RowRun:
         Whose memory to walk; None: MEMORY rows bring it.
     alone : bool
         Nobody else writes that memory between two chunks.
+    tlbs : callable, optional
+        Called with the number of vCPUs; makes the TLBs that the accesses go through.
     """
 
-    def __init__(self, header: Header, vcpu: Vcpu | None, alone: bool) -> None:
+    def __init__(self, header: Header, vcpu: Vcpu | None, alone: bool, tlbs: MakeTlbs | None = None) -> None:
+        self.tlbs = None if tlbs is None else tlbs(header.vcpus)
         self.header, self.alone, self.given = header, alone, vcpu
         self.started = time.perf_counter()
         self.waited = 0.0
@@ -210,6 +220,8 @@ class RowRun:
             raise TraceError(f"header: contexts: {str(error).removeprefix('header: ')}") from error
         loop = self.loop = new_row_loop(self.vcpu.gva_walk, header.vcpus, EXPLAINED)
         loop.checks_faults = header.tables_at == "start"
+        if self.tlbs is not None:
+            loop.feed(self.tlbs.stream)
         self.registers = RegisterEvents(self.vcpu, loop.registers, sets, header.pdpte_clear)
         self._load_start()
         return loop
@@ -223,6 +235,8 @@ class RowRun:
         for vcpu, regs in enumerate(self.header.registers):
             try:
                 self.registers.enter(vcpu, context_of(regs))
+                if self.tlbs is not None:
+                    self.tlbs.follow(vcpu, self.registers.context(vcpu))
             except (GuestFault, ValueError) as error:
                 raise TraceError(f"header: registers[{vcpu}]: {str(error).removeprefix('header: ')}") from error
 
@@ -246,6 +260,7 @@ class RowRun:
             return report
         sizes = ("paging off", "4K", "4M" if report.mode == "32" else "2M", "1G")
         take_counts(report, loop, sizes)
+        report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.contexts = len(header.contexts) or len(self.registers.seen)
         counted = {_fault_text(*fault): count for fault, count in loop.fault_counts.items()}
         others = {_fault_text(*fault): count for fault, count in self.other_faults.items()}
@@ -293,7 +308,7 @@ class RowRun:
         """Walk the rows at hand, up to row `stop` if it is given; True if there are no more."""
         while (why := loop.run(*stop)) in (AT_EVENT, AT_MISMATCHES):
             if why == AT_EVENT:
-                self.carry_out(*loop.event)
+                self._event(loop)
             else:
                 for mismatch in loop.take_mismatches():
                     self._mismatch(*mismatch)
@@ -310,6 +325,17 @@ class RowRun:
         text = str(self.vcpu.gva_walk.walk_record(gva, access))
         self.vcpu.leave_nested()
         return text
+
+    def _event(self, loop: RowLoop) -> None:
+        """Carry out an event of the loop's, and let the TLBs follow it."""
+        row, op, vcpu, addr, value = loop.event
+        if self.tlbs is None:
+            self.carry_out(row, op, vcpu, addr, value)
+            return
+        before = self.registers.context(vcpu)
+        if not loop.carry_out():
+            self.carry_out(row, op, vcpu, addr, value)
+        self.tlbs.event(Op(op), vcpu, addr, value, before, self.registers.context(vcpu))
 
     def carry_out(self, row: int, number: int, vcpu: int, addr: int, value: int) -> None:
         """Carry out the event in a row of the chunk."""
