@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch.arguments import check_int
+
 __all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
 
 KINDS = ("load", "store", "fetch")
@@ -13,6 +15,7 @@ PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 
 MISS_CLASSES = ("compulsory", "capacity", "conflict", "removed")
 MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
 _LINEAR_BITS = {"4l": 48, "5l": 57}             # of the signed ones
+_MOST_ROWS = 1 << 48
 _PAGE_BITS = 45                                 # of a key; the size is above
 
 
@@ -50,10 +53,12 @@ class TlbDetails:
 
     def top_pages(self, count: int = 10) -> list[dict[str, Any]]:
         """Return the pages with the most walks: their address, page size and walks."""
+        count = check_int("count", count, 0, _MOST_ROWS)
         return [{"gva": gva, "page": PAGES[size], "walks": walks} for gva, size, walks in self.pages[:count].tolist()]
 
     def top_ips(self, count: int = 10) -> list[dict[str, int]] | None:
         """Return the instructions with the most walks; None if the accesses have no addresses of instructions."""
+        count = check_int("count", count, 0, _MOST_ROWS)
         return None if self.ips is None else [{"ip": ip, "walks": walks} for ip, walks in self.ips[:count].tolist()]
 
     def curve(self) -> NDArray[np.uint64]:
