@@ -1,7 +1,7 @@
 """The kvmmu command: one file per subcommand."""
 # Below: arch, memory, walk, vm, tables, traces, images, replay, report, oracles, kvmmu
 # Order: parsing, output, sources, synthetic, image_target, image_info, replay, convert, info, pt, read, walk, spt,
-#     scenario, command
+#     scenario, diff, command
 
 from kvmmu.cli.command import main
 
