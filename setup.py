@@ -16,7 +16,7 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain", "walk.pagewalk",
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
-        "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api"]
+        "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api", "embed._tlb_fill"]
 KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
           "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
           "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",

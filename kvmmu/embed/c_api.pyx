@@ -12,7 +12,7 @@ from kvmmu.embed._vcpus cimport (
     c_get_registers, c_invalidate, c_lookup, c_record, c_translate, c_translate_many, c_vcpu_free, c_vcpu_release,
 )
 
-__all__ = ["VERSION", "address", "table"]
+__all__ = ["VERSION", "address", "error_text", "table"]
 
 cdef const char *NO_CODE = "no code of kvmmu"
 cdef const char *TEXTS[12]
@@ -51,6 +51,13 @@ cdef void fill(kvmmu_api *api) noexcept:
 
 
 fill(&API)
+
+
+def error_text(int code):
+    """Return the meaning of a code that a function returned."""
+    return c_error_text(code).decode()
+
+
 # The table lies there for as long as the process runs.
 table = PyCapsule_New(&API, KVMMU_CAPSULE_NAME, NULL)
 address = <uintptr_t>&API
