@@ -14,13 +14,14 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memchr, memset
 
 from kvmmu.arch._bits cimport ACCESS_AC_MASK, PAGE_OFFSET_MASK, PAGE_SIZE, RFLAGS_AC_MASK
+from kvmmu.embed._lookups cimport c_lookup
 from kvmmu.embed._memories cimport c_memory_add, c_memory_create, c_memory_free
 from kvmmu.embed._registers cimport c_set_registers, c_vcpu_create, flags_of_model
 from kvmmu.embed._structs cimport (
     KVMMU_ACCESS_NO_AD, KVMMU_E_MEMORY, KVMMU_OK, kvmmu_cpu, kvmmu_mapping, kvmmu_memory, kvmmu_registers, kvmmu_result,
     kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport c_lookup, c_translate, c_vcpu_free, c_vcpu_release
+from kvmmu.embed._vcpus cimport c_translate, c_vcpu_free, c_vcpu_release
 
 from kvmmu.embed.c_api import error_text
 
