@@ -30,6 +30,10 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.bat
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
 
+# Modules that run when objects are made or looked at, and in no loop over rows: compiled for size.
+SMALL = {"arch._bits", "memory._callbacks", "memory._maker", "memory._regions", "mmu.kvm._inspect", "mmu.kvm._memslots",
+         "mmu.kvm._state", "walk._columns", "walk._explain", "walk._mappings", "walk._second_stage", "machine._mmus"}
+
 # C sources beside the Cython source of a module.
 C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
 
@@ -41,9 +45,11 @@ PARSER_DIRECTIVES = KERNEL_DIRECTIVES | {"nonecheck": False}
 DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks everywhere
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
 SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
+# Keep the names of functions, for profilers and debuggers: always in place, and of other builds if this is 1.
+SYMBOLS = os.environ.get("KVMMU_SYMBOLS") == "1" or SANITIZE or "--inplace" in sys.argv or "develop" in sys.argv
 
 COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function", "-g0"]      # of gcc and clang
-LINK_ARGS = []
+LINK_ARGS = [] if SYMBOLS else ["-Wl,-x"] if sys.platform == "darwin" else ["-Wl,-s"]
 if WERROR:
     Options.warning_errors = True
     COMPILE_ARGS += ["-Werror"]
@@ -85,7 +91,8 @@ def extensions(names, directives):
         source = f"kvmmu/{name.replace('.', '/')}.pyx"
         more = C_SOURCES.get(name, [])
         headers = {header for file in (source, *more) for header in headers_of(file)}
-        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
+        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."],
+                                 extra_compile_args=COMPILE_ARGS + (["-Os"] if name in SMALL and not SANITIZE else []),
                                  extra_link_args=LINK_ARGS, depends=sorted(headers)))
     return cythonize(modules + ([SHARED] if names is SAFE else []), compiler_directives=directives,
                      build_dir="build/cython-debug" if DEBUG else "build/cython", nthreads=os.cpu_count() if CAN_FORK else 0,
