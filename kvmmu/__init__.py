@@ -51,6 +51,7 @@ from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.tlb.counters import TlbDetails, TlbStats
 from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel
+from kvmmu.vm.snapshot import Snapshot
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._register_sets import RegisterSets
@@ -71,8 +72,8 @@ __all__ = [
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
     "RegisterSets", "ReplayInterrupted", "Report", "RetPf",
-    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel",
-    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "ShadowMmu", "Snapshot", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy",
+    "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk",
     "regs_from_vmcb", "replay",

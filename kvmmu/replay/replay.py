@@ -1,7 +1,6 @@
 """Replay: what to walk, and on which tables; the accesses of a trace, each address held against the recorded one."""
 
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,10 @@ from kvmmu.tables.modes import Mode
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
-from kvmmu.traces import Chunk, Header, Recording, RegisterSet, Trace
+from kvmmu.traces import Header, Recording, RegisterSet, Trace
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.conversion import recording_chunks, recording_header
+from kvmmu.traces.on_memory import TraceOnMemory
 from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
@@ -114,7 +114,10 @@ def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | N
     if source.header.registers:
         return replay_trace(source, vm, progress, tlbs)
     if vm is not None:
-        return replay_trace(_OnVcpu(source, vm), vm, progress, tlbs)
+        on_vcpu = TraceOnMemory(source, _header_of(vm).registers[0], vm.mem.slots)
+        report = replay_trace(on_vcpu, vm, progress, tlbs)
+        report.skipped = on_vcpu.notes.skipped
+        return report
     return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
 
 
@@ -162,19 +165,6 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
         raise ValueError("pager: the chunks of a Trace are read once, and tables for all of its addresses take two readings; "
                          "want a Pager")
     return source
-
-
-class _OnVcpu(Trace):
-    """A trace without registers that takes those of a vCPU for all of its processors."""
-
-    def __init__(self, trace: Trace, vcpu: Vcpu) -> None:
-        super().__init__(replace(_header_of(vcpu), name=trace.header.name, source=trace.header.source), ())
-        self._trace = trace
-        self.path = getattr(trace, "path", None)
-
-    def chunks(self) -> Generator[Chunk]:
-        for chunk in self._trace.chunks():
-            yield replace(chunk, vcpu=None, vcpus=1)
 
 
 def _header_of(vcpu: Vcpu) -> Header:

@@ -79,6 +79,8 @@ class Report:
         False if the replay stopped before the end of the trace.
     tlb : TlbStats or None
         Counters of the TLB hierarchy, if one was asked for.
+    skipped : dict of str to int
+        What the reader of a trace of another tool passed over, by kind.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Report:
     waited: float = 0.0
     complete: bool = True
     tlb: TlbStats | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -183,8 +186,6 @@ class SyntheticReport(Report):
         Memory that those pages take.
     table_pages : int
         Page tables, of 4096 bytes each.
-    skipped : dict of str to int
-        What the reader of the trace passed over, by kind.
     """
 
     source: str = ""
@@ -199,7 +200,6 @@ class SyntheticReport(Report):
     mapped: dict[str, int] = field(default_factory=dict)
     mapped_bytes: int = 0
     table_pages: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
 
     def _checked(self) -> str:
         faults = "" if self.first_touch_faults is None else f", {self.first_touch_faults:,} first-touch faults"

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "Kind", "MISS_CLASSES", "MODES", "PAGES", "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
+__all__ = ["KINDS", "Kind", "MISS_CLASSES", "MODES", "PAGES",
+           "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
 
 Kind = Literal["load", "store", "fetch"]
 PageSize = Literal["4k", "2m", "1g"]
