@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
 # Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, comparison,
-#     spt, oracles, cli
+#     spt, oracles, embed, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.tlb.counters import TlbDetails, TlbStats
 from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel
+from kvmmu.vm.snapshot import Snapshot
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._register_sets import RegisterSets
@@ -74,11 +75,11 @@ __all__ = [
     "Ept", "EptMisconfig", "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection",
     "GuestFault", "GuestMemory", "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault",
     "NpfInfo", "Npt", "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte",
-    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode",
-    "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
-    "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "compare",
-    "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace",
-    "plot_walk", "regs_from_vmcb", "replay",
+    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "Status", "SvmExit",
+    "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints",
+    "Translation", "Vcpu", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles",
+    "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image",
+    "open_trace", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
 _COMPARING = {"Comparison": "comparison", "CostModel": "cost", "Design": "design", "compare": "compare"}

@@ -16,6 +16,7 @@ LAYERS = re.compile(r"^# (Order|Below): (.*(?:\n#     .*)*)$", re.MULTILINE)
 FACE = ("__init__", "__main__")                                         # may import everything
 FACE_USERS = ("cli",)                                                   # the command: a user of the public face
 KNOW_FORMATS = ("replay", "comparison", "cli")
+HEADER_ROOMS = ("include",)                                             # of C headers alone, for programs: below everything
 # Imports that go up, and are to go: each is still there.
 UPWARD = {("arch._gpte", "memory._memory"), ("traces.stream", "traces.parquet")}
 SOURCES = sorted(path for suffix in ("py", "pyi", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))
@@ -48,6 +49,8 @@ def place(name, *, package=ROOT):
     head, _, rest = name.partition(".")
     if head in FACE:
         return (len(MODULES),)
+    if head in HEADER_ROOMS and package == ROOT:
+        return (-1,)
     order = layers_of(package)["Order"]
     assert head in order, f"{package.name} does not say where {head} stands"
     return (order.index(head), *(place(rest, package=package / head) if rest else ()))

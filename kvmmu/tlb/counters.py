@@ -1,17 +1,20 @@
 """Counters of TLB hierarchies, and what they tell of misses."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch.arguments import check_int
 
-__all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
+__all__ = ["KINDS", "Kind", "MISS_CLASSES", "MODES", "PAGES",
+           "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
 
-KINDS = ("load", "store", "fetch")
-PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
+Kind = Literal["load", "store", "fetch"]
+PageSize = Literal["4k", "2m", "1g"]
+KINDS: tuple[Kind, ...] = ("load", "store", "fetch")
+PAGES: tuple[PageSize, ...] = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
 MISS_CLASSES = ("compulsory", "capacity", "conflict", "removed")
 MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
 _LINEAR_BITS = {"4l": 48, "5l": 57}             # of the signed ones

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
-from kvmmu.tlb.counters import KINDS, MODES, PAGES, TlbStats, details_of
+from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
 
 __all__ = ["PAGE_LEVELS", "TlbHierarchy", "TlbLevel", "tlb_of"]
 
@@ -49,10 +49,10 @@ class TlbLevel:
     name: str
     sets: int
     ways: int
-    policy: str = "lru"
-    kinds: tuple[str, ...] = KINDS
-    pages: tuple[str, ...] = PAGES
-    inclusion: str = "none"
+    policy: Literal["lru", "fifo", "plru", "random"] = "lru"
+    kinds: Sequence[Kind] = KINDS
+    pages: Sequence[PageSize] = PAGES
+    inclusion: Literal["none", "inclusive", "exclusive"] = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -89,7 +89,7 @@ def _some_of(name: str, chosen: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(one for one in names if one in chosen)
 
 
-def _bits(chosen: tuple[str, ...], names: tuple[str, ...]) -> int:
+def _bits(chosen: Sequence[str], names: tuple[str, ...]) -> int:
     return sum(1 << names.index(one) for one in chosen)
 
 
