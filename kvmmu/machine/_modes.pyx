@@ -137,6 +137,7 @@ cdef class Modes:
         self.stage = None
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
+        self.m.vcpu.mmio_cached = False
         self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
         host = self.kvm.host
         self.cpu_caps.npt_host = self.kvm_caps.npt_host = host.tdp == "npt"

@@ -1,5 +1,7 @@
 """A machine (`Vm`) that runs the guest of a recording or a trace."""
 
+from typing import Literal
+
 import numpy as np
 
 from kvmmu.arch._bits import CR3_PAE_PDPT, Access
@@ -20,8 +22,8 @@ _MEMORY_LIMIT = 1 << 40
 _HOST_MAXPHYADDR = 46
 
 
-def touched_machine(source: Recording | ParquetTrace, *, tdp: str = "ept", backing: str = "2m",
-                    nx_huge_pages: bool = False) -> Vm:
+def touched_machine(source: Recording | ParquetTrace, *, tdp: Literal["ept", "npt"] | None = "ept",
+                    backing: Literal["4k", "2m", "1g"] = "2m", nx_huge_pages: bool = False) -> Vm:
     """A machine whose guest has read every page that a recording or a trace touches, each once.
 
     Parameters

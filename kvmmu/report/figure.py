@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmmu.arch._bits import Status
 from kvmmu.arch.faults import access_text, nested_title
-from kvmmu.walk.record import WalkRecord, WalkStep, rights_text, size_text
+from kvmmu.arch.words import rights_text
+from kvmmu.walk.record import WalkRecord, WalkStep, size_text
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -324,6 +324,10 @@ cdef class Tlb:
         with self.lock:
             return int(self.t.arrays[0].valid + self.t.arrays[1].valid + self.t.arrays[2].valid)
 
+    def __repr__(self):
+        shape = ", ".join(f"{self.t.arrays[i].sets}x{self.t.arrays[i].ways}" for i in range(TLB_LEVELS))
+        return f"<Tlb {shape}: {len(self)} entries, {self.hits} hits, {self.misses} misses>"
+
     def __reduce__(self):
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; its method copy() makes "
                         f"another one")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GuestState: the registers of one vCPU, and the walks that they make."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.arch.faults import GuestFault
@@ -52,7 +53,7 @@ class GuestState:
     gva_walk, ngpa_walk : PageWalk
     """
 
-    def __init__(self, mem: GuestMemory, smm_mem: GuestMemory, cpu: CpuModel, tdp: str | None) -> None:
+    def __init__(self, mem: GuestMemory, smm_mem: GuestMemory, cpu: CpuModel, tdp: Literal["ept", "npt"] | None) -> None:
         self.spaces = (mem, smm_mem)
         self.cpu, self.tdp = cpu, tdp
         self.smm = False
@@ -122,10 +123,10 @@ class GuestState:
         self.gva_walk._init(smm=self.smm, guest_mode=self.guest_mode)
         return changed
 
-    def enter_nested(self, stage: Stage | None, registers: dict[str, Any]) -> None:
+    def enter_nested(self, stage: Stage | None, registers: Mapping[str, Any]) -> None:
         """Run L2 under a second stage, or without one; on a fault nothing has changed."""
         l1_regs = self.regs if self.l1_regs is None else self.l1_regs
-        l2_regs = replace(l1_regs, **({"pdptrs": None} | known_registers(registers)))
+        l2_regs = replace(l1_regs, **{"pdptrs": None, **known_registers(registers)})
         before = self.second
         second = None
         if stage is not None:
@@ -205,7 +206,7 @@ def changes_roles(before: Regs, after: Regs) -> bool:
     return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
 
 
-def known_registers(registers: dict[str, Any]) -> dict[str, Any]:
+def known_registers(registers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return registers, if all of them are names of registers."""
     known = {register.name for register in fields(Regs)}
     for name in registers:

@@ -9,6 +9,7 @@ from kvmmu.arch.arguments import check_bytes
 from kvmmu.memory._lock import MachineLock
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
 __all__ = ["PartOfMachine", "as_bytes", "locked"]
@@ -36,7 +37,7 @@ class PartOfMachine:
                         f"others see hang on it; its method clone() makes another one, with a machine of its own")
 
 
-def as_bytes(data: "Buffer") -> bytes:
+def as_bytes(data: "Buffer | NDArray[Any]") -> bytes:
     """Return the bytes of a buffer; TypeError for anything else, an int above all, of which `bytes()` makes zeros."""
     if type(data) is bytes:
         return data

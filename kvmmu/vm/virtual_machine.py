@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VirtualMachine"]
 
+PageSize = Literal["4k", "2m", "1g"]
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 _COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
@@ -35,11 +36,11 @@ class VirtualMachine(PartOfMachine):
     """One virtual machine without a way to make vCPUs. `Vm`, which makes them, describes parameters and attributes."""
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
-                 smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
+                 smm_mem: GuestMemory | None = None, backing: PageSize | None = None, slot_zap_all: bool = True) -> None:
         self._make(mem, cpu, host, smm_mem, backing=backing, slot_zap_all=slot_zap_all)
 
     def _make(self, mem: GuestMemory, cpu: CpuModel | None, host: Host | None, smm_mem: GuestMemory | None, *,
-              backing: str | None = None, slot_zap_all: bool = True, lock: MachineLock | None = None) -> None:
+              backing: PageSize | None = None, slot_zap_all: bool = True, lock: MachineLock | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -156,7 +157,8 @@ class VirtualMachine(PartOfMachine):
             without KVM, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
+        logged = {page for vcpu in self.vcpus for page in vcpu._logged()}
+        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables), logged)
         for vcpu in self.vcpus:
             wrong += vcpu.audit_tlb()
         return wrong
@@ -181,7 +183,8 @@ class VirtualMachine(PartOfMachine):
         return self.kvm.slots()
 
     @locked
-    def add_slot(self, gpa: int, size_or_buffer: "int | Buffer", readonly: bool = False, dirty_log: bool = False) -> None:
+    def add_slot(self, gpa: int, size_or_buffer: "int | Buffer | NDArray[Any]", readonly: bool = False,
+                 dirty_log: bool = False) -> None:
         """Create a memslot; as `GuestMemory.add_slot()`.
 
         Raises
@@ -242,7 +245,7 @@ class VirtualMachine(PartOfMachine):
                 self.kvm.set_dirty_log(at, True, created=True, dirty=dirty)
 
     @locked
-    def write_guest_physical(self, gpa: int, data: "Buffer") -> None:
+    def write_guest_physical(self, gpa: int, data: "Buffer | NDArray[Any]") -> None:
         """Write guest memory as KVM does on behalf of the guest: the frames are dirty then.
 
         Raises
@@ -261,7 +264,7 @@ class VirtualMachine(PartOfMachine):
             self.kvm.track_write(gpa, size)
 
     @locked
-    def host_write(self, gpa: int, data: "Buffer") -> None:
+    def host_write(self, gpa: int, data: "Buffer | NDArray[Any]") -> None:
         """Write guest memory as the VMM's own process does: KVM is notified only if the host has to give the page a copy.
 
         Raises
@@ -329,11 +332,11 @@ class VirtualMachine(PartOfMachine):
 
     # ---- the host ----------------------------------------------------------------------------------------------------
 
-    def set_backing(self, gpa: int, size: int, level: str) -> None:
+    def set_backing(self, gpa: int, size: int, level: PageSize) -> None:
         """Let the host have pages of another size ("4k", "2m", "1g") behind [gpa, gpa + size)."""
         self.kvm.set_backing(*_range(gpa, size), _level("level", level))
 
-    def invalidate(self, gpa: int, size: int, how: str = "unmap") -> None:
+    def invalidate(self, gpa: int, size: int, how: Literal["unmap", "move", "protect"] = "unmap") -> None:
         """Take pages away, as the host does, with a notification of KVM by its mmu notifier.
 
         Parameters
@@ -373,7 +376,7 @@ class VirtualMachine(PartOfMachine):
         """Run one period of the recovery worker: zap the oldest 1/ratio of the tables of the NX mitigation; returns how many."""
         return self.kvm.recover_nx_huge_pages(check_int("ratio", ratio, 1, _COUNT_MAX))
 
-    def split_huge_pages(self, gpa: int, size: int, level: str = "4k") -> None:
+    def split_huge_pages(self, gpa: int, size: int, level: PageSize = "4k") -> None:
         """Split huge mappings of [gpa, gpa + size) down to a level."""
         self.kvm.split_huge_pages(*_range(gpa, size), _level("level", level))
 

@@ -4,20 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvmmu.arch._bits import PAGE_SIZE, PT32_INDEX_BITS, PT64_INDEX_BITS, Acc, Access, EptPte, Pte, Status
+from kvmmu.arch._bits import PAGE_SIZE, PT32_INDEX_BITS, PT64_INDEX_BITS, Access, EptPte, Pte, Status
 from kvmmu.arch.faults import access_text, entry_name, error_code_text, nested_title, rule_text
+from kvmmu.arch.words import rights_text
+from kvmmu.walk.html import table_html
 
 __all__ = ["WalkRecord", "WalkStep", "in_host"]
 
 _FLAGS = ((Pte.ACCESSED, "A"), (Pte.DIRTY, "D"), (Pte.GLOBAL, "G"))
 _EPT_FLAGS = ((EptPte.ACCESSED, "A"), (EptPte.DIRTY, "D"))
 _BIT7 = {1: "PAT"}                      # of a PTE, in the place of PS
-
-
-def rights_text(acc: int) -> str:
-    """Rights as four letters, a dash where one is missing: rwxu."""
-    letters = ((Acc.READ, "r"), (Acc.WRITE, "w"), (Acc.EXEC, "x"), (Acc.USER, "u"))
-    return "".join(letter if acc & right else "-" for right, letter in letters)
 
 
 def size_text(size: int | None) -> str:
@@ -77,6 +73,9 @@ class WalkStep:
         place = "register    " if self.gpa is None else f"{self.gpa:#014x}"
         rights = f"{rights_text(self.pte_access)} {self.flags}".rstrip()
         return f"{self.name:<5} [{self.index:4}] at {place}: {self.entry:#018x} {rights}"
+
+    def __repr__(self) -> str:
+        return f"<WalkStep {' '.join(str(self).split())}>"
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,33 @@ class WalkRecord:
 
     def __str__(self) -> str:
         return "\n".join([f"{access_text(self.access)} of {self.gva:#x}", *self.lines(), f"  {self.outcome()}"])
+
+    def __repr__(self) -> str:
+        return f"<WalkRecord: {access_text(self.access)} of {self.gva:#x}, {len(self.steps)} steps {self.outcome()}>"
+
+    def _repr_html_(self) -> str:
+        return table_html(f"{access_text(self.access)} of {self.gva:#x} {self.outcome()}",
+                          ("entry", "index", "at gpa", "value", "rights", "rights so far", "flags"), self._html_rows())
+
+    def _html_rows(self, indent: str = "") -> Iterator[tuple[str, ...]]:
+        """Yield a row for each entry, those of a second stage indented before the entry that they lead to."""
+        for step in self.steps:
+            if step.nested is not None:
+                yield from step.nested._html_rows(f"{indent}  ")
+                if step.nested.status:
+                    yield _html_outcome(step.nested, indent)
+                    return
+            place = "register" if step.gpa is None else f"{step.gpa:#x}"
+            yield (f"{indent}{step.name}", str(step.index), place, f"{step.entry:#018x}", rights_text(step.access),
+                   rights_text(step.pte_access), step.flags)
+        if self.final is not None:
+            yield from self.final._html_rows(f"{indent}  ")
+            yield _html_outcome(self.final, indent)
+
+
+def _html_outcome(record: WalkRecord, indent: str) -> tuple[str, ...]:
+    """Return the row in which a walk of the second stage ends."""
+    return (f"{indent}  nGPA {record.gva:#x}", "", record.outcome(), "", "", "", "")
 
 
 def in_host(record: WalkRecord) -> WalkRecord:
