@@ -28,8 +28,8 @@ KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.bat
           "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync",
           "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain",
           "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._mmus",
-          "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan", "mmu.core._copy", "embed._page_cache", "embed._vcpus", "embed._lookups",
-          "embed._memories"]
+          "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan", "mmu.core._copy", "embed._page_cache", "embed._vcpus",
+          "embed._lookups", "embed._memories"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows"]
 
