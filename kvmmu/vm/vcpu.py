@@ -25,7 +25,7 @@ from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
 from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
 from kvmmu.vm.snapshot import load_into, take_snapshot
-from kvmmu.vm.virtual_machine import VirtualMachine
+from kvmmu.vm.virtual_machine import PageSize, VirtualMachine
 from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
 from kvmmu.walk.pagewalk import PageWalk
 from kvmmu.walk.record import WalkRecord
@@ -38,7 +38,7 @@ __all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
-_LEVEL_NAMES = {1: "4k", 2: "2m", 3: "1g"}
+_LEVEL_NAMES: dict[int, PageSize] = {1: "4k", 2: "2m", 3: "1g"}
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _READ_MAX = 1 << 32
 _WRITE = int(Access.WRITE)
