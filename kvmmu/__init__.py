@@ -1,5 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt, oracles, cli
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt, oracles,
+#     embed, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,9 @@ from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.report.figure import plot_walk
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel, TlbStats
+from kvmmu.tlb.counters import TlbDetails, TlbStats
+from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel
+from kvmmu.vm.snapshot import Snapshot
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._register_sets import RegisterSets
@@ -69,8 +72,8 @@ __all__ = [
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
     "RegisterSets", "ReplayInterrupted", "Report", "RetPf",
-    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
-    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "ShadowMmu", "Snapshot", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy",
+    "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk",
     "regs_from_vmcb", "replay",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "kvmmu"                               # the s
 LAYERS = re.compile(r"^# (Order|Below): (.*(?:\n#     .*)*)$", re.MULTILINE)
 FACE = ("__init__", "__main__")                                         # may import everything
 FACE_USERS = ("cli",)                                                   # the command: a user of the public face
+HEADER_ROOMS = ("include",)                                             # of C headers alone, for programs: below everything
 KNOW_FORMATS = ("replay", "cli")
 # Imports that go up, and are to go: each is still there.
 UPWARD = {("arch._gpte", "memory._memory"), ("traces.stream", "traces.parquet")}
@@ -48,6 +49,8 @@ def place(name, *, package=ROOT):
     head, _, rest = name.partition(".")
     if head in FACE:
         return (len(MODULES),)
+    if head in HEADER_ROOMS and package == ROOT:
+        return (-1,)
     order = layers_of(package)["Order"]
     assert head in order, f"{package.name} does not say where {head} stands"
     return (order.index(head), *(place(rest, package=package / head) if rest else ()))

@@ -25,6 +25,7 @@ import pytest
 
 import kvmmu
 import kvmmu.traces
+from kvmmu.memory._mapping import PrivateFile
 from kvmmu.replay._replay import new_replayer, new_row_loop
 from kvmmu.walk._vcpu_arch import new_arch
 from kvmmu.walk.pagewalk import new_walk
@@ -66,6 +67,9 @@ class World:
         self.vcpu.access(0)
         self.nested = kvmmu.Vcpu(mem)
         self.nested.enter_nested(kvmmu.Ept(0x8000 | 0x5E, pml=kvmmu.Pml(0xC000, 511)), cr0=1)
+        self.snapshot = self.vm.snapshot()
+        with open(__file__, "rb") as file:
+            self.file = PrivateFile(file.fileno())
         self.walk = self.vcpu.gva_walk
         self.arch = new_arch()
         self.contexts = self.walk.prepare([REGS, REGS])
@@ -92,6 +96,8 @@ REAL = {
     "CpuRole": lambda w: w.walk.cpu_role, "Replayer": lambda w: w.replayer, "RowLoop": lambda w: w.loop,
     "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine(), "TdpMmu": lambda w: w.vcpu.tdp_mmu,
     "ShadowMmu": lambda w: w.vcpu.shadow_mmu, "Kvm": lambda w: w.vm.kvm,
+    "PrivateFile": lambda w: w.file, "PrivateMapping": lambda w: w.file.map(), "SavedMemory": lambda w: w.snapshot._memories[0],
+    "SavedKvm": lambda w: w.snapshot._kvm, "SavedMachine": lambda w: w.snapshot._vcpus[0].machine,
     "SpteFormat": lambda w: importlib.import_module("kvmmu.mmu.core._spte").SpteFormat(w.host),
 }
 
@@ -108,6 +114,7 @@ GOOD = {
     "kvm": lambda w: w.vm.kvm, "arch": lambda w: w.arch, "buffer": lambda w: w.vcpu.tlb, "tlb": lambda w: w.vcpu.tlb,
     "machine": lambda w: w.vcpu._machine(), "name": lambda w: "portable", "gva_walk": lambda w: w.walk,
     "ngpa_walk": lambda w: w.vcpu.ngpa_walk, "arrays": lambda w: kvmmu.Accesses.empty(3).arrays(),
+    "saved": lambda w: w.snapshot._kvm, "numbers": lambda w: np.zeros(1, np.uint64),
     "deliver": lambda w: lambda fault, from_hardware: None, "op": lambda w: np.zeros(1, np.uint8), "stop": lambda w: 1,
 }
 

@@ -1,5 +1,5 @@
 """The kvmmu command: one file per subcommand."""
-# Below: arch, memory, walk, vm, tables, traces, images, replay, report, kvmmu
+# Below: arch, memory, walk, vm, tables, tlb, traces, images, replay, report, kvmmu
 # Order: parsing, output, sources, synthetic, image_target, image_info, replay, convert, info, pt, read, walk, spt, command
 
 from kvmmu.cli.command import main

@@ -12,6 +12,7 @@ from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SH
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
 from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
+from kvmmu.tlb._stream cimport stream_run
 from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets
 from kvmmu.walk.batch._arrays cimport aligned, column, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
@@ -359,6 +360,8 @@ cdef class RowLoop(BlockWalker):
         if self.crosses and (self.size is None or chunk.all_known and len(chunk.op)):
             raise ValueError("a chunk without sizes, or with recorded addresses, where rows are walked in both pages")
         self.all_known = chunk.all_known
+        if self.fed is not None:
+            self.fed.use_ips(chunk.ip, self.op.shape[0])
         self.rows = self.op.shape[0]
 
     def run(self, size_t start, size_t stop=SIZE_MAX):
@@ -464,6 +467,8 @@ cdef class RowLoop(BlockWalker):
                         self.all_known)
         if self.crosses:
             self.walk_next_pages(&self.addr[start], &self.access[start], &self.size[start], self.shifts, n)
+        if self.stream is not NULL:
+            stream_run(self.stream, self.walks, ctx)
 
 
 # ---- from Python -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.tlb._stream cimport TlbStream, tlb_stream
 from kvmmu.walk.batch._rows cimport batch, batch_columns
 from kvmmu.walk.batch._schedule cimport Workspace
 from kvmmu.walk.pagewalk cimport PageWalk
@@ -59,6 +60,9 @@ cdef class BlockWalker:
     cdef uint64_t next_gva[BLOCK]       # of walk_next_pages()
     cdef uint8_t next_access[BLOCK]
     cdef uint8_t row_level[BLOCK]
+    cdef uint32_t next_row[BLOCK]
+    cdef TlbStream fed              # or None
+    cdef tlb_stream *stream         # of it, or NULL
     cdef uint32_t bad[BLOCK]
     cdef Py_ssize_t bad_count
     cdef readonly Py_ssize_t explain

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport (
     GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK,
     STATUS_PAGE_FAULT,
@@ -14,6 +14,7 @@ from kvmmu.replay._replay_blocks cimport (
     BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
     replay_counters,
 )
+from kvmmu.tlb._stream cimport STREAM_ROWS, TlbStream, stream_begin, stream_hold, stream_insert
 from kvmmu.walk.batch._schedule cimport begin_batch, depends_on, new_workspace, translate_rows
 
 
@@ -107,6 +108,19 @@ cdef class BlockWalker:
         self.explain -= len(rows)
         return rows
 
+    def feed(self, TlbStream stream not None):
+        """Let all rows that are walked from now on go through TLB hierarchies, each by the page that it is walked to."""
+        cdef walk_result r
+        self.check_idle()
+        if BLOCK > STREAM_ROWS:
+            raise ValueError(f"blocks of {int(BLOCK)} rows; a stream takes {int(STREAM_ROWS)}")
+        self.fed, self.stream = stream, &stream.s
+        self.columns.more[0].data = <uint8_t *>stream.s.pte
+        self.columns.more[0].place = <size_t>(<char *>&r.pte - <char *>&r)
+        self.columns.more[0].size = sizeof(r.pte)
+        self.columns.more_count = 1
+        self.begun = False
+
     cdef int check_idle(self) except -1:
         if self.running:
             raise RuntimeError("another thread walks rows with this loop")
@@ -127,6 +141,8 @@ cdef class BlockWalker:
             begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
             self.begun = True
         translate_rows(&self.rows_under_way, 0, n)
+        if self.stream is not NULL:
+            stream_begin(self.stream, gva, access, r.gpa, r.level, self.columns.status, first, n)
         for i in range(n):                                  # a walk that fails ends at INVALID_GPA
             wrong |= r.gpa[i] ^ truth[i]
             ends |= r.gpa[i]
@@ -188,12 +204,17 @@ cdef class BlockWalker:
                 self.next_gva[rows] = (gva[i] | offset_mask) + 1
                 self.next_access[rows] = access[i]
                 self.row_level[rows] = r.level[i]
+                self.next_row[rows] = <uint32_t>i
                 rows += 1
         if not rows:
             return
         self.rows_under_way.gva, self.rows_under_way.access = self.next_gva, self.next_access
         self.rows_under_way.ctx = NULL
+        if self.stream is not NULL:
+            stream_hold(self.stream)
         translate_rows(&self.rows_under_way, 0, rows)
+        if self.stream is not NULL:
+            stream_insert(self.stream, self.next_row, self.next_gva, self.next_access, r.gpa, r.level, r.status, rows)
         c.crossings += rows
         for i in range(rows):
             if r.status[i] == STATUS_OK:

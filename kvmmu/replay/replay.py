@@ -1,7 +1,7 @@
 """Replay: a recorded guest walked access by access, each address held against the recorded one."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,8 +31,12 @@ from kvmmu.replay.trace_replay import replay_trace
 from kvmmu.tables.layout import Frames, Page
 from kvmmu.tables.modes import Mode
 from kvmmu.tables.pager import Pager
-from kvmmu.traces import Chunk, Header, Recording, RecordingError, RegisterSet, Trace
+from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
+from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
+from kvmmu.traces import Header, Recording, RecordingError, RegisterSet, Trace
 from kvmmu.traces._npz import StrPath
+from kvmmu.traces.conversion import recording_chunks, recording_header
+from kvmmu.traces.on_memory import TraceOnMemory
 from kvmmu.traces.recording import ACCESS_OF_KIND, ACCESS_OF_PRIV
 from kvmmu.vm.vcpu import Vcpu
 
@@ -97,7 +101,8 @@ def nested_stage(recording: Recording, ncr3: int) -> Npt:
     return Npt(ncr3, cr4=recording.registers["cr4"], efer=recording.registers["efer"])
 
 
-def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk", tlb: None = None,
+def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk",
+           tlb: TlbHierarchy | StrPath | None = None,
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            phase: str | None = None, progress: bool | Progress = False) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
@@ -114,8 +119,10 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         dirty bits and the writes of the trace go to it.
     mode : {"walk"}
         What to model: the walk of guest page tables.
-    tlb : None
-        No TLB is modelled.
+    tlb : TlbHierarchy, str or path-like, optional
+        A hierarchy that all accesses go through, each by the page that the walk finds: one, of whose shape an empty one is made
+        for each vCPU, or with all details a preset by its name or a TOML file by its path. Register loads, INVLPG, INVPCID and
+        page faults of the trace drop what the manuals say. The counters are `report.tlb`.
     paging : {"4l", "5l", "pae", "32"}, optional
         Of a trace without registers: the paging mode of its tables, by default "4l".
     page : {"4k", "2m", "1g", "thp"}, optional
@@ -157,31 +164,44 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     """
     if mode != "walk":
         raise ValueError(f"mode: want 'walk', got {mode!r}")
+    tlbs = None
     if tlb is not None:
-        raise ValueError(f"tlb: want None, got {tlb!r}")
+        hierarchy = tlb_of("tlb", tlb)
+        tlbs = partial(ProcessorTlbs, [TlbOfHost(hierarchy)])
     if vm is not None and not isinstance(vm, Vcpu):
         raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
     order = _order(paging, page, frames, pager)
     source = _source(trace, vm, phase, order)
     if callable(progress):
-        return _replay(source, vm, order, progress)
+        return _replay(source, vm, order, progress, tlbs)
     if not isinstance(progress, bool):
         raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
-        return _replay(source, vm, order, None)
+        return _replay(source, vm, order, None, tlbs)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}") as bar:
-        return _replay(source, vm, order, bar)
+        return _replay(source, vm, order, bar, tlbs)
 
 
-def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None) -> Report:
+def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None,
+            tlbs: Callable[[int], ProcessorTlbs] | None) -> Report:
     if isinstance(source, Recording):
-        return _Run(source, progress).run()
+        if tlbs is None:
+            return _Run(source, progress).run()
+        return replay_trace(trace_of(source), None, progress, tlbs)     # as rows, in which register loads are events
     if source.header.registers:
-        return replay_trace(source, vm, progress)
+        return replay_trace(source, vm, progress, tlbs)
     if vm is not None:
-        return replay_trace(_OnVcpu(source, vm), vm, progress)
-    return replay_synthetic(source, order or TablesToOrder(), progress)
+        on_vcpu = TraceOnMemory(source, _header_of(vm).registers[0], vm.mem.slots)
+        report = replay_trace(on_vcpu, vm, progress, tlbs)
+        report.skipped = on_vcpu.notes.skipped
+        return report
+    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
+
+
+def trace_of(recording: Recording) -> Trace:
+    """Return a recording as a trace."""
+    return Trace(recording_header(recording), recording_chunks(recording))
 
 
 def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | None:
@@ -223,19 +243,6 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
         raise ValueError("pager: the chunks of a Trace are read once, and tables for all of its addresses take two readings; "
                          "want a Pager")
     return source
-
-
-class _OnVcpu(Trace):
-    """A trace without registers that takes those of a vCPU for all of its processors."""
-
-    def __init__(self, trace: Trace, vcpu: Vcpu) -> None:
-        super().__init__(replace(_header_of(vcpu), name=trace.header.name, source=trace.header.source), ())
-        self._trace = trace
-        self.path = getattr(trace, "path", None)
-
-    def chunks(self) -> Generator[Chunk]:
-        for chunk in self._trace.chunks():
-            yield replace(chunk, vcpu=None, vcpus=1)
 
 
 def _header_of(vcpu: Vcpu) -> Header:

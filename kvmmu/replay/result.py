@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmmu.tlb.counters import TlbStats
 from kvmmu.walk.html import table_html
 
 __all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport"]
@@ -73,6 +74,10 @@ class Report:
         Of `seconds`, those in which the walk had to wait for decoded rows.
     complete : bool
         False if the replay stopped before the end of the trace.
+    tlb : TlbStats or None
+        Counters of the TLB hierarchy, if one was asked for.
+    skipped : dict of str to int
+        What the reader of a trace of another tool passed over, by kind.
     """
 
     name: str
@@ -95,6 +100,8 @@ class Report:
     walk_faults: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     complete: bool = True
+    tlb: TlbStats | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -105,7 +112,8 @@ class Report:
         """Plain data for JSON."""
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
-        return plain | {"rate": self.rate}
+        del plain["tlb"]
+        return plain | {"rate": self.rate} | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
     def _title(self) -> str:
         stopped = "" if self.complete else ", stopped early"
@@ -164,8 +172,6 @@ class SyntheticReport(Report):
         Memory that those pages take.
     table_pages : int
         Page tables, of 4096 bytes each.
-    skipped : dict of str to int
-        What the reader of the trace passed over, by kind.
     """
 
     source: str = ""
@@ -180,7 +186,6 @@ class SyntheticReport(Report):
     mapped: dict[str, int] = field(default_factory=dict)
     mapped_bytes: int = 0
     table_pages: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
 
     def _checked(self) -> str:
         faults = "" if self.first_touch_faults is None else f", {self.first_touch_faults:,} first-touch faults"
@@ -198,7 +203,8 @@ class SyntheticReport(Report):
         return {name: getattr(self, name) for name in names} | {
             "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
             "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,
-                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}}
+                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}
+        } | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
 
 class ReplayInterrupted(KeyboardInterrupt):

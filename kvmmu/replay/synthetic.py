@@ -20,6 +20,7 @@ from kvmmu.tables.layout import Frames, Page, PageLayout, check_layout, layout_p
 from kvmmu.tables.modes import Mode
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.tables.pager import Pager
+from kvmmu.tlb.processor import ProcessorTlbs
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.traces.foreign import ForeignTrace
 from kvmmu.vm.vcpu import Vcpu
@@ -51,7 +52,8 @@ class TablesToOrder(NamedTuple):
     pager: Pager | None = None
 
 
-def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None) -> SyntheticReport:
+def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None,
+                     tlbs: Callable[[int], ProcessorTlbs] | None = None) -> SyntheticReport:
     """Walk every access of a trace on tables that map all its pages.
 
     Parameters
@@ -61,6 +63,8 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
     order : TablesToOrder
     progress : callable, optional
         Called with (accesses done, accesses in all or 0) after each chunk.
+    tlbs : callable, optional
+        Called with the number of vCPUs, 1; makes the TLBs that the accesses go through.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
     ReplayInterrupted
         Ctrl-C; its `report` likewise.
     """
-    run = _Run(trace, order, progress)
+    run = _Run(trace, order, progress, tlbs)
     try:
         run.all_chunks()
         return run.report(complete=True)
@@ -87,7 +91,9 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
 class _Run:
     """One replay under way."""
 
-    def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None) -> None:
+    def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None,
+                 tlbs: Callable[[int], ProcessorTlbs] | None = None) -> None:
+        self.tlbs = None if tlbs is None else tlbs(1)
         self.trace, self.order, self.progress = trace, order, progress
         if order.paging not in _GUEST_MODES:
             raise ValueError(f"paging: is {order.paging!r}; allowed is {', '.join(_GUEST_MODES)}")
@@ -210,6 +216,9 @@ class _Run:
         self.loop = new_row_loop(vcpu.gva_walk, 1)
         self.loop.walk_both_pages(self.shifts)
         self.loop.use(0, vcpu.gva_walk.prepare([vcpu.regs]))
+        if self.tlbs is not None:
+            self.tlbs.follow(0, vcpu.regs)
+            self.loop.feed(self.tlbs.stream)
 
     # ---- walks ---------------------------------------------------------------------------------------------------------
 
@@ -255,6 +264,7 @@ class _Run:
             report.skipped = dict(self.trace.notes.skipped)
         if self.loop is not None:
             self._count(report, self.loop)
+        report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.seconds = time.perf_counter() - self.started
         return report
 

@@ -25,6 +25,7 @@ from kvmmu.replay.recorded_faults import (
 )
 from kvmmu.replay.result import EXPLAINED, Mismatch, ReplayInterrupted, Report
 from kvmmu.replay.trace_memory import SetUp, TraceMemory
+from kvmmu.tlb.processor import ProcessorTlbs
 from kvmmu.traces import Chunk, Header, ParquetTrace, RegisterSet, Trace, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vm.vcpu import Vcpu
@@ -40,7 +41,8 @@ _PAGE_SIZES = ("paging off", "4K", "2M", "1G")
 Progress = Callable[[int, int], object]
 
 
-def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | None = None) -> Report:
+def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | None = None,
+                 tlbs: Callable[[int], ProcessorTlbs] | None = None) -> Report:
     """Walk every access of a trace and hold each against its recorded physical address, where it has one.
 
     Parameters
@@ -50,6 +52,8 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
         Whose memory to walk, for a trace that brings none; its registers are those of the header.
     progress : callable, optional
         Called with (accesses done, accesses in all or 0) after each chunk.
+    tlbs : callable, optional
+        Called with the number of vCPUs; makes the TLBs that the accesses go through.
 
     Raises
     ------
@@ -60,7 +64,7 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
     """
     # A program that makes chunks, or looks on, may write the tables meanwhile: those of a vCPU that it has
     alone = vcpu is None or (type(trace) is ParquetTrace and progress is None)
-    run = _TraceRun(trace.header, vcpu, progress, alone)
+    run = _TraceRun(trace.header, vcpu, progress, alone, tlbs)
     try:
         with closing(trace.chunks()) as chunks:
             while True:
@@ -115,7 +119,9 @@ def _cpu_of(header: Header) -> CpuModel:
 class _TraceRun:
     """One replay under way."""
 
-    def __init__(self, header: Header, vcpu: Vcpu | None, progress: Progress | None, alone: bool) -> None:
+    def __init__(self, header: Header, vcpu: Vcpu | None, progress: Progress | None, alone: bool,
+                 tlbs: Callable[[int], ProcessorTlbs] | None = None) -> None:
+        self.tlbs = None if tlbs is None else tlbs(header.vcpus)
         self.header, self.progress, self.alone = header, progress, alone
         self.given = vcpu
         self.started = time.perf_counter()
@@ -150,6 +156,8 @@ class _TraceRun:
         except ValueError as error:
             raise TraceError(f"header: contexts: {str(error).removeprefix('header: ')}") from error
         self.loop = new_row_loop(self.walk, self.header.vcpus, EXPLAINED)
+        if self.tlbs is not None:
+            self.loop.feed(self.tlbs.stream)
         self.states: list[Context] = [Regs(0, 0, 0, 0)] * self.header.vcpus
         self.in_force: list[RegisterSets | None] = [None] * self.header.vcpus
         self.stages: list[Stage | None] = [None] * self.header.vcpus
@@ -164,6 +172,8 @@ class _TraceRun:
         for vcpu, regs in enumerate(self.header.registers):
             try:
                 self._enter(vcpu, self._with_pdptrs(self._context(regs)))
+                if self.tlbs is not None:
+                    self.tlbs.follow(vcpu, self.states[vcpu])
             except (GuestFault, ValueError) as error:
                 raise TraceError(f"header: registers[{vcpu}]: {str(error).removeprefix('header: ')}") from error
 
@@ -185,6 +195,7 @@ class _TraceRun:
         report.mismatches = loop.mismatches + self.fault_counts.mismatches
         sizes = [("4M" if report.mode == "32" and size == "2M" else size) for size in _PAGE_SIZES]
         report.page_sizes = {size: count for size, count in zip(sizes, loop.page_sizes, strict=True) if count}
+        report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
             Status(status).name: count for status, count in enumerate(loop.statuses)
             if count and status not in (Status.OK, Status.PAGE_FAULT)}
@@ -258,6 +269,7 @@ class _TraceRun:
         assert chunk.value is not None
         value = int(chunk.value[row])
         place = f"row {self.rows + row}: {op.name}"
+        before = self.states[vcpu]
         try:
             if op == Op.PAGE_FAULT:
                 self._check_fault(self._position(chunk, row), vcpu, addr, value)
@@ -274,6 +286,8 @@ class _TraceRun:
             elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU):
                 self._load(vcpu, op, value)
             # INVLPG, INVPCID, HOST_INVALIDATE: the walk keeps nothing; SET_CPL_AC: accesses say it themselves
+            if self.tlbs is not None:
+                self.tlbs.event(op, vcpu, addr, value, before, self.states[vcpu])
         except (GuestFault, ValueError) as error:
             raise TraceError(f"{place}: {error}") from error
         return row + 1

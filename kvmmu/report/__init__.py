@@ -1,3 +1,3 @@
 """What a walk, a machine or a replay looks like: tables, figure, tree of SPTEs."""
-# Below: arch, walk, vm, replay
-# Order: tables, spte_tree, figure, address_space
+# Below: arch, walk, tlb, vm, replay
+# Order: tables, tlb, spte_tree, figure, address_space

@@ -30,6 +30,7 @@ def replay_tables(report: Report) -> list[Table]:
         summary.insert(0, ("stopped early, after", f"{report.accesses:,} accesses"))
     if report.waited:
         summary.append(("walk waited for rows", f"{report.waited:.2f} s"))
+    summary += [(f"passed over: {printable(kind)}", f"{count:,}") for kind, count in report.skipped.items()]
     titles = (report.name, report.phase and f"{report.phase} phase", f"mode {report.mode}")
     tables: list[Table] = [
         (printable(", ".join(filter(None, titles))), ("", ""), summary),

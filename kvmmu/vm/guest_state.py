@@ -2,7 +2,7 @@
 """GuestState: the registers of one vCPU, and the walks that they make."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from kvmmu.arch._bits import Cr0, Cr4
@@ -16,6 +16,19 @@ from kvmmu.walk.pagewalk import PageWalk, new_walk
 
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
+
+
+@dataclass(frozen=True)
+class SavedGuest:
+    """The registers of a vCPU and its walks at one moment."""
+
+    cpu: CpuModel
+    regs: Regs
+    l1_regs: Regs | None
+    smm: bool
+    second: SecondStage | None
+    pml_index: int | None
+    init_counts: tuple[int, int]
 
 
 class GuestState:
@@ -144,6 +157,27 @@ class GuestState:
         else:
             second = self.ngpa_walk._enter(second.stage)
         self.gva_walk._set_second_stage(second)
+
+    def save(self) -> SavedGuest:
+        """Return the present state."""
+        second = self.second
+        return SavedGuest(self.cpu, self.regs, self.l1_regs, self.smm, second, None if second is None else second.pml_index,
+                          (self.gva_walk.init_count, self.ngpa_walk.init_count))
+
+    def put(self, saved: SavedGuest, *, own: bool) -> None:
+        """Put a state of this vCPU (own) or of another one in force. It was legal when it was saved."""
+        self.cpu, self.smm, self.l1_regs = saved.cpu, saved.smm, saved.l1_regs
+        self._use_second(None)
+        for walk in (self.gva_walk, self.ngpa_walk):
+            walk._set_memory(self.mem)
+        self.gva_walk._set_cpu(self.cpu, npt_host=self.tdp == "npt")
+        self.ngpa_walk._set_cpu(self.cpu)
+        if saved.second is not None:
+            second = self.ngpa_walk._enter(saved.second if own else saved.second.stage)
+            second.pml_index = saved.pml_index
+            self.gva_walk._set_second_stage(second)
+        self.load(saved.regs)
+        self.gva_walk.init_count, self.ngpa_walk.init_count = saved.init_counts
 
     def check_walk(self, walk: PageWalk) -> None:
         """Raise ValueError unless the walk is one of the two."""

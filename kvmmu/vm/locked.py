@@ -33,8 +33,8 @@ class PartOfMachine:
     _lock: MachineLock
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: page tables and TLBs that others see hang on it; "
-                        f"make another")
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: page tables and TLBs that "
+                        f"others see hang on it; its method clone() makes another one, with a machine of its own")
 
 
 def as_bytes(data: "Buffer | NDArray[Any]") -> bytes:

@@ -14,6 +14,7 @@ from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFa
 from kvmmu.arch.registers import CpuModel, RegisterValues, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
+from kvmmu.machine._hw_record import hw_walk_record
 from kvmmu.machine._machine import Machine
 from kvmmu.machine._mmus import Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
@@ -23,9 +24,11 @@ from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
 from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
-from kvmmu.vm.virtual_machine import VirtualMachine
+from kvmmu.vm.snapshot import load_into, take_snapshot
+from kvmmu.vm.virtual_machine import PageSize, VirtualMachine
 from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
 from kvmmu.walk.pagewalk import PageWalk
+from kvmmu.walk.record import WalkRecord
 from kvmmu.walk.results import Accesses, OneAccess, check_one_access
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ __all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
+_LEVEL_NAMES: dict[int, PageSize] = {1: "4k", 2: "2m", 3: "1g"}
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _READ_MAX = 1 << 32
 _WRITE = int(Access.WRITE)
@@ -86,6 +90,36 @@ class Vm(VirtualMachine):
             Sets and ways of its TLB for 4K, 2M and 1G pages.
         """
         return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, tlb=tlb)
+
+    def clone(self) -> "Vm":
+        """Return another machine in the state of this one, with memory of its own, that goes on exactly as this one would.
+
+        Its vCPUs are new objects, in the order of `vcpus`.
+
+        Raises
+        ------
+        RuntimeError, ValueError
+            As `snapshot()`.
+
+        Notes
+        -----
+        Costs a copy of the page tables, and `GuestMemory.copy()`: a clone of a clone takes the pages that were changed since the
+        first one. Slots over a file that its owner mapped read-only share its bytes.
+        """
+        return self._clone()[0]
+
+    def _clone(self) -> "tuple[Vm, dict[Vcpu, Vcpu]]":
+        """Return a clone, and the counterparts of all vCPUs."""
+        with self._lock:
+            self._lock.check_outermost("clone()")
+            snapshot = take_snapshot(self, memory=False)
+            mem = self.mem.copy()
+            smm_mem = mem if self.smm_mem is self.mem else self.smm_mem.copy()
+        vm = Vm(mem, self.cpu, self.host, smm_mem=smm_mem, backing=_LEVEL_NAMES[self.kvm.backing])
+        counterparts = {saved.vcpu: vm.create_vcpu() for saved in snapshot._vcpus}
+        with vm._lock:
+            load_into(vm, snapshot, counterparts)
+        return vm, counterparts
 
 
 class Vcpu(PartOfMachine):
@@ -139,6 +173,7 @@ class Vcpu(PartOfMachine):
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
+        self._idle: Machine | None = None           # what `_made` was before `Vm.restore()` to a time when there was none
         self.id = 0
         if vm is not None:
             self.id = vm._join(self)
@@ -356,11 +391,15 @@ class Vcpu(PartOfMachine):
             self._vm = vm
         return self._vm
 
+    def clone(self) -> "Vcpu":
+        """Return the counterpart of this vCPU in `Vm.clone()` of its machine."""
+        return self.vm._clone()[1][self]
+
     @locked
     def _machine(self) -> Machine:
         """Return this vCPU on its host, made at the first use."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+            self._made = self._idle or Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
 
     @property
@@ -412,6 +451,10 @@ class Vcpu(PartOfMachine):
         """Take what the processor logged so far into the dirty log, as each exit does."""
         if self._made is not None:
             self._made.drain_pml()
+
+    def _logged(self) -> set[tuple[int, int]]:
+        """Return what the processor logged and no exit has drained: (address space, guest frame)."""
+        return set() if self._made is None else self._made.logged()
 
     @locked
     def audit_tlb(self) -> list[str]:
@@ -465,6 +508,35 @@ class Vcpu(PartOfMachine):
         columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
         self._machine().access(gva, access, columns.arrays())
         return columns
+
+    def hw_walk_record(self, gva: int, access: int = 0) -> WalkRecord:
+        """Return the processor's own walk of one address through the SPTEs, level by level. Nothing changes by it.
+
+        Under two-dimensional paging these are the guest's tables, each entry reached through the SPTEs, and the SPTEs of the
+        address behind them; without, the SPTEs that shadow the guest's tables. Faults are part of the record: an exit, or a #PF.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes).
+        access : Access
+            EFLAGS.AC of the vCPU is added.
+
+        Returns
+        -------
+        WalkRecord
+            Its `gpa` is a host-physical address. `plot_walk()` draws it.
+
+        Raises
+        ------
+        RuntimeError
+            The processor has no root: before the first access or `vm_enter()`, or after an operation of the host took it away.
+
+        Notes
+        -----
+        The TLB is not asked. What the processor finds depends on accesses before: the SPTEs are made by the exits of these.
+        """
+        return hw_walk_record(self._machine(), gva, access)
 
     @locked
     def store(self, gva: int, data: "Buffer | NDArray[Any]", access: int = 0, *, page_table_writing: bool = True) -> OneAccess:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from kvmmu.mmu.host import Host
 from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
+from kvmmu.vm.snapshot import Snapshot, load_into, take_snapshot
 from kvmmu.vm.tracepoints import Tracepoints
 from kvmmu.walk.results import check_array
 
@@ -55,6 +57,7 @@ class VirtualMachine(PartOfMachine):
         self._lock = self.kvm.lock
         self.vcpus: list[Any] = []
         self._made_vcpus = 0
+        self._joined: WeakSet[Any] = WeakSet()      # every vCPU that lives, those that were taken from `vcpus`, too
         self._trace: Tracepoints | None = None
 
     @locked
@@ -62,7 +65,59 @@ class VirtualMachine(PartOfMachine):
         """Take a vCPU; returns its number."""
         number, self._made_vcpus = self._made_vcpus, self._made_vcpus + 1
         self.vcpus.append(vcpu)
+        self._joined.add(vcpu)
         return number
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Return the present state, all of it, for `restore()`.
+
+        Memory with its slots, page tables of the host, vCPUs with their registers, nested guests and TLBs, statistics, dirty
+        logs and tracepoints are in it. Page-table builders and replays that use the machine are not.
+
+        Raises
+        ------
+        RuntimeError
+            Within another call on the machine, or within `invalidation()`.
+        ValueError
+            A state in which the machine cannot run: the host cannot back the slots, or has no protection keys for the guest.
+
+        Notes
+        -----
+        Takes a copy of the page tables and of the pages of memory that were written, as `GuestMemory.copy()` does.
+        """
+        with self._lock:
+            self._lock.check_outermost("snapshot()")
+            return take_snapshot(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot of this machine in force: it goes on exactly as it did then.
+
+        vCPUs and MMUs are the same objects. A vCPU that was made since leaves `vcpus`; whoever holds it has it as if it had not
+        run. The bytes of read-only buffers are their owners', and stay. An interrupted restore (Ctrl-C) has to be repeated.
+
+        Raises
+        ------
+        TypeError
+            No Snapshot.
+        ValueError
+            A snapshot of another machine.
+        RuntimeError
+            Within another call on the machine, or within `invalidation()`.
+
+        Notes
+        -----
+        Costs a copy of the page tables, and a comparison of the pages of memory that were written before or since; those that
+        differ are stored.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot: want a Snapshot, got {type(snapshot).__name__}")
+        if snapshot.vm is not self:
+            raise ValueError("snapshot: it is of another machine; restore() of that one takes it")
+        with self._lock:
+            self._lock.check_outermost("restore()")
+            load_into(self, snapshot)
 
     # ---- inspection --------------------------------------------------------------------------------------------------
 
@@ -102,7 +157,8 @@ class VirtualMachine(PartOfMachine):
             without KVM, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
+        logged = {page for vcpu in self.vcpus for page in vcpu._logged()}
+        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables), logged)
         for vcpu in self.vcpus:
             wrong += vcpu.audit_tlb()
         return wrong

@@ -334,7 +334,7 @@ def test_writes_of_a_trace_go_to_the_given_memory():
     (([],), ValueError, "vm: .*want a Vcpu"), ((5,), TypeError, "trace: .*int"), (([], 5), TypeError, "vm: .*int"),
     ((CLIPS / "l4", machine()), ValueError, "vm: .*its own memory"),
     (([], machine(), {"mode": "machine"}), ValueError, "mode: .*'machine'"),
-    (([], machine(), {"tlb": 5}), ValueError, "tlb: .*5"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
+    (([], machine(), {"tlb": 5}), TypeError, "tlb: .*int"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
     (([5], machine()), TraceError, "chunk is a int"), (([memory_rows(tables())], machine()), TraceError, "MEMORY")])
 def test_bad_arguments_of_replay(arguments, error, words):
     *arguments, named = arguments if isinstance(arguments[-1], dict) else (*arguments, {})

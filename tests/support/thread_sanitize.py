@@ -198,6 +198,8 @@ def main():
         return run_child(sys.argv[1:])
 
     import kvmmu
+    from kvmmu.walk.batch._job import set_rows_of_thread
+    set_rows_of_thread(1)
 
     rng, begin, walks, operations = np.random.default_rng(options.seed), time.time(), 0, 0
     for mode in MODES:

@@ -1,0 +1,5 @@
+from typing import Any
+
+VERSION: int
+address: int
+table: Any
