@@ -17,7 +17,7 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
         "memory._callbacks", "walk._mappings"]
-KERNEL = ["_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
+KERNEL = ["_vmx_memory", "_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
           "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
           "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",
           "tables._filler", "tlb._tlb", "tlb._structure", "tlb._hierarchy", "machine._exits", "machine._access",

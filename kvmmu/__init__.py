@@ -1,5 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt, oracles, cli
+# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt,
+#     oracles, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from kvmmu.arch.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    SppEvent,
+    VirtualizationException,
     VmFail,
 )
 from kvmmu.arch.registers import CpuModel, Regs
@@ -69,8 +72,8 @@ __all__ = [
     "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
     "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
     "RegisterSets", "ReplayInterrupted", "Report", "RetPf",
-    "ShadowMmu", "Span", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
-    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu",
+    "ShadowMmu", "Span", "SppEvent", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
+    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu", "VirtualizationException",
     "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
     "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk",
     "regs_from_vmcb", "replay",
