@@ -322,7 +322,7 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
     cdef kvmmu_translation t
     if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
             is_access(access)):
-        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.pkru, gva,
+        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.keys, gva,
                             (access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
         if t.gpa != INVALID_GPA:
             out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0
