@@ -69,7 +69,8 @@ def scalar(walk, gva, access):
     except kvmmu.PageFault as fault:
         return Status.PAGE_FAULT, None, fault.error_code, fault.level, fault.rule
     except kvmmu.GeneralProtection as fault:
-        return Status.NON_CANONICAL, None, fault.error_code, fault.level, fault.rule
+        status = Status.LASS_VIOLATION if fault.rule == "lass" else Status.NON_CANONICAL
+        return status, None, fault.error_code, fault.level, fault.rule
 
 
 def fault_of(walk, gva, access=0):

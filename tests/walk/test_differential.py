@@ -101,7 +101,7 @@ def expected_rule(result, access, rights):
         return "non-canonical"
     if result.status == "lass_violation":
         return "lass"
-    if result.rule == "user" and access & Access.WRITE and not access & Access.SHADOW_STACK and not rights & 2:
+    if result.rule == "user" and access & Access.WRITE and not result.error_code & 0x40 and not rights & 2:
         return "write"
     return result.rule
 
@@ -163,8 +163,12 @@ def test_extensions_agree(mode, conformance):
         trio = Trio(tables.words, [tables.cr3], cpu, None)
         for _ in range(4):
             trio.registers = with_extensions(rng, random_registers(rng, mode, tables.cr3), mode, cpu)
+            accesses = ACCESSES
+            if trio.registers["cr0"] & WP:              # else a write could make a shadow stack, and rows have no order
+                trio.registers["cr4"] |= 1 << 23
+                accesses = ACCESSES + SHADOW_STACKS
             if trio.load():
-                trio.compare(with_tags(rng, mode, tables.gvas), rng.choice(ACCESSES + SHADOW_STACKS, len(tables.gvas)).tolist(),
+                trio.compare(with_tags(rng, mode, tables.gvas), rng.choice(accesses, len(tables.gvas)).tolist(),
                              f"{mode} {conformance} seed {number}")
 
 

@@ -631,3 +631,12 @@ def test_wrong_second_stages_are_refused(wrong):
         Ept(0x8000 | 6 | 3 << 3 | 1 << 8)
     with pytest.raises(ValueError, match="pkrs"):
         Regs(0, 0, 0, 0, pkrs=1 << 32)
+
+
+@pytest.mark.parametrize("stage", [{"eptp": 1 << 7}, {"spptp": 0xD000}, {"ve": 0xD000}])
+def test_7_conformance_kvm_has_no_extensions_of_ept(stage):
+    """KVM offers them to no L1."""
+    vcpu = Vcpu(guest_memory(size=0x20000), CpuModel(conformance="kvm"))
+    ept = Ept(0x8000 | 6 | 3 << 3 | stage.pop("eptp", 0), **stage)
+    with pytest.raises(ValueError, match="stage: KVM offers L1 no"):
+        vcpu.enter_nested(ept, cr0=PG | WP, cr3=0x1000, cr4=PAE, efer=LONG)

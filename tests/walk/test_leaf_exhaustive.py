@@ -92,6 +92,7 @@ class Guest:
         count = self.leaves.size * ACCESSES.size
         top = {"32": 32, "pae": 32}.get(mode, 47)
         most = min(1 << top - self.shift(level), 1 << 17) - FILLERS
+        most -= most % ACCESSES.size                    # a leaf with all its accesses lies in one space
         self.spaces = [self.space(np.arange(first, min(first + most, count))) for first in range(0, count, most)]
         self.image = np.zeros(self.frames * PAGE, np.uint8)
         for frame, words in self.tables.items():
@@ -195,7 +196,9 @@ def hot(space, chosen):
     blocks = np.resize(fillers, (count, 64))
     blocks[:, 1:SPARSE + 1] = np.append(chosen, np.resize(fillers, SPARSE))[:count * SPARSE].reshape(count, SPARSE)
     following = blocks - blocks % ACCESSES.size + (blocks + 1) % ACCESSES.size
-    following = np.where(np.isin(following, chosen) & np.isin(blocks, chosen), following, blocks)
+    # a supervisor's write without CR0.WP makes a shadow stack of a leaf: no access to one follows another kind of access
+    makes_one = (ACCESSES[following % ACCESSES.size] & ~ACCESSES[blocks % ACCESSES.size] & 0x40) != 0
+    following = np.where(np.isin(following, chosen) & np.isin(blocks, chosen) & ~makes_one, following, blocks)
     return [(np.repeat(blocks, 4, axis=0).ravel(), np.stack([blocks, blocks, following, blocks], axis=1).ravel())]
 
 
