@@ -195,8 +195,9 @@ def describe_trace(path: StrPath, format: str | None = None, **options: Any) -> 
     dict
         `path`, `format`, `compression` ("none", "gzip", "xz", "bzip2", "zstd"), `bytes` of the file, `accesses`, `kinds`
         {"load", "store", "fetch"}, `events` (other rows, but for those of the memory at the start), `pages_touched` (distinct,
-        of 4096 bytes), `vcpus` that have rows, `lowest` and `highest` address, `brings` {"gpa", "ip", "size", "tables"}: what the rows tell,
-        `skipped`: what the reader passed over, by kind, and `damage`: None, or the message of the damage that ended the reading.
+        of 4096 bytes), `vcpus` that have rows, `lowest` and `highest` address, `brings` {"gpa", "ip", "size", "tables"}: what the
+        rows tell, `skipped`: what the reader passed over, by kind, and `damage`: None, or the message of the damage that ended
+        the reading.
     """
     found = find_format(path, format)
     path = Path(path)
