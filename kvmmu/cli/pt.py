@@ -11,8 +11,8 @@ from kvmmu.cli.parsing import Commands, address, command
 from kvmmu.cli.sources import files_of, path_of
 from kvmmu.replay.terminal import printable, say, write
 from kvmmu.report.address_space import mapping_lines, plot_mappings
+from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile
-from kvmmu.traces.named import pyarrow
 from kvmmu.walk.mapped import Mappings
 
 __all__ = ["add"]

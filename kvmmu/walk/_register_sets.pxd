@@ -54,8 +54,6 @@ cdef class RegisterSets:
     cdef RegisterSetWalks own_walks(self)
     # ValueError unless they are for walks of a processor model and host, under a second stage or without one
     cdef int check(self, cpu, SecondStage under, bint npt_host) except -1
-    cdef SecondStage second_of(self, Py_ssize_t i)
-    cdef int reload(self, Py_ssize_t i, legal) except -1
 
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
 # second: of rows without one

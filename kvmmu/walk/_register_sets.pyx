@@ -136,22 +136,6 @@ cdef class RegisterSets:
                              f"say the second stage of each: (Regs, Ept or Npt or None)")
         return 0
 
-    cdef SecondStage second_of(self, Py_ssize_t i):
-        if not 0 <= i < self.count:
-            raise ValueError(f"row {i} is beyond the {self.count} register sets")
-        return self.walks.seconds[self.walks.walks[i].second]
-
-    cdef int reload(self, Py_ssize_t i, legal) except -1:
-        """Take the registers of row i again, PDPTEs included; the role must not change."""
-        cdef vcpu_arch arch
-        cdef bint nested = self.second_of(i) is not None
-        load_arch(&arch, legal)
-        arch.nested_pgd = 0
-        if role_of(&arch, False, nested) != self.walks.walks[i].cpu_role or lam_of(&arch) != self.walks.walks[i].lam:
-            raise ValueError(f"row {i}: the registers make another role; prepare() the sets anew")
-        self.own_walks().arches[i] = arch
-        return 0
-
 
 cdef str differences(one, other):
     """Name the fields in which two processor models differ."""

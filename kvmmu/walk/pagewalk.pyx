@@ -147,11 +147,6 @@ cdef class PageWalk(TableQueries):
         """deliver(fault, from_hardware) says what becomes of a fault of this walk; see `inject_page_fault()`."""
         self.deliver = deliver
 
-    def _reload(self, RegisterSets contexts not None, Py_ssize_t i, regs not None):
-        """Load the registers of row i again: PDPTEs as they are in memory now. The role must not change."""
-        self.check_contexts(contexts)
-        contexts.reload(i, self.admit(regs, contexts.second_of(i)))
-
     def _second_stage_gpa(self, gpa, access, pte_access, final=True):
         """This second stage for an access that the first stage granted with rights pte_access; see `Vcpu.translate_gpa()`.
 
