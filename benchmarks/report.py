@@ -12,7 +12,7 @@ import platform
 import sys
 from pathlib import Path
 
-GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Embedding", "Peers", "Footprint",
+GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Embedding", "Images", "Mappings", "Copies", "Peers", "Footprint",
           "Batch size")
 HEADINGS = ("", "case", "against", "ours ns", "theirs ns", "ratio", "quartiles", "bar", "")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
