@@ -43,7 +43,6 @@ from kvmmu.arch.faults import (
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 from kvmmu.machine._mmus import ShadowMmu, TdpMmu
-from kvmmu.memory._callbacks import CallbackMemory as _CallbackMemory  # noqa: F401    # tells GuestMemory of itself
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.replay import replay
