@@ -15,7 +15,9 @@ from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
 from kvmmu.replay.terminal import say, warn
 from kvmmu.report.tables import replay_tables, show_tables
+from kvmmu.report.tlb import tlb_tables
 from kvmmu.tables.pager import Pager
+from kvmmu.tlb.hierarchy import TlbHierarchy
 from kvmmu.traces import Recording, TraceError
 from kvmmu.vm.vcpu import Vcpu
 
@@ -32,7 +34,7 @@ def add(commands: Commands) -> None:
                   "tables for it and tell footprint, faults, page sizes and references; or walk it on the tables of a memory "
                   "image. Ctrl-C reports what was done so far.",
                   "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json", "replay sort.lackey.xz",
-                  "replay sort.lackey.xz --page thp --pager",
+                  "replay sort.lackey.xz --page thp --pager", "replay bundled --tlb skylake",
                   "replay trace.csv --columns addr=va,op=type --page 2m --frames random",
                   "replay boot.qtrace --image dump.elf")
     run.add_argument("recording", nargs="?", metavar="TRACE", help=f"{WHAT}; default: the bundled recording")
@@ -43,6 +45,8 @@ def add(commands: Commands) -> None:
                         help="pages (default: 4k; in mode 32 large ones are 4M); thp: 2M where half of the 4K pages are touched")
     tables.add_argument("--frames", choices=("linear", "random"), help="order of the frames that pages get (default: linear)")
     tables.add_argument("--pager", action="store_true", help="demand paging: map pages as they are touched, and count the faults")
+    run.add_argument("--tlb", metavar="PRESET|FILE.toml", help="let the accesses go through a TLB hierarchy (docs/tlb.md); "
+                     f"presets: {', '.join(TlbHierarchy.presets())}")
     image = run.add_argument_group("page tables of a memory image, for a trace that brings none")
     image.add_argument("--image", metavar="FILE", help="memory as it was when the trace began; its page tables are walked, and "
                                                        "stores and register loads that the trace tells are carried out")
@@ -61,7 +65,7 @@ def _replay(args: argparse.Namespace) -> int:
     titled = source if isinstance(source, Recording) else source.header
     try:
         with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-            report = replay(source, progress=progress or False, **order)
+            report = replay(source, progress=progress or False, tlb=args.tlb, **order)
     except (ReplayInterrupted, TraceError) as stop:
         if stop.report is not None and stop.report.accesses:
             _show(stop.report, args.json)
@@ -102,7 +106,8 @@ def _show(report: Report, as_json: bool) -> None:
     if as_json:
         say(json.dumps(report.to_dict()))
         return
-    show_tables(synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report))
+    tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
+    show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))
     for example in report.examples:
         say(f"MISMATCH {example}")
     if report.mismatches > len(report.examples):

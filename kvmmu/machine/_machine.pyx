@@ -54,9 +54,10 @@ cdef class Machine:
         raise TypeError("a Machine cannot be copied or pickled")
 
     def set_cpu(self):
-        """Take the processor model of the walks, which is a new one: every walk and root is made anew."""
+        """Take the processor model of the walks, which is a new one: every walk, root and shadow page is made anew."""
         with self.kvm.lock:
             self.modes.take_cpu()
+            self.kvm.zap_all_fast()                     # shadow pages show which entries the old model took for legal
 
     @property
     def root_mmu(self):

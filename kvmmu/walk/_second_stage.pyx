@@ -14,6 +14,7 @@ from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.walk._setup cimport fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk
 
+from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import nested_fault_of
 from kvmmu.arch.second_stages import Ept, Npt
 
@@ -39,6 +40,11 @@ cdef class SecondStage:
     def pml_index(self):
         """Next entry of the page-modification log, counting down; beyond 511: full. None without a log."""
         return int(self.pml.index) if self.n.pml is not NULL else None
+
+    @pml_index.setter
+    def pml_index(self, index):
+        if index is not None:
+            self.pml.index = check_int("index", index, 0, 0xFFFF)
 
     cdef int use_memory(self, GuestMemory mem) except -1:
         cdef SlotTable table = mem.current()

@@ -8,6 +8,7 @@ non-zero status.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import os
 import random
@@ -36,6 +37,7 @@ ROWS = (1, 2, 3, 17, 256, 2048, 8192, 8192, 20000)
 REFERENCE_ROWS = 7                      # so few rows are walked one by one
 SCALARS = 12
 WILD_MACHINES = 20
+MISUSES = 20
 RECORDINGS_PER_MILLION = 40
 MACHINE_ACCESSES_PER_MILLION = 300_000
 
@@ -292,6 +294,7 @@ def campaign(walks, seed):
     counts = Counter()
     started = time.monotonic()
     number = 0
+    careless_program(kvmmu, counts)
     while counts["walks"] < walks:
         try:
             walk_batches(kvmmu, np.random.default_rng((seed, number)), counts)
@@ -310,6 +313,24 @@ def campaign(walks, seed):
         print(f"{count:>14,} {name}")
     print(f"sanitizers ({SANITIZERS}): clean after {counts['walks']:,} array walks and {counts['scalar walks']:,} scalar walks, "
           f"seed {seed}, {time.monotonic() - started:.0f} s")
+
+
+def careless_program(kvmmu, counts):
+    """Run the C program of tests/embed that misuses kvmmu.h, instrumented as well."""
+    from kvmmu.embed import c_api
+
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch) / "misuse.so"
+        subprocess.run([*os.environ.get("CC", "cc").split(), f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g", "-O1",
+                        "-shared", "-fPIC", "-pthread", ROOT / "tests" / "embed" / "misuse.c", f"-I{ROOT}", "-o", library],
+                       check=True, env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"})
+        misuse = ctypes.CDLL(str(library)).misuse
+        misuse.argtypes = [ctypes.c_void_p]
+        for _ in range(MISUSES):
+            line = misuse(c_api.address)
+            if line:
+                raise AssertionError(f"line {line} of misuse.c")
+            counts["runs of a careless C program"] += 1
 
 
 def main():
