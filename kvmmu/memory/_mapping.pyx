@@ -145,12 +145,18 @@ def new_bytes(size):
 def put_pages(uint8_t[::1] data not None, const uint64_t[::1] numbers not None, const uint8_t[:, ::1] pages not None):
     """Store pages, uint8 (n, 4096), at their numbers in data; those that are there already are not touched."""
     cdef size_t i, n = numbers.shape[0], count = data.shape[0] // PAGE_SIZE
+    cdef const uint64_t *number
+    cdef const uint8_t *page
+    cdef uint8_t *place
     if <size_t>pages.shape[0] < n or pages.shape[1] != PAGE_SIZE:
         raise ValueError(f"pages: want shape ({n}, {PAGE_SIZE}), got ({pages.shape[0]}, {pages.shape[1]})")
     for i in range(n):
         if numbers[i] >= count:
             raise ValueError(f"numbers: want less than {count}, got {numbers[i]}")
+    if n == 0:
+        return
+    number, page, place = &numbers[0], &pages[0, 0], &data[0]
     with nogil:
         for i in range(n):
-            if memcmp(&data[numbers[i] * PAGE_SIZE], &pages[i, 0], PAGE_SIZE):
-                kvmmu_store(&data[numbers[i] * PAGE_SIZE], &pages[i, 0], PAGE_SIZE)
+            if memcmp(place + number[i] * PAGE_SIZE, page + i * PAGE_SIZE, PAGE_SIZE):
+                kvmmu_store(place + number[i] * PAGE_SIZE, page + i * PAGE_SIZE, PAGE_SIZE)

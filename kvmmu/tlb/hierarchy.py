@@ -147,7 +147,8 @@ class TlbHierarchy:
         if nested is not None and not isinstance(nested, TlbHierarchy):
             raise TypeError(f"nested: want a TlbHierarchy or None, got {type(nested).__name__}")
         self._nested = nested
-        self._details = 2 if check_bool("curve", curve) else int(check_bool("details", details))
+        details, curve = check_bool("details", details), check_bool("curve", curve)
+        self._details = 2 if curve else int(details)
         self._core = TlbLevels(
             [(level.sets, level.ways, POLICIES.index(level.policy), INCLUSIONS.index(level.inclusion), _bits(level.kinds, KINDS),
               _bits(level.pages, PAGES)) for level in levels],
@@ -172,11 +173,11 @@ class TlbHierarchy:
         """The hierarchy of guest-physical addresses, or None."""
         return self._nested
 
-    def nested_or_none(self) -> "TlbHierarchy":
+    def _nested_or_none(self) -> "TlbHierarchy":
         """Return the hierarchy of guest-physical addresses, or one that holds nothing."""
         return TlbHierarchy([]) if self._nested is None else self._nested
 
-    def another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
+    def _another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
         """Return an empty hierarchy of the same shape, with the same details unless they are given."""
         return TlbHierarchy(self._levels, psc=self._psc, seed=self._seed, nested=self._nested,
                             details=self._details > 0 if details is None else details,
@@ -433,9 +434,9 @@ def tlb_of(name: str, tlb: Any) -> TlbHierarchy:
     if isinstance(tlb, TlbHierarchy):
         return tlb
     if isinstance(tlb, str) and tlb in TlbHierarchy.presets():
-        return TlbHierarchy.preset(tlb).another(details=True)
+        return TlbHierarchy.preset(tlb)._another(details=True)
     if isinstance(tlb, PathLike) or isinstance(tlb, str) and tlb.endswith(".toml"):
-        return TlbHierarchy.from_toml(tlb).another(details=True)
+        return TlbHierarchy.from_toml(tlb)._another(details=True)
     presets = ", ".join(TlbHierarchy.presets())
     if isinstance(tlb, str):
         raise ValueError(f"{name}: want a path that ends in .toml, or one of {presets}; got {tlb!r}")
