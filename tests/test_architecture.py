@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1] / "kvmmu"                               # the s
 LAYERS = re.compile(r"^# (Order|Below): (.*(?:\n#     .*)*)$", re.MULTILINE)
 FACE = ("__init__", "__main__")                                         # may import everything
 FACE_USERS = ("cli",)                                                   # the command: a user of the public face
-KNOW_FORMATS = ("replay", "comparison", "cli")
 HEADER_ROOMS = ("include",)                                             # of C headers alone, for programs: below everything
+KNOW_FORMATS = ("replay", "comparison", "cli")
 # Imports that go up, and are to go: each is still there.
 UPWARD = {("arch._gpte", "memory._memory"), ("traces.stream", "traces.parquet")}
 SOURCES = sorted(path for suffix in ("py", "pyi", "pyx", "pxd") for path in ROOT.rglob(f"*.{suffix}"))

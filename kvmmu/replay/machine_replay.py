@@ -17,10 +17,10 @@ from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import Regs
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
-from kvmmu.replay.recorded_faults import Context, pdptrs_at, registers_of
+from kvmmu.replay.recorded_machine import trace_start
+from kvmmu.replay.register_events import Context, pdptrs_at, registers_of
 from kvmmu.replay.result import Report
 from kvmmu.replay.trace_memory import reserve
-from kvmmu.replay.trace_replay import trace_start
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk.results import Accesses

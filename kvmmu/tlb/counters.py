@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from kvmmu.arch.arguments import check_int
 
-__all__ = ["KINDS", "Kind", "MISS_CLASSES", "MODES", "PAGES",
-           "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
+__all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "Kind", "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve",
+           "sum_of"]
 
 Kind = Literal["load", "store", "fetch"]
 PageSize = Literal["4k", "2m", "1g"]

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +12,9 @@ from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
 from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 __all__ = ["PAGE_LEVELS", "TlbHierarchy", "TlbLevel", "tlb_of"]
 
@@ -193,12 +195,12 @@ class TlbHierarchy:
     def preset(cls, name: str) -> Self:
         """Make the hierarchy of a processor: one of `presets()`. Their files name the source of each figure."""
         check_name("name", name, cls.presets())
-        return cls._from_text((files("kvmmu") / "data" / "tlb" / f"{name}.toml").read_bytes(), f"preset {name}")
+        return cls._from_text((_presets() / f"{name}.toml").read_bytes(), f"preset {name}")
 
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Names of the processors whose hierarchies are known."""
-        return tuple(sorted(entry.name.removesuffix(".toml") for entry in (files("kvmmu") / "data" / "tlb").iterdir()
+        return tuple(sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir()
                             if entry.name.endswith(".toml")))
 
     @classmethod
@@ -374,6 +376,13 @@ class TlbHierarchy:
 
     def __reduce__(self) -> Any:
         raise TypeError("a TlbHierarchy cannot be copied or pickled; make another of the same levels")
+
+
+def _presets() -> "Traversable":
+    """Return the folder of the presets."""
+    from importlib.resources import files  # brings tempfile and random
+
+    return files("kvmmu") / "data" / "tlb"
 
 
 def _byte_column(name: str, values: ArrayLike, rows: int) -> NDArray[np.uint8]:
