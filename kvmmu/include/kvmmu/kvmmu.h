@@ -83,6 +83,7 @@ extern "C" {
 #define KVMMU_STATUS_OK 0u
 #define KVMMU_STATUS_PAGE_FAULT 1u    /* #PF */
 #define KVMMU_STATUS_NON_CANONICAL 2u /* #GP, or #SS of a stack access */
+#define KVMMU_STATUS_LASS_VIOLATION 7u /* likewise, by CR4.LASS */
 
 /* `rights` of a mapping or a step */
 #define KVMMU_RIGHT_READ 1u
@@ -149,7 +150,7 @@ typedef struct kvmmu_registers {
     uint64_t rflags; /* only AC counts, bit 18 */
     uint64_t pdptrs[4];
     uint32_t pkru;
-    uint32_t reserved; /* 0 */
+    uint32_t pkrs;
 } kvmmu_registers;
 
 typedef struct kvmmu_result {
