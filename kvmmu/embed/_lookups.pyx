@@ -8,7 +8,7 @@ from kvmmu.arch._bits cimport (
     ACC_ALL, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK, PT_GLOBAL_MASK,
     PT_MAX_LEVELS, STATUS_OK,
 )
-from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._format cimport resolved_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_leaf_gpa, kvmmu_level_shift
 from kvmmu.embed._structs cimport (
     KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_record,
@@ -83,7 +83,7 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
     cdef int code, n, attempt = 0
     cdef walk_result r
     cdef walk_step steps[PT_MAX_LEVELS]
-    cdef uint32_t explicit
+    cdef uint32_t resolved
     cdef c_vcpu *v = own_vcpu(handle, True, &code)
     if v is NULL:
         return code
@@ -91,13 +91,13 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
         return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
-    explicit = explicit_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
+    resolved = resolved_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
     code = enter(v)
     if code != KVMMU_OK:
         return code
     while True:
-        v.w.gva_to_gpa(&v.w, gva, explicit, False, &r)
-        n = v.w.walk_steps(&v.w, gva, explicit, steps)
+        v.w.gva_to_gpa(&v.w, gva, resolved, False, &r)
+        n = v.w.walk_steps(&v.w, gva, resolved, steps)
         code = fetch_again(v, attempt)
         if code != 1:
             break

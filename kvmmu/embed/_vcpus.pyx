@@ -7,7 +7,7 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport walk_result, walk_step
 from kvmmu.arch._bits cimport INVALID_GPA, PT_MAX_LEVELS
-from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._format cimport resolved_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.embed._page_cache cimport cache_clear, cache_fetch, cache_forget, cache_free, cache_make_room
 from kvmmu.embed._structs cimport (
@@ -274,11 +274,11 @@ cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint se
 
 
 cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil:
-    cdef uint32_t explicit = explicit_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
+    cdef uint32_t resolved = resolved_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
     cdef bint set_ad = not access & KVMMU_ACCESS_NO_AD
     if v.cache is not NULL:
-        return walk_behind_callbacks(v, gva, explicit, set_ad, r)
-    v.w.gva_to_gpa(&v.w, gva, explicit, set_ad, r)
+        return walk_behind_callbacks(v, gva, resolved, set_ad, r)
+    v.w.gva_to_gpa(&v.w, gva, resolved, set_ad, r)
     return KVMMU_OK
 
 

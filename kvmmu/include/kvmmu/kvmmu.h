@@ -83,6 +83,7 @@ extern "C" {
 #define KVMMU_STATUS_OK 0u
 #define KVMMU_STATUS_PAGE_FAULT 1u    /* #PF */
 #define KVMMU_STATUS_NON_CANONICAL 2u /* #GP, or #SS of a stack access */
+#define KVMMU_STATUS_LASS_VIOLATION 7u /* likewise, by CR4.LASS */
 
 /* `rights` of a mapping or a step */
 #define KVMMU_RIGHT_READ 1u
