@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, comparison,
-#     spt, oracles, embed, cli
+# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report,
+#     comparison, spt, oracles, embed, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ from kvmmu.arch.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    SppEvent,
+    VirtualizationException,
     VmFail,
 )
 from kvmmu.arch.registers import CpuModel, Regs
@@ -75,11 +77,11 @@ __all__ = [
     "Ept", "EptMisconfig", "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection",
     "GuestFault", "GuestMemory", "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault",
     "NpfInfo", "Npt", "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte",
-    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "Status", "SvmExit",
-    "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints",
-    "Translation", "Vcpu", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles",
-    "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image",
-    "open_trace", "plot_walk", "regs_from_vmcb", "replay",
+    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "SppEvent", "Status",
+    "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent",
+    "Tracepoints", "Translation", "Vcpu", "VirtualizationException", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord",
+    "WalkStep", "Walker", "calc_cpu_roles", "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12",
+    "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
 _COMPARING = {"Comparison": "comparison", "CostModel": "cost", "Design": "design", "compare": "compare"}

@@ -5,13 +5,19 @@ from os import PathLike
 from pathlib import PurePath
 
 from kvmmu.arch.arguments import check_name
+from kvmmu.replay.machine_replay import Backing
 from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
 
-__all__ = ["HOSTS", "PAGE_POLICIES", "Design"]
+__all__ = ["HOSTS", "PAGE_POLICIES", "Design", "host_page_of"]
 
 HOSTS = ("native", "ept", "npt", "shadow", "nested-ept", "nested-npt")
 PAGE_POLICIES = ("own", "4k", "2m", "1g", "thp")
 TWO_STAGES = ("ept", "npt", "nested-ept", "nested-npt")
+
+
+def host_page_of(page: str) -> Backing:
+    """Return the size of the host's pages below the pages of a policy."""
+    return "4k" if page == "4k" else "1g" if page == "1g" else "2m"
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,6 @@ class Design:
         return self.host in TWO_STAGES
 
     @property
-    def host_page(self) -> str | None:
+    def host_page(self) -> Backing | None:
         """Size of the pages that the host backs guest memory with; None without a host."""
-        return None if self.host == "native" else {"own": "2m", "thp": "2m"}.get(self.page, self.page)
+        return None if self.host == "native" else host_page_of(self.page)

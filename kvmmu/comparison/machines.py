@@ -14,7 +14,7 @@ from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.spaces import MadeSpaces
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
-from kvmmu.replay.machine_replay import replay_machine
+from kvmmu.replay.machine_replay import TDP_OF, Backing, HostKind, replay_machine
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.traces import Trace
 from kvmmu.vm.vcpu import Vcpu, Vm
@@ -57,7 +57,7 @@ class HostRun:
         return sum(self.exits.values())
 
 
-def run_first_touches(spaces: MadeSpaces, first: FirstTouches, host: str, host_page: str | None, events: Any) -> HostRun:
+def run_first_touches(spaces: MadeSpaces, first: FirstTouches, host: str, host_page: Backing | None, events: Any) -> HostRun:
     """Run the first touches of a trace on a machine.
 
     Parameters
@@ -76,7 +76,7 @@ def run_first_touches(spaces: MadeSpaces, first: FirstTouches, host: str, host_p
     assert host_page is not None
     position, gva, access, space = first.columns()
     spaces.clean()
-    tdp = {"shadow": None, "ept": "ept", "nested-ept": "ept"}.get(host, "npt")
+    tdp = TDP_OF[host.removeprefix("nested-")]
     mem, nested = (spaces.mem, None) if not host.startswith("nested") else _with_second_stage(spaces, host, host_page)
     vm = Vm(mem, CpuModel(maxphyaddr=_MAXPHYADDR), Host(tdp=tdp, maxphyaddr=_MAXPHYADDR), backing=host_page)
     vcpu = vm.create_vcpu()
@@ -101,11 +101,12 @@ def run_first_touches(spaces: MadeSpaces, first: FirstTouches, host: str, host_p
     return found
 
 
-def run_own(opened: Callable[[], Trace], host: str, host_page: str | None) -> HostRun:
+def run_own(opened: Callable[[], Trace], host: str, host_page: Backing | None) -> HostRun:
     """Run all of a trace with page tables of its own on a machine. IN opened: returns the trace from its beginning."""
-    if host == "native":
-        return HostRun()
-    report = replay_machine(opened, host=host, backing=host_page or "2m")
+    if host not in ("ept", "npt", "shadow"):
+        return HostRun()                                # native
+    kind: HostKind = "ept" if host == "ept" else "npt" if host == "npt" else "shadow"
+    report = replay_machine(opened, host=kind, backing=host_page or "2m")
     return HostRun(report.exits, report.exit_position, report.exit_count, report.by_ret, report.stats)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvmmu.arch._bits import INVALID_GPA, Cr4, Op
 from kvmmu.arch.registers import Regs
+from kvmmu.comparison.design import host_page_of
 from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.registers import NO_REGISTERS, Registers
 from kvmmu.comparison.spaces import MadeSpaces
@@ -77,7 +78,7 @@ class MadePasses:
         number = {space: i for i, space in enumerate(self.touched)}
         for page in self._pages:
             self.spaces[page] = MadeSpaces(self.touched, page)
-            host_page = {"thp": "2m"}.get(page, page) if self._two_stages else None
+            host_page = host_page_of(page) if self._two_stages else None
             tlbs = ProcessorTlbs([TlbOfHost(tlb, host_page) for tlb in self._tlbs], self._vcpus)
             self._policies.append(_Policy(self.spaces[page], tlbs, Registers(self._trace().header), number, self._vcpus))
         for chunk in self._chunks():

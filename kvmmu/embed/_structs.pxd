@@ -82,7 +82,7 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         uint64_t rflags
         uint64_t pdptrs[4]
         uint32_t pkru
-        uint32_t reserved
+        uint32_t pkrs
 
     ctypedef struct kvmmu_result:
         uint64_t gpa

@@ -320,9 +320,9 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
     left to `translate_checked()`, whose calls would cost this function the saving of registers."""
     cdef const c_vcpu *v = <const c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
     cdef kvmmu_translation t
-    if (v.id == handle and kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.fast.four_levels and out is not NULL and
+    if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
             is_access(access)):
-        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.pkru, gva,
+        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.keys, gva,
                             (access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
         if t.gpa != INVALID_GPA:
             out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk.results import Accesses
 
-__all__ = ["BACKINGS", "MachineReport", "replay_machine"]
+__all__ = ["BACKINGS", "TDP_OF", "Backing", "HostKind", "MachineReport", "replay_machine"]
 
-BACKINGS = ("4k", "2m", "1g")
+Backing = Literal["4k", "2m", "1g"]
+HostKind = Literal["ept", "npt", "shadow"]
+BACKINGS: tuple[Backing, ...] = get_args(Backing)
+TDP_OF: dict[str, Literal["ept", "npt"] | None] = {"ept": "ept", "npt": "npt", "shadow": None}
 _MEMORY_UNIT, _MEMORY_LIMIT = 1 << 21, 1 << 40
 _HOST_MAXPHYADDR = 46
 _SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
@@ -88,8 +91,8 @@ class MachineReport(Report):
         return plain | {"exits_over_time": [[int(self.exit_position[i]), int(total[i])] for i in at.tolist()]}
 
 
-def replay_machine(opened: Callable[[], Trace], *, host: str = "ept", backing: str = "2m", progress: Progress | None = None,
-                   ) -> MachineReport:
+def replay_machine(opened: Callable[[], Trace], *, host: HostKind = "ept", backing: Backing = "2m",
+                   progress: Progress | None = None) -> MachineReport:
     """Run every access of a trace with page tables on a machine, in order, with its register loads and table writes.
 
     Parameters
@@ -123,7 +126,7 @@ def replay_machine(opened: Callable[[], Trace], *, host: str = "ept", backing: s
 class _MachineRun:
     """One replay on a machine under way."""
 
-    def __init__(self, trace: Trace, host: str, backing: str) -> None:
+    def __init__(self, trace: Trace, host: HostKind, backing: Backing) -> None:
         self.header, self.host, self.backing = trace.header, host, backing
         self.started = time.perf_counter()
         start = trace_start(trace, touched=True)
@@ -135,7 +138,7 @@ class _MachineRun:
         self._words = addr, values
         self._block = block
         self.mem = GuestMemory(block)
-        self.vm = Vm(self.mem, start.vcpu.cpu, Host(tdp=None if host == "shadow" else host, maxphyaddr=_HOST_MAXPHYADDR),
+        self.vm = Vm(self.mem, start.vcpu.cpu, Host(tdp=TDP_OF[host], maxphyaddr=_HOST_MAXPHYADDR),
                      backing=backing)
         self.contexts = start.contexts
         self.told = host == "shadow" or any(isinstance(context, tuple) for context in self.contexts)

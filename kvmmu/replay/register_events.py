@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvmmu.arch._bits import Op
+from kvmmu.arch._bits import CR3_NOFLUSH, Cr4, Op
 from kvmmu.arch.faults import GeneralProtection
 from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, check_pdptrs, pdpte_gpas
 from kvmmu.arch.second_stages import Ept, Npt, Stage
@@ -20,8 +20,7 @@ __all__ = ["REGISTER_EVENTS", "Context", "RegisterEvents", "context_of", "lacks_
 Context = Regs | tuple[Regs, Stage]       # inside a nested guest: with its second stage
 
 _NAMED = (Op.SET_REGS, Op.VMENTER, Op.VMEXIT)       # they name a register set of the header
-_MOV_CR = {Op.MOV_CR0: 0, Op.MOV_CR3: 3, Op.MOV_CR4: 4}
-REGISTER_EVENTS = (*_NAMED, *_MOV_CR, Op.WRMSR_EFER, Op.WRPKRU)
+REGISTER_EVENTS = (*_NAMED, Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU)
 _SETS = 1024                            # kept ready
 
 
@@ -157,9 +156,11 @@ class RegisterEvents:
             after = after_wrmsr_efer(self._cpu, regs, value)
         elif op == Op.WRPKRU:
             after = after_wrpkru(regs, value)
+        elif op == Op.MOV_CR3:                          # by far the most; whether it may be is asked when it is prepared
+            after = replace(regs, cr3=value & ~CR3_NOFLUSH if regs.cr4 & Cr4.PCIDE else value, pdptrs=None)
         else:
             space = _NoPdptrs()                         # they are loaded below, as the recorded CPU did it
-            after = after_mov_cr(self._cpu, regs, _MOV_CR[op], value, space)
+            after = after_mov_cr(self._cpu, regs, 0 if op == Op.MOV_CR0 else 4, value, space)
             if space.used:
                 after = replace(after, pdptrs=None)
         return (after, stage) if stage is not None else self.with_pdptrs(after)

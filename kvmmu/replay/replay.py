@@ -1,9 +1,10 @@
 """Replay: what to walk, and on which tables; the accesses of a trace, each address held against the recorded one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from kvmmu.replay.machine_replay import Backing, HostKind, replay_machine
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.register_events import use_context
 from kvmmu.replay.result import Mismatch, Report
@@ -28,7 +29,8 @@ Progress = Callable[[int, int], object]
 def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk",
            tlb: TlbHierarchy | StrPath | None = None,
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
-           phase: str | None = None, progress: bool | Progress = False) -> Report:
+           host: HostKind | None = None, backing: Backing | None = None, phase: str | None = None,
+           progress: bool | Progress = False) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
 
     A trace without registers (those of other tools) is walked on page tables that are made for it.
@@ -41,8 +43,9 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     vm : Vcpu, optional
         For a trace that brings no memory: whose memory, processor and, if the trace brings none, registers to take. Accessed and
         dirty bits and the writes of the trace go to it.
-    mode : {"walk"}
-        What to model: the walk of guest page tables.
+    mode : {"walk", "machine"}
+        What to model: the walk of guest page tables; or a whole machine, for a trace that brings page tables: exits, faults, and
+        what the host builds below.
     tlb : TlbHierarchy, str or path-like, optional
         A hierarchy that all accesses go through, each by the page that the walk finds: one, of whose shape an empty one is made
         for each vCPU, or with all details a preset by its name or a TOML file by its path. Register loads, INVLPG, INVPCID and
@@ -56,6 +59,10 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     pager : Pager, optional
         Likewise: its tables fill by demand paging as pages are touched. It says itself what the three before it would say. An
         iterable of chunks needs it, as they are read once; without it a trace is read twice.
+    host : {"ept", "npt", "shadow"}, optional
+        Of mode "machine": how the host translates guest-physical addresses, by default "ept".
+    backing : {"4k", "2m", "1g"}, optional
+        Likewise: the pages that the host maps guest memory with, by default "2m".
     phase : {"static", "dyn"}, optional
         Of a path to a recording: which phase.
     progress : bool or callable
@@ -65,7 +72,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     Returns
     -------
     Report
-        A `SyntheticReport` if tables were made.
+        A `SyntheticReport` if tables were made, a `MachineReport` in mode "machine".
 
     Raises
     ------
@@ -86,8 +93,8 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     A Parquet trace and an iterable are replayed in memory that does not depend on their length; other threads decode a
     Parquet trace ahead of the walk.
     """
-    if mode != "walk":
-        raise ValueError(f"mode: want 'walk', got {mode!r}")
+    if mode not in ("walk", "machine"):
+        raise ValueError(f"mode: want 'walk' or 'machine', got {mode!r}")
     tlbs = None
     if tlb is not None:
         hierarchy = tlb_of("tlb", tlb)
@@ -96,6 +103,11 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
     order = _order(paging, page, frames, pager)
     source = _source(trace, vm, phase, order)
+    if mode == "machine":
+        return _machine(source, vm, order, tlb, host, backing, progress)
+    for name, given in (("host", host), ("backing", backing)):
+        if given is not None:
+            raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
     if callable(progress):
         return _replay(source, vm, order, progress, tlbs)
     if not isinstance(progress, bool):
@@ -119,6 +131,26 @@ def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | N
         report.skipped = on_vcpu.notes.skipped
         return report
     return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
+
+
+def _machine(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, tlb: Any, host: HostKind | None,
+             backing: Backing | None, progress: bool | Progress) -> Report:
+    """Run a trace that brings page tables on a machine."""
+    for name, given in (("vm", vm), ("tlb", tlb), ("paging, page, frames, pager", order)):
+        if given is not None:
+            raise ValueError(f"{name}: mode 'machine' makes a machine of its own for the tables of the trace; want None")
+    if isinstance(source, Trace) and not source.header.registers:
+        raise ValueError("mode: 'machine' is for traces that bring registers and page tables; want 'walk', or kvmmu.compare()")
+    if type(source) is Trace and not isinstance(source._chunks, Sequence):
+        raise ValueError("trace: its chunks can be read once, and mode 'machine' reads them twice; want a file or a list")
+
+    def opened() -> Trace:
+        return trace_of(source) if isinstance(source, Recording) else source
+
+    if callable(progress) or not progress:
+        return replay_machine(opened, host=host or "ept", backing=backing or "2m", progress=progress or None)
+    with progress_bar(f"running {opened().header.name}") as bar:
+        return replay_machine(opened, host=host or "ept", backing=backing or "2m", progress=bar)
 
 
 def trace_of(recording: Recording) -> Trace:

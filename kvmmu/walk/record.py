@@ -165,7 +165,7 @@ class WalkRecord:
         """Return the last line: where the walk ends, or why it does not."""
         if self.status == Status.OK:
             return f"-> {self.space} {self.gpa:#x} ({size_text(self.page_size)})"
-        if self.status == Status.NON_CANONICAL:
+        if self.status in (Status.NON_CANONICAL, Status.LASS_VIOLATION):
             return f"-> #GP: {rule_text(str(self.rule))}"
         if self.status == Status.PAGE_FAULT:
             return f"-> #PF {error_code_text(self.error_code)}: {rule_text(str(self.rule))}"

@@ -460,9 +460,9 @@ def translate_nested(
     `mem` is host-physical memory.  `set_ad` = False takes the A/D updates of both stages back.
     """
     access = oracle.Access(write=write, fetch=fetch, user=user and not implicit, ac=ac and not implicit)
-    gva = oracle.linear_address(regs, gva)
-    if gva is None:
-        return Result("non_canonical", None, None, 0, None, 0, 0, 0, ())
+    gva = oracle.linear_address(regs, gva, access, cpu.conformance)
+    if isinstance(gva, str):
+        return Result(gva, None, None, 0, None, 0, 0, 0, ())
     tables = make_stage(mem, cpu, regs, stage)
     walk = NestedWalk(mem, cpu, regs, access, tables)
     result = both_stages(walk, tables, gva)
