@@ -1,5 +1,8 @@
 """How Sphinx makes the documentation: `make docs`."""
 
+import re
+from pathlib import Path
+
 import kvmmu
 
 project = "kvmmu"
@@ -29,11 +32,29 @@ autodoc_typehints = "none"              # docstrings say it, with units and shap
 autodoc_preserve_defaults = True
 
 
+COLON = "\N{MODIFIER LETTER COLON}"
+
+
+def hide_colons(app, what, name, value, options, lines):
+    """Keep Napoleon from taking the words before a colon, in the docstring of a property, for its type."""
+    if what == "property":
+        lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def show_colons(app, what, name, value, options, lines):
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def without_self(app, what, name, value, options, signature, returns):
+    """Write signatures of compiled methods as those of others."""
+    return (re.sub(r"^\(self(, )?", "(", signature) if signature else signature), returns
+
+
 def setup(app):
     """Let tables of contents have pages that may be missing (?page), and the reference end with names that it has not."""
-    import re
-    from pathlib import Path
-
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)
+    app.connect("autodoc-process-docstring", show_colons, priority=600)
+    app.connect("autodoc-process-signature", without_self)
     top = Path(app.srcdir)
     pages = "\n".join(page.read_text() for page in (top / "reference").glob("*.md"))
 

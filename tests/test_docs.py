@@ -82,9 +82,9 @@ def test_examples_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_kvmmu_run(page):
-    """Commands of kvmmu stand in blocks that run."""
+    """Commands of kvmmu stand in blocks that run, but for what they say of the files of a guest that QEMU ran before."""
     for language, line, text in blocks_of(page):
-        if language not in RUN:
+        if language not in RUN and "(qemu)" not in text:
             assert not re.search(r"^(\$ )?kvmmu ", text, re.MULTILINE), f"{page}:{line}: want a block of console"
 
 

@@ -56,3 +56,12 @@ def test_pyright_accepts_it(project):
     if " error" not in done.stdout:
         pytest.skip(f"pyright does not start: {done.stderr}")
     assert done.returncode == 0, done.stdout
+
+
+def test_import_loads_only_what_is_needed():
+    """What takes long to load, and most programs do not need, is loaded when it is."""
+    heavy = {"zipfile", "tempfile", "random", "importlib.resources", "json", "rich", "concurrent.futures", "pyarrow",
+             "matplotlib", "html", "kvmmu.cli", "kvmmu.images", "kvmmu.oracles", "tomllib"}
+    program = "import sys, numpy; before = set(sys.modules); import kvmmu; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert heavy & set(done.stdout.split()) == set()

@@ -247,16 +247,22 @@ def check_combination(regs: Regs) -> None:
         raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
 
 
+def pdpte_gpas(cr3: int) -> tuple[int, ...]:
+    """Return where the four PDPTEs at a CR3 lie in guest-physical memory: one behind the other, in one page."""
+    base = cr3 & CR3_PAE_PDPT
+    return (base, base + 8, base + 16, base + 24)
+
+
 def load_pdptrs(cpu: CpuModel, cr3: int, mem: TableSpace) -> tuple[int, ...]:
     """Return the four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is
     there.
 
     Source: SDM vol. 3, "PDPTE Registers".
     """
-    base = cr3 & CR3_PAE_PDPT
-    if not mem.is_backed(base, 32):
+    gpas = pdpte_gpas(cr3)
+    if not mem.is_backed(gpas[0], 32):
         raise _gp("pdpt-in-hole", f"CR3 {cr3:#x}: the PDPTEs lie in a hole of guest memory")
-    pdptrs = tuple(mem.read_u64(base + 8 * i) for i in range(4))
+    pdptrs = tuple(mem.read_u64(gpa) for gpa in gpas)
     check_pdptrs(cpu, pdptrs)
     return pdptrs
 

@@ -1,6 +1,6 @@
 """The kvmmu command: one file per subcommand."""
-# Below: arch, memory, walk, vm, tables, tlb, traces, images, replay, report, oracles, kvmmu
-# Order: parsing, output, sources, synthetic, image_target, image_info, replay, convert, info, pt, read, walk, spt,
+# Below: arch, memory, walk, vm, tables, tlb, traces, images, replay, report, comparison, oracles, kvmmu
+# Order: parsing, output, sources, synthetic, image_target, image_info, replay, compare, convert, info, pt, read, walk, spt,
 #     scenario, diff, command
 
 from kvmmu.cli.command import main

@@ -8,9 +8,10 @@ import kvmmu
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import open_with_tables
 from kvmmu.images import Image, is_image, open_image
-from kvmmu.replay.replay import recording_vcpu, use_context
+from kvmmu.replay.recorded_machine import trace_start
+from kvmmu.replay.register_events import use_context
 from kvmmu.replay.terminal import warn
-from kvmmu.replay.trace_replay import trace_start
+from kvmmu.replay.trace_replay import recording_vcpu
 from kvmmu.traces import ParquetTrace, Recording, TraceError
 from kvmmu.traces.opening import find_format
 from kvmmu.traces.source import is_recording

@@ -10,10 +10,12 @@ from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.cli.synthetic import synthetic_tables
 from kvmmu.images import open_image
+from kvmmu.replay.machine_replay import MachineReport
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
 from kvmmu.replay.terminal import say, warn
+from kvmmu.report.machine import machine_tables
 from kvmmu.report.tables import replay_tables, show_tables
 from kvmmu.report.tlb import tlb_tables
 from kvmmu.tables.pager import Pager
@@ -52,6 +54,9 @@ def add(commands: Commands) -> None:
                                                        "stores and register loads that the trace tells are carried out")
     image.add_argument("--image-format", metavar="F", help="format of the image (default: told by its content)")
     add_registers(run, image)
+    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables on a whole machine with "
+                     "this host, and tell exits and what the host builds")
+    run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -65,7 +70,7 @@ def _replay(args: argparse.Namespace) -> int:
     titled = source if isinstance(source, Recording) else source.header
     try:
         with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-            report = replay(source, progress=progress or False, tlb=args.tlb, **order)
+            report = replay(source, progress=progress or False, tlb=args.tlb, **order, **_machine(args))
     except (ReplayInterrupted, TraceError) as stop:
         if stop.report is not None and stop.report.accesses:
             _show(stop.report, args.json)
@@ -75,6 +80,15 @@ def _replay(args: argparse.Namespace) -> int:
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
     _show(report, args.json)
     return MISMATCH if report.mismatches else OK
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine that the arguments ask for, as `replay()` takes it."""
+    if args.machine is None:
+        if args.backing is not None:
+            raise ValueError("--backing: is of a machine; want --machine, too")
+        return {}
+    return {"mode": "machine", "host": args.machine, "backing": args.backing}
 
 
 def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
@@ -107,6 +121,8 @@ def _show(report: Report, as_json: bool) -> None:
         say(json.dumps(report.to_dict()))
         return
     tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
+    if isinstance(report, MachineReport):
+        tables = tables[:2] + machine_tables(report)
     show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))
     for example in report.examples:
         say(f"MISMATCH {example}")

@@ -137,13 +137,23 @@ cdef int c_set_registers(kvmmu_vcpu handle, const kvmmu_registers *registers) no
 
 # ---- vCPUs -------------------------------------------------------------------------------------------------------------
 
+# Features of a CpuModel, and the flags without them
+_LACKS = {"gbpages": KVMMU_CPU_NO_GBPAGES, "pse36": KVMMU_CPU_NO_PSE36, "la57": KVMMU_CPU_NO_LA57, "nx": KVMMU_CPU_NO_NX,
+          "smep": KVMMU_CPU_NO_SMEP, "smap": KVMMU_CPU_NO_SMAP, "pku": KVMMU_CPU_NO_PKU, "pcid": KVMMU_CPU_NO_PCID}
+
+
+cdef uint32_t flags_of_model(cpu) except? 0:
+    flags = (KVMMU_CPU_AMD if cpu.vendor == "amd" else 0) | (KVMMU_CPU_KVM if cpu.conformance == "kvm" else 0)
+    for name, bit in _LACKS.items():
+        flags |= 0 if getattr(cpu, name) else bit
+    return flags
+
+
 cdef object model_of(const kvmmu_cpu *cpu):
     cdef uint32_t flags = 0 if cpu is NULL else cpu.flags
     cdef uint32_t width = 0 if cpu is NULL else cpu.maxphyaddr
-    lacks = {"gbpages": KVMMU_CPU_NO_GBPAGES, "pse36": KVMMU_CPU_NO_PSE36, "la57": KVMMU_CPU_NO_LA57, "nx": KVMMU_CPU_NO_NX,
-             "smep": KVMMU_CPU_NO_SMEP, "smap": KVMMU_CPU_NO_SMAP, "pku": KVMMU_CPU_NO_PKU, "pcid": KVMMU_CPU_NO_PCID}
     return CpuModel(vendor="amd" if flags & KVMMU_CPU_AMD else "intel", conformance="kvm" if flags & KVMMU_CPU_KVM else "sdm",
-                    maxphyaddr=width or DEFAULT_MAXPHYADDR, **{name: not flags & bit for name, bit in lacks.items()})
+                    maxphyaddr=width or DEFAULT_MAXPHYADDR, **{name: not flags & bit for name, bit in _LACKS.items()})
 
 
 cdef int prepare(c_vcpu *v, const kvmmu_cpu *cpu, c_memory *memory) except -1:

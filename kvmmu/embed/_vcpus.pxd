@@ -3,9 +3,9 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu.embed._structs cimport (
-    c_memory, c_vcpu, kvmmu_mapping, kvmmu_record, kvmmu_registers, kvmmu_result, kvmmu_vcpu,
-)
+from kvmmu._walk cimport walk_result
+from kvmmu.arch._bits cimport ACCESS_VALID_MASK
+from kvmmu.embed._structs cimport KVMMU_ACCESS_NO_AD, c_memory, c_vcpu, kvmmu_registers, kvmmu_result, kvmmu_vcpu
 
 # The lock of all memories, and of the tables of handles
 cdef void lock_handles() noexcept nogil
@@ -27,12 +27,23 @@ cdef void use_memory(c_vcpu *v) noexcept nogil
 # n words at gpa, which is aligned: 1 if all are memory, 0 if not, or KVMMU_E_*
 cdef int read_words(c_vcpu *v, uint64_t gpa, uint64_t *words, int n) noexcept nogil
 
+# Begin and end what may run callbacks: KVMMU_E_BUSY
+cdef int enter(c_vcpu *v) noexcept nogil
+cdef void leave(c_vcpu *v) noexcept nogil
+# Read what a walk missed: 1 if the walk is to be repeated, 0 if it is complete, or KVMMU_E_*. IN attempt: number of that walk
+cdef int fetch_again(c_vcpu *v, int attempt) noexcept nogil
+# Walk for an access that has passed `is_access()`: KVMMU_E_*. OUT r: every field
+cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil
+
+
+cdef inline bint is_access(uint32_t access) noexcept nogil:
+    return not access & ~<uint32_t>(ACCESS_VALID_MASK | KVMMU_ACCESS_NO_AD)
+
+
 cdef int c_vcpu_release(kvmmu_vcpu handle) noexcept nogil
 cdef int c_vcpu_free(kvmmu_vcpu handle) noexcept nogil
 cdef int c_get_registers(kvmmu_vcpu handle, kvmmu_registers *out) noexcept nogil
 cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil
 cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, const uint8_t *accesses, uint32_t access,
                           kvmmu_result *out, size_t *done) noexcept nogil
-cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil
-cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record *out) noexcept nogil
 cdef int c_invalidate(kvmmu_vcpu handle, uint64_t gpa, uint64_t size) noexcept nogil

@@ -1,32 +1,25 @@
 """vCPUs by their handles; see `_vcpus.pxd` for the contract and `_structs.pxd` for who may touch what."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc
 from libc.string cimport memset
 
-from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
-from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_VALID_MASK, INVALID_GPA, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, PG_LEVEL_512G, PT32_INDEX_MASK, PT64_INDEX_MASK,
-    PT_GLOBAL_MASK, PT_MAX_LEVELS, STATUS_OK,
-)
+from kvmmu._walk cimport walk_result, walk_step
+from kvmmu.arch._bits cimport ACCESS_VALID_MASK, INVALID_GPA, PG_LEVEL_512G, PT_MAX_LEVELS
 from kvmmu.arch._format cimport explicit_access
-from kvmmu.arch._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_leaf_gpa, kvmmu_level_shift,
-)
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
 from kvmmu.embed._page_cache cimport cache_clear, cache_fetch, cache_forget, cache_free, cache_make_room
 from kvmmu.embed._structs cimport (
-    COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_BUSY,
-    KVMMU_E_CALLBACK, KVMMU_E_HANDLE, KVMMU_E_NULL, KVMMU_E_THREAD, KVMMU_E_VERSION, KVMMU_OK, KVMMU_TABLE_LOAD,
-    KVMMU_TABLE_STORE, MAX_HANDLES, c_memory, c_vcpu, kvmmu_let_go, kvmmu_mapping, kvmmu_owner, kvmmu_record, kvmmu_registers,
-    kvmmu_result, kvmmu_step, kvmmu_take, kvmmu_this_thread, kvmmu_vcpu,
+    COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_E_ARGUMENT, KVMMU_E_BUSY, KVMMU_E_CALLBACK,
+    KVMMU_E_HANDLE, KVMMU_E_NULL, KVMMU_E_THREAD, KVMMU_E_VERSION, KVMMU_OK, KVMMU_TABLE_LOAD, KVMMU_TABLE_STORE, MAX_HANDLES,
+    c_memory, c_vcpu, kvmmu_let_go, kvmmu_owner, kvmmu_registers, kvmmu_result, kvmmu_take, kvmmu_this_thread, kvmmu_vcpu,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_lock, kvmmu_read64, kvmmu_unlock
 from kvmmu.walk._fast cimport kvmmu_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
 
 cdef enum:
     MOST_ATTEMPTS = 64                  # of one walk behind callbacks, each of which reads a page at least
-    ACCESS_BYTE = 0xff
 
 cdef uint32_t handles_lock
 cdef uint64_t handles_made
@@ -220,8 +213,7 @@ cdef int c_invalidate(kvmmu_vcpu handle, uint64_t gpa, uint64_t size) noexcept n
 
 # ---- walks -------------------------------------------------------------------------------------------------------------
 
-cdef inline int enter(c_vcpu *v) noexcept nogil:
-    """Begin what may run callbacks."""
+cdef int enter(c_vcpu *v) noexcept nogil:
     if v.cache is NULL:
         return KVMMU_OK
     if v.busy:
@@ -231,14 +223,13 @@ cdef inline int enter(c_vcpu *v) noexcept nogil:
     return KVMMU_OK
 
 
-cdef inline int fetch_again(c_vcpu *v, int attempt) noexcept nogil:
-    """Read what a walk missed: 1 if the walk is to be repeated, 0 if it is complete, or KVMMU_E_*."""
+cdef int fetch_again(c_vcpu *v, int attempt) noexcept nogil:
     if v.cache is NULL:
         return KVMMU_OK
     return KVMMU_E_CALLBACK if attempt == MOST_ATTEMPTS else cache_fetch(v.cache)
 
 
-cdef inline void leave(c_vcpu *v) noexcept nogil:
+cdef void leave(c_vcpu *v) noexcept nogil:
     if v.cache is not NULL:
         v.busy = False
 
@@ -283,17 +274,12 @@ cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint se
 
 
 cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil:
-    """Walk for an access that has passed `is_access()`. OUT r: every field."""
     cdef uint32_t explicit = explicit_access((access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
     cdef bint set_ad = not access & KVMMU_ACCESS_NO_AD
     if v.cache is not NULL:
         return walk_behind_callbacks(v, gva, explicit, set_ad, r)
     v.w.gva_to_gpa(&v.w, gva, explicit, set_ad, r)
     return KVMMU_OK
-
-
-cdef inline bint is_access(uint32_t access) noexcept nogil:
-    return not access & ~<uint32_t>(ACCESS_VALID_MASK | KVMMU_ACCESS_NO_AD)
 
 
 cdef int translate_slowly(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
@@ -334,7 +320,7 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
     left to `translate_checked()`, whose calls would cost this function the saving of registers."""
     cdef const c_vcpu *v = <const c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
     cdef kvmmu_translation t
-    if (v.id == handle and kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.fast.four_levels and out is not NULL and
+    if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
             is_access(access)):
         t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.pkru, gva,
                             (access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
@@ -370,102 +356,6 @@ cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, cons
             return code
         if done is not NULL:
             done[0] = i + 1
-    return KVMMU_OK
-
-
-# ---- what a walk tells -------------------------------------------------------------------------------------------------
-
-cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out) noexcept nogil:
-    cdef const kvm_pagewalk *w = &v.w
-    memset(out, 0, sizeof(kvmmu_mapping))
-    out.gpa, out.pte, out.pte_gpa, out.error_code = r.gpa, r.pte, r.pte_gpa, r.error_code
-    out.status, out.level, out.rights = r.status, r.level, r.pte_access
-    if r.status != STATUS_OK:
-        return
-    out.size = PAGE_SIZE
-    if not r.level:                                 # paging is off
-        return
-    out.size = <uint64_t>1 << kvmmu_level_shift(w.format, r.level)
-    out.pkey = <uint8_t>kvmmu_gpte_pkey(w.format, r.pte)
-    out.accessed = r.pte & w.accessed_mask != 0
-    out.dirty = r.pte & (w.accessed_mask << 1) != 0
-    out.global_ = r.pte & PT_GLOBAL_MASK != 0
-
-
-cdef void ignore_rights(const kvm_pagewalk *w, uint64_t gva, walk_result *r) noexcept nogil:
-    """Turn a walk that its rights have ended into one that succeeded."""
-    if not r.level or not r.pte & w.present_mask or (r.level != PG_LEVEL_4K and not r.pte & w.page_size_mask):
-        return
-    if kvmmu_gpte_malformed(w.format, w.fmt.rsvd_bits_mask[0][r.level - 1], w.fmt.rsvd_bits_mask[1][r.level - 1],
-                            w.fmt.bad_mt_xwr, r.pte):
-        return
-    r.status, r.error_code = STATUS_OK, 0
-    r.gpa = kvmmu_leaf_gpa(w.format, r.pte, r.level, gva & w.gva_mask, w.pse36_mask)
-
-
-cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil:
-    cdef int code
-    cdef bint probe = access == KVMMU_ACCESS_PROBE
-    cdef walk_result r
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
-    if v is NULL:
-        return code
-    if out is NULL:
-        return KVMMU_E_NULL
-    if not probe and not is_access(access):
-        return KVMMU_E_ARGUMENT
-    code = walk_row(v, gva, KVMMU_ACCESS_NO_AD if probe else access, &r)
-    if code != KVMMU_OK:
-        return code
-    if probe and r.status != STATUS_OK:
-        ignore_rights(&v.w, gva, &r)
-    put_mapping(v, &r, out)
-    return KVMMU_OK
-
-
-cdef void put_steps(const c_vcpu *v, uint64_t gva, const walk_step *steps, int n, kvmmu_record *out) noexcept nogil:
-    cdef kvmmu_step *to
-    cdef bint is_pdpte
-    cdef int i
-    out.count = <uint32_t>n
-    for i in range(n):
-        to = &out.steps[i]
-        is_pdpte = v.w.level == PG_LEVEL_1G and steps[i].level == PG_LEVEL_1G       # it gives and takes no rights
-        to.entry, to.entry_gpa, to.level = steps[i].pte, steps[i].pte_gpa, <uint8_t>steps[i].level
-        to.rights = <uint8_t>(ACC_ALL if is_pdpte and steps[i].access else steps[i].access)
-        to.index = <uint16_t>((gva & v.w.gva_mask) >> kvmmu_level_shift(v.w.format, steps[i].level) & (
-            PT32_INDEX_MASK if v.w.format == KVMMU_FORMAT_32 else PT64_INDEX_MASK))
-
-
-cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record *out) noexcept nogil:
-    cdef int code, n, attempt = 0
-    cdef walk_result r
-    cdef walk_step steps[PT_MAX_LEVELS]
-    cdef uint32_t explicit
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
-    if v is NULL:
-        return code
-    if out is NULL:
-        return KVMMU_E_NULL
-    if not is_access(access):
-        return KVMMU_E_ARGUMENT
-    explicit = explicit_access((access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
-    code = enter(v)
-    if code != KVMMU_OK:
-        return code
-    while True:
-        v.w.gva_to_gpa(&v.w, gva, explicit, False, &r)
-        n = v.w.walk_steps(&v.w, gva, explicit, steps)
-        code = fetch_again(v, attempt)
-        if code != 1:
-            break
-        attempt += 1
-    leave(v)
-    if code != KVMMU_OK:
-        return code
-    memset(out, 0, sizeof(kvmmu_record))
-    put_mapping(v, &r, &out.end)
-    put_steps(v, gva, steps, n, out)
     return KVMMU_OK
 
 

@@ -3,3 +3,5 @@ from typing import Any
 VERSION: int
 address: int
 table: Any
+
+def error_text(code: int) -> str: ...

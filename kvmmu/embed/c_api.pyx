@@ -3,16 +3,17 @@
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 
+from kvmmu.embed._lookups cimport c_lookup, c_record
 from kvmmu.embed._memories cimport (
     c_memory_add, c_memory_create, c_memory_create_callbacks, c_memory_free, c_memory_remove,
 )
 from kvmmu.embed._registers cimport c_set_registers, c_vcpu_create
 from kvmmu.embed._structs cimport KVMMU_API_VERSION, KVMMU_CAPSULE_NAME, kvmmu_api
 from kvmmu.embed._vcpus cimport (
-    c_get_registers, c_invalidate, c_lookup, c_record, c_translate, c_translate_many, c_vcpu_free, c_vcpu_release,
+    c_get_registers, c_invalidate, c_translate, c_translate_many, c_vcpu_free, c_vcpu_release,
 )
 
-__all__ = ["VERSION", "address", "table"]
+__all__ = ["VERSION", "address", "error_text", "table"]
 
 cdef const char *NO_CODE = "no code of kvmmu"
 cdef const char *TEXTS[12]
@@ -51,6 +52,13 @@ cdef void fill(kvmmu_api *api) noexcept:
 
 
 fill(&API)
+
+
+def error_text(int code):
+    """Return the meaning of a code that a function returned."""
+    return c_error_text(code).decode()
+
+
 # The table lies there for as long as the process runs.
 table = PyCapsule_New(&API, KVMMU_CAPSULE_NAME, NULL)
 address = <uintptr_t>&API

@@ -1,15 +1,18 @@
 """What a replay found: the Report, its mismatches, and how a replay ends early."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmmu.arch._bits import PAGE_SIZE, Status
+from kvmmu.arch.faults import error_code_text
+from kvmmu.replay._replay import RowLoop
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.walk.html import table_html
 
-__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport"]
+__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport", "take_counts"]
 
 EXPLAINED = 20
-_TABLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,17 @@ class Report:
         return "".join(tables)
 
 
+def take_counts(report: Report, loop: RowLoop, sizes: Sequence[str]) -> None:
+    """Note in a report what a loop of rows has counted. IN sizes: the names of pages by the level of their leaf."""
+    report.kinds = dict(zip(("load", "store", "fetch"), loop.kinds, strict=True))
+    report.accesses, report.mmio, report.table_writes = loop.accesses, loop.mmio, loop.writes
+    report.verified, report.unchecked, report.mismatches = loop.verified, loop.unchecked, loop.mismatches
+    report.page_sizes = {size: count for size, count in zip(sizes, loop.page_sizes, strict=True) if count}
+    report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
+        Status(status).name: count for status, count in enumerate(loop.statuses)
+        if count and status not in (Status.OK, Status.PAGE_FAULT)}
+
+
 @dataclass(repr=False)
 class SyntheticReport(Report):
     """The result of a replay of a trace without page tables, on tables that were made for it.
@@ -203,7 +217,7 @@ class SyntheticReport(Report):
         return {name: getattr(self, name) for name in names} | {
             "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
             "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,
-                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}
+                          "table_pages": self.table_pages, "table_bytes": self.table_pages * PAGE_SIZE}
         } | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
 

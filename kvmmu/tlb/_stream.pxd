@@ -73,5 +73,5 @@ cdef void stream_hold(tlb_stream *s) noexcept nogil
 # Rows of next pages. IN row: by which row of the block each is made, ascending
 cdef void stream_insert(tlb_stream *s, const uint32_t *row, const uint64_t *gva, const uint8_t *access, const uint64_t *gpa,
                         const uint8_t *level, const uint8_t *status, size_t n) noexcept nogil
-# IN walks: one per vCPU; vcpu: of each row that stream_begin() was told, or NULL
-cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *vcpu) noexcept nogil
+# IN walks: one per register set; sets: the set of each vCPU; vcpu: of each row that stream_begin() was told, or NULL
+cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *sets, const uint32_t *vcpu) noexcept nogil

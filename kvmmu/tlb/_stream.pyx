@@ -130,7 +130,7 @@ cdef void run_of_one(tlb_stream *s, size_t vcpu, const kvm_pagewalk *w, tlb_rows
             host_walks(s, h, h.nested[vcpu], w, rows, gpa)
 
 
-cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *vcpu) noexcept nogil:
+cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *sets, const uint32_t *vcpu) noexcept nogil:
     cdef tlb_rows rows
     cdef size_t v, i, n
     memset(&rows, 0, sizeof(rows))
@@ -138,7 +138,7 @@ cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *v
     if vcpu is NULL:
         rows.rows, rows.gva, rows.access, rows.leaf, rows.is_global = s.rows, s.gva, s.access, s.leaf, s.is_global
         rows.ip = s.block_ip
-        run_of_one(s, 0, walks, &rows, s.gpa)
+        run_of_one(s, 0, &walks[sets[0]], &rows, s.gpa)
         return
     for v in range(s.vcpus):
         n = 0
@@ -153,7 +153,7 @@ cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *v
         rows.rows, rows.gva, rows.access, rows.leaf, rows.is_global = n, s.part_gva, s.part_access, s.part_leaf, s.part_global
         if s.block_ip is not NULL:
             rows.ip = s.part_ip
-        run_of_one(s, v, &walks[v], &rows, s.part_gpa)
+        run_of_one(s, v, &walks[sets[v]], &rows, s.part_gpa)
 
 
 # ---- from Python -------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "Kind", "MISS_CLASSES", "MODES", "PAGES",
-           "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve", "sum_of"]
+from kvmmu.arch.arguments import check_int
+
+__all__ = ["KINDS", "MISS_CLASSES", "MODES", "PAGES", "Kind", "PageSize", "TlbDetails", "TlbStats", "details_of", "miss_curve",
+           "sum_of"]
 
 Kind = Literal["load", "store", "fetch"]
 PageSize = Literal["4k", "2m", "1g"]
@@ -16,6 +18,7 @@ PAGES: tuple[PageSize, ...] = ("4k", "2m", "1g")                      # "2m": pa
 MISS_CLASSES = ("compulsory", "capacity", "conflict", "removed")
 MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
 _LINEAR_BITS = {"4l": 48, "5l": 57}             # of the signed ones
+_MOST_ROWS = 1 << 48
 _PAGE_BITS = 45                                 # of a key; the size is above
 
 
@@ -53,10 +56,12 @@ class TlbDetails:
 
     def top_pages(self, count: int = 10) -> list[dict[str, Any]]:
         """Return the pages with the most walks: their address, page size and walks."""
+        count = check_int("count", count, 0, _MOST_ROWS)
         return [{"gva": gva, "page": PAGES[size], "walks": walks} for gva, size, walks in self.pages[:count].tolist()]
 
     def top_ips(self, count: int = 10) -> list[dict[str, int]] | None:
         """Return the instructions with the most walks; None if the accesses have no addresses of instructions."""
+        count = check_int("count", count, 0, _MOST_ROWS)
         return None if self.ips is None else [{"ip": ip, "walks": walks} for ip, walks in self.ips[:count].tolist()]
 
     def curve(self) -> NDArray[np.uint64]:

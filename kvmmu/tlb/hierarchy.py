@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +12,9 @@ from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
 from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 __all__ = ["PAGE_LEVELS", "TlbHierarchy", "TlbLevel", "tlb_of"]
 
@@ -145,7 +147,8 @@ class TlbHierarchy:
         if nested is not None and not isinstance(nested, TlbHierarchy):
             raise TypeError(f"nested: want a TlbHierarchy or None, got {type(nested).__name__}")
         self._nested = nested
-        self._details = 2 if check_bool("curve", curve) else int(check_bool("details", details))
+        details, curve = check_bool("details", details), check_bool("curve", curve)
+        self._details = 2 if curve else int(details)
         self._core = TlbLevels(
             [(level.sets, level.ways, POLICIES.index(level.policy), INCLUSIONS.index(level.inclusion), _bits(level.kinds, KINDS),
               _bits(level.pages, PAGES)) for level in levels],
@@ -170,11 +173,11 @@ class TlbHierarchy:
         """The hierarchy of guest-physical addresses, or None."""
         return self._nested
 
-    def nested_or_none(self) -> "TlbHierarchy":
+    def _nested_or_none(self) -> "TlbHierarchy":
         """Return the hierarchy of guest-physical addresses, or one that holds nothing."""
         return TlbHierarchy([]) if self._nested is None else self._nested
 
-    def another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
+    def _another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
         """Return an empty hierarchy of the same shape, with the same details unless they are given."""
         return TlbHierarchy(self._levels, psc=self._psc, seed=self._seed, nested=self._nested,
                             details=self._details > 0 if details is None else details,
@@ -192,12 +195,12 @@ class TlbHierarchy:
     def preset(cls, name: str) -> Self:
         """Make the hierarchy of a processor: one of `presets()`. Their files name the source of each figure."""
         check_name("name", name, cls.presets())
-        return cls._from_text((files("kvmmu") / "data" / "tlb" / f"{name}.toml").read_bytes(), f"preset {name}")
+        return cls._from_text((_presets() / f"{name}.toml").read_bytes(), f"preset {name}")
 
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Names of the processors whose hierarchies are known."""
-        return tuple(sorted(entry.name.removesuffix(".toml") for entry in (files("kvmmu") / "data" / "tlb").iterdir()
+        return tuple(sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir()
                             if entry.name.endswith(".toml")))
 
     @classmethod
@@ -375,6 +378,13 @@ class TlbHierarchy:
         raise TypeError("a TlbHierarchy cannot be copied or pickled; make another of the same levels")
 
 
+def _presets() -> "Traversable":
+    """Return the folder of the presets."""
+    from importlib.resources import files  # brings tempfile and random
+
+    return files("kvmmu") / "data" / "tlb"
+
+
 def _byte_column(name: str, values: ArrayLike, rows: int) -> NDArray[np.uint8]:
     column = np.ascontiguousarray(check_integers(name, values, 0, 255, np.uint8, copy=False)).reshape(-1)
     if column.size not in (1, rows):
@@ -424,9 +434,9 @@ def tlb_of(name: str, tlb: Any) -> TlbHierarchy:
     if isinstance(tlb, TlbHierarchy):
         return tlb
     if isinstance(tlb, str) and tlb in TlbHierarchy.presets():
-        return TlbHierarchy.preset(tlb).another(details=True)
+        return TlbHierarchy.preset(tlb)._another(details=True)
     if isinstance(tlb, PathLike) or isinstance(tlb, str) and tlb.endswith(".toml"):
-        return TlbHierarchy.from_toml(tlb).another(details=True)
+        return TlbHierarchy.from_toml(tlb)._another(details=True)
     presets = ", ".join(TlbHierarchy.presets())
     if isinstance(tlb, str):
         raise ValueError(f"{name}: want a path that ends in .toml, or one of {presets}; got {tlb!r}")

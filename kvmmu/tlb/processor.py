@@ -43,9 +43,9 @@ class ProcessorTlbs:
 
     def __init__(self, designs: Sequence[TlbOfHost], vcpus: int = 1) -> None:
         self._designs = list(designs)
-        self._tlbs = [[design.hierarchy.another() for _ in range(vcpus)] for design in self._designs]
+        self._tlbs = [[design.hierarchy._another() for _ in range(vcpus)] for design in self._designs]
         self._hosts = [None if design.host_page is None else
-                       [design.hierarchy.nested_or_none().another() for _ in range(vcpus)] for design in self._designs]
+                       [design.hierarchy._nested_or_none()._another() for _ in range(vcpus)] for design in self._designs]
         self._of_vcpu = [[tlbs[vcpu] for tlbs in self._tlbs] for vcpu in range(vcpus)]
         self._spaces: dict[Stage, int] = {}
         self.stream = TlbStream([

@@ -9,7 +9,7 @@ from kvmmu.arch._bits cimport (
     OP_MOV_CR4, OP_STORE, OP_WRMSR_EFER, PAGE_SHIFT,
 )
 from kvmmu.traces._binary cimport check_span
-from kvmmu.traces._sink cimport Sink, access_of, is_full, put, put_event, row_sink
+from kvmmu.traces._sink cimport Sink, access_of, is_full, kind_of, put, put_event, row_sink
 
 cdef enum:
     UNIT = 16
@@ -204,7 +204,7 @@ cdef inline uint8_t access_at(qemu_state *s, uint8_t op, uint64_t addr, uint64_t
     cdef uint8_t privilege = s.privileges[s.vcpu], access
     if not privilege:
         return access_of(op, addr, who)
-    access = access_of(op, addr, 0) & ~<uint8_t>ACCESS_USER_MASK
+    access = kind_of(op)
     if privilege & CPL_MASK != CPL_MASK:
         return access | ACCESS_AC_MASK if privilege & HAS_AC else access
     # a user's instruction that loads a descriptor, for example, reaches the upper half as a supervisor

@@ -210,16 +210,21 @@ cdef class RecordedRows:
     cdef size_t put_accesses(self, const row_columns *out, size_t n, size_t stop) noexcept nogil:
         """Rows of the accesses up to stop, or up to one of another context. Returns how many."""
         cdef size_t first = n, count, done, k
+        cdef const uint8_t *kind
+        cdef const uint8_t *priv
+        cdef uint8_t *op
+        cdef uint8_t *access
         while self.pos < stop:
             count = min(stop - self.pos, <size_t>PIECE)
             if self.short_pidx:
                 done = decode(self, <const uint16_t *>self.pidx, out, n, count)
             else:
                 done = decode(self, <const uint32_t *>self.pidx, out, n, count)
+            kind, priv, op, access = &self.kind[self.pos], &self.priv[self.pos], &out.op[n], &out.access[n]
             for k in range(done):
-                out.op[n + k] |= self.kind[self.pos + k] & <uint8_t>OP_KIND_MASK
+                op[k] |= kind[k] & <uint8_t>OP_KIND_MASK
             for k in range(done):
-                out.access[n + k] = access_of(self.kind[self.pos + k], self.priv[self.pos + k])
+                access[k] = access_of(kind[k], priv[k])
             if self.size is not NULL:
                 memcpy(&out.size[n], &self.size[self.pos], done)
             self.pos += done
@@ -363,18 +368,22 @@ cdef inline uint8_t access_of(uint8_t kind, uint8_t priv) noexcept nogil:
 cdef size_t decode(RecordedRows rows, const page_index *pidx, const row_columns *out, size_t n, size_t count) noexcept nogil:
     """What pages say of so many accesses: address, recorded address, MMIO. Returns how many are of the context in force."""
     cdef const uint16_t *off = &rows.off[rows.pos]
+    cdef const page_row *pages = rows.pages
     cdef const page_row *page
+    cdef uint64_t *addr = &out.addr[n]
+    cdef uint64_t *gpa = &out.gpa[n]
+    cdef uint8_t *op = &out.op[n]
     cdef uint32_t last = rows.last_page, context = rows.context, other = 0
     cdef size_t k
     pidx += rows.pos
     for k in range(count):
         if page_index is uint16_t:
-            page = &rows.pages[pidx[k]]
+            page = &pages[pidx[k]]
         else:
-            page = &rows.pages[min(pidx[k], last)]
-        out.addr[n + k] = page.gva + off[k]
-        out.gpa[n + k] = page.gpa + off[k]
-        out.op[n + k] = page.mmio
+            page = &pages[min(pidx[k], last)]
+        addr[k] = page.gva + off[k]
+        gpa[k] = page.gpa + off[k]
+        op[k] = page.mmio
         other |= page.ctx ^ context
     if other:
         for k in range(count):

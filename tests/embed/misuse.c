@@ -420,6 +420,7 @@ static int threads(kvmmu_memory memory, kvmmu_vcpu vcpu)
     CHECK(page != NULL);
     write_tables();
     EXPECT(KVMMU_OK, kvmmu_set_registers(vcpu, &registers));
+    EXPECT(KVMMU_OK, kvmmu_vcpu_release(vcpu)); /* before anybody starts, who might be done with it by then */
     memset(workers, 0, sizeof workers);
     for (i = 0; i < THREADS; i++) {
         workers[i].memory = memory;
@@ -427,7 +428,6 @@ static int threads(kvmmu_memory memory, kvmmu_vcpu vcpu)
         workers[i].churned = &churned;
         CHECK(pthread_create(&ids[i], NULL, run_worker, &workers[i]) == 0);
     }
-    EXPECT(KVMMU_OK, kvmmu_vcpu_release(vcpu));
     for (i = 0; i < 300; i++) { /* vCPUs come and go, and so do slots */
         kvmmu_vcpu mine;
         int code;

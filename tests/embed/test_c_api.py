@@ -155,6 +155,11 @@ def test_c_program(name, standard, tmp_path):
         "two threads: 200000 translations"]
 
 
+def test_the_gil_exceptions_and_the_end_of_the_interpreter(tmp_path):
+    """Calls work with the GIL and without it, leave the caller's exception alone, and have a code after Py_Finalize()."""
+    assert "done\n" == run_c((ROOT / "tests" / "embed" / "lifetimes.c").read_text(), "cc", "c99", tmp_path)
+
+
 def test_program_of_the_documentation(tmp_path):
     """The C program of docs/embedding.md, as C and as C++."""
     text = (ROOT / "docs" / "embedding.md").read_text()

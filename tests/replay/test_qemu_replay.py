@@ -2,11 +2,13 @@
 """Traces of the plugin for QEMU on a guest's own page tables: written record by record, and of a Linux that QEMU ran."""
 
 import json
+import lzma
 
 import format_files as files
 import image_files
 import numpy as np
 import pytest
+from paths import DATA
 
 import kvmmu
 from kvmmu import GuestMemory, PageTables, Vcpu
@@ -19,6 +21,7 @@ SIZE = 1 << 20
 CR0_KIND, CR4_KIND, EFER_KIND = 5, 6, 7
 CR4_PAE, CR4_SMAP = 1 << 5, 1 << 21
 AC = 1 << 18
+ACCESSED, DIRTY = 1 << 5, 1 << 6
 
 
 class Guest:
@@ -178,3 +181,98 @@ def test_arguments_of_the_command(arguments, message, tmp_path, capsys):
 def test_an_image_for_a_recording(tmp_path, capsys):
     assert 2 == main(["replay", "bundled", "--image", str(Guest().elf(tmp_path / "dump.elf"))])
     assert "is a recording, which brings its own memory; allowed with traces" in capsys.readouterr().err
+
+
+# ---- a Linux -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def linux(tmp_path_factory):
+    """The first moments of a trace of Linux 6.1 under QEMU 10.0.2, and the page tables of the image where it begins.
+
+    It has 5-level paging, page-table isolation, SMEP and SMAP. A shell forks a child; user and kernel alternate.
+    """
+    folder = tmp_path_factory.mktemp("linux")
+    for name in ("linux-l5.qtrace", "linux-l5.elf"):
+        (folder / name).write_bytes(lzma.decompress((DATA / "formats" / f"{name}.xz").read_bytes()))
+    return folder
+
+
+def records_of(path):
+    """The records of a trace, by plain Python and numpy: address, gpa, size, kind, device."""
+    data = path.read_bytes()
+    parts, at = [], 64
+    while at < len(data):
+        count = int.from_bytes(data[at + 8:at + 12], "little")
+        parts.append(np.frombuffer(data, "<u8", 2 * count, at + 16).reshape(count, 2))
+        at += 16 + 16 * count
+    address, info = np.concatenate(parts).T
+    return address, *((info >> np.uint64(shift)).astype(np.int64) & mask
+                      for shift, mask in ((0, 2**52 - 1), (52, 15), (56, 15), (60, 1)))
+
+
+def test_linux(linux):
+    """Each physical address of a running Linux is that of the walk of its own tables, and what is counted is in the file."""
+    address, gpa, size, kind, device = records_of(linux / "linux-l5.qtrace")
+    image = kvmmu.open_image(linux / "linux-l5.elf")
+    vcpu = image.vcpu(0)
+    report = kvmmu.replay(linux / "linux-l5.qtrace", vcpu)
+    loads, stores, fetches = (int(np.count_nonzero(kind == each)) for each in (0, 1, 2))
+    assert (0, {}, True) == (report.mismatches, report.walk_faults, report.complete)
+    assert {"load": loads, "store": stores, "fetch": fetches} == report.kinds
+    assert (loads + stores, fetches) == (report.verified, report.unchecked) > (80_000, 100_000)
+    assert np.count_nonzero(device) == report.mmio
+    assert "5l" == report.mode
+    assert {"4K", "2M"} == set(report.page_sizes)
+    roots = address[kind == files.CR3_KIND]
+    assert len(roots) > 30
+    assert len(np.unique(roots)) + 1 == report.contexts == 4        # and those of the image, whose CR4 has fewer bits
+    # the tables alone are in the image; stores to them, one by one, leave them as they are now, but for accessed and dirty bits
+    before = kvmmu.open_image(linux / "linux-l5.elf")
+    pages = {where: bytearray(before.memory.read(where, 4096)) for where in tables_of(before)}
+    stored = np.flatnonzero(kind == files.VALUE_KIND)
+    within = [row for row in stored.tolist() if int(gpa[row]) & ~0xFFF in pages]
+    assert len(within) == report.table_writes > 500
+    outside = sorted(set(stored.tolist()) - set(within))
+    aligned = gpa[outside] & (1 << size[outside]) - 1 == 0
+    lost = np.where(aligned, 1, np.minimum(1 << size[outside], 4096 - (gpa[outside] & 4095)))     # others are written by byte
+    assert lost.sum() == report.skipped["stores outside of the memory"]
+    for row in within:
+        where, count = int(gpa[row]), 1 << int(size[row])
+        pages[where & ~0xFFF][where & 0xFFF:(where & 0xFFF) + count] = int(address[row]).to_bytes(count, "little")
+    for page, data in pages.items():
+        wanted, there = np.frombuffer(data, "<u8"), np.frombuffer(vcpu.mem.read(page, 4096), "<u8")
+        assert not ((wanted ^ there) & ~np.uint64(ACCESSED | DIRTY)).any(), hex(page)
+
+
+def tables_of(image):
+    return [gpa + page for gpa, size, _ in image.memory.slots for page in range(0, size, 4096)]
+
+
+def test_linux_without_its_stores(linux):
+    """The stores matter: without them hundreds of accesses end elsewhere, or nowhere."""
+    trace = open_trace(linux / "linux-l5.qtrace", events=False)
+    report = kvmmu.replay(trace, kvmmu.open_image(linux / "linux-l5.elf").vcpu(0))
+    assert report.mismatches > 100
+
+
+def test_linux_with_another_entry(linux):
+    """An entry of the image that maps another frame is found out by the first access there."""
+    vcpu = kvmmu.open_image(linux / "linux-l5.elf").vcpu(0)
+    address, gpa, _, kind, _ = records_of(linux / "linux-l5.qtrace")
+    first = np.flatnonzero(kind < files.FETCH)[0]
+    walk = vcpu.gva_walk.translate(address[first:first + 1], fields=("gpa", "pte", "pte_gpa", "level"))
+    assert gpa[first] == walk.gpa[0]
+    page = 4096 if walk.level[0] == 1 else 2 << 20
+    vcpu.mem.write_u64(int(walk.pte_gpa[0]), int(walk.pte[0]) ^ page)
+    report = kvmmu.replay(linux / "linux-l5.qtrace", vcpu)
+    assert 0 < report.mismatches
+    assert report.examples[0].gva == address[first]
+    assert f"reached gpa {int(gpa[first]):#x}" in report.examples[0].recorded
+
+
+def test_linux_by_the_command(linux, capsys):
+    """What docs/formats.md says to type."""
+    assert 0 == main(["replay", str(linux / "linux-l5.qtrace"), "--image", str(linux / "linux-l5.elf")])
+    out = capsys.readouterr().out
+    assert "mode 5l" in out
+    assert "passed over: stores outside of the memory" in out

@@ -391,14 +391,14 @@ def test_the_command_stops_on_sigint_with_its_report(tmp_path):
         import sys, time
         from kvmmu import cli
         from kvmmu.replay import trace_replay
-        walk, chunks = trace_replay._TraceRun.chunk, []
+        walk, chunks = trace_replay.RowRun.chunk, []
         def chunk(run, rows):
             walk(run, rows)
             chunks.append(rows)
             if len(chunks) == 9:
                 print("nine", file=sys.stderr, flush=True)
                 time.sleep(60)
-        trace_replay._TraceRun.chunk = chunk
+        trace_replay.RowRun.chunk = chunk
         sys.exit(cli.main(sys.argv[1:]))
     """
     process = subprocess.Popen([sys.executable, "-P", "-c", program, "replay", str(out), "--json"], text=True,

@@ -8,7 +8,6 @@ non-zero status.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import os
 import random
@@ -22,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from misuse import run_misuse
 from paths import ROOT
 from random_guests import EDGE_GVAS, MODES, PAGE, random_accesses, random_gvas, random_memory, random_regs, random_stage
 
@@ -294,7 +294,8 @@ def campaign(walks, seed):
     counts = Counter()
     started = time.monotonic()
     number = 0
-    careless_program(kvmmu, counts)
+    run_misuse(SANITIZERS, MISUSES)
+    counts["runs of a careless C program"] = MISUSES
     while counts["walks"] < walks:
         try:
             walk_batches(kvmmu, np.random.default_rng((seed, number)), counts)
@@ -313,24 +314,6 @@ def campaign(walks, seed):
         print(f"{count:>14,} {name}")
     print(f"sanitizers ({SANITIZERS}): clean after {counts['walks']:,} array walks and {counts['scalar walks']:,} scalar walks, "
           f"seed {seed}, {time.monotonic() - started:.0f} s")
-
-
-def careless_program(kvmmu, counts):
-    """Run the C program of tests/embed that misuses kvmmu.h, instrumented as well."""
-    from kvmmu.embed import c_api
-
-    with tempfile.TemporaryDirectory() as scratch:
-        library = Path(scratch) / "misuse.so"
-        subprocess.run([*os.environ.get("CC", "cc").split(), f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g", "-O1",
-                        "-shared", "-fPIC", "-pthread", ROOT / "tests" / "embed" / "misuse.c", f"-I{ROOT}", "-o", library],
-                       check=True, env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"})
-        misuse = ctypes.CDLL(str(library)).misuse
-        misuse.argtypes = [ctypes.c_void_p]
-        for _ in range(MISUSES):
-            line = misuse(c_api.address)
-            if line:
-                raise AssertionError(f"line {line} of misuse.c")
-            counts["runs of a careless C program"] += 1
 
 
 def main():
