@@ -17,7 +17,6 @@ import time
 import numpy as np
 import pytest
 from alarms import Stop, alarms
-from builders import PageTables
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Npt, Pml, Regs, Translation, Vcpu, Walker
@@ -387,32 +386,6 @@ def test_register_sets_belong_to_a_processor_model_and_a_stage():
     vcpu.leave_nested()
     with pytest.raises(ValueError, match="under Ept.*without a second stage"):
         vcpu.gva_walk.translate(GVAS, regs=under)
-
-
-def test_registers_reloaded_during_a_batch():
-    """A batch goes on with the registers that it was given."""
-    tables = PageTables("pae")
-    tables.map(0x5000, 0x9000)
-    mem = GuestMemory.from_pages(*tables.pages())
-    vcpu = Vcpu(mem)
-    regs = Regs(**tables.regs())
-    sets = vcpu.gva_walk.prepare([regs])
-    gva = np.full(300_000, 0x5000, np.uint64)
-    results, stop = [], threading.Event()
-
-    def batches():
-        while not stop.is_set():
-            results.append(np.unique(vcpu.gva_walk.translate(gva, regs=sets).status).tolist())
-
-    thread = threading.Thread(target=batches)
-    thread.start()
-    empty = Regs(**(tables.regs() | {"pdptrs": (0, 0, 0, 0)}))
-    while len(results) < 30:
-        vcpu.gva_walk._reload(sets, 0, empty)
-        vcpu.gva_walk._reload(sets, 0, regs)
-    stop.set()
-    thread.join()
-    assert all(statuses in ([0], [1]) for statuses in results)
 
 
 # ---- walks out of use, copies ------------------------------------------------------------------------------------------------

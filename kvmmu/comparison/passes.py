@@ -16,7 +16,7 @@ from kvmmu.comparison.design import host_page_of
 from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.registers import NO_REGISTERS, Registers
 from kvmmu.comparison.spaces import MadeSpaces
-from kvmmu.replay._replay import RowLoop, new_row_loop
+from kvmmu.replay._replay import AT_EVENT, RowLoop, new_row_loop
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
@@ -194,21 +194,16 @@ class _Policy:
 
     def walk(self, chunk: Chunk) -> None:
         """Walk the rows of a chunk, and carry out its events."""
-        loop, row = self.loop, 0
+        loop = self.loop
         loop.load(chunk)
-        while True:
-            row = loop.run(row)
-            if row == len(chunk):
-                return
-            op, vcpu = Op(chunk.op[row]), 0 if chunk.vcpu is None else int(chunk.vcpu[row])
-            assert chunk.value is not None
-            value, before = int(chunk.value[row]), self._tags(vcpu)
+        while loop.run() == AT_EVENT:
+            _, number, vcpu, addr, value = loop.event
+            op, before = Op(number), self._tags(vcpu)
             if op in _REGISTER_EVENTS:
                 self.registers.event(op, vcpu, value)
                 for one in range(self.vcpus) if op == Op.RESTART else (vcpu,):
                     self._use(one)
-            self.tlbs.event(op, vcpu, int(chunk.addr[row]), value, before, self._tags(vcpu))
+            self.tlbs.event(op, vcpu, addr, value, before, self._tags(vcpu))
             if op == Op.RESTART:
                 for one in range(self.vcpus):
                     self.tlbs.follow(one, self._tags(one))
-            row += 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import Op
+from kvmmu.arch._bits import PAGE_SHIFT, PAGE_SIZE, Op
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.traces import Chunk, TraceError
 from kvmmu.traces._files import limit_of
@@ -20,7 +20,7 @@ _DECLARED_LIMIT = 1 << 40
 _REGIONS_LIMIT = 1 << 18
 _COPIED_LIMIT = 1 << 30                 # bytes that are kept twice
 _PENDING = 1 << 20                      # words that are gathered before those of one address become one
-_PAGE, _PAGE_SHIFT, _WORD_SHIFT = 4096, np.uint64(12), np.uint64(3)
+_PAGE_SHIFT, _WORD_SHIFT = np.uint64(PAGE_SHIFT), np.uint64(3)
 _PAIR_BYTES = 16                        # of an address and a value
 _MAP_NORESERVE = 0x4000                 # Linux; Python names it from 3.13 on
 _SET_UP = (Op.MEMORY, Op.MEMORY_WORD)
@@ -125,7 +125,7 @@ class SetUp:
         """The words by address, one for each."""
         addr, value = self._words.sorted(last_only=True)
         self._settled = addr.size
-        check_room(_pages_of(addr).size * _PAGE + addr.size * _PAIR_BYTES, "MEMORY_WORD rows", self._limit)
+        check_room(_pages_of(addr).size * PAGE_SIZE + addr.size * _PAIR_BYTES, "MEMORY_WORD rows", self._limit)
         return addr, value
 
     def memory(self) -> "TraceMemory":
@@ -199,7 +199,7 @@ class TraceMemory:
         self._limit = limit
         self._bounded = size <= limit                   # whatever is written
         self._area: Any = None
-        dense = 2 * pages.size * _PAGE >= size and size <= _COPIED_LIMIT
+        dense = 2 * pages.size * PAGE_SIZE >= size and size <= _COPIED_LIMIT
         try:
             if dense:
                 self._block = np.zeros(size, np.uint8)
@@ -237,4 +237,4 @@ class TraceMemory:
         pages = np.unique(chunk.addr[chunk.op == Op.GUEST_WRITE] >> _PAGE_SHIFT)
         if pages.size:
             self._pages = np.union1d(self._pages, pages)
-            check_room(self._pages.size * _PAGE, "GUEST_WRITE rows", self._limit)
+            check_room(self._pages.size * PAGE_SIZE, "GUEST_WRITE rows", self._limit)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvmmu.arch._bits import Op
+from kvmmu.arch._bits import PAGE_SIZE, Op, Pte
 from kvmmu.arch.arguments import check_int
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath
 from kvmmu.traces._recorded_rows import RecordedRows
@@ -17,9 +17,7 @@ from kvmmu.traces.stream import Trace
 
 __all__ = ["convert", "recording_chunks", "recording_header", "source_files"]
 
-_PAGE = 4096
 _REPEAT_MAX = 1 << 32
-_TCG_PDPTE_ACCESSED = 1 << 5            # QEMU's TCG sets it in PDPTEs, where a CPU has it reserved
 Progress = Callable[[int, int], object]
 
 
@@ -34,10 +32,11 @@ def recording_header(recording: Recording) -> Header:
     if not len(recording.ctx):
         raise RecordingError(f"{recording.path}: has no register contexts, and a trace has to begin with one")
     contexts = tuple(_register_set(recording, *row) for row in recording.ctx.tolist())
+    ignored = int(Pte.ACCESSED)     # QEMU's TCG sets it in PDPTEs that it walks, where a CPU has it reserved
     return Header(
         registers=(contexts[_start(recording)],), contexts=contexts, name=recording.name, phase=recording.phase,
         mode=recording.mode, cpu={"vendor": "amd", "maxphyaddr": recording.maxphyaddr}, source="QEMU TCG recording",
-        tables_at="start" if recording.phase == "dyn" else "end", pdpte_clear=_TCG_PDPTE_ACCESSED)
+        tables_at="start" if recording.phase == "dyn" else "end", pdpte_clear=ignored)
 
 
 def _start(recording: Recording) -> int:
@@ -68,12 +67,12 @@ def _memory(recording: Recording) -> Iterator[Arrays]:
     first_of_run[1:] = np.diff(pfn) != 1
     starts = np.flatnonzero(first_of_run)
     pages = np.diff(np.append(starts, pfn.size)).astype(np.uint64)
-    yield _event_rows(np.full(starts.size, Op.MEMORY), pfn[starts] * np.uint64(_PAGE), pages * np.uint64(_PAGE))
-    step = ROW_GROUP // (_PAGE // 8)
+    yield _event_rows(np.full(starts.size, Op.MEMORY), pfn[starts] * np.uint64(PAGE_SIZE), pages * np.uint64(PAGE_SIZE))
+    step = ROW_GROUP // (PAGE_SIZE // 8)
     for first in range(0, pfn.size, step):
         words = recording.table_data[order[first:first + step]].view("<u8")
         page, word = np.nonzero(words)
-        addr = pfn[first + page] * np.uint64(_PAGE) + word.astype(np.uint64) * np.uint64(8)
+        addr = pfn[first + page] * np.uint64(PAGE_SIZE) + word.astype(np.uint64) * np.uint64(8)
         yield _event_rows(np.full(page.size, Op.MEMORY_WORD), addr, words[page, word].astype(np.uint64))
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces.compressed import ByteStream, open_bytes
 from kvmmu.traces.foreign import Brings, Columns, ForeignTrace, Notes, option_error, whole_lines
 from kvmmu.traces.header import MAX_VCPUS, TraceError
-from kvmmu.traces.named import SYNONYMS, Naming, Rows, kinds_of, parse_columns, pyarrow
+from kvmmu.traces.named import SYNONYMS, Naming, Rows, kinds_of, parse_columns
 
 __all__ = ["FORMAT", "CsvFormat"]
 

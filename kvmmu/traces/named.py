@@ -11,7 +11,7 @@ from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, Access, Op
 from kvmmu.traces._sink import MODIFY, Sink, add_rows
 from kvmmu.traces.header import MAX_VCPUS, TraceError
 
-__all__ = ["KINDS", "Naming", "Rows", "kinds_of", "parse_columns", "pyarrow"]
+__all__ = ["KINDS", "Naming", "Rows", "kinds_of", "parse_columns"]
 
 FIELDS = ("addr", "op", "access", "size", "ip", "vcpu", "gpa")
 # Names that columns of others have, in the order in which they are looked for; upper or lower case.
@@ -48,18 +48,6 @@ def parse_columns(columns: Mapping[str, str | int] | str | None) -> dict[str, st
         if not isinstance(column, (str, int)):
             raise TypeError(f"columns: {name} is {column!r}; allowed is the name of a column, or its number from 0")
     return dict(columns)
-
-
-def pyarrow() -> Any:
-    """PyArrow, or an ImportError that names the extra."""
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.csv
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("Tables as CSV and Parquet need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'") from None
-    return pyarrow
 
 
 class Naming:

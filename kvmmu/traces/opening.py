@@ -9,7 +9,7 @@ from warnings import warn
 
 import numpy as np
 
-from kvmmu.arch._bits import Op
+from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes
@@ -194,9 +194,10 @@ def describe_trace(path: StrPath, format: str | None = None, **options: Any) -> 
     -------
     dict
         `path`, `format`, `compression` ("none", "gzip", "xz", "bzip2", "zstd"), `bytes` of the file, `accesses`, `kinds`
-        {"load", "store", "fetch"}, `events` (rows that are not accesses), `pages_touched` (distinct, of 4096 bytes), `vcpus`
-        that have rows, `lowest` and `highest` address, `brings` {"gpa", "ip", "size", "tables"}: what the rows tell,
-        `skipped`: what the reader passed over, by kind, and `damage`: None, or the message of the damage that ended the reading.
+        {"load", "store", "fetch"}, `events` (other rows, but for those of the memory at the start), `pages_touched` (distinct,
+        of 4096 bytes), `vcpus` that have rows, `lowest` and `highest` address, `brings` {"gpa", "ip", "size", "tables"}: what the
+        rows tell, `skipped`: what the reader passed over, by kind, and `damage`: None, or the message of the damage that ended
+        the reading.
     """
     found = find_format(path, format)
     path = Path(path)
@@ -229,7 +230,7 @@ def _columns_of(trace: Trace) -> Iterator[dict[str, Any]]:
         return
     for chunk in trace.chunks():
         columns: dict[str, Any] = {"op": chunk.op, "addr": chunk.addr, "size": chunk.size, "vcpu": chunk.vcpu}
-        if chunk.all_known or (chunk.gpa != np.uint64(0xFFFF_FFFF_FFFF_FFFF)).any():
+        if chunk.all_known or (chunk.gpa != np.uint64(INVALID_GPA)).any():
             columns["gpa"] = chunk.gpa
         if chunk.ip is not None and chunk.ip.any():
             columns["ip"] = chunk.ip
@@ -266,7 +267,7 @@ class Count:
         return {
             "accesses": int(self.kinds[:Op.MOV_CR3].sum()),
             "kinds": {name: int(self.kinds[list(ops)].sum()) for name, ops in kinds.items()},
-            "events": int(self.kinds[Op.MOV_CR3:].sum()), "pages_touched": len(self.pages), "vcpus": len(self.vcpus),
+            "events": int(self.kinds[Op.MOV_CR3:Op.MEMORY].sum()), "pages_touched": len(self.pages), "vcpus": len(self.vcpus),
             "lowest": self.lowest, "highest": self.highest,
             "brings": {name: name in self.brought for name in ("gpa", "ip", "size")}
             | {"tables": bool(self.kinds[Op.MEMORY_WORD] or self.kinds[Op.MEMORY])}}

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.arch.arguments import check_bool, check_threads
+from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
@@ -35,19 +36,9 @@ class NoTraceError(TraceError):
     """A whole Parquet file that is no trace."""
 
 
-def _arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("Parquet traces need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'") from None
-    return pyarrow
-
-
 def schema() -> Any:
     """The Arrow schema of a trace, without header."""
-    pa = _arrow()
+    pa = pyarrow()
     return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in NULLABLE) for name, dtype in COLUMNS.items()])
 
 
@@ -70,7 +61,7 @@ def batch_columns(batch: Any) -> dict[str, Any]:
     TraceError
         A column of another type, or with nulls where the format has none.
     """
-    pa = _arrow()
+    pa = pyarrow()
     columns: dict[str, Any] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if field.name not in COLUMNS:
@@ -131,7 +122,7 @@ class ParquetTrace(Trace):
     """
 
     def __init__(self, path: StrPath, *, decoders: int | None = None, lean: bool = True) -> None:
-        self._pa = _arrow()
+        self._pa = pyarrow()
         self.path = Path(path)
         self._lean = check_bool("lean", lean)
         self._decoders = min(4, os.cpu_count() or 1) if decoders is None else check_threads("decoders", decoders)
@@ -308,7 +299,7 @@ class ParquetWriter:
     def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4", inputs: Iterable[StrPath] = ()) -> None:
         if compression not in COMPRESSIONS:
             raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
-        self._pa = _arrow()
+        self._pa = pyarrow()
         self.path = Path(path)
         self.header = header
         self.rows = self.accesses = 0

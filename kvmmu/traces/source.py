@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvmmu.traces._files import kind_of
 from kvmmu.traces._npz import StrPath, find_npz
+from kvmmu.traces._recorded_rows import RecordedRows
 from kvmmu.traces.header import TraceError
 from kvmmu.traces.opening import Count, describe_trace, open_trace
 from kvmmu.traces.parquet import is_parquet
@@ -80,19 +79,17 @@ def describe_source(path: StrPath, format: str | None = None, phase: str | None 
     Returns
     -------
     dict
-        `kind`: "recording" or "trace"; what `describe_trace()` tells; of a recording also `phase`, `phases` and `mode`. Its
-        events are register loads, world switches, faults and table writes.
+        `kind`: "recording" or "trace"; what `describe_trace()` tells, of a recording that of its rows; of a recording also
+        `phase`, `phases` and `mode`.
     """
     source = open_source(path, format, phase, **options)
     if not isinstance(source, Recording):
         return {"kind": "trace"} | describe_trace(path, format, **options)
     count = Count()
-    for start in range(0, len(source), _ROWS):
-        columns = source.columns(start, start + _ROWS)
-        count.add({"op": columns["kind"] | columns["io"] << np.uint8(2), "addr": columns["gva"], "size": columns["size"],
-                   "gpa": columns["gpa"]})
+    rows = RecordedRows(source, sizes=True)
+    while (columns := rows.columns(_ROWS)) is not None:
+        count.add(columns)
     found = count.result()
-    found["events"] = sum(len(events[0]) for events in (source.events, source.faults, source.npt_faults, source.writes))
     found["brings"]["tables"] = True
     return {"kind": "recording", "path": str(path), "format": "recording", "compression": "none",
             "bytes": sum(file.stat().st_size for file in recording_files(source.path)), "phase": source.phase,

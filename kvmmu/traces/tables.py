@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._bits import INVALID_GPA
+from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._sink import ROWS
 from kvmmu.traces.foreign import Brings, Columns, ForeignTrace, Notes
 from kvmmu.traces.header import MAX_VCPUS, TraceError
-from kvmmu.traces.named import Naming, Rows, kinds_of, parse_columns, pyarrow
+from kvmmu.traces.named import Naming, Rows, kinds_of, parse_columns
 
 __all__ = ["FORMAT", "ParquetTableFormat"]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from paths import DATA
 
-from kvmmu.traces import Events, Faults, NptFaults, Op, Recording, Writes
+from kvmmu.traces import Events, Faults, NptFaults, Op, Recording, Writes, convert
 from kvmmu.traces._recorded_rows import RecordedRows
+from kvmmu.traces.source import describe_source
 
 NAMES = ("op", "addr", "access", "gpa", "size", "value")
 LOADS = {1: (Op.MOV_CR3, 1), 2: (Op.MOV_CR4, 4), 4: (Op.MOV_CR0, 3)}        # code of a recorded load: event, column of ctx
@@ -176,3 +177,15 @@ def test_numbers_beyond_their_range_stay_in_memory():
         assert columns["op"][columns["op"] >= Op.MOV_CR3].tolist() == events
         assert len(columns["op"]) == len(base) + len(events)
         assert (columns["access"] & ~np.uint8(2 | 16 | 4 | 8) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["l4", "l5", "ntoy", "ndyn"])
+def test_a_recording_is_described_as_its_trace(name, tmp_path):
+    """Accesses, events, pages: counted alike, whichever of the two files somebody asks about."""
+    pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
+    recording = Recording.open(DATA / "linux" / name)
+    convert(recording, tmp_path / "out.parquet")
+    mine, converted = describe_source(DATA / "linux" / name), describe_source(tmp_path / "out.parquet")
+    for field in ("accesses", "kinds", "events", "pages_touched", "vcpus", "lowest", "highest", "brings", "damage"):
+        assert mine[field] == converted[field], field
+    assert mine["events"] == sum(row[0] >= Op.MOV_CR3 for row in rows_of(recording, 1 << 18)[0])
