@@ -46,7 +46,8 @@ cdef void tlb_free(tlb *t) noexcept nogil:
 
 
 cdef int tlb_copy(tlb *to, const tlb *t) noexcept nogil:
-    cdef size_t i, n
+    cdef size_t n
+    cdef int i
     to[0] = t[0]
     for i in range(TLB_LEVELS):                         # `tlb_free()` must not find those of the original
         to.arrays[i].keys, to.arrays[i].entries = NULL, NULL
