@@ -50,6 +50,12 @@ def without_self(app, what, name, value, options, signature, returns):
     return (re.sub(r"^\(self(, )?", "(", signature) if signature else signature), returns
 
 
+def members_of(entry):
+    """Return an entry of an enum with a table of its members, in hexadecimal."""
+    rows = "".join(f"      ``{name}``, {member.value:#x}\n" for name, member in getattr(kvmmu, entry[1]).__members__.items())
+    return f"{entry[0]}\n   .. csv-table::\n      :header: name, value\n\n{rows}"
+
+
 def setup(app):
     """Let tables of contents have pages that may be missing (?page), and the reference end with names that it has not."""
     app.connect("autodoc-process-docstring", hide_colons, priority=400)
@@ -68,6 +74,8 @@ def setup(app):
     def complete(app, docname, source):
         text = re.sub(r"^\?(.*)\n", lambda page: f"{page[1]}\n" if (top / f"{page[1]}.md").exists() else "", source[0],
                       flags=re.MULTILINE)
+        if docname == "reference/bits":
+            text = re.sub(r"^\.\. autoclass:: kvmmu\.(\w+)\n", members_of, text, flags=re.MULTILINE)
         others = "\n".join(entry(name) for name in kvmmu.__all__ if f":: kvmmu.{name}\n" not in pages)
         source[0] = text.replace("```{others}\n", f"## Other names\n\n```{{eval-rst}}\n{others}")
 

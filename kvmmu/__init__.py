@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, comparison,
-#     spt, oracles, embed, cli
+# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report,
+#     comparison, spt, oracles, embed, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,13 @@ from kvmmu.arch.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    SppEvent,
+    VirtualizationException,
     VmFail,
 )
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Pml
 from kvmmu.machine._mmus import ShadowMmu, TdpMmu
-from kvmmu.memory._callbacks import CallbackMemory as _CallbackMemory  # noqa: F401    # tells GuestMemory of itself
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.replay import replay
@@ -75,11 +76,11 @@ __all__ = [
     "Ept", "EptMisconfig", "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection",
     "GuestFault", "GuestMemory", "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault",
     "NpfInfo", "Npt", "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte",
-    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "Status", "SvmExit",
-    "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent", "Tracepoints",
-    "Translation", "Vcpu", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles",
-    "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image",
-    "open_trace", "plot_walk", "regs_from_vmcb", "replay",
+    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "SppEvent", "Status",
+    "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent",
+    "Tracepoints", "Translation", "Vcpu", "VirtualizationException", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord",
+    "WalkStep", "Walker", "calc_cpu_roles", "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12",
+    "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
 _COMPARING = {"Comparison": "comparison", "CostModel": "cost", "Design": "design", "compare": "compare"}

@@ -2,22 +2,24 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, get_guest_pgd, kvm_pagewalk, walk_result, walk_step
+from kvmmu._vmx_memory cimport SUB_PAGE_ALLOWS, SUB_PAGE_EVENT, sub_page_verdict
+from kvmmu._walk cimport (
+    WALK_DIRECT, WALK_SECOND_STAGE, convert_ept_violation, get_guest_pgd, is_sub_page_write, kvm_pagewalk, log_dirty,
+    pre_process, second_stage_access, second_stage_fault, set_no_walk, table_access, walk_result, walk_step,
+)
 from kvmmu.arch._bits cimport (
-    ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, ACC_EXEC_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK,
-    ACC_WRITE_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_READ_MASK, EPT_VIOLATION_ACC_WRITE_MASK,
-    EPT_VIOLATION_GVA_NX_MASK, EPT_VIOLATION_GVA_USER_MASK, EPT_VIOLATION_GVA_VALID_MASK, EPT_VIOLATION_GVA_WRITABLE_MASK,
-    EPT_VIOLATION_PROT_EXEC_MASK, EPT_VIOLATION_PROT_READ_MASK, EPT_VIOLATION_PROT_USER_EXEC_MASK, INVALID_GPA,
-    PAGE_OFFSET_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, PML_ENTITY_NUM, PT_PRESENT_MASK, ROLE_CR4_SMEP_MASK,
-    STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_SUB_PAGE_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL,
+    ACC_READ_MASK, ACC_USER_MASK, INVALID_GPA, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PG_LEVEL_4K, PML_ENTITY_NUM,
+    PT_PRESENT_MASK, ROLE_EXT_SHADOW_STACK_MASK, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    STATUS_SPP_EVENT,
 )
 from kvmmu.arch._format cimport kvm_page_format, permission_fault
 from kvmmu.arch._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights, gpte_to_gpa,
-    guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_is_canonical,
-    kvmmu_pdpte_gpa, kvmmu_pdpte_index, leaf_gpa, read_gpte,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, cmpxchg_gpte, gpte_access, gpte_index, gpte_pkey, gpte_rights,
+    gpte_shadow_stack, guest_walker, guest_walker32, guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set,
+    kvmmu_is_canonical, kvmmu_pdpte_gpa, kvmmu_pdpte_index, leaf_gpa, read_gpte,
 )
-from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock, kvmmu_write64
+from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock
 
 # The result of an attempt, beside STATUS_*.
 cdef enum:
@@ -26,42 +28,19 @@ cdef enum:
 
 # ---- the second stage, as the first one sees it ------------------------------------------------------------------------
 
-cdef uint8_t second_stage_fault(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
-                                const walk_result *s, walk_result *r) noexcept nogil:
-    """Write the fault of a second stage with the result s into r. Returns its status. IN access: as the second stage saw it."""
-    cdef uint64_t info
-    r.pte, r.pte_gpa, r.level, r.hole = s.pte, s.pte_gpa, s.level, s.hole
-    r.pte_access = s.pte_access
-    r.fault_gpa = ngpa & n.fault_gpa_mask
-    r.exit_qualification = 0
-    if s.status == STATUS_PML_FULL:
-        return STATUS_PML_FULL
-    if n.fault_status == STATUS_NESTED_PAGE_FAULT:
-        r.exit_qualification = s.error_code | (n.stage_final if final else n.stage_page)
-        return STATUS_NESTED_PAGE_FAULT
-    if s.error_code & PFERR_RSVD_MASK:
-        return n.rsvd_status
-    if access & ACCESS_WRITE_MASK:
-        info = EPT_VIOLATION_ACC_WRITE_MASK
-    elif access & ACCESS_FETCH_MASK:
-        info = EPT_VIOLATION_ACC_INSTR_MASK
-    else:
-        info = EPT_VIOLATION_ACC_READ_MASK
-    info |= EPT_VIOLATION_GVA_VALID_MASK | (n.stage_final if final else n.stage_page)
-    info |= (s.pte_access & 3) * EPT_VIOLATION_PROT_READ_MASK
-    if s.pte_access & ACC_EXEC_MASK:
-        info |= EPT_VIOLATION_PROT_EXEC_MASK
-    if s.pte_access & ACC_USER_EXEC_MASK and n.cpu_role & ROLE_CR4_SMEP_MASK:
-        info |= EPT_VIOLATION_PROT_USER_EXEC_MASK
-    if final and n.advanced_info:
-        if pte_access & ACC_USER_MASK:
-            info |= EPT_VIOLATION_GVA_USER_MASK
-        if pte_access & ACC_WRITE_MASK:
-            info |= EPT_VIOLATION_GVA_WRITABLE_MASK
-        if not pte_access & ACC_EXEC_MASK:
-            info |= EPT_VIOLATION_GVA_NX_MASK
-    r.exit_qualification = info
-    return n.fault_status
+cdef bint sub_page_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint set_ad, walk_result *s,
+                       walk_result *r) noexcept nogil:
+    """Make a write that EPT refuses if the sub-page permission table allows it. False: there is a fault. OUT s: how it ends"""
+    cdef int verdict
+    if n.cpu_role & ROLE_EXT_SHADOW_STACK_MASK and (
+            access & (ACCESS_SHADOW_STACK_MASK | ACCESS_USER_MASK) == ACCESS_SHADOW_STACK_MASK):
+        return False                        # it is no write right that is missing
+    verdict = sub_page_verdict(n.mem, n.spptp, n.maxphyaddr, ngpa, &s.exit_qualification)
+    if verdict == SUB_PAGE_EVENT:
+        s.status = STATUS_SPP_EVENT
+    elif verdict == SUB_PAGE_ALLOWS:
+        n.gva_to_gpa(n, ngpa, access | <uint32_t>ACCESS_SUB_PAGE_MASK, set_ad, s)
+    return s.status == STATUS_OK
 
 
 cdef inline uint8_t nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
@@ -75,20 +54,16 @@ cdef inline uint8_t nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t ac
         gpa[0] = s.gpa
         return STATUS_OK
     gpa[0] = INVALID_GPA
+    if n.sub_pages and final and is_sub_page_write(n, access, &s):
+        if sub_page_gpa(n, ngpa, access, set_ad, &s, r):
+            gpa[0] = s.gpa
+            return STATUS_OK
     return second_stage_fault(n, ngpa, access, final, pte_access, &s, r)
 
 
 cdef uint8_t translate_nested_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint32_t access, bint final, uint32_t pte_access,
                                   bint set_ad, uint64_t *gpa, walk_result *r) noexcept nogil:
     return nested_gpa(n, ngpa, access, final, pte_access, set_ad, gpa, r)
-
-
-cdef inline void log_dirty(const kvm_pagewalk *w, uint64_t gpa) noexcept nogil:
-    """Write a page that is about to become dirty to the next entry of L1's page-modification log, which is not full."""
-    cdef bint readonly = False
-    cdef uint8_t *hva = gpa_to_hva(w.mem, w.pml.address + w.pml.index * sizeof(uint64_t), &readonly)
-    if hva is not NULL and not readonly:
-        kvmmu_write64(hva, gpa & ~PAGE_OFFSET_MASK)
 
 
 # ---- the walk ----------------------------------------------------------------------------------------------------------
@@ -157,7 +132,7 @@ cdef inline uint8_t final_gpa(guest_walker *walker, const kvm_pagewalk *w, uint3
     return translate_nested_gpa(w.ngpa, walker.gpa, access, True, walker.pte_access, set_ad, &walker.gpa, r)
 
 
-cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, bint set_ad, walk_result *r) noexcept nogil:
+cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
     """Step 1 where PDPTEs are in memory. OUT r: pte, pte_gpa, hole, refs, all of a second-stage fault."""
     cdef uint64_t gpa = kvmmu_pdpte_gpa(get_guest_pgd(w), 0), offset
     cdef const uint8_t *hva
@@ -166,8 +141,7 @@ cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, bint set_ad, walk_
     r.pte_gpa = kvmmu_pdpte_gpa(get_guest_pgd(w), kvmmu_pdpte_index(addr))
     offset = r.pte_gpa - gpa
     if w.ngpa is not NULL:
-        status = translate_nested_gpa(
-            w.ngpa, gpa, w.ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
+        status = translate_nested_gpa(w.ngpa, gpa, table_access(w.ngpa, access), False, 0, set_ad, &gpa, r)
         if status != STATUS_OK:                         # the exit names the table, not the entry
             return status
     r.refs += 1
@@ -177,6 +151,16 @@ cdef uint8_t read_pdpte(const kvm_pagewalk *w, uint64_t addr, bint set_ad, walk_
     return STATUS_OK
 
 
+cdef inline uint8_t shadow_stack_right(const guest_walker *walker) noexcept nogil:
+    """ACC_SHADOW_STACK if the entries of a walk make a shadow-stack address: W in all of them but the leaf, which has the form of
+    such a leaf."""
+    cdef uint64_t upper = ~<uint64_t>0
+    cdef int level
+    for level in range(walker.level + 1, walker.top_level + 1):
+        upper &= gpte_rights(walker, walker.ptes[level - 1])
+    return <uint8_t>gpte_shadow_stack(walker, upper, walker.ptes[walker.level - 1])
+
+
 cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, uint64_t addr, uint32_t access, bint set_ad,
                                    walk_result *r) noexcept nogil:
     """Steps 1 to 8. Returns STATUS_* or WALK_RACE_LOST. OUT r: error_code (P, RSVD, PK), refs, all of a second-stage fault."""
@@ -184,6 +168,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
     cdef uint64_t pte = get_guest_pgd(w)
     cdef uint64_t rights = ~<uint64_t>0
     cdef uint64_t unset, gpa
+    cdef uint32_t asked
     cdef uint8_t *hva
     cdef uint8_t status
     cdef bint readonly = False, write = (access & ACCESS_WRITE_MASK) != 0
@@ -191,7 +176,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
     cdef const guest_mem *mem = w.mem
     cdef const kvm_page_format *fmt = w.fmt
     cdef const kvm_pagewalk *ngpa = w.ngpa
-    cdef uint64_t present_mask = w.present_mask, page_size_mask = w.page_size_mask
+    cdef uint64_t present_mask = w.present_mask, page_size_mask = w.page_size_mask, base_mask = w.base_mask
 
     r.refs = 0
     r.error_code = 0
@@ -201,7 +186,7 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
         walker.pte_gpa[level - 1] = INVALID_GPA
         walker.pte_access = 0
         if w.pdptes_in_memory:
-            status = read_pdpte(w, addr, set_ad, r)
+            status = read_pdpte(w, addr, access, set_ad, r)
             if status != STATUS_OK:
                 return status
             pte, walker.pte_gpa[level - 1], walker.hole = r.pte, r.pte_gpa, r.hole
@@ -218,11 +203,10 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
 
     while True:
         walker.level = level                                                        # step 2
-        gpa = gpte_to_gpa(walker, pte) + gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
+        gpa = (pte & base_mask) + gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
         walker.pte_gpa[level - 1] = gpa
         if ngpa is not NULL:
-            status = nested_gpa(
-                ngpa, gpa, ngpa.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, set_ad, &gpa, r)
+            status = nested_gpa(ngpa, gpa, table_access(ngpa, access), False, 0, set_ad, &gpa, r)
             if status != STATUS_OK:
                 return status
         hva = gpa_to_hva(mem, gpa, &readonly)
@@ -248,10 +232,16 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
         level -= 1
 
     walker.pte_access = gpte_access(walker, rights)                                 # step 6
-    r.error_code = permission_fault(fmt, w.vcpu.pkru, walker.pte_access, gpte_pkey(walker, pte), access)
+    asked = walker.pte_access
+    if access & ACCESS_SHADOW_STACK_MASK:
+        r.shadow_stack = shadow_stack_right(walker)
+        asked |= r.shadow_stack
+    r.error_code = permission_fault(fmt, w.vcpu.keys, asked, gpte_pkey(walker, pte), access)
     if r.error_code:
-        return STATUS_PAGE_FAULT
-    walker.gpa = r.ngpa = leaf_gpa(walker, pte, level, addr, w.pse36_mask)
+        if not w.sub_pages or not access & ACCESS_SUB_PAGE_MASK or not walker.pte_access & ACC_READ_MASK:
+            return STATUS_PAGE_FAULT
+        r.error_code = 0                            # the sub-page permission table has allowed the write
+    walker.gpa = r.ngpa = leaf_gpa(walker, pte & w.address_mask, level, addr, w.pse36_mask)
 
     if w.final_before_ad:
         status = final_gpa(walker, w, access, set_ad, r)
@@ -261,25 +251,11 @@ cdef inline uint8_t walk_addr_once(guest_walker *walker, const kvm_pagewalk *w, 
     unset = w.accessed_mask & ~rights
     if write:
         unset |= (w.accessed_mask << 1) & ~pte
-    if unset:                                                                       # step 7
+    if unset and not access & ACCESS_PROBE_MASK:                                    # step 7
         status = update_accessed_dirty_bits(walker, w, addr, write, set_ad, r)
         if status != STATUS_OK:
             return status
     return STATUS_OK if w.final_before_ad else final_gpa(walker, w, access, set_ad, r)      # step 8
-
-
-cdef inline void set_no_walk(walk_result *r, uint64_t gpa, uint8_t status) noexcept nogil:
-    """Set a result that no entry was read for."""
-    r.gpa = r.ngpa = gpa
-    r.pte = 0
-    r.pte_gpa = r.fault_gpa = INVALID_GPA
-    r.exit_qualification = 0
-    r.error_code = 0
-    r.status = status
-    r.level = 0
-    r.pte_access = <uint8_t>ACC_ALL if status == STATUS_OK else 0
-    r.refs = 0
-    r.hole = False
 
 
 cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
@@ -295,6 +271,7 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
         return
     r.ngpa = r.fault_gpa = INVALID_GPA
     r.exit_qualification = 0
+    r.shadow_stack = 0
     walker.accessed_set, walker.dirty_set = 0, False
     while status == WALK_RACE_LOST:         # each restart finds one more bit set by us or by somebody else
         status = walk_addr_once(walker, w, addr, access, set_ad, r)
@@ -306,6 +283,7 @@ cdef inline void gva_to_gpa_generic(guest_walker *walker, const kvm_pagewalk *w,
         r.error_code |= access & w.pferr_mask
         r.ngpa = INVALID_GPA
     elif w.ngpa is not NULL:                # the entry that failed is the second stage's
+        convert_ept_violation(w, addr, set_ad, r)
         return
     r.pte = walker.ptes[walker.level - 1]
     r.pte_gpa = walker.pte_gpa[walker.level - 1]
@@ -397,6 +375,31 @@ cdef int paging64_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access
     return walk_addr_generic(&walker, w, gva, access, r, steps)
 
 
+# Long mode where registers pre-process addresses
+
+cdef void pre_processed_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
+                                   walk_result *r) noexcept nogil:
+    cdef uint8_t status
+    if pre_process(w, &gva, access, &status):
+        paging64_gva_to_gpa(w, gva, access, set_ad, r)
+    else:
+        set_no_walk(r, INVALID_GPA, status)
+
+
+cdef int pre_processed_walk_steps(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_step *steps) noexcept nogil:
+    cdef uint8_t status
+    return paging64_walk_steps(w, gva, access, steps) if pre_process(w, &gva, access, &status) else 0
+
+
+cdef int pre_processed_walk_addr(const kvm_pagewalk *w, uint64_t gva, uint32_t access, walk_result *r,
+                                 walk_step *steps) noexcept nogil:
+    cdef uint8_t status
+    if pre_process(w, &gva, access, &status):
+        return paging64_walk_addr(w, gva, access, r, steps)
+    set_no_walk(r, INVALID_GPA, status)
+    return 0
+
+
 cdef void ept_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
     cdef guest_walkerEPT walker
     gva_to_gpa_generic(&walker, w, gva, access, set_ad, r)
@@ -427,6 +430,7 @@ cdef void nonpaging_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t acc
     set_no_walk(r, gva & w.gva_mask, STATUS_OK)
     if w.ngpa is not NULL:
         translate_whole_gpa(w.ngpa, access, <uint32_t>ACC_ALL, set_ad, r)
+        convert_ept_violation(w, r.ngpa, set_ad, r)
 
 
 cdef void second_stage_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t access, bint set_ad,
@@ -440,7 +444,10 @@ cdef void second_stage_gva_to_gpa(const kvm_pagewalk *w, uint64_t gva, uint32_t 
     set_no_walk(r, gva, STATUS_OK)
     access = second_stage_access(n, access, True, pte_access)
     n.gva_to_gpa(n, gva, access, set_ad, &s)
-    r.gpa, r.refs = s.gpa, s.refs
+    r.refs = s.refs
+    if n.sub_pages and s.status != STATUS_OK and is_sub_page_write(n, access, &s):
+        sub_page_gpa(n, gva, access, set_ad, &s, r)
+    r.gpa = s.gpa
     if s.status == STATUS_OK:
         r.pte, r.pte_gpa, r.level, r.pte_access = s.pte, s.pte_gpa, s.level, s.pte_access
         return
@@ -468,6 +475,8 @@ cdef void use_walker(kvm_pagewalk *w) noexcept nogil:
         w.gva_to_gpa = second_stage_gva_to_gpa
     elif w.format == KVMMU_FORMAT_32:
         w.gva_to_gpa, w.walk_steps, w.walk_addr = paging32_gva_to_gpa, paging32_walk_steps, paging32_walk_addr
+    elif w.pre_processes:
+        w.gva_to_gpa, w.walk_steps, w.walk_addr = pre_processed_gva_to_gpa, pre_processed_walk_steps, pre_processed_walk_addr
     elif w.format == KVMMU_FORMAT_64:
         w.gva_to_gpa, w.walk_steps, w.walk_addr = paging64_gva_to_gpa, paging64_walk_steps, paging64_walk_addr
     else:

@@ -32,12 +32,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch, walk_result
 from kvmmu.arch._bits cimport (
-    ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_USER_MASK,
-    ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_IMPLICIT_MASK, ACCESS_PROBE_MASK,
+    ACCESS_SHADOW_STACK_MASK, ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, INVALID_GPA, STATUS_EPT_MISCONFIG,
+    STATUS_EPT_VIOLATION, STATUS_LASS_VIOLATION, STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    STATUS_PML_FULL, STATUS_SPP_EVENT, STATUS_VIRT_EXCEPTION,
 )
-from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._format cimport resolved_access
 from kvmmu.memory._memory cimport SlotTable
+from kvmmu.walk._arguments cimport is_plain_access
 from kvmmu.walk._register_sets cimport WalkCopy
 from kvmmu.walk._fast cimport kvmmu_translation, fast_walk, translate_fast
 from kvmmu.walk.pagewalk cimport PageWalk
@@ -65,16 +67,17 @@ cdef inline translation translate(walk_handle handle, uint64_t gva, uint32_t acc
     """
     cdef translation t
     access &= <uint32_t>ACCESS_VALID_MASK
-    t = translate_fast(&handle.fast, handle.w.vcpu, gva, access)
-    if t.gpa == INVALID_GPA:
-        return translate_slowly(handle, gva, access, set_ad)
-    return t
+    if is_plain_access(access):
+        t = translate_fast(&handle.fast, handle.w.vcpu, gva, access)
+        if t.gpa != INVALID_GPA:
+            return t
+    return translate_slowly(handle, gva, access, set_ad)
 
 
 cdef inline uint8_t translate_fully(walk_handle handle, uint64_t gva, uint32_t access, bint set_ad,
                                     walk_result *r) noexcept nogil:
     """Translate one address with every column of an array; returns STATUS_*. OUT r: every field, also on a fault."""
-    handle.w.gva_to_gpa(&handle.w, gva, explicit_access(access & <uint32_t>ACCESS_VALID_MASK), set_ad, r)
+    handle.w.gva_to_gpa(&handle.w, gva, resolved_access(access & <uint32_t>ACCESS_VALID_MASK), set_ad, r)
     return r.status
 
 

@@ -67,6 +67,7 @@ cdef class Walker:
         w.mem, w.vcpu, w.fmt = &NO_MEMORY, &self.arch, &NO_FORMAT.fmt
         w.kind, w.format, w.level = WALK_TABLES, KVMMU_FORMAT_64, PG_LEVEL_512G
         w.gva_mask, w.present_mask = ~<uint64_t>0, PT_PRESENT_MASK
+        w.address_mask = w.base_mask = ~<uint64_t>0
         use_walker(w)
         init_fast_walk(&self.state.fast, w)
         self.handle = &self.state

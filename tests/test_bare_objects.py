@@ -8,7 +8,7 @@ fails by name.
 
 import enum
 import faulthandler
-import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -41,9 +41,9 @@ REGS = kvmmu.Regs(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
 
 def compiled_modules():
     """The extension modules of the package."""
-    names = [info.name for info in pkgutil.walk_packages(kvmmu.__path__, "kvmmu.") if not info.name.endswith("__main__")]
-    modules = [importlib.import_module(name) for name in names]
-    return [module for module in modules if Path(getattr(module, "__file__", None) or "").suffix in (".so", ".pyd")]
+    names = [info.name for info in pkgutil.walk_packages(kvmmu.__path__, "kvmmu.")]     # some .py only run within other programs
+    return [importlib.import_module(name) for name in names
+            if Path(importlib.util.find_spec(name).origin or "").suffix in (".so", ".pyd")]
 
 
 MODULES = compiled_modules()

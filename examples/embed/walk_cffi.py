@@ -12,7 +12,7 @@ import kvmmu.embed.c_api
 
 builder = cffi.FFI()
 builder.cdef("""
-    typedef struct { uint32_t size, flags; uint64_t cr0, cr3, cr4, efer, rflags; uint64_t pdptrs[4]; uint32_t pkru, reserved; }
+    typedef struct { uint32_t size, flags; uint64_t cr0, cr3, cr4, efer, rflags; uint64_t pdptrs[4]; uint32_t pkru, pkrs; }
         kvmmu_registers;
     typedef struct { uint64_t gpa; uint32_t error_code; uint8_t status, level; uint16_t reserved; } kvmmu_result;
     int use_table(uintptr_t address);

@@ -10,7 +10,7 @@ class Registers(ctypes.Structure):
 
     _fields_ = [("size", ctypes.c_uint32), ("flags", ctypes.c_uint32),
                 *((name, ctypes.c_uint64) for name in ("cr0", "cr3", "cr4", "efer", "rflags")),
-                ("pdptrs", ctypes.c_uint64 * 4), ("pkru", ctypes.c_uint32), ("reserved", ctypes.c_uint32)]
+                ("pdptrs", ctypes.c_uint64 * 4), ("pkru", ctypes.c_uint32), ("pkrs", ctypes.c_uint32)]
 
 
 class Result(ctypes.Structure):

@@ -84,6 +84,9 @@
 #define EPT_1G_RSVD_MASK KVMMU_BITS(12, 29)
 #define EPT_MT_XWR_MASK KVMMU_BITS(0, 5)
 #define EPT_RWX_MASK (EPT_READABLE_MASK | EPT_WRITABLE_MASK | EPT_EXECUTABLE_MASK)
+#define EPT_SHADOW_STACK_SHIFT 60
+#define EPT_SHADOW_STACK_MASK KVMMU_BIT(EPT_SHADOW_STACK_SHIFT) /* of a leaf: supervisor shadow-stack accesses are allowed */
+#define EPT_SUB_PAGE_MASK KVMMU_BIT(61)     /* of a 4K leaf: writes that it refuses are looked up in the SPPT */
 #define EPT_ACCESSED_SHIFT 8
 #define EPT_DIRTY_SHIFT 9
 #define EPT_ACCESSED_MASK KVMMU_BIT(EPT_ACCESSED_SHIFT)
@@ -97,6 +100,27 @@
 #define EPTP_LEVEL_SHIFT 3 /* walk length minus one */
 #define EPTP_LEVEL_MASK KVMMU_BITS(3, 5)
 #define EPTP_AD_MASK KVMMU_BIT(6)
+#define EPTP_SHADOW_STACK_MASK KVMMU_BIT(7) /* supervisor shadow-stack control */
+#define EPTP_RSVD_MASK KVMMU_BITS(8, 11)
+
+/* ---- sub-page permission table: SDM vol. 3, "Sub-Page Write Permissions" --------------------------------------- */
+#define SPPT_LEVELS 4
+#define SPPT_VALID_MASK KVMMU_BIT(0)
+#define SPPT_RSVD_MASK KVMMU_BITS(1, 11)
+#define SPPT_VECTOR_RSVD_MASK UINT64_C(0xaaaaaaaaaaaaaaaa) /* the odd bits of a vector */
+#define SPPT_SUB_PAGE_SHIFT 7                              /* of an address: 128 bytes */
+#define SPPT_SUB_PAGE_MASK KVMMU_BITS(0, 4)                /* after the shift */
+
+/* ---- #VE: SDM vol. 3, "Convertible EPT Violations", "Virtualization-Exception Information" ---------------------- */
+#define VE_REASON_OFFSET 0
+#define VE_BUSY_OFFSET 4
+#define VE_QUALIFICATION_OFFSET 8
+#define VE_GVA_OFFSET 16
+#define VE_GPA_OFFSET 24
+#define VE_EPTP_INDEX_OFFSET 32
+#define VE_AREA_BYTES 34
+#define VE_BUSY UINT64_C(0xffffffff)
+#define EXIT_REASON_EPT_VIOLATION 48
 
 /* ---- exits of the second stage --------------------------------------------------------------------------------- */
 #define EPT_VIOLATION_ACC_READ_MASK KVMMU_BIT(0)
@@ -112,6 +136,9 @@
 #define EPT_VIOLATION_GVA_WRITABLE_MASK KVMMU_BIT(10)
 #define EPT_VIOLATION_GVA_NX_MASK KVMMU_BIT(11)
 #define EPT_VIOLATION_NMI_UNBLOCKING_MASK KVMMU_BIT(12)
+#define EPT_VIOLATION_SHADOW_STACK_MASK KVMMU_BIT(13)
+#define EPT_VIOLATION_PROT_SHADOW_STACK_MASK KVMMU_BIT(14)
+#define SPP_EVENT_NOT_VALID_MASK KVMMU_BIT(11) /* a miss; clear: a reserved bit */
 #define PFERR_GUEST_FINAL_MASK KVMMU_BIT(32)
 #define PFERR_GUEST_PAGE_MASK KVMMU_BIT(33)
 #define PML_ENTITY_NUM 512
@@ -124,6 +151,10 @@
 #define ACC_EXEC_SHIFT 3
 #define ACC_EXEC_MASK KVMMU_BIT(ACC_EXEC_SHIFT)
 #define ACC_ALL (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK | ACC_EXEC_MASK)
+/* the entries make a shadow-stack address; counts for shadow-stack accesses alone, and no column shows it */
+#define ACC_SHADOW_STACK_SHIFT 4
+#define ACC_SHADOW_STACK_MASK KVMMU_BIT(ACC_SHADOW_STACK_SHIFT)
+#define ACC_WRITE_TO_SHADOW_STACK_SHIFT 3
 
 /* ---- page-fault error code ------------------------------------------------------------------------------------ */
 #define PFERR_PRESENT_MASK KVMMU_BIT(0)
@@ -144,7 +175,11 @@
 #define ACCESS_SHADOW_STACK_MASK KVMMU_BIT(6)
 #define ACCESS_PROBE_MASK KVMMU_BIT(7) /* no access: neither rights nor accessed and dirty bits count */
 #define ACCESS_PFEC_MASK (ACCESS_WRITE_MASK | ACCESS_USER_MASK | ACCESS_FETCH_MASK)
-#define ACCESS_VALID_MASK (ACCESS_PFEC_MASK | ACCESS_AC_MASK | ACCESS_IMPLICIT_MASK)
+#define ACCESS_PLAIN_MASK (ACCESS_PFEC_MASK | ACCESS_AC_MASK | ACCESS_IMPLICIT_MASK)
+#define ACCESS_MACHINE_MASK (ACCESS_PLAIN_MASK | ACCESS_SHADOW_STACK_MASK) /* of a processor that runs a guest */
+#define ACCESS_VALID_MASK (ACCESS_PLAIN_MASK | ACCESS_SHADOW_STACK_MASK | ACCESS_PROBE_MASK)
+/* In the walk of an EPT, where nothing is implicit: a write that the sub-page permission table allows. */
+#define ACCESS_SUB_PAGE_MASK ACCESS_IMPLICIT_MASK
 #define PERMISSIONS_INDEX_SHIFT 1
 #define PERMISSIONS_COUNT 16
 
@@ -156,6 +191,9 @@
 #define STATUS_EPT_MISCONFIG 4
 #define STATUS_NESTED_PAGE_FAULT 5
 #define STATUS_PML_FULL 6
+#define STATUS_LASS_VIOLATION 7
+#define STATUS_SPP_EVENT 8
+#define STATUS_VIRT_EXCEPTION 9
 
 /* ---- registers ------------------------------------------------------------------------------------------------ */
 #define CR0_PE_MASK KVMMU_BIT(0)
@@ -172,6 +210,8 @@
 
 #define CR3_PCID_MASK KVMMU_BITS(0, 11)
 #define CR3_PAE_PDPT_MASK KVMMU_BITS(5, 31)
+#define CR3_LAM_U57_MASK KVMMU_BIT(61)
+#define CR3_LAM_U48_MASK KVMMU_BIT(62)
 #define CR3_NOFLUSH_MASK KVMMU_BIT(63)
 
 #define CR4_VME_MASK KVMMU_BIT(0)
@@ -191,6 +231,9 @@
 #define CR4_SMAP_MASK KVMMU_BIT(21)
 #define CR4_PKE_MASK KVMMU_BIT(22)
 #define CR4_CET_MASK KVMMU_BIT(23)
+#define CR4_PKS_MASK KVMMU_BIT(24)
+#define CR4_LASS_MASK KVMMU_BIT(27)
+#define CR4_LAM_SUP_MASK KVMMU_BIT(28)
 /* bits 0 to 10: what 64-bit processors have in common; of those below, and of VME to OSXMMEXCPT but PSE, PAE and PGE, none
    has a say in paging */
 #define CR4_COMMON_MASK KVMMU_BITS(0, 10)
@@ -213,6 +256,7 @@
 #define EFER_TCE_MASK KVMMU_BIT(15)
 #define EFER_MCOMMIT_MASK KVMMU_BIT(17)
 #define EFER_INTWB_MASK KVMMU_BIT(18)
+#define EFER_UAIE_MASK KVMMU_BIT(20)
 #define EFER_AUTOIBRS_MASK KVMMU_BIT(21)
 
 #define RFLAGS_FIXED_MASK KVMMU_BIT(1)
@@ -223,12 +267,14 @@
 #define PKRU_WD_MASK KVMMU_BIT(1)
 #define PKRU_BITS_PER_KEY 2
 #define PKRU_KEYS 16
+#define PKRU_SHIFT 32 /* the two key registers in one word: PKRS below PKRU */
 
 #define MAXPHYADDR_MIN 32
 #define MAXPHYADDR_MAX 52
 #define GVA32_MASK KVMMU_BITS(0, 31)
 #define GVA_BITS_4_LEVEL 48
 #define GVA_BITS_5_LEVEL 57
+#define UAI_ADDRESS_BITS 57 /* upper address ignore: the bits that count */
 
 /* ---- page role (low 32 bits of a cpu_role) and extended role (high 32 bits) ------------------------------------ */
 #define ROLE_LEVEL_SHIFT 0
@@ -258,6 +304,13 @@
 #define ROLE_EXT_CR4_LA57_MASK KVMMU_BIT(37)
 #define ROLE_EXT_EFER_LMA_MASK KVMMU_BIT(38)
 #define ROLE_EXT_HAS_PFERR_FETCH_MASK KVMMU_BIT(39)
+#define ROLE_EXT_CR4_PKS_MASK KVMMU_BIT(40)
+#define ROLE_EXT_CR4_LASS_MASK KVMMU_BIT(41)
+#define ROLE_EXT_CR4_LAM_SUP_MASK KVMMU_BIT(42)
+#define ROLE_EXT_CR3_LAM_U48_MASK KVMMU_BIT(43)
+#define ROLE_EXT_CR3_LAM_U57_MASK KVMMU_BIT(44)
+#define ROLE_EXT_EFER_UAIE_MASK KVMMU_BIT(45)
+#define ROLE_EXT_SHADOW_STACK_MASK KVMMU_BIT(46) /* of an EPT: supervisor shadow-stack control */
 
 /* ---- rows of a trace: docs/trace-format.md ------------------------------------------------------------------- */
 #define OP_LOAD 0
@@ -332,9 +385,13 @@
 /* ---- relations that the code relies on ------------------------------------------------------------------------ */
 _Static_assert(PT_PRESENT_MASK == ACC_READ_MASK && PT_WRITABLE_MASK == ACC_WRITE_MASK && PT_USER_MASK == ACC_USER_MASK,
                "gpte_access() takes P, W and U from an entry as they stand");
+_Static_assert(ACC_WRITE_MASK << ACC_WRITE_TO_SHADOW_STACK_SHIFT == ACC_SHADOW_STACK_MASK &&
+                   PT_DIRTY_SHIFT > ACC_SHADOW_STACK_SHIFT && EPT_WRITABLE_MASK == PT_WRITABLE_MASK,
+               "gpte_shadow_stack() shifts W and D to ACC_SHADOW_STACK");
 _Static_assert(PT64_NX_SHIFT - ACC_EXEC_SHIFT == 60, "gpte_access() shifts NX to ACC_EXEC");
-_Static_assert((ACCESS_VALID_MASK & ~ACCESS_IMPLICIT_MASK) >> PERMISSIONS_INDEX_SHIFT == PERMISSIONS_COUNT - 1,
+_Static_assert((ACCESS_PLAIN_MASK & ~ACCESS_IMPLICIT_MASK) >> PERMISSIONS_INDEX_SHIFT == PERMISSIONS_COUNT - 1,
                "an access indexes permissions[] by a shift alone");
+_Static_assert(ACCESS_SHADOW_STACK_MASK == PFERR_SS_MASK, "an error code takes SS of the access as it stands");
 _Static_assert(PT_DIRTY_MASK == PT_ACCESSED_MASK << 1 && EPT_DIRTY_MASK == EPT_ACCESSED_MASK << 1,
                "a walk keeps the accessed bit alone, the dirty bit is the next one");
 _Static_assert(EPT_EXECUTABLE_MASK << EPT_EXECUTABLE_TO_ACC_SHIFT == ACC_EXEC_MASK &&

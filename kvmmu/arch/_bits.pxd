@@ -69,6 +69,9 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t EPT_1G_RSVD_MASK
     const uint64_t EPT_MT_XWR_MASK
     const uint64_t EPT_RWX_MASK
+    const int EPT_SHADOW_STACK_SHIFT
+    const uint64_t EPT_SHADOW_STACK_MASK
+    const uint64_t EPT_SUB_PAGE_MASK
     const int EPT_ACCESSED_SHIFT
     const int EPT_DIRTY_SHIFT
     const uint64_t EPT_ACCESSED_MASK
@@ -81,6 +84,23 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const int EPTP_LEVEL_SHIFT
     const uint64_t EPTP_LEVEL_MASK
     const uint64_t EPTP_AD_MASK
+    const uint64_t EPTP_SHADOW_STACK_MASK
+    const uint64_t EPTP_RSVD_MASK
+    const int SPPT_LEVELS
+    const uint64_t SPPT_VALID_MASK
+    const uint64_t SPPT_RSVD_MASK
+    const uint64_t SPPT_VECTOR_RSVD_MASK
+    const int SPPT_SUB_PAGE_SHIFT
+    const uint64_t SPPT_SUB_PAGE_MASK
+    const int VE_REASON_OFFSET
+    const int VE_BUSY_OFFSET
+    const int VE_QUALIFICATION_OFFSET
+    const int VE_GVA_OFFSET
+    const int VE_GPA_OFFSET
+    const int VE_EPTP_INDEX_OFFSET
+    const int VE_AREA_BYTES
+    const uint64_t VE_BUSY
+    const int EXIT_REASON_EPT_VIOLATION
     const uint64_t EPT_VIOLATION_ACC_READ_MASK
     const uint64_t EPT_VIOLATION_ACC_WRITE_MASK
     const uint64_t EPT_VIOLATION_ACC_INSTR_MASK
@@ -94,6 +114,9 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t EPT_VIOLATION_GVA_WRITABLE_MASK
     const uint64_t EPT_VIOLATION_GVA_NX_MASK
     const uint64_t EPT_VIOLATION_NMI_UNBLOCKING_MASK
+    const uint64_t EPT_VIOLATION_SHADOW_STACK_MASK
+    const uint64_t EPT_VIOLATION_PROT_SHADOW_STACK_MASK
+    const uint64_t SPP_EVENT_NOT_VALID_MASK
     const uint64_t PFERR_GUEST_FINAL_MASK
     const uint64_t PFERR_GUEST_PAGE_MASK
     const int PML_ENTITY_NUM
@@ -104,6 +127,9 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const int ACC_EXEC_SHIFT
     const uint64_t ACC_EXEC_MASK
     const uint64_t ACC_ALL
+    const int ACC_SHADOW_STACK_SHIFT
+    const uint64_t ACC_SHADOW_STACK_MASK
+    const int ACC_WRITE_TO_SHADOW_STACK_SHIFT
     const uint64_t PFERR_PRESENT_MASK
     const uint64_t PFERR_WRITE_MASK
     const uint64_t PFERR_USER_MASK
@@ -120,7 +146,10 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t ACCESS_SHADOW_STACK_MASK
     const uint64_t ACCESS_PROBE_MASK
     const uint64_t ACCESS_PFEC_MASK
+    const uint64_t ACCESS_PLAIN_MASK
+    const uint64_t ACCESS_MACHINE_MASK
     const uint64_t ACCESS_VALID_MASK
+    const uint64_t ACCESS_SUB_PAGE_MASK
     const int PERMISSIONS_INDEX_SHIFT
     const int PERMISSIONS_COUNT
     const int STATUS_OK
@@ -130,6 +159,9 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const int STATUS_EPT_MISCONFIG
     const int STATUS_NESTED_PAGE_FAULT
     const int STATUS_PML_FULL
+    const int STATUS_LASS_VIOLATION
+    const int STATUS_SPP_EVENT
+    const int STATUS_VIRT_EXCEPTION
     const uint64_t CR0_PE_MASK
     const uint64_t CR0_MP_MASK
     const uint64_t CR0_EM_MASK
@@ -143,6 +175,8 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t CR0_PG_MASK
     const uint64_t CR3_PCID_MASK
     const uint64_t CR3_PAE_PDPT_MASK
+    const uint64_t CR3_LAM_U57_MASK
+    const uint64_t CR3_LAM_U48_MASK
     const uint64_t CR3_NOFLUSH_MASK
     const uint64_t CR4_VME_MASK
     const uint64_t CR4_PVI_MASK
@@ -161,6 +195,9 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t CR4_SMAP_MASK
     const uint64_t CR4_PKE_MASK
     const uint64_t CR4_CET_MASK
+    const uint64_t CR4_PKS_MASK
+    const uint64_t CR4_LASS_MASK
+    const uint64_t CR4_LAM_SUP_MASK
     const uint64_t CR4_COMMON_MASK
     const uint64_t CR4_UMIP_MASK
     const uint64_t CR4_VMXE_MASK
@@ -180,6 +217,7 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t EFER_TCE_MASK
     const uint64_t EFER_MCOMMIT_MASK
     const uint64_t EFER_INTWB_MASK
+    const uint64_t EFER_UAIE_MASK
     const uint64_t EFER_AUTOIBRS_MASK
     const uint64_t RFLAGS_FIXED_MASK
     const int RFLAGS_AC_SHIFT
@@ -188,11 +226,13 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t PKRU_WD_MASK
     const int PKRU_BITS_PER_KEY
     const int PKRU_KEYS
+    const int PKRU_SHIFT
     const int MAXPHYADDR_MIN
     const int MAXPHYADDR_MAX
     const uint64_t GVA32_MASK
     const int GVA_BITS_4_LEVEL
     const int GVA_BITS_5_LEVEL
+    const int UAI_ADDRESS_BITS
     const int ROLE_LEVEL_SHIFT
     const uint64_t ROLE_LEVEL_MASK
     const uint64_t ROLE_HAS_4_BYTE_GPTE_MASK
@@ -220,6 +260,13 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t ROLE_EXT_CR4_LA57_MASK
     const uint64_t ROLE_EXT_EFER_LMA_MASK
     const uint64_t ROLE_EXT_HAS_PFERR_FETCH_MASK
+    const uint64_t ROLE_EXT_CR4_PKS_MASK
+    const uint64_t ROLE_EXT_CR4_LASS_MASK
+    const uint64_t ROLE_EXT_CR4_LAM_SUP_MASK
+    const uint64_t ROLE_EXT_CR3_LAM_U48_MASK
+    const uint64_t ROLE_EXT_CR3_LAM_U57_MASK
+    const uint64_t ROLE_EXT_EFER_UAIE_MASK
+    const uint64_t ROLE_EXT_SHADOW_STACK_MASK
     const int OP_LOAD
     const int OP_STORE
     const int OP_FETCH

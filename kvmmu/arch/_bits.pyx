@@ -7,8 +7,8 @@ class Access(IntFlag):
     """An intended access; combine with ``|``. READ is 0.
 
     AC says that EFLAGS.AC is 1 at this access (SMAP does not apply to it); IMPLICIT is an implicit supervisor access
-    (descriptor tables, TSS): it clears AC and USER. PROBE is for `PageWalk.lookup()`: where an address leads to, whatever the
-    rights, without accessed and dirty bits.
+    (descriptor tables, TSS): it clears AC and USER. SHADOW_STACK is an access to a shadow stack, with WRITE for a write. PROBE
+    is no access: where an address leads to, whatever the rights, without accessed and dirty bits.
     """
 
     READ = 0
@@ -54,6 +54,9 @@ class EptPte(IntFlag):
     ACCESSED = EPT_ACCESSED_MASK
     DIRTY = EPT_DIRTY_MASK
     USER_EXECUTABLE = EPT_USER_EXECUTABLE_MASK
+    SHADOW_STACK = EPT_SHADOW_STACK_MASK
+    SUB_PAGE = EPT_SUB_PAGE_MASK
+    SUPPRESS_VE = EPT_SUPPRESS_VE_MASK
 
 
 class Pferr(IntFlag):
@@ -84,6 +87,8 @@ class EptQual(IntFlag):
     GVA_WRITABLE = EPT_VIOLATION_GVA_WRITABLE_MASK
     GVA_NX = EPT_VIOLATION_GVA_NX_MASK
     NMI_UNBLOCKING = EPT_VIOLATION_NMI_UNBLOCKING_MASK
+    SHADOW_STACK = EPT_VIOLATION_SHADOW_STACK_MASK
+    PROT_SHADOW_STACK = EPT_VIOLATION_PROT_SHADOW_STACK_MASK
 
 
 class NpfInfo(IntFlag):
@@ -108,6 +113,9 @@ class Status(IntEnum):
     EPT_MISCONFIG = STATUS_EPT_MISCONFIG
     NESTED_PAGE_FAULT = STATUS_NESTED_PAGE_FAULT
     PML_FULL = STATUS_PML_FULL
+    LASS_VIOLATION = STATUS_LASS_VIOLATION
+    SPP_EVENT = STATUS_SPP_EVENT
+    VIRT_EXCEPTION = STATUS_VIRT_EXCEPTION
 
 
 class RetPf(IntEnum):
@@ -158,6 +166,9 @@ class Cr4(IntFlag):
     SMAP = CR4_SMAP_MASK
     PKE = CR4_PKE_MASK
     CET = CR4_CET_MASK
+    PKS = CR4_PKS_MASK
+    LASS = CR4_LASS_MASK
+    LAM_SUP = CR4_LAM_SUP_MASK
     COMMON = CR4_COMMON_MASK
     UMIP = CR4_UMIP_MASK
     VMXE = CR4_VMXE_MASK
@@ -182,6 +193,7 @@ class Efer(IntFlag):
     TCE = EFER_TCE_MASK
     MCOMMIT = EFER_MCOMMIT_MASK
     INTWB = EFER_INTWB_MASK
+    UAIE = EFER_UAIE_MASK
     AUTOIBRS = EFER_AUTOIBRS_MASK
 
 
@@ -222,6 +234,8 @@ globals().update(
     GVA_BITS_4_LEVEL=int(GVA_BITS_4_LEVEL),
     GVA_BITS_5_LEVEL=int(GVA_BITS_5_LEVEL),
     CR3_NOFLUSH=int(CR3_NOFLUSH_MASK),
+    CR3_LAM_U48=int(CR3_LAM_U48_MASK),
+    CR3_LAM_U57=int(CR3_LAM_U57_MASK),
     CR3_PCID=int(CR3_PCID_MASK),
     CR3_PAE_PDPT=int(CR3_PAE_PDPT_MASK),
     EPTP_MT=int(EPTP_MT_MASK),
@@ -230,6 +244,9 @@ globals().update(
     EPTP_LEVEL=int(EPTP_LEVEL_MASK),
     EPTP_LEVEL_SHIFT=int(EPTP_LEVEL_SHIFT),
     EPTP_AD=int(EPTP_AD_MASK),
+    EPTP_SHADOW_STACK=int(EPTP_SHADOW_STACK_MASK),
+    EPTP_RSVD=int(EPTP_RSVD_MASK),
+    VE_AREA_BYTES=int(VE_AREA_BYTES),
     PT_PRESENT=int(PT_PRESENT_MASK),
     PT64_PKEY_SHIFT=int(PT64_PKEY_SHIFT),
     PT64_PKEY=int(PT64_PKEY_MASK << PT64_PKEY_SHIFT),

@@ -6,22 +6,26 @@ side by side. One format serves the entries of a guest and those of the host ali
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu.arch._bits cimport PERMISSIONS_INDEX_SHIFT, PFERR_PK_MASK, PFERR_PRESENT_MASK
+from kvmmu.arch._bits cimport PFERR_PK_MASK, PFERR_PRESENT_MASK, PKRU_SHIFT
 
 cdef extern from "kvmmu/arch/_format.h" nogil:
     enum:
         KVMMU_ACCESS_BYTES
+        KVMMU_COMMON_ACCESS_MAX
         KVMMU_ACCESS_INFO_SHIFT
+        KVMMU_ACCESS_KEYS_SHIFT
+        KVMMU_ACCESS_KEYS_USER_SHIFT
 
     cdef struct kvm_page_format:
         uint64_t rsvd_bits_mask[2][5]
         uint64_t bad_mt_xwr
         uint32_t pkru_mask
         uint16_t permissions[16]
-        uint32_t access_info[64]
+        uint64_t access_info[256]
 
     uint32_t kvmmu_explicit_access(uint32_t access)
-    uint64_t kvmmu_pkey_denied(uint64_t pkru_mask, uint64_t pkru, uint64_t pte_access, uint64_t pte_pkey, uint64_t access)
+    uint32_t kvmmu_resolved_access(uint32_t access)
+    uint64_t kvmmu_pkey_denied(uint64_t keys, uint64_t pte_access, uint64_t pte_pkey, uint64_t access_info)
     uint64_t kvmmu_rsvd_bits(uint64_t rsvd0, uint64_t rsvd1, uint64_t pte)
     uint64_t kvmmu_bad_mt_xwr(uint64_t bad_mt_xwr, uint64_t pte)
 
@@ -33,6 +37,8 @@ cdef struct permission_params:
     bint smap
     bint wp
     bint nx
+    # Shadow-stack accesses (in the ept form those of supervisors) have rules of their own; else they are reads and writes
+    bint shadow_stacks
 
 # The parameters of the reserved bits of guest tables.
 cdef struct rsvd_params:
@@ -43,13 +49,15 @@ cdef struct rsvd_params:
     bint pse
     int pse36_bits          # address bits that a 4M PDE holds above bit 31; 0 without PSE-36
     bint amd
+    uint64_t encryption_mask    # no address bit, and not reserved
 
 cdef class PageFormat
 
+# Fill permissions and access_info; the keys of an access_info are those of pkru_mask, which comes first
 cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_params *p) noexcept nogil
-# The permissions of EPT entries, with MBEC or without; protection keys do not count for them
-cdef void update_ept_permissions(PageFormat fmt, bint mbec) noexcept
-cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil
+# The permissions of EPT entries, with MBEC or without, and supervisor shadow-stack control; keys do not count for them
+cdef void update_ept_permissions(PageFormat fmt, bint mbec, bint supervisor_shadow_stack) noexcept
+cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint pks, bint wp) noexcept nogil
 cdef void reset_guest_rsvds_bits_mask(kvm_page_format *fmt, const rsvd_params *p) noexcept nogil
 cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint execonly, int huge_page_level) noexcept nogil
 
@@ -59,17 +67,28 @@ cdef inline uint32_t explicit_access(uint32_t access) noexcept nogil:
     return kvmmu_explicit_access(access)
 
 
-cdef inline uint32_t access_info_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
-    """Look an access byte up in `access_info`; another thread may have changed it since it was checked."""
-    return fmt.access_info[access & (KVMMU_ACCESS_BYTES - 1)]
+cdef inline uint32_t resolved_access(uint32_t access) noexcept nogil:
+    """The same with IMPLICIT in it: what walks are asked for."""
+    return kvmmu_resolved_access(access)
 
 
-cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint32_t pkru, uint32_t pte_access, uint32_t pte_pkey,
+cdef inline uint64_t key_registers(uint32_t pkru, uint32_t pkrs) noexcept nogil:
+    """Return the two registers of protection keys in one word."""
+    return <uint64_t>pkru << PKRU_SHIFT | pkrs
+
+
+cdef inline uint64_t access_info_of(const kvm_page_format *fmt, uint8_t access) noexcept nogil:
+    """Look an access byte up in `access_info`."""
+    return fmt.access_info[access]
+
+
+cdef inline uint32_t permission_fault(const kvm_page_format *fmt, uint64_t keys, uint32_t pte_access, uint32_t pte_pkey,
                                       uint32_t access) noexcept nogil:
-    """P, or P|PK, if rights pte_access do not allow the access; else 0. IN access: without IMPLICIT."""
-    cdef uint32_t fault = (fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT] >> pte_access) & 1
+    """P, or P|PK, if rights pte_access do not allow the access; else 0. IN keys: key_registers()."""
+    cdef uint64_t access_info = fmt.access_info[access]
+    cdef uint32_t fault = <uint32_t>(access_info >> pte_access) & 1
     cdef uint32_t errcode = PFERR_PRESENT_MASK
-    if fmt.pkru_mask and kvmmu_pkey_denied(fmt.pkru_mask, pkru, pte_access, pte_pkey, access):
+    if fmt.pkru_mask and kvmmu_pkey_denied(keys, pte_access, pte_pkey, access_info):
         fault = 1
         errcode |= <uint32_t>PFERR_PK_MASK
     return <uint32_t>-<int>fault & errcode

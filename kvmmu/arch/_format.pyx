@@ -6,12 +6,13 @@ Misconfigurations"; APM vol. 2, "Page-Protection Checks" and "Nested Paging".
 
 import numpy as np
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, ACCESS_AC_MASK,
-    ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
+    ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_SHADOW_STACK_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK,
+    ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_PLAIN_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK,
+    ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
     EPT_EXECUTABLE_MASK, EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_USER_EXECUTABLE_MASK,
     EPT_WRITABLE_MASK, GPA_BITS, KVMMU_BITS, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAE_PDPTE_RSVD_MASK, PAE_RSVD_LIMIT_SHIFT,
     PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PKRU_AD_MASK,
@@ -19,7 +20,8 @@ from kvmmu.arch._bits cimport (
     PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
 from kvmmu.arch._format cimport (
-    KVMMU_ACCESS_BYTES, KVMMU_ACCESS_INFO_SHIFT, explicit_access, kvm_page_format, permission_params, rsvd_params,
+    KVMMU_ACCESS_BYTES, KVMMU_ACCESS_INFO_SHIFT, KVMMU_ACCESS_KEYS_SHIFT, KVMMU_ACCESS_KEYS_USER_SHIFT, explicit_access,
+    key_registers, kvm_page_format, permission_params, resolved_access, rsvd_params,
 )
 from kvmmu.arch._format cimport permission_fault as c_permission_fault
 
@@ -36,6 +38,10 @@ cdef bint is_denied(const permission_params *p, uint64_t acc, uint64_t access) n
     cdef bint acc_user = (acc & ACC_USER_MASK) != 0
     cdef bint acc_exec = (acc & ACC_EXEC_MASK) != 0
 
+    if access & ACCESS_PROBE_MASK:
+        return False
+    if access & ACCESS_SHADOW_STACK_MASK and p.shadow_stacks and not (p.ept and user):
+        return not acc & ACC_SHADOW_STACK_MASK or not acc & ACC_READ_MASK or (user != acc_user and not p.ept)
     if not write and not fetch and not acc & ACC_READ_MASK:
         return True
     if p.ept:
@@ -55,40 +61,51 @@ cdef bint is_denied(const permission_params *p, uint64_t acc, uint64_t access) n
     return p.smap and acc_user and not user and not fetch and not access & ACCESS_AC_MASK
 
 
+cdef uint64_t access_info(const kvm_page_format *fmt, const permission_params *p, uint32_t access) noexcept nogil:
+    """Return all that a format says of one access: see `_format.h`."""
+    cdef uint64_t acc, info = <uint64_t>access << KVMMU_ACCESS_INFO_SHIFT
+    cdef uint64_t pfec = access & ACCESS_PFEC_MASK, keys = 0
+    for acc in range((ACC_ALL | ACC_SHADOW_STACK_MASK) + 1):
+        if is_denied(p, acc, access):
+            info |= <uint64_t>1 << acc
+    if not access & ACCESS_PROBE_MASK:
+        keys = (fmt.pkru_mask >> pfec) & 3
+        keys |= <uint64_t>((fmt.pkru_mask >> (pfec | PFERR_RSVD_MASK)) & 3) << KVMMU_ACCESS_KEYS_USER_SHIFT
+    return info | keys << KVMMU_ACCESS_KEYS_SHIFT
+
+
 cdef void update_permission_bitmask(kvm_page_format *fmt, const permission_params *p) noexcept nogil:
-    cdef uint64_t acc
     cdef uint32_t access
-    cdef int index
-    for index in range(PERMISSIONS_COUNT):
-        fmt.permissions[index] = 0
-        for acc in range(ACC_ALL + 1):
-            if is_denied(p, acc, <uint64_t>index << PERMISSIONS_INDEX_SHIFT):
-                fmt.permissions[index] |= <uint64_t>1 << acc
-    for index in range(KVMMU_ACCESS_BYTES):
-        access = explicit_access(index)
-        fmt.access_info[index] = fmt.permissions[access >> PERMISSIONS_INDEX_SHIFT] | access << KVMMU_ACCESS_INFO_SHIFT
+    for access in range(KVMMU_ACCESS_BYTES):
+        if access == resolved_access(access):
+            fmt.access_info[access] = access_info(fmt, p, access)
+    for access in range(KVMMU_ACCESS_BYTES):
+        fmt.access_info[access] = fmt.access_info[resolved_access(access)]
+    for access in range(PERMISSIONS_COUNT):
+        fmt.permissions[access] = <uint16_t>fmt.access_info[access << PERMISSIONS_INDEX_SHIFT]
 
 
-cdef void update_ept_permissions(PageFormat fmt, bint mbec) noexcept:
+cdef void update_ept_permissions(PageFormat fmt, bint mbec, bint supervisor_shadow_stack) noexcept:
     cdef permission_params p
     p.tdp = p.ept = p.wp = p.nx = True
-    p.smep, p.smap = mbec, False
+    p.smep, p.smap, p.shadow_stacks = mbec, False, supervisor_shadow_stack
     fmt.params = p
-    update_permission_bitmask(&fmt.fmt, &p)
     fmt.fmt.pkru_mask = 0
+    update_permission_bitmask(&fmt.fmt, &p)
 
 
-cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint wp) noexcept nogil:
-    """Protection keys guard data accesses to user pages; write-disable binds a supervisor only under CR0.WP."""
+cdef void update_pkru_bitmask(kvm_page_format *fmt, bint pke, bint pks, bint wp) noexcept nogil:
+    """Protection keys guard data accesses: PKRU to user pages, PKRS to supervisor pages. Write-disable binds a supervisor only
+    under CR0.WP, and PKRS everybody only under it."""
     cdef uint64_t pfec, denied
+    cdef bint user_page
     fmt.pkru_mask = 0
-    if not pke:
-        return
     for pfec in range(0, 32, 2):
-        if pfec & ACCESS_FETCH_MASK or not pfec & PFERR_RSVD_MASK:      # RSVD stands for "the page is a user page"
+        user_page = (pfec & PFERR_RSVD_MASK) != 0       # RSVD stands for "the page is a user page"
+        if pfec & ACCESS_FETCH_MASK or not (pke if user_page else pks):
             continue
         denied = PKRU_AD_MASK
-        if pfec & ACCESS_WRITE_MASK and (pfec & ACCESS_USER_MASK or wp):
+        if pfec & ACCESS_WRITE_MASK and (wp or (user_page and pfec & ACCESS_USER_MASK)):
             denied |= PKRU_WD_MASK
         fmt.pkru_mask |= <uint32_t>(denied << pfec)
 
@@ -115,7 +132,7 @@ cdef void reset_guest_rsvds_bits_mask(kvm_page_format *fmt, const rsvd_params *p
             fmt.rsvd_bits_mask[1][1] = bits_from(PT32_PSE36_SHIFT + p.pse36_bits, PT32_4M_RSVD_LAST_SHIFT)
         return
 
-    high = bits_from(p.maxphyaddr, PAE_RSVD_LIMIT_SHIFT if p.level == 3 else GPA_BITS - 1)
+    high = bits_from(p.maxphyaddr, PAE_RSVD_LIMIT_SHIFT if p.level == 3 else GPA_BITS - 1) & ~p.encryption_mask
     if not p.nx:
         high |= PT64_NX_MASK
     set_rsvd(fmt, 1, high, high)
@@ -164,7 +181,7 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
 def _check_access(access):
     """access as a uint32 array without IMPLICIT."""
     access = check_integers("access", access, 0, 0xFF, np.uint32)
-    allowed = int(ACCESS_VALID_MASK)
+    allowed = int(ACCESS_PLAIN_MASK)
     bad = access[(access & ~np.uint32(allowed)) != 0]
     if bad.size:
         raise ValueError(f"access: {int(bad.flat[0]):#x} has a bit that is none of WRITE USER AC FETCH IMPLICIT ({allowed:#x})")
@@ -185,7 +202,8 @@ cdef class PageFormat:
     permissions : ndarray of uint16, shape (16,)
         Index: an access shifted right by one. Bit n set: rights n (`Acc`) do not allow it.
     pkru_mask : int
-        AD and WD of PKRU that matter, two bits per error code (with U of the translation as bit 3).
+        AD and WD that matter, two bits per error code (with U of the translation as bit 3): of PKRU for user pages, of PKRS for
+        the others.
     rsvd_bits_mask : ndarray of uint64, shape (2, 5)
         Index: bit 7 of the entry, level - 1. Bits that must be zero.
     bad_mt_xwr : int
@@ -237,15 +255,16 @@ cdef class PageFormat:
         cdef permission_params p
         for i, row in enumerate(rows.tolist()):
             p.tdp, p.ept, p.smep, p.smap, p.wp, p.nx = row
+            p.shadow_stacks, fmt.pkru_mask = False, 0
             update_permission_bitmask(&fmt, &p)
             out[i] = [fmt.permissions[index] for index in range(PERMISSIONS_COUNT)]
         return out.reshape(columns[0].shape + (PERMISSIONS_COUNT,))
 
     @staticmethod
-    def pkru_bitmask(*, pke=True, wp=True):
-        """`pkru_mask` for CR4.PKE (in long mode) and CR0.WP."""
+    def pkru_bitmask(*, pke=True, wp=True, pks=False):
+        """`pkru_mask` for CR4.PKE, CR4.PKS (both in long mode) and CR0.WP."""
         cdef kvm_page_format fmt
-        update_pkru_bitmask(&fmt, check_bool("pke", pke), check_bool("wp", wp))
+        update_pkru_bitmask(&fmt, check_bool("pke", pke), check_bool("pks", pks), check_bool("wp", wp))
         return int(fmt.pkru_mask)
 
     @staticmethod
@@ -272,6 +291,7 @@ cdef class PageFormat:
         p.maxphyaddr = check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX)
         p.nx, p.gbpages, p.pse = check_bool("nx", nx), check_bool("gbpages", gbpages), check_bool("pse", pse)
         p.pse36_bits, p.amd = check_int("pse36_bits", pse36_bits, 0, 8), check_bool("amd", amd)
+        p.encryption_mask = 0
         cdef PageFormat self = PageFormat()
         reset_guest_rsvds_bits_mask(&self.fmt, &p)
         return self.rsvd_bits_mask
@@ -327,25 +347,35 @@ cdef class PageFormat:
             bad = bad | ((np.uint64(self.fmt.bad_mt_xwr) >> low) & np.uint64(1)).astype(bool)
         return bool(bad) if np.ndim(bad) == 0 else bad
 
-    def permission_fault(self, pte_access, pkey, access, pkru):
-        """P or P|PK where rights, or PKRU, deny an access; 0 where they allow it (uint32, broadcast)."""
+    def permission_fault(self, pte_access, pkey, access, pkru, pkrs=0):
+        """P or P|PK where rights, or the key register of the page, deny an access; 0 where they allow it (uint32, broadcast)."""
         acc = _check_rights(pte_access)
         key = check_integers("pkey", pkey, 0, 15, np.uint32)
-        pkru = check_word("pkru", pkru, 32)
+        keys = key_registers(check_word("pkru", pkru, 32), check_word("pkrs", pkrs, 32))
         rows = np.broadcast_arrays(acc, key, _check_access(access))
         out = np.empty(rows[0].shape, np.uint32)
         flat = out.reshape(-1)
         for i, (a, k, x) in enumerate(zip(*(row.ravel().tolist() for row in rows))):
-            flat[i] = c_permission_fault(&self.fmt, pkru, a, k, x)
+            flat[i] = c_permission_fault(&self.fmt, keys, a, k, x)
         return out[()]
 
-    def rule(self, pte_access, access, pkey_denied=False):
-        """Return the first rule by which rights deny an access: read, write, user, nx, smep, smap or pkey; None if none does."""
+    def rule(self, pte_access, access, pkey_denied=False, shadow_stack=False):
+        """Return the first rule by which rights deny an access: read, write, user, nx, smep, smap, shadow-stack or pkey; None if
+        none does.
+
+        shadow_stack: the entries make a shadow-stack address; it counts for accesses to shadow stacks alone.
+        """
         cdef uint64_t acc = check_int("pte_access", pte_access, 0, ACC_ALL)
-        cdef uint32_t a = int(_check_access(check_int("access", access, 0, 0xFF)))
+        cdef uint32_t a = check_int("access", access, 0, 0xFF)
+        if a & ~ACCESS_VALID_MASK:
+            raise ValueError(f"access: {a:#x} has a bit that is no Access bit")
+        a = explicit_access(a)
+        acc |= ACC_SHADOW_STACK_MASK if check_bool("shadow_stack", shadow_stack) else 0
         cdef bint denied_by_key = check_bool("pkey_denied", pkey_denied)
         cdef bint user = (a & ACCESS_USER_MASK) != 0
         if is_denied(&self.params, acc, a):
+            if a & ACCESS_SHADOW_STACK_MASK and self.params.shadow_stacks and not (self.params.ept and user):
+                return "user" if user and acc & ACC_SHADOW_STACK_MASK else "shadow-stack"
             if not a & (ACCESS_WRITE_MASK | ACCESS_FETCH_MASK) and not acc & ACC_READ_MASK:
                 return "read"
             if a & ACCESS_WRITE_MASK and not acc & ACC_WRITE_MASK and (self.params.ept or self.params.wp or user):

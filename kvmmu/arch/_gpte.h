@@ -21,6 +21,13 @@ enum kvmmu_format { KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT };
                                    : ((rights) & (ACC_READ_MASK | ACC_WRITE_MASK | ACC_USER_MASK)) |         \
                                          ((rights) >> (PT64_NX_SHIFT - ACC_EXEC_SHIFT) & ACC_EXEC_MASK))
 
+/* ACC_SHADOW_STACK if a leaf has the form of a shadow-stack page: W clear and D set; in EPT the bit of its own. IN upper: rights of
+ * the entries above it, all of which must have W. */
+#define KVMMU_GPTE_SHADOW_STACK(format, upper, pte)                                                              \
+    ((upper) << ACC_WRITE_TO_SHADOW_STACK_SHIFT & ACC_SHADOW_STACK_MASK &                                        \
+     (pte) >> (((format) == KVMMU_FORMAT_EPT ? EPT_SHADOW_STACK_SHIFT : PT_DIRTY_SHIFT) - ACC_SHADOW_STACK_SHIFT) & \
+     ~((pte) << ACC_WRITE_TO_SHADOW_STACK_SHIFT & ((format) == KVMMU_FORMAT_EPT ? 0 : ~UINT64_C(0))))
+
 #define KVMMU_GPTE_PKEY(format, pte) ((pte) >> PT64_PKEY_SHIFT & ((format) == KVMMU_FORMAT_64 ? PT64_PKEY_MASK : 0))
 
 #define KVMMU_LEVEL_SHIFT(format, level) \
@@ -49,6 +56,11 @@ KVMMU_INLINE uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
 KVMMU_INLINE uint64_t kvmmu_gpte_access(int format, uint64_t rights)
 {
     return KVMMU_GPTE_ACCESS(format, rights);
+}
+
+KVMMU_INLINE uint64_t kvmmu_gpte_shadow_stack(int format, uint64_t upper, uint64_t pte)
+{
+    return KVMMU_GPTE_SHADOW_STACK(format, upper, pte);
 }
 
 KVMMU_INLINE uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)

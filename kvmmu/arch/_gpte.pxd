@@ -9,8 +9,7 @@ Levels, reserved bits, permissions and page sizes are data of the walk (`kvm_pag
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport (
-    PAGE_SHIFT, PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT32_INDEX_MASK, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS,
-    PT64_INDEX_MASK,
+    PAGE_SHIFT, PT32_INDEX_BITS, PT32_INDEX_MASK, PT64_INDEX_BITS, PT64_INDEX_MASK,
 )
 from kvmmu.arch._format cimport kvm_page_format
 from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64, kvmmu_read32, kvmmu_read64
@@ -24,6 +23,7 @@ cdef extern from "kvmmu/arch/_gpte.h" nogil:
     int kvmmu_level_shift(int format, int level)
     uint64_t kvmmu_gpte_rights(int format, uint64_t pte)
     uint64_t kvmmu_gpte_access(int format, uint64_t rights)
+    uint64_t kvmmu_gpte_shadow_stack(int format, uint64_t upper, uint64_t pte)
     uint32_t kvmmu_gpte_pkey(int format, uint64_t pte)
     uint64_t kvmmu_leaf_gpa(int format, uint64_t pte, uint32_t level, uint64_t addr, uint64_t pse36_mask)
     bint kvmmu_is_canonical(uint64_t addr, int shift)
@@ -88,14 +88,6 @@ cdef inline uint64_t gpte_index(const guest_walker *walker, uint64_t addr, int l
         return (addr >> (PAGE_SHIFT + PT64_INDEX_BITS * (level - 1))) & PT64_INDEX_MASK
 
 
-cdef inline uint64_t gpte_to_gpa(const guest_walker *walker, uint64_t pte) noexcept nogil:
-    """Address of the table that an entry, or the root register, points to."""
-    if guest_walker is guest_walker32:
-        return pte & PT32_BASE_ADDR_MASK
-    else:
-        return pte & PT64_BASE_ADDR_MASK
-
-
 cdef inline int format_of(const guest_walker *walker) noexcept nogil:
     """Return the format as `_gpte.h` counts them."""
     if guest_walker is guest_walker32:
@@ -144,6 +136,11 @@ cdef inline uint64_t gpte_rights(const guest_walker *walker, uint64_t pte) noexc
 cdef inline uint32_t gpte_access(const guest_walker *walker, uint64_t rights) noexcept nogil:
     """ACC_* of accumulated rights."""
     return <uint32_t>kvmmu_gpte_access(format_of(walker), rights)
+
+
+cdef inline uint64_t gpte_shadow_stack(const guest_walker *walker, uint64_t upper, uint64_t pte) noexcept nogil:
+    """ACC_SHADOW_STACK if a leaf has the form of a shadow-stack page, below entries with these rights."""
+    return kvmmu_gpte_shadow_stack(format_of(walker), upper, pte)
 
 
 cdef inline uint32_t gpte_pkey(const guest_walker *walker, uint64_t pte) noexcept nogil:

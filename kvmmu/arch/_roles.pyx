@@ -6,8 +6,9 @@ from libc.stdint cimport uint64_t
 
 from kvmmu.arch._bits cimport (
     ROLE_ACCESS_MASK, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK,
-    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PSE_MASK,
-    ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_HAS_PFERR_FETCH_MASK,
+    ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_LAM_SUP_MASK, ROLE_EXT_CR4_LASS_MASK,
+    ROLE_EXT_CR4_PKE_MASK, ROLE_EXT_CR4_PKS_MASK, ROLE_EXT_CR4_PSE_MASK, ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK,
+    ROLE_EXT_EFER_UAIE_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_HAS_PFERR_FETCH_MASK, ROLE_EXT_SHADOW_STACK_MASK,
     ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_INVALID_MASK, ROLE_IS_MIRROR_MASK,
     ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_PASSTHROUGH_MASK, ROLE_QUADRANT_MASK, ROLE_QUADRANT_SHIFT,
     ROLE_SMAP_ANDNOT_WP_MASK, ROLE_SMM_MASK, ROLE_SMM_SHIFT,
@@ -37,6 +38,11 @@ _FLAGS = {
     "cr4_la57": int(ROLE_EXT_CR4_LA57_MASK),
     "efer_lma": int(ROLE_EXT_EFER_LMA_MASK),
     "has_pferr_fetch": int(ROLE_EXT_HAS_PFERR_FETCH_MASK),
+    "cr4_pks": int(ROLE_EXT_CR4_PKS_MASK),
+    "cr4_lass": int(ROLE_EXT_CR4_LASS_MASK),
+    "cr4_lam_sup": int(ROLE_EXT_CR4_LAM_SUP_MASK),
+    "efer_uaie": int(ROLE_EXT_EFER_UAIE_MASK),
+    "shadow_stack": int(ROLE_EXT_SHADOW_STACK_MASK),
 }
 _NUMBERS = {
     "level": (int(ROLE_LEVEL_MASK), ROLE_LEVEL_SHIFT),
@@ -64,7 +70,8 @@ class CpuRole:
     passthrough, is_mirror, cr4_smep : bool
         Flags of the page role.
     valid, execonly, cr4_pse, cr4_pke, cr4_smap, cr4_la57, efer_lma, has_pferr_fetch : bool
-        Flags of the extended role.
+    cr4_pks, cr4_lass, cr4_lam_sup, efer_uaie, shadow_stack : bool
+        Flags of the extended role; `shadow_stack` is the supervisor shadow-stack control of an EPT.
     """
 
     __slots__ = ("word",)

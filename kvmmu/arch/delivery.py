@@ -18,6 +18,8 @@ from kvmmu.arch.faults import (
     NestedPageFault,
     PageFault,
     PmlFull,
+    SppEvent,
+    VirtualizationException,
     error_code_text,
     npf_info_text,
 )
@@ -28,12 +30,14 @@ __all__ = ["ExceptionInjected", "ExitToL1", "SvmExit", "SvmExitCode", "VmxExit",
            "deliver_page_fault"]
 
 PF_VECTOR = 14
+VE_VECTOR = 20
 # Valid, with an error code, a hardware exception (type 3), vector 14.
 _PF_INTERRUPTION_INFO = 1 << 31 | 1 << 11 | 3 << 8 | PF_VECTOR
 _STAGES = NpfInfo.GUEST_FINAL | NpfInfo.GUEST_PAGE
 _LINEAR = EptQual.GVA_VALID | EptQual.GVA_TRANSLATED
 _ADVANCED = EptQual.GVA_USER | EptQual.GVA_WRITABLE | EptQual.GVA_NX
-_KINDS: dict[type, tuple[type[NestedFault], ...]] = {Ept: (EptViolation, EptMisconfig, PmlFull), Npt: (NestedPageFault,)}
+_KINDS: dict[type, tuple[type[NestedFault], ...]] = {
+    Ept: (EptViolation, EptMisconfig, PmlFull, SppEvent, VirtualizationException), Npt: (NestedPageFault,)}
 
 
 class VmxExitReason(IntEnum):
@@ -43,6 +47,7 @@ class VmxExitReason(IntEnum):
     EPT_VIOLATION = 48
     EPT_MISCONFIG = 49
     PML_FULL = 62
+    SPP_EVENT = 66
 
 
 class SvmExitCode(IntEnum):
@@ -54,22 +59,22 @@ class SvmExitCode(IntEnum):
 
 @dataclass(frozen=True)
 class ExceptionInjected:
-    """A #PF that the guest takes through its own IDT. SDM vol. 3, "Page-Fault Exceptions".
+    """A #PF or #VE that the guest takes through its own IDT. SDM vol. 3, "Page-Fault Exceptions", "Virtualization Exceptions".
 
     Attributes
     ----------
     error_code : int
-        What the CPU pushes.
-    cr2 : int
-        The linear address that CR2 then holds.
+        What the CPU pushes; 0 of a #VE, which has none.
+    cr2 : int or None
+        The linear address that CR2 then holds; None of a #VE, which leaves it alone.
     into : {"L1", "L2"}
         The guest that runs.
     vector : int
-        14.
+        14, of a #VE 20.
     """
 
     error_code: int
-    cr2: int
+    cr2: int | None
     into: str
     vector: int = PF_VECTOR
 
@@ -98,11 +103,11 @@ class VmxExit(ExitToL1):
     ----------
     exit_qualification : int
         Of an EPT violation as in "Exit Qualification for EPT Violations"; of a page fault the linear address; of a full log only
-        NMI unblocking; of a misconfiguration 0.
+        NMI unblocking; of an SPP-related event bit 11 where the table has no entry, and NMI unblocking; of a misconfiguration 0.
     guest_physical_address : int or None
         The address without translation; None for a page fault.
     guest_linear_address : int or None
-        Of an EPT violation whose qualification says that it is valid; else None.
+        Of an EPT violation whose qualification says that it is valid, and of an SPP-related event; else None.
     interruption_info, interruption_error_code : int or None
         Of a page fault, as in "Information for VM Exits Due to Vectored Events"; else None.
     """
@@ -189,8 +194,9 @@ def deliver_page_fault(fault: PageFault, stage: Stage | None, in_l2: bool, *, in
                    interruption_error_code=error_code)
 
 
-def deliver_nested_fault(fault: NestedFault, stage: Stage | None, from_hardware: int | None = None) -> ExitToL1:
-    """Deliver a fault of the second stage: as an exit to L1.
+def deliver_nested_fault(fault: NestedFault, stage: Stage | None,
+                         from_hardware: int | None = None) -> ExceptionInjected | ExitToL1:
+    """Deliver a fault of the second stage: as an exit to L1, but for a #VE, which L2 takes.
 
     Parameters
     ----------
@@ -224,6 +230,8 @@ def deliver_nested_fault(fault: NestedFault, stage: Stage | None, from_hardware:
         raise TypeError(f"fault: want {wanted} under {type(stage).__name__}, got {type(fault).__name__}")
     for name in ("fault_gpa", "exit_qualification", "error_code"):      # a fault may be made by hand
         check_word(f"fault.{name}", getattr(fault, name))
+    if isinstance(fault, VirtualizationException):
+        return ExceptionInjected(0, None, "L2", VE_VECTOR)
     if isinstance(stage, Ept):
         return _ept_exit(fault, stage, from_hardware)
     return _nested_page_fault_exit(fault, from_hardware)
@@ -237,6 +245,9 @@ def _check_stage(stage: object) -> None:
 def _ept_exit(fault: NestedFault, stage: Ept, from_hardware: int | None) -> VmxExit:
     if isinstance(fault, PmlFull):
         return VmxExit(VmxExitReason.PML_FULL, int((from_hardware or 0) & EptQual.NMI_UNBLOCKING), fault.fault_gpa)
+    if isinstance(fault, SppEvent):
+        kept = int((from_hardware or 0) & EptQual.NMI_UNBLOCKING)
+        return VmxExit(VmxExitReason.SPP_EVENT, fault.exit_qualification | kept, fault.fault_gpa, fault.address)
     if isinstance(fault, EptMisconfig) or fault.error_code & Pferr.RSVD:
         return VmxExit(VmxExitReason.EPT_MISCONFIG, 0, fault.fault_gpa)
     qualification = fault.exit_qualification

@@ -6,7 +6,7 @@ from kvmmu.arch._bits import Access, NpfInfo, Pferr, Status
 
 __all__ = [
     "EptMisconfig", "EptViolation", "GeneralProtection", "GuestFault", "InvalidOpcode", "NestedFault", "NestedPageFault",
-    "PageFault", "PmlFull", "VmFail", "fault_of", "nested_fault_of",
+    "PageFault", "PmlFull", "SppEvent", "VirtualizationException", "VmFail", "fault_of", "nested_fault_of",
 ]
 
 
@@ -44,11 +44,11 @@ class GuestFault(Exception):
 
 
 class PageFault(GuestFault):
-    """#PF. `rule` is not-present, hole, reserved, read, write, user, nx, smep, smap or pkey."""
+    """#PF. `rule` is not-present, hole, reserved, read, write, user, nx, smep, smap, shadow-stack or pkey."""
 
 
 class GeneralProtection(GuestFault):
-    """#GP: a non-canonical address, or an illegal value for a register."""
+    """#GP: a non-canonical address, one that LASS refuses, or an illegal value for a register."""
 
 
 class NestedFault(GuestFault):
@@ -84,6 +84,14 @@ class PmlFull(NestedFault):
     """L1's page-modification log is full."""
 
 
+class SppEvent(NestedFault):
+    """SPP-related event: the sub-page permission table has no entry for the page, or a reserved bit is set there."""
+
+
+class VirtualizationException(NestedFault):
+    """#VE: an EPT violation that the guest takes itself. The information area holds what an exit would tell L1."""
+
+
 class VmFail(GuestFault):
     """VMfail: a VMX instruction of L1's that fails without an exception.
 
@@ -113,16 +121,21 @@ _RULES = {
     "smep": "SMEP: a supervisor cannot fetch from a user page",
     "smap": "SMAP: a supervisor cannot access a user page",
     "pkey": "the protection key forbids it",
+    "shadow-stack": "the page is no shadow-stack page of this privilege",
     "non-canonical": "the address is not canonical",
+    "lass": "LASS: the address is in the half of the address space that this privilege has not",
     "misconfig": "the entry is misconfigured",
     "pml-full": "the page-modification log is full",
+    "sppt-miss": "the sub-page permission table has no valid entry for the page",
+    "sppt-misconfig": "the sub-page permission table has a reserved bit set",
     "": "the tables have changed since",
 }
 # Plain integers: operators of flags are Python methods, and take longer than all else of a fault.
 _ERROR_BITS = tuple((int(flag), name) for flag, name in (
     (Pferr.PRESENT, "P"), (Pferr.WRITE, "W"), (Pferr.USER, "U"), (Pferr.RSVD, "RSVD"), (Pferr.FETCH, "F"), (Pferr.PK, "PK"),
     (Pferr.SS, "SS")))
-_WRITE, _USER, _FETCH, _IMPLICIT = map(int, (Access.WRITE, Access.USER, Access.FETCH, Access.IMPLICIT))
+_WRITE, _USER, _FETCH, _IMPLICIT, _SHADOW_STACK, _PROBE = map(int, (
+    Access.WRITE, Access.USER, Access.FETCH, Access.IMPLICIT, Access.SHADOW_STACK, Access.PROBE))
 _ENTRY_NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE", 4: "PML4E", 5: "PML5E"}
 
 
@@ -139,7 +152,11 @@ def rule_text(rule: str) -> str:
 def access_text(access: int) -> str:
     """Return an access in words: "user write", "implicit supervisor read"."""
     bits = int(access)
+    if bits & _PROBE:
+        return "probe"
     kind = "fetch" if bits & _FETCH else "write" if bits & _WRITE else "read"
+    if bits & _SHADOW_STACK:
+        kind = f"shadow-stack {kind}"
     if bits & _IMPLICIT:
         return f"implicit supervisor {kind}"
     return f"{'user' if bits & _USER else 'supervisor'} {kind}"
@@ -163,7 +180,7 @@ def fault_of(status: int, *, address: int, access: Access, error_code: int, leve
     details: dict[str, Any] = {"address": address, "access": access, "error_code": error_code, "level": level, "entry": entry,
                                "entry_gpa": entry_gpa, "rule": rule}
     what = f"{access_text(access)} of {address:#x}"
-    if status == Status.NON_CANONICAL:
+    if status in (Status.NON_CANONICAL, Status.LASS_VIOLATION):
         return GeneralProtection(f"#GP: {what}: {rule_text(rule)}", **details)
     place = f"{entry_name(level)} {entry:#x}" + (f" at gpa {entry_gpa:#x}" if entry_gpa is not None else "")
     return PageFault(f"#PF {error_code_text(error_code)}: {what}: {rule_text(rule)} ({place})", **details)
@@ -171,7 +188,8 @@ def fault_of(status: int, *, address: int, access: Access, error_code: int, leve
 
 _NESTED: dict[int, tuple[type[NestedFault], str]] = {
     Status.EPT_VIOLATION: (EptViolation, "EPT violation"), Status.EPT_MISCONFIG: (EptMisconfig, "EPT misconfiguration"),
-    Status.NESTED_PAGE_FAULT: (NestedPageFault, "#NPF"), Status.PML_FULL: (PmlFull, "PML full")}
+    Status.NESTED_PAGE_FAULT: (NestedPageFault, "#NPF"), Status.PML_FULL: (PmlFull, "PML full"),
+    Status.SPP_EVENT: (SppEvent, "SPP-related event"), Status.VIRT_EXCEPTION: (VirtualizationException, "#VE")}
 
 
 def nested_title(status: int) -> str:

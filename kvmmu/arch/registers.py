@@ -10,9 +10,12 @@ from functools import partial
 from typing import Literal, Protocol, SupportsIndex, TypedDict
 
 from kvmmu.arch._bits import (
+    CR3_LAM_U48,
+    CR3_LAM_U57,
     CR3_NOFLUSH,
     CR3_PAE_PDPT,
     CR3_PCID,
+    GPA_BITS,
     GVA_BITS_4_LEVEL,
     GVA_BITS_5_LEVEL,
     MAXPHYADDR_MAX,
@@ -38,7 +41,8 @@ class TableSpace(Protocol):
     def read_u64(self, gpa: int) -> int: ...
 
 
-_FEATURES = ("gbpages", "pse36", "la57", "nx", "smep", "smap", "pku", "pcid")
+_NOT_IN_KVM = ("pks", "lass", "uai")
+_FEATURES = ("gbpages", "pse36", "la57", "nx", "smep", "smap", "pku", "pcid", "lam", "shstk", "pks", "lass", "uai")
 # Features whose control bits have no say in translation, by their names: the vendors that define them, and the bits.
 FEATURES: dict[str, tuple[tuple[str, ...], Cr4 | Efer]] = {
     "umip": (("intel", "amd"), Cr4.UMIP), "fsgsbase": (("intel", "amd"), Cr4.FSGSBASE), "xsave": (("intel", "amd"), Cr4.OSXSAVE),
@@ -48,7 +52,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], Cr4 | Efer]] = {
     "mcommit": (("amd",), Efer.MCOMMIT), "intwb": (("amd",), Efer.INTWB), "autoibrs": (("amd",), Efer.AUTOIBRS),
 }
 
-_WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64}
+_WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64, "pkrs": 32}
 _TEXTS = dict.fromkeys((*_WIDTHS, "pdptrs"), hex_text) | {
     name: partial(flags_text, kind=kind) for name, kind in (("cr0", Cr0), ("cr4", Cr4), ("efer", Efer))}
 
@@ -71,6 +75,14 @@ class CpuModel:
         "sdm": what the manuals say; "kvm": what KVM's software walker does where it differs.
     la57, nx, smep, smap, pku, pcid : bool
         Features whose control bits may be set.
+    lam, shstk, pks, lass : bool
+        Likewise: linear-address masking, shadow stacks, supervisor protection keys, linear-address-space separation. KVM offers
+        no guest the last two, so that they do not exist under conformance "kvm".
+    uai : bool
+        AMD's upper address ignore, which KVM does not offer either.
+    c_bit : int, optional
+        AMD's memory encryption: the position of the encryption bit, 32 to 51, which is no address bit of CR3 and of entries,
+        and not reserved. `maxphyaddr` is then the width after its reduction.
     features : collection of str, optional
         Strictness about control bits without a say in translation: the processor has these of `FEATURES`, and the bits of others
         are reserved. By default none is: registers of any machine are legal, of whichever vendor.
@@ -87,6 +99,12 @@ class CpuModel:
     smap: bool = True
     pku: bool = True
     pcid: bool = True
+    lam: bool = True
+    shstk: bool = True
+    pks: bool = True
+    lass: bool = True
+    uai: bool = True
+    c_bit: int | None = None
     features: Collection[str] | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +114,8 @@ class CpuModel:
         object.__setattr__(self, "maxphyaddr", width)
         for name in _FEATURES:
             object.__setattr__(self, name, check_bool(name, getattr(self, name)))
+        if self.c_bit is not None:
+            object.__setattr__(self, "c_bit", check_int("c_bit", self.c_bit, MAXPHYADDR_MIN, GPA_BITS - 1))
         if self.features is not None:
             names = sorted(name for name, (vendors, _) in FEATURES.items() if self.vendor in vendors)
             if isinstance(self.features, str) or not set(self.features) <= set(names):
@@ -108,7 +128,16 @@ class CpuModel:
     @property
     def rsvd_gpa_bits(self) -> int:
         """Physical-address bits that this processor does not have, up to bit 63."""
-        return ((1 << 64) - 1) & ~((1 << self.maxphyaddr) - 1)
+        return ((1 << 64) - 1) & ~((1 << self.maxphyaddr) - 1) & ~self.encryption_mask
+
+    @property
+    def encryption_mask(self) -> int:
+        """Return the encryption bit as a mask, 0 without one."""
+        return 0 if self.c_bit is None else 1 << self.c_bit
+
+    def has(self, feature: str) -> bool:
+        """True if a guest has one of the features that `conformance` may take away."""
+        return bool(getattr(self, feature)) and not (self.conformance == "kvm" and feature in _NOT_IN_KVM)
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,8 @@ class Regs:
         Only AC (bit 18) matters, and only to scalar calls.
     pdptrs : tuple of 4 int, optional
         PAE: the PDPTE registers; None loads them from memory at CR3. Under nested paging of SVM there are none.
+    pkrs : int
+        IA32_PKRS, 32 bits: the same as `pkru` for supervisor pages.
     """
 
     cr0: int
@@ -133,6 +164,7 @@ class Regs:
     pkru: int = 0
     rflags: int = int(RFLAGS_FIXED)
     pdptrs: tuple[int, ...] | None = None
+    pkrs: int = 0
 
     def __post_init__(self) -> None:
         for name, bits in _WIDTHS.items():
@@ -164,6 +196,7 @@ class RegisterValues(TypedDict, total=False):
     cr4: SupportsIndex
     efer: SupportsIndex
     pkru: SupportsIndex
+    pkrs: SupportsIndex
     rflags: SupportsIndex
     pdptrs: Sequence[SupportsIndex] | None
 
@@ -181,17 +214,21 @@ def _bits_of(kind: type[Cr4 | Efer], features: Collection[str] | None) -> int:
     return bits
 
 
-# What is modelled, and what every processor has. Missing on purpose: PKS, LASS and LAM_SUP of CR4 and UAIE of EFER, which change
-# translation and are not modelled.
-_CR4_DEFINED = int(Cr4.COMMON | Cr4.LA57 | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
-_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NX)
+# Features that change translation, and their bits.
+_CR4_FEATURES = {"la57": Cr4.LA57, "pcid": Cr4.PCIDE, "smep": Cr4.SMEP, "smap": Cr4.SMAP, "pku": Cr4.PKE, "shstk": Cr4.CET,
+                 "pks": Cr4.PKS, "lass": Cr4.LASS, "lam": Cr4.LAM_SUP}
+_EFER_FEATURES = {"nx": Efer.NX, "uai": Efer.UAIE}
+_LAM_BITS = CR3_LAM_U48 | CR3_LAM_U57
+# What every processor has, and what a model may have. CET is also a name of FEATURES: strict models have it by that.
+_CR4_DEFINED = int(Cr4.COMMON) | sum(int(bit) for name, bit in _CR4_FEATURES.items() if name != "shstk")
+_EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA) | sum(map(int, _EFER_FEATURES.values()))
 
 
 def _cr4_reserved(cpu: CpuModel, value: int) -> int:
     """Bits of a CR4 value that are undefined, not modelled, or of a feature that the model lacks."""
     reserved = value & ~(_CR4_DEFINED | _bits_of(Cr4, cpu.features))
-    for has, bit in ((cpu.la57, Cr4.LA57), (cpu.pcid, Cr4.PCIDE), (cpu.smep, Cr4.SMEP), (cpu.smap, Cr4.SMAP), (cpu.pku, Cr4.PKE)):
-        if not has:
+    for name, bit in _CR4_FEATURES.items():
+        if value & bit and not cpu.has(name):
             reserved |= value & bit
     return reserved
 
@@ -216,18 +253,22 @@ def check_cr4(cpu: CpuModel, value: int) -> None:
 def check_efer(cpu: CpuModel, value: int) -> None:
     """#GP unless EFER is legal for this model."""
     reserved = value & ~(_EFER_DEFINED | _bits_of(Efer, cpu.features))
-    if not cpu.nx:
-        reserved |= value & Efer.NX
+    for name, bit in _EFER_FEATURES.items():
+        if value & bit and not cpu.has(name):
+            reserved |= value & bit
     if reserved:
         raise _gp("efer-reserved", f"EFER {value:#x}: {reserved:#x} is reserved, or a feature that the model lacks")
 
 
 def check_cr3(cpu: CpuModel, regs: Regs) -> None:
-    """#GP unless CR3 is legal: it is physical, so reserved bits are those from MAXPHYADDR up.
+    """#GP unless CR3 is legal: it is physical, so reserved bits are those from MAXPHYADDR up, but for the encryption bit and, on
+    processors with LAM, its two bits.
 
     Outside long mode CR3 is a 32-bit register to the guest; wider values can only come from the host and obey the same limit.
     """
     reserved = regs.cr3 & cpu.rsvd_gpa_bits
+    if cpu.lam:
+        reserved &= ~_LAM_BITS
     if reserved:
         raise _gp("cr3-reserved", f"CR3 {regs.cr3:#x}: {reserved:#x} is reserved with MAXPHYADDR {cpu.maxphyaddr}")
 
@@ -373,6 +414,18 @@ def after_wrmsr_efer(cpu: CpuModel, regs: Regs, value: int) -> Regs:
     if regs.cr0 & Cr0.PG and (regs.efer ^ value) & Efer.LME:
         raise _gp("lme-change-while-paging", "EFER.LME cannot change while CR0.PG is set")
     return replace(regs, efer=int(value))
+
+
+def after_wrmsr_pkrs(cpu: CpuModel, regs: Regs, value: int) -> Regs:
+    """Return the registers after WRMSR to IA32_PKRS; #GP without PKS, or for a value of more than 32 bits.
+
+    Source: SDM vol. 3, "Protection Keys"; vol. 4, "IA32_PKRS".
+    """
+    if not cpu.has("pks"):
+        raise _gp("pkrs-without-pks", "the processor model has no IA32_PKRS")
+    if value >> 32:
+        raise _gp("pkrs-reserved", f"IA32_PKRS {value:#x}: bits 63:32 are reserved")
+    return replace(regs, pkrs=value)
 
 
 def after_wrpkru(regs: Regs, value: int) -> Regs:

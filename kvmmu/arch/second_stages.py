@@ -4,7 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvmmu.arch._bits import EPTP_AD, EPTP_LEVEL, EPTP_LEVEL_SHIFT, EPTP_MT, EPTP_MT_UC, EPTP_MT_WB, GPA_LIMIT, Cr0, Cr4, Efer
+from kvmmu.arch._bits import (
+    EPTP_AD,
+    EPTP_LEVEL,
+    EPTP_LEVEL_SHIFT,
+    EPTP_MT,
+    EPTP_MT_UC,
+    EPTP_MT_WB,
+    EPTP_RSVD,
+    EPTP_SHADOW_STACK,
+    GPA_LIMIT,
+    Cr0,
+    Cr4,
+    Efer,
+)
 from kvmmu.arch.arguments import check_bool, check_pages, check_word
 from kvmmu.arch.words import fields_text, flags_text, hex_text
 
@@ -66,7 +79,8 @@ class Ept:
     Parameters
     ----------
     eptp : int
-        EPT pointer: memory type (0 or 6), walk length minus one (3 or 4) in bits 5:3, A/D enable in bit 6, root.
+        EPT pointer: memory type (0 or 6), walk length minus one (3 or 4) in bits 5:3, A/D enable in bit 6, supervisor
+        shadow-stack control in bit 7, root.
     mbec : bool
         Mode-based execute control.
     execonly : bool
@@ -79,6 +93,10 @@ class Ept:
         Page-modification log; needs the A/D bits.
     intercepts : Intercepts
         Page faults of L2 that exit to L1.
+    spptp : int, optional
+        Sub-page write permissions: the root of the sub-page permission table, guest-physical, of a page.
+    ve : int, optional
+        EPT violations become virtualization exceptions (#VE): guest-physical address of the information area, of a page.
     """
 
     eptp: int
@@ -89,6 +107,8 @@ class Ept:
     page_1g: bool | None = None
     pml: Pml | None = None
     intercepts: Intercepts = Intercepts()
+    spptp: int | None = None
+    ve: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eptp", check_word("eptp", self.eptp))
@@ -101,8 +121,11 @@ class Ept:
             raise ValueError(f"eptp {self.eptp:#x}: memory type {self.eptp & EPTP_MT}, want {EPTP_MT_UC} or {EPTP_MT_WB}")
         if self.level not in (4, 5):
             raise ValueError(f"eptp {self.eptp:#x}: a walk of {self.level} levels, want 4 or 5 (bits 5:3 are 3 or 4)")
-        if self.eptp & 0xF80:
-            raise ValueError(f"eptp {self.eptp:#x}: bits 11:7 are reserved")
+        if self.eptp & EPTP_RSVD:
+            raise ValueError(f"eptp {self.eptp:#x}: bits 11:8 are reserved")
+        for name in ("spptp", "ve"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_pages(name, getattr(self, name), 0, GPA_LIMIT - 1))
         if self.page_1g and not self.page_2m:
             raise ValueError("page_1g: 1G pages without 2M pages (page_2m=False) exist on no processor")
         if self.pml is not None and not self.ad:
@@ -127,6 +150,11 @@ class Ept:
     def ad(self) -> bool:
         """Accessed and dirty bits are in use."""
         return bool(self.eptp & EPTP_AD)
+
+    @property
+    def supervisor_shadow_stack(self) -> bool:
+        """Supervisor shadow-stack accesses need bit 60 of the leaf."""
+        return bool(self.eptp & EPTP_SHADOW_STACK)
 
     def huge_page_level(self, gbpages: bool) -> int:
         """Largest page: 1 4K, 2 2M, 3 1G."""

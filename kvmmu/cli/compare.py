@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kvmmu.cli.output import OK
+from kvmmu.cli.output import INTERRUPTED, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.comparison.compare import compare
@@ -61,7 +61,7 @@ def _compare(args: argparse.Namespace) -> int:
         say(found.to_csv().removesuffix("\n"))
     else:
         say(found.table().rstrip())
-    return OK
+    return OK if found.complete else INTERRUPTED
 
 
 def _some(name: str, text: str, allowed: tuple[str, ...] | None) -> list[str]:

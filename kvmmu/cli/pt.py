@@ -10,7 +10,7 @@ from kvmmu.cli.output import OK, cleaning_up
 from kvmmu.cli.parsing import Commands, address, command
 from kvmmu.cli.sources import files_of, path_of
 from kvmmu.replay.terminal import printable, say, write
-from kvmmu.report.address_space import mapping_lines, plot_mappings
+from kvmmu.report.address_space import mapping_lines, plot_mappings, summary
 from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile
 from kvmmu.walk.mapped import Mappings
@@ -41,7 +41,8 @@ def add(commands: Commands) -> None:
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--csv", action="store_true", help="print comma-separated values")
     form.add_argument("--parquet", metavar="FILE", help="write a Parquet file (extra arrow)")
-    pt.add_argument("--plot", metavar="FILE", help="save a picture of the address space (.png, .svg, .pdf; extra plot)")
+    pt.add_argument("--plot", metavar="FILE", help="save a picture of the address space (.png, .svg, .pdf; extra plot), and "
+                                                   "print a summary alone")
 
 
 def _pt(args: argparse.Namespace) -> int:
@@ -64,6 +65,9 @@ def _pt(args: argparse.Namespace) -> int:
         _write_lines([",".join(_names()), *(",".join(_csv(value) for value in row) for row in _rows(found))])
     elif args.parquet is not None:
         _write_parquet(found, args.parquet, files_of(path_of(args)))
+    elif args.plot is not None:
+        say(f"{name}: {space_of(vcpu)}")
+        say(f"{printable(args.plot)}: {summary(found)}")
     else:
         lines = list(mapping_lines(found, vcpu.gva_walk.cpu_role.level))
         if any_mapped and not len(found):

@@ -71,7 +71,7 @@ def _walk(args: argparse.Namespace) -> int:
             if record.status:
                 kind = error_code_text(record.error_code) if record.status == Status.PAGE_FAULT else Status(record.status).name
                 faults[kind] = faults.get(kind, 0) + 1
-        walks = [record.to_dict() | {"recorded_gpa": [hex(gpa) for gpa in gpas]}
+        walks = [record.to_dict() | {"recorded_gpa": list(gpas)}
                  for record, gpas in zip(records, recorded, strict=True)]
         say(json.dumps({"accesses": len(records), "verified": sum(verified), "faults": faults, "mismatches": sum(wrong),
                         "seconds": seconds, "walks": walks}))

@@ -49,9 +49,12 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     Returns
     -------
     Comparison
+        After Ctrl-C in the walks over made tables: what was found until then, `complete` is False.
 
     Raises
     ------
+    KeyboardInterrupt
+        Ctrl-C before the first walks, or while the trace runs on its own tables.
     RecordingError, TraceError
         The trace is damaged, or takes too much memory for tables.
     ValueError, TypeError
@@ -69,9 +72,10 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     curves: dict[str, NDArray[np.uint64]] = {}
     mapped: dict[str, dict[str, int]] = {}
     regions: dict[str, NDArray[np.uint64]] = {}
-    accesses, kinds = 0, {}
+    accesses, kinds, complete = 0, {}, True
     if made:
         run = _run_made(opened, made, progress)
+        complete = run.passes.complete
         accesses, kinds = run.passes.accesses, run.passes.kinds
         for number, design in made.items():
             results[number] = run.result(design)
@@ -80,11 +84,12 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
             mapped[page] = {_SIZES[size]: count for size, count in spaces.page_count.items() if count}
             regions[page] = _regions(spaces, run.passes.first)
     own = {number: design for number, design in enumerate(chosen) if design.page == "own"}
-    if own:
+    if own and complete:
         found, accesses, kinds, curves["own"] = _run_own(opened, own, progress)
         results |= found
-    return Comparison(header.name or "trace", accesses, kinds, tuple(results[number] for number in range(len(chosen))), curves,
-                      mapped, regions, model, time.perf_counter() - started)
+    in_order = tuple(results[number] for number in sorted(results))
+    return Comparison(header.name or "trace", accesses, kinds, in_order, curves, mapped, regions, model,
+                      time.perf_counter() - started, complete)
 
 
 def _checked(designs: Iterable[Design]) -> list[Design]:

@@ -125,7 +125,8 @@ class Comparison:
     cost : CostModel or None
     seconds : float
     complete : bool
-        False if the comparison stopped early: counters are of the accesses until then.
+        False if Ctrl-C ended the comparison early: counters of TLBs are of the accesses until then; exits, `kinds` and regions
+        are of the whole trace, and designs with pages "own" are left out.
     """
 
     name: str

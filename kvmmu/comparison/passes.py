@@ -21,7 +21,6 @@ from kvmmu.tables._page_set import PageSet
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
 from kvmmu.traces import Chunk, Trace
-from kvmmu.walk._register_sets import RegisterSets
 
 __all__ = ["MadePasses", "Progress"]
 
@@ -53,7 +52,7 @@ class MadePasses:
     touched : dict of hashable to PageSet
         Pages by address space.
     complete : bool
-        False until all passes are done.
+        False until all passes are done, and if Ctrl-C ended them: counters of TLBs are of the accesses until then.
     """
 
     def __init__(self, trace: Callable[[], Trace], pages: Sequence[str], tlbs: Sequence[Any], two_stages: bool,
@@ -73,7 +72,7 @@ class MadePasses:
         self.complete = False
 
     def run(self) -> None:
-        """Read the trace for its pages, make the tables, and read it again for the walks."""
+        """Read the trace for its pages, make the tables, and read it again for the walks; Ctrl-C ends that one early."""
         self._find_pages()
         number = {space: i for i, space in enumerate(self.touched)}
         for page in self._pages:
@@ -81,12 +80,16 @@ class MadePasses:
             host_page = host_page_of(page) if self._two_stages else None
             tlbs = ProcessorTlbs([TlbOfHost(tlb, host_page) for tlb in self._tlbs], self._vcpus)
             self._policies.append(_Policy(self.spaces[page], tlbs, Registers(self._trace().header), number, self._vcpus))
-        for chunk in self._chunks():
-            for policy in self._policies:
-                policy.walk(chunk)
-            self.accesses += int(np.count_nonzero(chunk.op < Op.MOV_CR3))
-            self._tell()
-        self.complete = True
+        try:
+            for chunk in self._chunks():
+                for policy in self._policies:
+                    policy.walk(chunk)
+                self.accesses += int(np.count_nonzero(chunk.op < Op.MOV_CR3))
+                self._tell()
+            self.complete = True
+        except KeyboardInterrupt:
+            if not self.accesses:
+                raise                                   # there is nothing to tell
 
     @property
     def stats(self) -> dict[str, list[TlbStats]]:
@@ -173,8 +176,8 @@ class _Policy:
                  vcpus: int) -> None:
         self.spaces, self.tlbs, self.registers, self.number, self.vcpus = spaces, tlbs, registers, number, vcpus
         walk = spaces.vcpu().gva_walk
-        self.prepared: list[RegisterSets] = [walk.prepare([spaces.regs(i)]) for i in range(len(spaces.tables))]
         self.loop: RowLoop = new_row_loop(walk, vcpus)
+        self.sets = [self.loop.registers.add(walk.prepare([spaces.regs(i)])) for i in range(len(spaces.tables))]
         if vcpus == 1:
             self.loop.walk_both_pages(_SHIFTS)
         self.loop.feed(tlbs.stream)
@@ -184,7 +187,7 @@ class _Policy:
 
     def _use(self, vcpu: int) -> None:
         space = self.number.get(self.registers.space(vcpu), 0)      # a space without accesses has no tables, and needs none
-        self.loop.use(vcpu, self.prepared[space])
+        self.loop.registers.use(vcpu, self.sets[space])
 
     def _tags(self, vcpu: int) -> Any:
         """Return the registers as the TLBs see them: 4-level paging, with the trace's PCIDs."""

@@ -5,7 +5,7 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_VALID_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK, PT_GLOBAL_MASK,
+    ACC_ALL, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK, PT_GLOBAL_MASK,
     PT_MAX_LEVELS, STATUS_OK,
 )
 from kvmmu.arch._format cimport explicit_access
@@ -14,7 +14,7 @@ from kvmmu.embed._structs cimport (
     KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_record,
     kvmmu_step, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport enter, fetch_again, is_access, leave, own_vcpu, walk_row
+from kvmmu.embed._vcpus cimport PLAIN_ACCESS, enter, fetch_again, is_access, leave, own_vcpu, walk_row
 
 
 cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out) noexcept nogil:
@@ -91,7 +91,7 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
         return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
-    explicit = explicit_access((access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
+    explicit = explicit_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
     code = enter(v)
     if code != KVMMU_OK:
         return code

@@ -14,6 +14,7 @@ from kvmmu.arch._bits cimport (
     ACCESS_AC_MASK, CR0_PG_MASK, CR3_PAE_PDPT_MASK, CR4_PAE_MASK, EFER_LMA_MASK, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE,
     RFLAGS_AC_MASK,
 )
+from kvmmu.arch._format cimport key_registers
 from kvmmu.embed._memories cimport find_memory
 from kvmmu.embed._page_cache cimport cache_free, cache_new
 from kvmmu.embed._structs cimport (
@@ -59,7 +60,6 @@ cdef void note_registers(c_vcpu *v, const kvmmu_registers *registers) noexcept n
     cdef bint pae = is_pae_paging(registers)
     v.registers = registers[0]
     v.registers.flags = KVMMU_REGISTERS_PDPTRS if pae else 0
-    v.registers.reserved = 0
     for i in range(4):
         v.registers.pdptrs[i] = v.arch.pdptrs[i] if pae else 0
     v.ac = <uint32_t>ACCESS_AC_MASK if registers.rflags & RFLAGS_AC_MASK else 0
@@ -72,7 +72,7 @@ cdef int load(c_vcpu *v, const kvmmu_registers *registers) except -1:
     vcpu = <object>v.python
     pdptrs = tuple(int(registers.pdptrs[i]) for i in range(4)) if is_pae_paging(registers) else None
     vcpu.set_regs(Regs(int(registers.cr0), int(registers.cr3), int(registers.cr4), int(registers.efer), int(registers.pkru),
-                       int(registers.rflags), pdptrs))
+                       int(registers.rflags), pdptrs, int(registers.pkrs)))
     walk = vcpu.gva_walk
     copy = walk.now(NOWHERE.current())
     v.w, v.arch, v.fmt = copy.w, copy.arch, copy.fmt.fmt
@@ -119,11 +119,11 @@ cdef int c_set_registers(kvmmu_vcpu handle, const kvmmu_registers *registers) no
         return KVMMU_E_NULL
     if registers.size != sizeof(kvmmu_registers):
         return KVMMU_E_VERSION
-    if registers.flags & ~<uint32_t>KVMMU_REGISTERS_PDPTRS or registers.reserved:
+    if registers.flags & ~<uint32_t>KVMMU_REGISTERS_PDPTRS:
         return KVMMU_E_ARGUMENT
     loaded = registers[0]
     if loads_quickly(v, &loaded):
-        v.arch.cr3, v.arch.pkru, v.arch.rflags = loaded.cr3, loaded.pkru, loaded.rflags
+        v.arch.cr3, v.arch.keys, v.arch.rflags = loaded.cr3, key_registers(loaded.pkru, loaded.pkrs), loaded.rflags
         note_registers(v, &loaded)
         return KVMMU_OK
     if is_pae_paging(&loaded) and not loaded.flags & KVMMU_REGISTERS_PDPTRS:

@@ -36,6 +36,11 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         KVMMU_E_PYTHON
         KVMMU_E_VERSION
         KVMMU_E_IMPORT
+        KVMMU_ACCESS_WRITE
+        KVMMU_ACCESS_USER
+        KVMMU_ACCESS_AC
+        KVMMU_ACCESS_FETCH
+        KVMMU_ACCESS_IMPLICIT
         KVMMU_ACCESS_PROBE
         KVMMU_ACCESS_NO_AD
         KVMMU_MEMORY_READONLY
@@ -82,7 +87,7 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         uint64_t rflags
         uint64_t pdptrs[4]
         uint32_t pkru
-        uint32_t reserved
+        uint32_t pkrs
 
     ctypedef struct kvmmu_result:
         uint64_t gpa

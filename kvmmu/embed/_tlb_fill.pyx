@@ -22,6 +22,7 @@ from kvmmu.embed._structs cimport (
     kvmmu_vcpu,
 )
 from kvmmu.embed._vcpus cimport c_translate, c_vcpu_free, c_vcpu_release
+from kvmmu.memory._maker cimport check_maker, maker
 
 from kvmmu.embed.c_api import error_text
 
@@ -235,8 +236,9 @@ cdef bint fill_tlb(void *uc, uint64_t gva, int kind, tlb_entry *entry, void *dat
 
 # ---- for Python --------------------------------------------------------------------------------------------------------
 
-cdef class TlbFill:
-    """The state behind the hook, and the accesses of an emulator that go through it.
+def new_tlb_fill(list slots not None, cpu not None, uintptr_t uc, uintptr_t read_register, uintptr_t add_hook,
+                 uintptr_t control, dict numbers not None):
+    """Return the state behind the hook.
 
     Parameters
     ----------
@@ -247,6 +249,34 @@ cdef class TlbFill:
         Addresses: Unicorn's handle, `uc_reg_read`, `uc_hook_add`, `uc_ctl`.
     numbers : dict
         Unicorn's numbers, by the names of `unicorn_numbers`.
+    """
+    cdef TlbFill fill = TlbFill.__new__(TlbFill, maker())
+    cdef fill_state *s = fill.state
+    cdef kvmmu_cpu model
+    cdef uintptr_t address
+    if not uc or not read_register or not add_hook or not control:
+        raise ValueError("uc, read_register, add_hook, control: want addresses, got 0")
+    fill.arrays = slots
+    s.uc, s.read_register = <void *>uc, <read_fn>read_register
+    s.add_hook, s.control = <hook_fn>add_hook, <control_fn>control
+    s.numbers = numbers
+    s.slots = <ram_slot *>calloc(max(len(slots), 1), sizeof(ram_slot))
+    if s.slots is NULL:
+        raise MemoryError
+    for gpa, data in slots:
+        address = data.ctypes.data
+        s.slots[s.slot_count].gpa, s.slots[s.slot_count].size = gpa, data.nbytes
+        s.slots[s.slot_count].host = <const uint8_t *>address
+        s.slot_count += 1
+        check(c_memory_add(fill.memory, gpa, <void *>address, data.nbytes, 0))
+    model.size, model.maxphyaddr, model.flags = sizeof(kvmmu_cpu), cpu.maxphyaddr, flags_of_model(cpu)
+    check(c_vcpu_create(fill.memory, &model, &s.vcpu))
+    s.registers.size = sizeof(kvmmu_registers)
+    return fill
+
+
+cdef class TlbFill:
+    """The state behind the hook, and the accesses of an emulator that go through it. Made by an Emulator.
 
     Attributes
     ----------
@@ -259,31 +289,13 @@ cdef class TlbFill:
     cdef list arrays
     cdef readonly uintptr_t hook, data
 
-    def __cinit__(self, list slots not None, cpu, uintptr_t uc, uintptr_t read_register, uintptr_t add_hook, uintptr_t control,
-                  dict numbers not None):
-        cdef fill_state *s = <fill_state *>calloc(1, sizeof(fill_state))
-        cdef kvmmu_cpu model
-        cdef uintptr_t address
-        if s is NULL:
-            raise MemoryError
-        self.state, self.arrays = s, slots
-        s.uc, s.read_register = <void *>uc, <read_fn>read_register
-        s.add_hook, s.control = <hook_fn>add_hook, <control_fn>control
-        s.numbers = numbers
-        s.slots = <ram_slot *>calloc(max(len(slots), 1), sizeof(ram_slot))
-        if s.slots is NULL:
+    def __cinit__(self, mark=None, *args):
+        check_maker(mark, "a TlbFill is made by an Emulator")
+        self.state = <fill_state *>calloc(1, sizeof(fill_state))
+        if self.state is NULL:
             raise MemoryError
         check(c_memory_create(&self.memory))
-        for gpa, data in slots:
-            address = data.ctypes.data
-            s.slots[s.slot_count].gpa, s.slots[s.slot_count].size = gpa, data.nbytes
-            s.slots[s.slot_count].host = <const uint8_t *>address
-            s.slot_count += 1
-            check(c_memory_add(self.memory, gpa, <void *>address, data.nbytes, 0))
-        model.size, model.maxphyaddr, model.flags = sizeof(kvmmu_cpu), cpu.maxphyaddr, flags_of_model(cpu)
-        check(c_vcpu_create(self.memory, &model, &s.vcpu))
-        s.registers.size = sizeof(kvmmu_registers)
-        self.hook, self.data = <uintptr_t>fill_tlb, <uintptr_t>s
+        self.hook, self.data = <uintptr_t>fill_tlb, <uintptr_t>self.state
 
     def __dealloc__(self):
         if self.state is not NULL:

@@ -4,8 +4,14 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result
-from kvmmu.arch._bits cimport ACCESS_VALID_MASK
-from kvmmu.embed._structs cimport KVMMU_ACCESS_NO_AD, c_memory, c_vcpu, kvmmu_registers, kvmmu_result, kvmmu_vcpu
+from kvmmu.embed._structs cimport (
+    KVMMU_ACCESS_AC, KVMMU_ACCESS_FETCH, KVMMU_ACCESS_IMPLICIT, KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_USER, KVMMU_ACCESS_WRITE,
+    c_memory, c_vcpu, kvmmu_registers, kvmmu_result, kvmmu_vcpu,
+)
+
+# The accesses that kvmmu.h knows; the short cut knows all of them
+cdef enum:
+    PLAIN_ACCESS = (KVMMU_ACCESS_WRITE | KVMMU_ACCESS_USER | KVMMU_ACCESS_AC | KVMMU_ACCESS_FETCH | KVMMU_ACCESS_IMPLICIT)
 
 # The lock of all memories, and of the tables of handles
 cdef void lock_handles() noexcept nogil
@@ -37,7 +43,7 @@ cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noex
 
 
 cdef inline bint is_access(uint32_t access) noexcept nogil:
-    return not access & ~<uint32_t>(ACCESS_VALID_MASK | KVMMU_ACCESS_NO_AD)
+    return not access & ~<uint32_t>(PLAIN_ACCESS | KVMMU_ACCESS_NO_AD)
 
 
 cdef int c_vcpu_release(kvmmu_vcpu handle) noexcept nogil

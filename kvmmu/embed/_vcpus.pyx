@@ -6,9 +6,9 @@ from libc.stdlib cimport calloc
 from libc.string cimport memset
 
 from kvmmu._walk cimport walk_result, walk_step
-from kvmmu.arch._bits cimport ACCESS_VALID_MASK, INVALID_GPA, PG_LEVEL_512G, PT_MAX_LEVELS
+from kvmmu.arch._bits cimport INVALID_GPA, PT_MAX_LEVELS
 from kvmmu.arch._format cimport explicit_access
-from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.embed._page_cache cimport cache_clear, cache_fetch, cache_forget, cache_free, cache_make_room
 from kvmmu.embed._structs cimport (
     COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_E_ARGUMENT, KVMMU_E_BUSY, KVMMU_E_CALLBACK,
@@ -16,7 +16,7 @@ from kvmmu.embed._structs cimport (
     c_memory, c_vcpu, kvmmu_let_go, kvmmu_owner, kvmmu_registers, kvmmu_result, kvmmu_take, kvmmu_this_thread, kvmmu_vcpu,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_lock, kvmmu_read64, kvmmu_unlock
-from kvmmu.walk._fast cimport kvmmu_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
+from kvmmu.walk._fast cimport kvmmu_translation, translate_fast, use_fast_memory
 
 cdef enum:
     MOST_ATTEMPTS = 64                  # of one walk behind callbacks, each of which reads a page at least
@@ -274,7 +274,7 @@ cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint se
 
 
 cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil:
-    cdef uint32_t explicit = explicit_access((access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
+    cdef uint32_t explicit = explicit_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
     cdef bint set_ad = not access & KVMMU_ACCESS_NO_AD
     if v.cache is not NULL:
         return walk_behind_callbacks(v, gva, explicit, set_ad, r)
@@ -292,7 +292,7 @@ cdef int translate_slowly(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result
 
 
 cdef inline int translate_row(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
-    cdef kvmmu_translation t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
+    cdef kvmmu_translation t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
     if t.gpa == INVALID_GPA:
         return translate_slowly(v, gva, access, out)
     out.gpa, out.error_code, out.status, out.level = t.gpa, t.error_code, t.status, t.level
@@ -322,8 +322,7 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
     cdef kvmmu_translation t
     if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
             is_access(access)):
-        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.pkru, gva,
-                            (access | v.ac) & <uint32_t>ACCESS_VALID_MASK)
+        t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
         if t.gpa != INVALID_GPA:
             out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0
             return KVMMU_OK
@@ -350,7 +349,7 @@ cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, cons
         return KVMMU_E_ARGUMENT
     for i in range(n):
         if accesses is not NULL:                    # somebody may have changed it meanwhile
-            every = access | (accesses[i] & <uint32_t>ACCESS_VALID_MASK)
+            every = access | (accesses[i] & <uint32_t>PLAIN_ACCESS)
         code = translate_row(v, gva[i], every, &out[i])
         if code != KVMMU_OK:
             return code

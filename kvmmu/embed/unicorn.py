@@ -16,7 +16,7 @@ import numpy as np
 
 from kvmmu import Access, CpuModel, GuestMemory, Status
 from kvmmu.arch.arguments import check_int, check_word
-from kvmmu.embed._tlb_fill import TlbFill
+from kvmmu.embed._tlb_fill import new_tlb_fill
 from kvmmu.embed.instructions import writes_what_it_reads
 
 try:
@@ -117,8 +117,8 @@ class Emulator:
         self.uc.mem_map(_GATE_GPA, _PAGE, uc.UC_PROT_ALL)
         self.uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         numbers = _REGISTERS | {"hook_code": uc.UC_HOOK_CODE, "flush": _FLUSH}
-        self._fill = TlbFill(slots, CpuModel() if cpu is None else cpu, _handle_of(self.uc), _address("uc_reg_read"),
-                             _address("uc_hook_add"), _address("uc_ctl"), numbers)
+        self._fill = new_tlb_fill(slots, CpuModel() if cpu is None else cpu, _handle_of(self.uc), _address("uc_reg_read"),
+                                  _address("uc_hook_add"), _address("uc_ctl"), numbers)
         self._add_hook(uc.UC_HOOK_TLB_FILL, self._fill.hook, self._fill.data)
         self._interrupt: int | None = None
         self._trap_address: int | None = None

@@ -36,8 +36,14 @@ cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result
 # Access all rows in order: 0, or the negative errno of the row that failed. OUT row: that one
 cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
                      const access_columns *out, size_t *row) noexcept nogil
-# Access rows from row[0] on, for about so many nanoseconds. OUT row: the next one, or the one that failed
+# The same where addresses have tags, or some accesses are to shadow stacks, which no TLB entry allows
+cdef int machine_run_each(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
+                          const access_columns *out, size_t *row) noexcept nogil
+# Return the address of an access without its tag. IN access: with IMPLICIT
+cdef uint64_t machine_linear_address(const machine *m, uint64_t gva, uint32_t access) noexcept nogil
+# Access rows from row[0] on, for about so many nanoseconds. IN each: by machine_run_each(). OUT row: the next one, or the one
+# that failed
 cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
-                         const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil
+                         const access_columns *out, size_t *row, bint each, uint64_t nanoseconds) noexcept nogil
 # Write the bytes of an access to memory, if the processor carried it out
 cdef void machine_store(machine *m, const access_result *out) noexcept nogil

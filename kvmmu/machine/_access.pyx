@@ -6,12 +6,13 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport (
-    ACCESS_AC_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT,
-    PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K, PT32_INDEX_BITS, PT64_INDEX_BITS, PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK,
-    RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_DIRECT_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, SPTE_ENT_PER_PAGE,
-    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    ACCESS_AC_MASK, ACCESS_MACHINE_MASK, ACCESS_PLAIN_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_WRITE_MASK, CR4_PGE_MASK,
+    INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K, PT32_INDEX_BITS, PT64_INDEX_BITS,
+    PT64_PKEY_MASK, PT64_PKEY_SHIFT, PT_GLOBAL_MASK, RET_PF_CONTINUE, RET_PF_EMULATE, ROLE_DIRECT_MASK,
+    ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._linear cimport kvmmu_untagged
 from kvmmu.machine._access cimport access_columns
 from kvmmu.machine._emulation cimport machine_emulate, repeats_write
 from kvmmu.machine._exits cimport handle_exit, set_fault, take_guest_fault
@@ -204,11 +205,18 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
             return 0
 
 
+cdef uint64_t machine_linear_address(const machine *m, uint64_t gva, uint32_t access) noexcept nogil:
+    return kvmmu_untagged(&m.linear, gva, access) if m.pre_processes else gva
+
+
 cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result *out) noexcept nogil:
     cdef uint64_t addr = gva & m.hw.gva_mask, offset
     cdef tlb *t = m.tlb
     cdef tlb_entry *entry
     cdef int level = 0
+    if access & ACCESS_SHADOW_STACK_MASK:
+        t.misses += 1
+        return slow_access(m, addr, access, out)
     if not m.vcpu.requests and <uint64_t>(<int64_t>(addr << m.hw.canonical_shift) >> m.hw.canonical_shift) == addr:
         entry = tlb_lookup(t, addr, &level)
         if entry is not NULL:
@@ -268,7 +276,7 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
             rets[i], exits[i] = RET_PF_CONTINUE, 0
             continue
         m.tlb.clock = clock
-        ret = machine_access(m, gva[i], a & <uint32_t>ACCESS_VALID_MASK, &r)       # another thread may have changed it
+        ret = machine_access(m, gva[i], a & <uint32_t>ACCESS_PLAIN_MASK, &r)       # another thread may have changed it
         clock = m.tlb.clock
         c.usable = not m.vcpu.requests
         if ret < 0:
@@ -280,6 +288,24 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
         rets[i], exits[i] = r.ret, r.exits
     m.tlb.clock = clock
     m.tlb.hits += hits
+    return 0
+
+
+cdef int machine_run_each(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
+                          const access_columns *out, size_t *row) noexcept nogil:
+    cdef access_result r
+    cdef uint32_t a
+    cdef size_t i
+    cdef int ret
+    for i in range(n):
+        a = access[i * stride] & <uint32_t>ACCESS_MACHINE_MASK                     # another thread may have changed it
+        ret = machine_access(m, machine_linear_address(m, gva[i], a), explicit_access(a), &r)
+        if ret < 0:
+            row[0] = i
+            return ret
+        out.gpa[i], out.hpa[i] = r.gpa, r.hpa
+        out.status[i], out.error_code[i] = r.status, r.error_code
+        out.ret[i], out.exits[i] = r.ret, r.exits
     return 0
 
 
@@ -295,7 +321,7 @@ cdef void skip_rows(access_columns *out, size_t n) noexcept nogil:
 
 
 cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n,
-                         const access_columns *out, size_t *row, uint64_t nanoseconds) noexcept nogil:
+                         const access_columns *out, size_t *row, bint each, uint64_t nanoseconds) noexcept nogil:
     cdef access_columns rest = out[0]
     cdef uint64_t end = 0
     cdef size_t rows, failed = 0
@@ -305,7 +331,10 @@ cdef int machine_run_for(machine *m, const uint64_t *gva, const uint8_t *access,
         end = monotonic_nanoseconds() + nanoseconds
     while row[0] < n:
         rows = min(n - row[0], <size_t>ROWS_BETWEEN_CLOCKS)
-        r = machine_run(m, gva + row[0], access + row[0] * stride, stride, rows, &rest, &failed)
+        if each:
+            r = machine_run_each(m, gva + row[0], access + row[0] * stride, stride, rows, &rest, &failed)
+        else:
+            r = machine_run(m, gva + row[0], access + row[0] * stride, stride, rows, &rest, &failed)
         if r:
             row[0] += failed
             return r

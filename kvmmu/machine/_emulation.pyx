@@ -40,7 +40,7 @@ cdef bint is_known_as_mmio(const machine *m, uint64_t addr, uint32_t access) noe
     """True if KVM has in mind that the page is MMIO and that its rights allow the access: it does not walk then."""
     if access & ACCESS_FETCH_MASK or not is_mmio_cached(m.vcpu, addr, False):
         return False
-    return m.sw.cpu_role & ROLE_DIRECT_MASK or not permission_fault(m.sw.fmt, m.sw.vcpu.pkru, m.vcpu.mmio_access, 0, access)
+    return m.sw.cpu_role & ROLE_DIRECT_MASK or not permission_fault(m.sw.fmt, m.sw.vcpu.keys, m.vcpu.mmio_access, 0, access)
 
 
 cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:

@@ -5,7 +5,7 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, walk_result, walk_step
 from kvmmu.arch._bits cimport (
-    INVALID_GPA, PT_MAX_LEVELS, ROLE_DIRECT_MASK, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
+    INVALID_GPA, PT_MAX_LEVELS, ROLE_DIRECT_MASK, STATUS_LASS_VIOLATION, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport PageFormat, explicit_access
 from kvmmu.machine._state cimport access_result
@@ -32,7 +32,7 @@ cdef WalkCopy walk_by_other_rules(PageWalk walk, SlotTable table):
     if not role & ROLE_DIRECT_MASK:
         fill_format(fmt, role, &caps, False)
     w.fmt = &fmt.fmt
-    init_pagewalk(&w, role, &caps)
+    init_pagewalk(&w, role, walk.w.lam, &caps)
     if walk.second is not None:
         second_caps = caps
         second_caps.npt_host = False
@@ -61,7 +61,7 @@ cdef object fault_of_access(PageWalk gva_walk, uint64_t gva, uint32_t access, co
         entry = int(steps[n - 1].pte)
         entry_gpa = int(steps[n - 1].pte_gpa) if steps[n - 1].pte_gpa != INVALID_GPA else None
     status, address, tried, error_code, level = int(out.status), int(gva), Access(access), int(out.error_code), int(r.level)
-    if out.status == STATUS_PAGE_FAULT or out.status == STATUS_NON_CANONICAL:
+    if out.status in (STATUS_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_LASS_VIOLATION):
         return fault_of(status, address=address, access=tried, error_code=error_code, level=level, entry=entry,
                         entry_gpa=entry_gpa, rule=rule)
     return nested_fault_of(status, address=address, access=tried, error_code=error_code, level=level, entry=entry,

@@ -1,7 +1,7 @@
 """Machine: one vCPU on its host, as its Vcpu uses it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.machine._access cimport access_columns
 from kvmmu.machine._mmus cimport ShadowMmu, TdpMmu
@@ -18,6 +18,9 @@ cdef class Machine:
     cdef readonly TdpMmu tdp_mmu        # None without two-dimensional paging
     cdef readonly ShadowMmu shadow_mmu
     # IN stride: 0, one access for all rows; 1
-    cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out) except -1
+    # IN shadow_stacks: some accesses are to shadow stacks
+    cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out,
+                 bint shadow_stacks) except -1
+    cdef int check_access_bits(self, uint32_t access) except -1
     # IN addr: where they go, within one page. With the lock held
     cdef int set_data(self, uint64_t addr, const uint8_t[::1] data) except -1

@@ -6,9 +6,14 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu.arch._bits cimport INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PML_ENTITY_NUM, STATUS_OK
+from kvmmu.arch._bits cimport (
+    ACCESS_PLAIN_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
+    PML_ENTITY_NUM, STATUS_OK,
+)
 from kvmmu.arch._format cimport explicit_access
-from kvmmu.machine._access cimport access_columns, machine_access, machine_run_for, machine_store
+from kvmmu.machine._access cimport (
+    access_columns, machine_access, machine_linear_address, machine_run_for, machine_store,
+)
 from kvmmu.machine._emulation cimport machine_emulate
 from kvmmu.machine._exits cimport machine_drain_pml
 from kvmmu.machine._explain cimport fault_of_access
@@ -82,15 +87,18 @@ cdef class Machine:
 
     # ---- accesses --------------------------------------------------------------------------------------------------------
 
-    cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out) except -1:
+    cdef int run(self, const uint64_t *gva, const uint8_t *access, size_t stride, size_t n, const access_columns *out,
+                 bint shadow_stacks) except -1:
         cdef size_t i = 0
         cdef int r = 0
+        cdef bint each
         self.kvm.lock.acquire()
         try:
             while i < n and r == 0:
                 self.modes.enter()
+                each = shadow_stacks or self.m.pre_processes
                 with nogil:
-                    r = machine_run_for(self.m, gva, access, stride, n, out, &i, RUN_NANOSECONDS)
+                    r = machine_run_for(self.m, gva, access, stride, n, out, &i, each, RUN_NANOSECONDS)
                 if i < n and r == 0:
                     PyErr_CheckSignals()                # Ctrl-C ends the batch between two rows
         finally:
@@ -103,6 +111,8 @@ cdef class Machine:
         """Access the rows of arrays in order. `arrays`: the columns of the result by name."""
         cdef Py_ssize_t n = check_array("gva", gva, np.dtype(np.uint64)).size
         access = check_access(access, n)
+        seen = int(np.bitwise_or.reduce(access)) if access.size else 0
+        self.check_access_bits(seen)
         cdef uint64_t[::1] gpa = arrays["gpa"], hpa = arrays["hpa"]
         cdef uint8_t[::1] status = arrays["status"], ret = arrays["ret"], exits = arrays["exits"]
         cdef uint32_t[::1] error_code = arrays["error_code"]
@@ -114,7 +124,15 @@ cdef class Machine:
         out.gpa, out.hpa, out.status = &gpa[0], &hpa[0], &status[0]
         out.error_code, out.ret, out.exits = &error_code[0], &ret[0], &exits[0]
         self.run(<const uint64_t *><uintptr_t>gva.ctypes.data, <const uint8_t *><uintptr_t>access.ctypes.data,
-                 1 if access.size > 1 else 0, n, &out)
+                 1 if access.size > 1 else 0, n, &out, seen & ACCESS_SHADOW_STACK_MASK != 0)
+
+    cdef int check_access_bits(self, uint32_t access) except -1:
+        """Raise ValueError for accesses that the processor of a guest does not make."""
+        if access & ACCESS_PROBE_MASK:
+            raise ValueError("access: a PROBE is no access of a processor; ask gva_walk")
+        if access & ACCESS_SHADOW_STACK_MASK and not self.kvm.k.tdp_enabled:
+            raise ValueError("access: KVM offers shadow stacks with two-dimensional paging alone; want Host(tdp='ept') or 'npt'")
+        return 0
 
     def access_one(self, gva, access, rip, data=None, page_table_writing=True):
         """Make one access, and return it as `Accesses` of integers; a fault of the guest is raised.
@@ -132,6 +150,8 @@ cdef class Machine:
             self.m.page_table_writing = page_table_writing
             self.m.vcpu.rip = at
             out.fault_gpa, out.exit_qualification = INVALID_GPA, 0
+            self.check_access_bits(a)
+            addr = machine_linear_address(self.m, addr, a)
             r = machine_access(self.m, addr, explicit_access(a), &out)
             if r < 0:
                 raise_errno(r, f"the access to {addr:#x}")
@@ -226,6 +246,10 @@ cdef class Machine:
             self.modes.update()
             self.kvm.sync()                             # no more than that: the guest is not entered for it
             use_arena(self.m)
+            if a & (ACCESS_SHADOW_STACK_MASK | ACCESS_PROBE_MASK):
+                raise ValueError(f"access: KVM's emulator refuses accesses to shadow stacks; want bits of "
+                                 f"{int(ACCESS_PLAIN_MASK):#x}, got {a:#x}")
+            addr = machine_linear_address(self.m, addr, a)
             self.set_data(addr, data)
             machine_emulate(self.m, addr & self.m.sw.gva_mask, explicit_access(a), &out)
             self.m.data = NULL

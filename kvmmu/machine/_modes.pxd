@@ -42,7 +42,8 @@ cdef class Modes:
     cdef object stage               # the Ept or Npt that it was made from
     cdef SecondStage walked         # L1's second stage of the vCPU's own walks: all walks write its log
     cdef uint64_t rights_role       # role, root role and PKRU that the rights in force were made from
-    cdef uint32_t rights_root, rights_pkru
+    cdef uint32_t rights_root
+    cdef uint64_t rights_keys
     # Let the parts point to each other, and to those of the vCPU
     cdef void connect(self) noexcept
     # Become a vCPU of the machine, if it is none
@@ -54,6 +55,9 @@ cdef class Modes:
     cdef int update(self) except -1
     # update(), and all else that comes before the vCPU runs: slots, the log of dirty pages, a root
     cdef int enter(self) except -1
+    # ValueError for registers that no guest of KVM can have
+    cdef int check_offered(self) except -1
+    cdef void take_linear_rules(self, uint64_t role) noexcept
     cdef int take_registers(self, uint64_t role, GuestMemory mem, SecondStage second) except -1
     cdef int use_mmu(self, kvm_mmu *mmu) except -1
     cdef int use_guest_walk(self, uint64_t role, bint npt) except -1

@@ -6,12 +6,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from kvmmu._walk cimport cpu_caps
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk
 from kvmmu.arch._bits cimport (
-    CR4_PKE_MASK, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, PML_ENTITY_NUM, ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK,
-    ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK, ROLE_EXT_CR4_SMAP_MASK,
-    ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK, ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK,
-    ROLE_LEVEL_SHIFT, ROLE_SMM_MASK, ROLE_SMM_SHIFT,
+    CR4_LASS_MASK, CR4_PKE_MASK, CR4_PKS_MASK, EFER_UAIE_MASK, PKRU_SHIFT, GVA_BITS_4_LEVEL, GVA_BITS_5_LEVEL, PML_ENTITY_NUM,
+    ROLE_AD_DISABLED_MASK, ROLE_CR0_WP_MASK, ROLE_CR4_SMEP_MASK, ROLE_DIRECT_MASK, ROLE_EFER_NX_MASK, ROLE_EXT_CR4_LA57_MASK,
+    ROLE_EXT_CR4_SMAP_MASK, ROLE_EXT_EFER_LMA_MASK, ROLE_EXT_CR4_LAM_SUP_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK,
+    ROLE_GUEST_MODE_MASK, ROLE_LEVEL_MASK, ROLE_LEVEL_SHIFT, ROLE_SMM_MASK, ROLE_SMM_SHIFT,
 )
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.machine._access cimport cached_gva_to_gpa
@@ -37,6 +37,7 @@ from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
 from kvmmu.walk._setup cimport (
     fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk, init_pagewalk, use_second_stage,
 )
+from kvmmu.walk._vcpu_arch cimport lam_of
 from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.arch.registers import CpuModel
@@ -160,14 +161,33 @@ cdef class Modes:
         machine_use_tags(&self.m)                       # the root may be another one, and so may the space of the TLB
         return 0
 
+    cdef int check_offered(self) except -1:
+        cdef uint64_t cr4 = self.arch.arch.cr4 & (CR4_PKS_MASK | CR4_LASS_MASK)
+        if cr4:
+            raise ValueError(f"cr4 {self.arch.arch.cr4:#x}: KVM offers no guest PKS and LASS; want {cr4:#x} clear")
+        if self.arch.arch.efer & EFER_UAIE_MASK:
+            raise ValueError(f"efer {self.arch.arch.efer:#x}: KVM offers no guest upper address ignore; want UAIE clear")
+        if self.gva_walk.caps.encryption_mask:
+            raise ValueError(f"c_bit {self.gva_walk.cpu.c_bit}: the machine has no memory encryption; want None")
+        return 0
+
+    cdef void take_linear_rules(self, uint64_t role) noexcept:
+        """Take the rules of LAM. Tags are gone before an access looks into the TLB, so that no walk of the machine sees one."""
+        cdef kvm_pagewalk w
+        init_pagewalk(&w, role, lam_of(&self.arch.arch), &self.cpu_caps)
+        self.m.pre_processes, self.m.linear = w.pre_processes, w.linear
+
     cdef int take_registers(self, uint64_t role, GuestMemory mem, SecondStage second) except -1:
         """Take the role of the registers, the memory and L1's second stage; no work for those that did not change."""
         cdef bint smm = (role & ROLE_SMM_MASK) != 0, guest_mode = (role & ROLE_GUEST_MODE_MASK) != 0
+        self.check_offered()
+        self.take_linear_rules(role)
         if self.table is not mem.current():
             self.table = mem.current()
             self.m.sw.mem = &self.table.mem
+        role &= ~<uint64_t>ROLE_EXT_CR4_LAM_SUP_MASK
         if role != self.m.sw.cpu_role:
-            init_pagewalk(&self.m.sw, role, &self.kvm_caps)
+            init_pagewalk(&self.m.sw, role, 0, &self.kvm_caps)
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.sw_fmt, role, &self.kvm_caps, False)
         use_second_stage(&self.m.sw, NULL, self.kvm_caps.npt_host)
@@ -181,8 +201,8 @@ cdef class Modes:
         else:
             self.use_nested(role, mem, smm, second)
         role = self.m.hw.cpu_role
-        if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.pkru != self.rights_pkru:
-            self.rights_role, self.rights_root, self.rights_pkru = role, self.m.mmu.root_role, self.arch.arch.pkru
+        if role != self.rights_role or self.m.mmu.root_role != self.rights_root or self.arch.arch.keys != self.rights_keys:
+            self.rights_role, self.rights_root, self.rights_keys = role, self.m.mmu.root_role, self.arch.arch.keys
             load_rights(&self.m.rights, &self.m.hw, &self.m.stage.w)
         return 0
 
@@ -217,7 +237,7 @@ cdef class Modes:
     cdef int use_guest_walk(self, uint64_t role, bint npt) except -1:
         """Let the processor walk the guest's tables through the SPTEs. IN npt: the second stage is an NPT for the guest."""
         if role != self.m.hw.cpu_role:
-            init_pagewalk(&self.m.hw, role, &self.cpu_caps)
+            init_pagewalk(&self.m.hw, role, 0, &self.cpu_caps)
             if not role & ROLE_DIRECT_MASK:
                 fill_format(self.hw_fmt, role, &self.cpu_caps, False)
         self.m.hw.vcpu = &self.arch.arch
@@ -286,9 +306,9 @@ cdef class Modes:
         cdef kvm_mmu *mmu = &self.m.vcpu.root_mmu
         cdef uint32_t root_role = shadow_root_role(self.kvm.k, role, 0, False)
         cdef uint64_t hw_role
-        if self.arch.arch.cr4 & CR4_PKE_MASK and self.arch.arch.pkru:
-            raise ValueError(f"pkru {self.arch.arch.pkru:#x}: KVM has no protection keys without two-dimensional paging; "
-                             f"want CR4.PKE clear or PKRU 0")
+        if self.arch.arch.cr4 & CR4_PKE_MASK and self.arch.arch.keys >> PKRU_SHIFT:
+            raise ValueError(f"pkru {self.arch.arch.keys >> PKRU_SHIFT:#x}: KVM has no protection keys without two-dimensional "
+                             f"paging; want CR4.PKE clear or PKRU 0")
         mmu.w = &self.m.sw
         mmu.page_fault = nonpaging_page_fault if root_role & ROLE_DIRECT_MASK else shadow_page_fault
         if root_role != mmu.root_role:
@@ -308,7 +328,7 @@ cdef class Modes:
         if root_role & ROLE_LEVEL_MASK > 4:
             hw_role |= ROLE_EXT_CR4_LA57_MASK
         if hw_role != self.m.hw.cpu_role:
-            init_pagewalk(&self.m.hw, hw_role, &self.host_caps)
+            init_pagewalk(&self.m.hw, hw_role, 0, &self.host_caps)
             fill_format(self.hw_fmt, hw_role, &self.host_caps, False)
         self.m.hw.vcpu = &self.m.host
         self.m.hw.mem, self.m.hw.ngpa = &self.kvm.arena, NULL
@@ -347,3 +367,4 @@ cdef int check_kind(stage, bint ept) except -1:
 cdef void set_caps(cpu_caps *caps, cpu, bint as_kvm) except *:
     caps.maxphyaddr, caps.gbpages, caps.pse36 = cpu.maxphyaddr, cpu.gbpages, cpu.pse36
     caps.amd, caps.kvm = cpu.vendor == "amd", as_kvm
+    caps.encryption_mask = 0

@@ -33,5 +33,5 @@ cdef void load_rights(rights_tables *rights, const kvm_pagewalk *hw, const kvm_p
                     rights.nested[user][acc] |= <uint16_t>1 << i
         for pkey in range(<uint32_t>PKRU_KEYS):
             if hw.cpu_role & ROLE_DIRECT_MASK or not (
-                    permission_fault(hw.fmt, hw.vcpu.pkru, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
+                    permission_fault(hw.fmt, hw.vcpu.keys, <uint32_t>ACC_USER_MASK, pkey, access) & PFERR_PK_MASK):
                 rights.keys[pkey] |= <uint16_t>1 << i

@@ -22,7 +22,8 @@ cdef class SavedMachine:
     cdef cpu_caps cpu_caps, kvm_caps, host_caps
     cdef int widest_shift
     cdef uint64_t cpu_role, rights_role
-    cdef uint32_t rights_root, rights_pkru
+    cdef uint32_t rights_root
+    cdef uint64_t rights_keys
     cdef bint nested                    # guest_mmu is active
     cdef bint under_second              # L2 runs under L1's second stage
     cdef object stage                   # Modes.stage

@@ -40,7 +40,7 @@ def save_machine(Machine machine not None):
     saved.m, saved.vcpu = modes.m, modes.m.vcpu[0]
     saved.cpu_caps, saved.kvm_caps, saved.host_caps = modes.cpu_caps, modes.kvm_caps, modes.host_caps
     saved.widest_shift, saved.cpu_role = modes.widest_shift, modes.cpu_role
-    saved.rights_role, saved.rights_root, saved.rights_pkru = modes.rights_role, modes.rights_root, modes.rights_pkru
+    saved.rights_role, saved.rights_root, saved.rights_keys = modes.rights_role, modes.rights_root, modes.rights_keys
     saved.nested = modes.m.mmu == &modes.m.vcpu.guest_mmu
     saved.under_second = modes.taken is not None
     saved.stage = modes.stage
@@ -67,7 +67,7 @@ cdef class SavedMachine:
         fresh.m, fresh.vcpu, fresh.formats = self.m, self.vcpu, self.formats
         fresh.cpu_caps, fresh.kvm_caps, fresh.host_caps = self.cpu_caps, self.kvm_caps, self.host_caps
         fresh.widest_shift, fresh.cpu_role = self.widest_shift, self.cpu_role
-        fresh.rights_role, fresh.rights_root, fresh.rights_pkru = self.rights_role, self.rights_root, self.rights_pkru
+        fresh.rights_role, fresh.rights_root, fresh.rights_keys = self.rights_role, self.rights_root, self.rights_keys
         fresh.nested, fresh.under_second, fresh.stage = self.nested, self.under_second, self.stage
         if self.stage is not None:
             fresh.second = second_stage(self.stage, &self.kvm_caps)
@@ -90,7 +90,7 @@ cdef class SavedMachine:
             formats[i][0] = self.formats[i]
         modes.cpu_caps, modes.kvm_caps, modes.host_caps = self.cpu_caps, self.kvm_caps, self.host_caps
         modes.widest_shift, modes.cpu_role, modes.loads = self.widest_shift, self.cpu_role, modes.arch.loads
-        modes.rights_role, modes.rights_root, modes.rights_pkru = self.rights_role, self.rights_root, self.rights_pkru
+        modes.rights_role, modes.rights_root, modes.rights_keys = self.rights_role, self.rights_root, self.rights_keys
         modes.mem, modes.table, modes.stage, modes.second = modes.gva_walk.mem, table, self.stage, self.second
         modes.taken = modes.gva_walk.second if self.under_second else None
         modes.walked = None

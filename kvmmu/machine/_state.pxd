@@ -5,6 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport gva_to_gpa_fn, kvm_pagewalk, pml_log, vcpu_arch
 from kvmmu.arch._bits cimport PAGE_SIZE
+from kvmmu.arch._linear cimport kvmmu_linear_rules
 from kvmmu.machine._rights cimport rights_tables
 from kvmmu.memory._memory cimport guest_slot
 from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
@@ -48,6 +49,8 @@ cdef struct machine:
     kvm_pagewalk hw                 # the processor's walk: of the guest's tables, or under shadow paging of the SPTEs
     kvm_pagewalk sw                 # KVM's walk of the guest's tables
     cached_stage stage              # the processor's walk of SPTEs, as its second stage
+    bint pre_processes              # linear addresses of accesses are pre-processed, by these rules
+    kvmmu_linear_rules linear
     const uint8_t *data             # the bytes that the access under way writes; NULL: they are not known
     size_t size                     # of data
     bint page_table_writing         # the instruction is of a kind that KVM expects to write page tables

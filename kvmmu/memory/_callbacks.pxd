@@ -26,7 +26,7 @@ cdef class CallbackMemory(GuestMemory):
     cdef size_t cache_pages
     cdef int kept                   # not 0: some batch is under way, and no page may go
     cdef uint64_t takes             # how often somebody took the pages that were missing
-    cdef dict takes_at_start        # of the last walk of each thread, by its ident
+    cdef object here                # of each thread: `takes` when its last walk began
     cdef int check_made(self) except -1
     cdef int begin_anew(self) except -1
     cdef int use(self, CachedPages cached) except -1

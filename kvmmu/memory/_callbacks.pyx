@@ -84,7 +84,7 @@ cdef class CallbackMemory(GuestMemory):
     """What `GuestMemory.from_callbacks()` makes."""
 
     def __cinit__(self, *args, **kwargs):
-        self.lock, self.takes_at_start = MachineLock(), {}
+        self.lock, self.here = MachineLock(), threading.local()
 
     def __init__(self, read, write=None, *, size=None, cache_pages=1 << 16):
         for name, callback in (("read", read), ("write", write)):
@@ -129,7 +129,7 @@ cdef class CallbackMemory(GuestMemory):
         if self.busy and self.lock.owner == <unsigned long>threading.get_ident():
             raise RuntimeError(_INNER_USE)
         trim(self)
-        self.takes_at_start[threading.get_ident()] = self.takes
+        self.here.takes = self.takes
         return self.cached
 
     cdef int keep(self, bint on) except -1:
@@ -143,7 +143,7 @@ cdef class CallbackMemory(GuestMemory):
         cdef size_t i
         cdef list gfns = []
         if not cached.misses.count and not cached.misses.failed:
-            if self.takes == self.takes_at_start.get(threading.get_ident()):
+            if self.takes == getattr(self.here, "takes", None):
                 return False
             with _Locked(self):                     # another thread took what this walk missed, and has it now
                 return True

@@ -25,9 +25,16 @@ cdef extern from * nogil:
     #ifndef MAP_NORESERVE
     #define MAP_NORESERVE 0
     #endif
+    static void kvmmu_ask_for_huge_pages(void *p, size_t n)
+    {
+    #ifdef MADV_HUGEPAGE
+        (void)madvise(p, n, MADV_HUGEPAGE);     /* a hint, as numpy gives it for large arrays */
+    #endif
+    }
     """
     enum:
         MAP_NORESERVE
+    void kvmmu_ask_for_huge_pages(void *p, size_t n)
 
 LARGE = 1 << 28                             # bytes of zeros that are mapped apart
 _FILE_MAX = (1 << 63) - 1
@@ -127,6 +134,8 @@ cdef PrivateMapping new_mapping(size_t size, PrivateFile file):
     cdef int error = errno
     if address is MAP_FAILED:
         raise OSError(error, f"a mapping of {size:#x} bytes: {os.strerror(error)}")
+    if file is None:
+        kvmmu_ask_for_huge_pages(address, size)
     mapping.address, mapping.size, mapping.file = <uint8_t *>address, size, file
     return mapping
 

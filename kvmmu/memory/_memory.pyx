@@ -20,7 +20,7 @@ from kvmmu.memory.saved_bytes import copies_of
 # Beyond so many pages outside the largest slot (64 MiB of index) look-ups search the slot table instead.
 cdef size_t MAX_INDEXED_PAGES = 1 << 20
 cdef uint64_t last_number = NEVER_SEEN          # of slot tables
-_callback_memory = None                         # CallbackMemory, told by its module, which stands above this one
+_callback_memory = None                         # CallbackMemory, told by its module: the package loads both
 _NAMED = 8                                      # slots that a message lists
 
 
@@ -306,7 +306,8 @@ cdef class GuestMemory:
         -------
         GuestMemory
             For walks, `read()`, `write()`, and `drop_cached()` after the target has changed. A machine, a replay or a page-table
-            builder needs slots, and refuses it.
+            builder refuses it: these read and write the bytes of slots where they lie, for as long as they run, and an SPTE
+            stands for such a place. Pages behind callbacks have none of their own, and go when too many are kept.
 
         Notes
         -----

@@ -8,9 +8,8 @@ caller's own buffer, all pages count as written.
 Sources: Linux, "Examining Process Page Tables", for the words of the page map and for PAGEMAP_SCAN.
 """
 
-import fcntl
-import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,11 +45,12 @@ class _Base:
         owner: Any = data
         while isinstance(owner, np.ndarray | memoryview) and not (isinstance(owner, np.ndarray) and owner.flags.owndata):
             owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-        self.known = isinstance(owner, np.ndarray | PrivateMapping) and mmap.PAGESIZE == _PAGE
+        self.known = isinstance(owner, np.ndarray | PrivateMapping) and os.sysconf("SC_PAGE_SIZE") == _PAGE
         if isinstance(owner, PrivateMapping):
             self.file = owner.file
             self.offset = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        self.is_file = not data.flags.writeable and isinstance(owner, mmap.mmap)
+        mmap: Any = sys.modules.get("mmap")
+        self.is_file = not data.flags.writeable and mmap is not None and isinstance(owner, mmap.mmap)
 
     def written(self) -> Numbers:
         """Return the numbers of the pages that may differ from the base, ascending."""
@@ -85,6 +85,8 @@ def _written(address: int, count: int, over_file: bool) -> Numbers | None:
 
 def _scan(fd: int, first: int, stop: int, over_file: bool) -> Numbers:
     """Return the pages that were written, from `first` on, by a call that passes over what was never touched."""
+    import fcntl
+
     regions = np.empty((_REGIONS, 3), np.uint64)
     wanted = _SCAN_FILE if over_file else 0
     found = [np.empty(0, np.uint64)]

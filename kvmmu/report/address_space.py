@@ -10,7 +10,7 @@ from kvmmu.arch._bits import Acc
 from kvmmu.report.figure import matplotlib_or_error
 from kvmmu.walk.mapped import Mapping, Mappings
 
-__all__ = ["mapping_lines", "plot_mappings"]
+__all__ = ["mapping_lines", "plot_mappings", "summary"]
 
 _UNITS = ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K"))
 _GROUP_SHIFTS = {2: 30, 3: 30, 4: 39, 5: 48}            # what one entry of the top-level table maps; 32-bit: what PAE has
@@ -26,6 +26,18 @@ def bytes_text(size: int) -> str:
         if size >= unit:
             return f"{size // unit}{letter}" if size % unit == 0 else f"{size / unit:.1f}{letter}"
     return f"{size}B"
+
+
+def summary(mappings: Mappings) -> str:
+    """Return how much is mapped, and how much of it with which rights, on one line."""
+    kinds: dict[str, int] = {}
+    rights = mappings.rights
+    for kind in np.unique(rights).tolist():
+        kinds[kind] = int(mappings.size[rights == kind].sum())
+    parts = [f"{kind} {bytes_text(size)}" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])]
+    count = len(mappings)
+    total = f"{count:,} range{'' if count == 1 else 's'}, {bytes_text(sum(kinds.values()))}"
+    return f"{total}: {', '.join(parts)}" if parts else total
 
 
 def page_text(level: int, is_32_bit: bool) -> str:

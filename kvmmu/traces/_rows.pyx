@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 
 from kvmmu.arch._bits cimport (
-    ACCESS_FETCH_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, GPA_LIMIT, INVALID_GPA, OP_EVENT, OP_FETCH,
+    ACCESS_FETCH_MASK, ACCESS_PLAIN_MASK, ACCESS_WRITE_MASK, GPA_LIMIT, INVALID_GPA, OP_EVENT, OP_FETCH,
     OP_KIND_MASK, OP_MEMORY_WORD, OP_MMIO_MASK, OP_STORE,
 )
 
@@ -52,7 +52,7 @@ def scan(const uint8_t[::1] op, const uint8_t[::1] access, gpa):
 
 cdef void scan_rows(const uint8_t *op, const uint8_t *access, size_t n, bint *events, bint *broken) noexcept nogil:
     cdef uint8_t asked, as_access, as_event, event, wrong = 0, seen = 0
-    cdef uint8_t other = <uint8_t>~(ACCESS_VALID_MASK & ~ACCESS_SHADOW_STACK_MASK)
+    cdef uint8_t other = <uint8_t>~ACCESS_PLAIN_MASK
     cdef size_t i
     for i in range(n):
         # if op < OP_EVENT: wrong if its kind is 3, bit 3 is set, or WRITE and FETCH are not what the kind asks for

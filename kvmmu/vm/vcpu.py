@@ -11,7 +11,16 @@ from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Access, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
 from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFault
-from kvmmu.arch.registers import CpuModel, RegisterValues, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, is_canonical
+from kvmmu.arch.registers import (
+    CpuModel,
+    RegisterValues,
+    Regs,
+    after_mov_cr,
+    after_wrmsr_efer,
+    after_wrmsr_pkrs,
+    after_wrpkru,
+    is_canonical,
+)
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
 from kvmmu.machine._hw_record import hw_walk_record
@@ -243,8 +252,8 @@ class Vcpu(PartOfMachine):
 
     @locked
     def set_regs(self, regs: Regs | None = None, /, **registers: Unpack[RegisterValues]) -> None:
-        """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, or all of a `Regs`, as a VMM does: validated as a whole, all or
-        nothing.
+        """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, pkrs, or all of a `Regs`, as a VMM does: validated as a
+        whole, all or nothing.
 
         No transition rules apply, and LMA is taken from `efer` as given. Under PAE paging a change of cr0, cr3, cr4 or efer
         loads the PDPTEs from memory at CR3, unless they are given; they are checked either way. An NPT host does neither: its
@@ -265,7 +274,7 @@ class Vcpu(PartOfMachine):
         before = self._guest.regs
         self._guest.load(self._guest.admit(replace(before, **(stale | loaded)), self._guest.second))
         after = self._guest.regs
-        changed = replace(before, pkru=after.pkru, rflags=after.rflags) != after
+        changed = replace(before, pkru=after.pkru, pkrs=after.pkrs, rflags=after.rflags) != after
         if self._made is not None and (changed or (stale and after.pdptrs is not None)):
             self._made.reset_context()
             self._flush_guest()
@@ -325,6 +334,17 @@ class Vcpu(PartOfMachine):
             CR4.PKE is clear.
         """
         self._guest.load(after_wrpkru(self._guest.regs, check_word("value", value, 32)))
+
+    @locked
+    def wrmsr_pkrs(self, value: int) -> None:
+        """WRMSR to IA32_PKRS by the guest.
+
+        Raises
+        ------
+        GeneralProtection
+            The processor model has no PKS, or the value has more than 32 bits.
+        """
+        self._guest.load(after_wrmsr_pkrs(self._guest.cpu, self._guest.regs, check_word("value", value)))
 
     @locked
     def invlpg(self, gva: int) -> None:
@@ -785,11 +805,11 @@ class Vcpu(PartOfMachine):
         second = self._guest.second
         stage = None if second is None else second.stage
         event = deliver_page_fault(fault, stage, self._guest.guest_mode, vendor=self.cpu.vendor)
-        if isinstance(event, ExceptionInjected):
+        if isinstance(event, ExceptionInjected) and event.cr2 is not None:
             self.cr2 = event.cr2
         return event
 
-    def _deliver_nested_fault(self, fault: GuestFault, from_hardware: int | None) -> ExitToL1:
+    def _deliver_nested_fault(self, fault: GuestFault, from_hardware: int | None) -> ExceptionInjected | ExitToL1:
         if not isinstance(fault, NestedFault):
             raise TypeError(f"fault: ngpa_walk delivers a NestedFault, got {type(fault).__name__}")
         second = self._guest.second

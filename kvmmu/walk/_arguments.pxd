@@ -5,7 +5,7 @@ from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_Check
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu.arch._bits cimport ACCESS_VALID_MASK
+from kvmmu.arch._bits cimport ACCESS_PLAIN_MASK, ACCESS_VALID_MASK
 
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
@@ -30,6 +30,11 @@ cdef inline uint32_t check_scalar_access(access) except? 0xffffffff:
     """Return an access of a scalar call."""
     cdef uint64_t value = to_uint64(access)
     return convert_access(access) if value & ~ACCESS_VALID_MASK else <uint32_t>value
+
+
+cdef inline bint is_plain_access(uint32_t access) noexcept nogil:
+    """True if fast paths know an access: it is neither to a shadow stack nor a probe."""
+    return access <= ACCESS_PLAIN_MASK
 
 
 cdef inline uint64_t check_scalar_word(str name, value) except? 0xffffffffffffffff:

@@ -4,15 +4,16 @@ from dataclasses import replace
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport kvm_pagewalk, second_stage_access, translate_nested_gpa, walk_result, walk_step
+from kvmmu._walk cimport kvm_pagewalk, linear_address, second_stage_access, translate_nested_gpa, walk_result, walk_step
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK,
-    EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_WRITE_MASK, INVALID_GPA, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK,
-    PFERR_PK_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PT32_INDEX_BITS, PT64_INDEX_BITS, PT_MAX_LEVELS,
-    ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL,
-    STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_USER_MASK,
+    ACCESS_WRITE_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_SHADOW_STACK_MASK,
+    INVALID_GPA, PAGE_SHIFT, PFERR_GUEST_PAGE_MASK, PFERR_PK_MASK, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PT32_INDEX_BITS,
+    PT64_INDEX_BITS, PT_MAX_LEVELS, ROLE_HAS_4_BYTE_GPTE_MASK, ROLE_LEVEL_MASK, STATUS_EPT_MISCONFIG, STATUS_LASS_VIOLATION,
+    STATUS_NESTED_PAGE_FAULT, STATUS_NON_CANONICAL, SPP_EVENT_NOT_VALID_MASK, STATUS_OK, STATUS_PAGE_FAULT, STATUS_PML_FULL,
+    STATUS_SPP_EVENT,
 )
-from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu.arch._format cimport PageFormat, explicit_access, resolved_access
 from kvmmu.walk._register_sets cimport WalkCopy
 
 from kvmmu.arch._bits import Access, Status
@@ -25,6 +26,7 @@ cdef list walk_steps(const kvm_pagewalk *w, uint64_t addr, uint32_t access):
     """Return the entries of a walk, root first."""
     cdef walk_step steps[PT_MAX_LEVELS]
     cdef int i, n = w.walk_steps(w, addr, access, steps)
+    addr = linear_address(w, addr, access)
     cdef int bits = PT32_INDEX_BITS if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK else PT64_INDEX_BITS
     acc, entries = int(ACC_ALL), []
     for i in range(n):
@@ -44,7 +46,8 @@ cdef object entry_rule(PageFormat fmt, const walk_result *r, uint64_t error_code
         return "hole" if r.hole else "not-present"
     if error_code & PFERR_RSVD_MASK:
         return "reserved"
-    return fmt.rule(r.pte_access, access, pkey_denied=bool(error_code & PFERR_PK_MASK))
+    return fmt.rule(
+        r.pte_access, access, pkey_denied=bool(error_code & PFERR_PK_MASK), shadow_stack=bool(r.shadow_stack))
 
 
 cdef object second_stage_rule(PageFormat fmt, const walk_result *r, uint32_t access):
@@ -56,6 +59,10 @@ cdef object second_stage_rule(PageFormat fmt, const walk_result *r, uint32_t acc
         return entry_rule(fmt, r, info & 0xffffffff, (info & ACCESS_PFEC_MASK) | (access & ACCESS_FETCH_MASK))
     if not r.pte_access:
         return "hole" if r.hole else "not-present"
+    if info & EPT_VIOLATION_SHADOW_STACK_MASK:
+        access = (access & ACCESS_USER_MASK) | ACCESS_SHADOW_STACK_MASK | (
+            ACCESS_WRITE_MASK if info & EPT_VIOLATION_ACC_WRITE_MASK else 0)
+        return fmt.rule(r.pte_access, access, shadow_stack=bool(r.shadow_stack))
     if info & EPT_VIOLATION_ACC_WRITE_MASK:
         return fmt.rule(r.pte_access, ACCESS_WRITE_MASK)
     if info & EPT_VIOLATION_ACC_INSTR_MASK:
@@ -67,19 +74,23 @@ cdef object rule_of(WalkCopy walk, const walk_result *r, uint32_t access):
     """Return the rule behind a fault, as one word."""
     if r.status == STATUS_NON_CANONICAL:
         return "non-canonical"
+    if r.status == STATUS_LASS_VIOLATION:
+        return "lass"
     if r.status == STATUS_PAGE_FAULT:
         return entry_rule(walk.fmt, r, r.error_code, access)
     if r.status == STATUS_EPT_MISCONFIG:
         return "misconfig"
     if r.status == STATUS_PML_FULL:
         return "pml-full"
+    if r.status == STATUS_SPP_EVENT:
+        return "sppt-miss" if r.exit_qualification & SPP_EVENT_NOT_VALID_MASK else "sppt-misconfig"
     return second_stage_rule(walk.second.fmt, r, access)
 
 
 cdef object fault_behind(WalkCopy walk, const walk_result *r, uint64_t addr, uint32_t access):
     details = {"address": int(addr), "access": Access(access), "level": int(r.level), "entry": int(r.pte),
                "entry_gpa": int(r.pte_gpa) if r.pte_gpa != INVALID_GPA else None, "rule": rule_of(walk, r, access)}
-    if r.status in (STATUS_PAGE_FAULT, STATUS_NON_CANONICAL):
+    if r.status in (STATUS_PAGE_FAULT, STATUS_NON_CANONICAL, STATUS_LASS_VIOLATION):
         return fault_of(r.status, error_code=int(r.error_code), **details)
     return nested_fault_of(
         r.status, fault_gpa=int(r.fault_gpa), exit_qualification=int(r.exit_qualification), **details)
@@ -90,9 +101,9 @@ cdef object record_of(WalkCopy walk, uint64_t addr, uint32_t access):
     cdef walk_result r
     if w.is_nested:
         return second_record(walk, addr, access & ~<uint32_t>ACCESS_AC_MASK, True, access)
-    w.gva_to_gpa(w, addr, explicit_access(access), False, &r)
-    addr &= w.gva_mask
-    steps = walk_steps(w, addr, explicit_access(access))
+    w.gva_to_gpa(w, addr, resolved_access(access), False, &r)
+    steps = walk_steps(w, addr, resolved_access(access))
+    addr = linear_address(w, addr, access)
     final = None
     if walk.second is not None:
         table_access = walk.n.table_access | <uint32_t>ACCESS_USER_MASK

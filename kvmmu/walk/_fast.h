@@ -4,6 +4,7 @@
 #define KVMMU_FAST_H
 
 #include "kvmmu/arch/_gpte.h"
+#include "kvmmu/arch/_linear.h"
 #include "kvmmu/memory/_memory.h"
 
 #define KVMMU_UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -13,7 +14,7 @@
 #define KVMMU_UNROLL _Pragma("GCC unroll 5")
 #endif
 
-#define KVMMU_FAST_ACCESSES 32 /* (ACCESS_VALID_MASK >> PERMISSIONS_INDEX_SHIFT) + 1 */
+#define KVMMU_FAST_ACCESSES 32 /* (ACCESS_PLAIN_MASK >> PERMISSIONS_INDEX_SHIFT) + 1 */
 
 /* What one access asks of the entries of a walk; 64 bytes. */
 struct kvmmu_fast_access {
@@ -33,7 +34,8 @@ struct kvmmu_fast_tables {
     uint64_t pse36_mask;
     uint64_t gva_mask;
     uint64_t pdpte_rsvd_mask; /* PAE with PDPTEs in memory */
-    uint32_t pkru_mask;
+    const struct kvm_page_format *fmt;
+    struct kvmmu_linear_rules linear; /* of walks that pre-process addresses */
     struct kvmmu_fast_access accesses[KVMMU_FAST_ACCESSES]; /* [access >> PERMISSIONS_INDEX_SHIFT], IMPLICIT included */
 };
 
@@ -47,7 +49,7 @@ struct kvmmu_translation {
 
 /* The end of such a walk. IN level: of pte, the leaf, a constant; all, any: AND of all entries, OR of those above it. */
 KVMMU_INLINE struct kvmmu_translation kvmmu_fast_leaf(int format, int level, const struct kvmmu_fast_tables *p, uint64_t pte,
-                                                      uint64_t all, uint64_t any, uint32_t pkru, uint64_t addr, uint32_t access)
+                                                      uint64_t all, uint64_t any, uint64_t keys, uint64_t addr, uint32_t access)
 {
     const struct kvmmu_fast_access *a = &p->accesses[access >> PERMISSIONS_INDEX_SHIFT];
     struct kvmmu_translation t = { INVALID_GPA, 0, STATUS_OK, (uint8_t)level };
@@ -55,17 +57,17 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_fast_leaf(int format, int level, con
     if (KVMMU_UNLIKELY(((all & a->mask) ^ a->wanted) | (any & a->upper_denied) |
                        ((pte & a->leaf_mask[level - 1]) ^ a->leaf_wanted)))
         return t;
-    if (KVMMU_UNLIKELY(pkru) &&
-        kvmmu_pkey_denied(p->pkru_mask, pkru, all & ACC_USER_MASK, kvmmu_gpte_pkey(format, pte), kvmmu_explicit_access(access)))
+    if (KVMMU_UNLIKELY(keys) &&
+        kvmmu_pkey_denied(keys, all & ACC_USER_MASK, kvmmu_gpte_pkey(format, pte), p->fmt->access_info[access]))
         return t;
     t.gpa = kvmmu_leaf_gpa(format, pte, (uint32_t)level, addr, p->pse36_mask);
     return t;
 }
 
 /* A walk that succeeds and changes nothing, over entries of the largest slot. A gpa of INVALID_GPA: any other walk.
- * IN format, root: constants; pte: what leads to the table of level root; access: of ACCESS_VALID_MASK. */
+ * IN format, root: constants; pte: what leads to the table of level root; access: of ACCESS_PLAIN_MASK. */
 KVMMU_INLINE struct kvmmu_translation kvmmu_fast_walk(int format, int root, const struct kvmmu_fast_tables *p, uint64_t pte,
-                                                  uint32_t pkru, uint64_t addr, uint32_t access)
+                                                  uint64_t keys, uint64_t addr, uint32_t access)
 {
     const struct kvmmu_translation none = { INVALID_GPA, 0, STATUS_OK, 0 };
     const uint64_t base_mask = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
@@ -90,9 +92,9 @@ KVMMU_INLINE struct kvmmu_translation kvmmu_fast_walk(int format, int root, cons
         pte = format == KVMMU_FORMAT_32 ? kvmmu_read32(p->hva + offset) : kvmmu_read64(p->hva + offset);
         all &= pte;
         if (level == PG_LEVEL_4K)
-            return kvmmu_fast_leaf(format, PG_LEVEL_4K, p, pte, all, any, pkru, addr, access);
+            return kvmmu_fast_leaf(format, PG_LEVEL_4K, p, pte, all, any, keys, addr, access);
         if (level <= PG_LEVEL_1G && KVMMU_UNLIKELY(pte & page_size_mask))
-            return kvmmu_fast_leaf(format, level, p, pte, all, any, pkru, addr, access);
+            return kvmmu_fast_leaf(format, level, p, pte, all, any, keys, addr, access);
         any |= pte;
     }
     return none;

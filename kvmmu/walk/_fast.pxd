@@ -10,7 +10,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
 from kvmmu.arch._bits cimport PG_LEVEL_512G
+from kvmmu.arch._format cimport kvm_page_format
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_64
+from kvmmu.arch._linear cimport kvmmu_linear_rules
 from kvmmu.memory._memory cimport guest_mem
 
 cdef extern from "kvmmu/walk/_fast.h" nogil:
@@ -32,7 +34,8 @@ cdef extern from "kvmmu/walk/_fast.h" nogil:
         uint64_t pse36_mask
         uint64_t gva_mask
         uint64_t pdpte_rsvd_mask
-        uint32_t pkru_mask
+        const kvm_page_format *fmt
+        kvmmu_linear_rules linear
         kvmmu_fast_access accesses[32]
 
     cdef struct kvmmu_translation:
@@ -41,7 +44,7 @@ cdef extern from "kvmmu/walk/_fast.h" nogil:
         uint8_t status
         uint8_t level
 
-    kvmmu_translation kvmmu_fast_walk(int format, int root, const kvmmu_fast_tables *p, uint64_t pte, uint32_t pkru,
+    kvmmu_translation kvmmu_fast_walk(int format, int root, const kvmmu_fast_tables *p, uint64_t pte, uint64_t keys,
                                       uint64_t addr,
                                       uint32_t access)
 
@@ -61,7 +64,7 @@ cdef void use_fast_memory(fast_walk *fast, const guest_mem *mem) noexcept nogil
 
 cdef inline kvmmu_translation translate_fast(const fast_walk *fast, const vcpu_arch *arch, uint64_t gva,
                                              uint32_t access) noexcept nogil:
-    """Return the translation; a gpa of INVALID_GPA where the short cut does not succeed. IN access: of ACCESS_VALID_MASK."""
+    """Return the translation; a gpa of INVALID_GPA where the short cut does not succeed. IN access: of ACCESS_PLAIN_MASK."""
     if fast.four_levels:
-        return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &fast.p, arch.cr3, arch.pkru, gva, access)
+        return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &fast.p, arch.cr3, arch.keys, gva, access)
     return fast.gva_to_gpa(&fast.p, arch, gva, access)

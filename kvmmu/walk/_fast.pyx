@@ -13,6 +13,7 @@ from kvmmu.arch._format cimport explicit_access
 from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, kvmmu_is_good_pdpte, kvmmu_pdpte_gpa, kvmmu_pdpte_index,
 )
+from kvmmu.arch._linear cimport kvmmu_linear_address
 from kvmmu.memory._memory cimport guest_mem, kvmmu_read64
 from kvmmu.walk._fast cimport (
     KVMMU_FAST_ACCESSES, kvmmu_fast_walk, kvmmu_fast_access, kvmmu_fast_tables, kvmmu_translation, fast_walk,
@@ -29,7 +30,7 @@ cdef kvmmu_translation no_fast_walk(const kvmmu_fast_tables *p, const vcpu_arch 
 
 cdef kvmmu_translation fast_walk_2_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
                                           uint32_t access) noexcept nogil:
-    return kvmmu_fast_walk(KVMMU_FORMAT_32, PG_LEVEL_2M, p, arch.cr3, arch.pkru, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_32, PG_LEVEL_2M, p, arch.cr3, arch.keys, gva, access)
 
 
 cdef kvmmu_translation fast_walk_pae(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
@@ -37,7 +38,7 @@ cdef kvmmu_translation fast_walk_pae(const kvmmu_fast_tables *p, const vcpu_arch
     cdef uint64_t pdpte = arch.pdptrs[kvmmu_pdpte_index(gva)]
     if not kvmmu_is_good_pdpte(pdpte, 0):
         return no_fast_walk(p, arch, gva, access)
-    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.keys, gva, access)
 
 
 cdef kvmmu_translation fast_walk_pae_in_memory(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
@@ -48,17 +49,27 @@ cdef kvmmu_translation fast_walk_pae_in_memory(const kvmmu_fast_tables *p, const
     pdpte = kvmmu_read64(p.hva + offset)
     if not kvmmu_is_good_pdpte(pdpte, p.pdpte_rsvd_mask):
         return no_fast_walk(p, arch, gva, access)
-    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.pkru, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_2M, p, pdpte, arch.keys, gva, access)
 
 
 cdef kvmmu_translation fast_walk_4_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
                                           uint32_t access) noexcept nogil:
-    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, p, arch.cr3, arch.pkru, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, p, arch.cr3, arch.keys, gva, access)
 
 
 cdef kvmmu_translation fast_walk_5_levels(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
                                           uint32_t access) noexcept nogil:
-    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_256T, p, arch.cr3, arch.pkru, gva, access)
+    return kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_256T, p, arch.cr3, arch.keys, gva, access)
+
+
+cdef kvmmu_translation fast_walk_4_levels_untagged(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                                   uint32_t access) noexcept nogil:
+    return fast_walk_4_levels(p, arch, kvmmu_linear_address(&p.linear, gva, access), access)
+
+
+cdef kvmmu_translation fast_walk_5_levels_untagged(const kvmmu_fast_tables *p, const vcpu_arch *arch, uint64_t gva,
+                                                   uint32_t access) noexcept nogil:
+    return fast_walk_5_levels(p, arch, kvmmu_linear_address(&p.linear, gva, access), access)
 
 
 # ---- what is asked of entries ------------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ cdef void init_fast_walk(fast_walk *fast, const kvm_pagewalk *w) noexcept nogil:
     cdef uint32_t i, access
     memset(fast, 0, sizeof(fast_walk))
     fast.gva_to_gpa = no_fast_walk
-    if w.ngpa is not NULL or w.is_nested or not w.cpu_role or w.cpu_role & ROLE_DIRECT_MASK:
+    if w.ngpa is not NULL or w.is_nested or not w.cpu_role or w.cpu_role & ROLE_DIRECT_MASK or ~w.address_mask:
         return
     if w.cpu_role & ROLE_HAS_4_BYTE_GPTE_MASK:
         fast.gva_to_gpa = fast_walk_2_levels
@@ -111,7 +122,10 @@ cdef void init_fast_walk(fast_walk *fast, const kvm_pagewalk *w) noexcept nogil:
     elif w.level == PG_LEVEL_256T:
         fast.gva_to_gpa = fast_walk_5_levels
     p.page_size_mask, p.pse36_mask, p.gva_mask = w.page_size_mask, w.pse36_mask, w.gva_mask
-    p.pkru_mask = w.fmt.pkru_mask
+    p.fmt, p.linear = w.fmt, w.linear
+    if w.pre_processes:                             # a walk for its own sake, so that the others need not ask
+        fast.four_levels = False
+        fast.gva_to_gpa = fast_walk_4_levels_untagged if w.level == PG_LEVEL_512G else fast_walk_5_levels_untagged
     for level in range(PG_LEVEL_2M if w.level == PG_LEVEL_1G else w.level, PG_LEVEL_4K, -1):    # PDPTEs are checked apart
         rsvd_upper |= w.fmt.rsvd_bits_mask[0][level - 1]
     for i in range(<uint32_t>KVMMU_FAST_ACCESSES):

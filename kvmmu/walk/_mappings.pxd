@@ -13,9 +13,11 @@ cdef class TableQueries:
     # The walk as it is now, over a table of its memory
     cdef WalkCopy now(self, SlotTable table)
 
-# One address; returns the walk that r is of. IN access: without IMPLICIT
+# One address; returns the walk that r is of. IN access: resolved_access()
 cdef WalkCopy walk_wholly(TableQueries queries, uint64_t gva, uint32_t access, bint set_ad, walk_result *r)
 # A WalkRecord. IN access: EFLAGS.AC added
 cdef object whole_record(TableQueries queries, uint64_t gva, uint32_t access)
+# The Span of accesses that may cross a page. IN options: set_ad and threads of translate()
+cdef object translate_spans(TableQueries queries, gva, size, access, regs, ctx, dict options)
 # Those rows of a Translation that failed, once more. IN names: its columns; gva, access, ctx, options: of translate()
 cdef int repeat_faults(TableQueries queries, out, tuple names, gva, access, ctx, dict options) except -1

@@ -4,11 +4,12 @@ import numpy as np
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport walk_result
-from kvmmu.arch._bits cimport ACC_USER_MASK, ACCESS_PROBE_MASK, GPA_LIMIT, STATUS_OK
+from kvmmu._walk cimport kvm_pagewalk, linear_address, walk_result
+from kvmmu.arch._bits cimport ACC_USER_MASK, GPA_LIMIT, INVALID_GPA, PAGE_SIZE, STATUS_OK
+from kvmmu.arch._format cimport resolved_access
 from kvmmu.memory._memory cimport SlotTable
-from kvmmu.walk._arguments cimport check_scalar_gva
-from kvmmu.walk._register_sets cimport WalkCopy
+from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva
+from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, linear_addresses
 from kvmmu.walk._explain cimport fault_behind, record_of
 from kvmmu.walk._scan cimport large_shift, scan_rows
 
@@ -16,9 +17,10 @@ from kvmmu.arch._bits import Acc
 from kvmmu.arch.arguments import check_bool, check_gpa, check_int, check_word
 from kvmmu.walk.mapped import MAPPING as _MAPPING
 from kvmmu.walk.mapped import Lookup, Mappings
+from kvmmu.walk.results import Span, check_access, check_array, check_size
 
 _ROWS_MAX = 1 << 40
-_ACCESS_MAX = 255
+_PAGE = int(PAGE_SIZE)
 
 
 cdef WalkCopy walk_wholly(TableQueries queries, uint64_t gva, uint32_t access, bint set_ad, walk_result *r):
@@ -53,6 +55,38 @@ cdef int repeat_faults(TableQueries queries, out, tuple names, gva, access, ctx,
     for name in names:
         getattr(out, name)[rows] = getattr(again, name)
     return 0
+
+
+cdef object translate_spans(TableQueries queries, gva, size, access, regs, ctx, dict options):
+    cdef RegisterSets contexts
+    cdef WalkCopy walk
+    cdef RegisterSetWalks held = None               # what walks points to
+    cdef const kvm_pagewalk *walks
+    n = check_array("gva", gva, np.dtype(np.uint64)).size
+    last = gva % np.uint64(_PAGE) + check_size(size, n) - np.uint64(1)
+    access = check_access(access, n)
+    if regs is not None and not isinstance(regs, RegisterSets):
+        regs = queries.prepare(regs)
+    options["regs"] = contexts = regs
+    t = queries.translate(gva, access if access.size == n else int(access[0]), ctx=ctx, **options)
+    walk = queries.now(queries.mem.walked())
+    if contexts is not None:
+        held = contexts.walks
+    walks = &walk.w if held is None else held.walks
+    faulted = t.status != STATUS_OK
+    address = np.where(faulted, linear_addresses(walks, ctx, gva, access), np.uint64(0))
+    result = Span(t.gpa, np.full(n, INVALID_GPA, np.uint64), t.status, t.error_code, address)
+    rows = np.flatnonzero((last >= _PAGE) & ~faulted)
+    # the page after 2**64, or after 2**32 outside long mode, is page 0: the walk takes the address modulo its width
+    following = (gva[rows] & ~np.uint64(_PAGE - 1)) + np.uint64(_PAGE)
+    accesses = access[rows] if access.size == n and n != 1 else access
+    ctx = None if ctx is None else ctx[rows]
+    t = queries.translate(following, accesses if accesses.size == rows.size != 1 else int(access[0]) if access.size else 0,
+                          ctx=ctx, **options)
+    faulted = t.status != STATUS_OK
+    result.gpa_next[rows], result.status[rows], result.error_code[rows] = t.gpa, t.status, t.error_code
+    result.address[rows] = np.where(faulted, linear_addresses(walks, ctx, following, accesses), np.uint64(0))
+    return result
 
 
 cdef object mappings_of(TableQueries queries, uint64_t first, uint64_t last, bint merge, size_t limit):
@@ -136,19 +170,19 @@ cdef class TableQueries:
         Raises
         ------
         GuestFault
-            As `gva_to_gpa()`. With PROBE: nothing is mapped there; the fault is that of a read.
+            As `gva_to_gpa()`. With PROBE: nothing is mapped there.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef walk_result r
         cdef WalkCopy walk
-        cdef bint probe = check_int("access", access, 0, _ACCESS_MAX) == int(ACCESS_PROBE_MASK)
-        if not probe:
-            self.gva_to_gpa(gva, access)
-        found = rows_at(self, addr)
+        cdef uint32_t a = check_scalar_access(access)
+        self.gva_to_gpa(addr, a)
+        walk = self.now(self.mem.walked())
+        found = rows_at(self, linear_address(&walk.w, addr, a))
         if not len(found):
-            walk = walk_wholly(self, addr, 0, False, &r)
+            walk = walk_wholly(self, addr, resolved_access(a), False, &r)
             if r.status != STATUS_OK:
-                raise fault_behind(walk, &r, addr & walk.w.gva_mask, 0)
+                raise fault_behind(walk, &r, linear_address(&walk.w, addr, a), a)
             raise RuntimeError(f"the tables of {addr:#x} changed meanwhile")
         row = found[0]
         return Lookup(row["gpa"].item(), 1 << row["page_shift"].item(),

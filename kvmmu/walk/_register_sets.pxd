@@ -58,5 +58,5 @@ cdef class RegisterSets:
 # IN admit: maps (Regs, SecondStage or None) to a Regs that is legal, with PDPTEs loaded, or raises; cpu: that caps are of;
 # second: of rows without one
 cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *caps, SecondStage second)
-# Masks of the linear-address width: of a single register set, or one per row
-cdef object widths_of(RegisterSets contexts, ctx)
+# Addresses of rows as CR2 takes them. IN ctx: which of the walks each row uses, checked, or None; access: of each row, or of all
+cdef object linear_addresses(const kvm_pagewalk *walks, ctx, gva, access)

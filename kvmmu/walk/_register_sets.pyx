@@ -3,18 +3,18 @@
 import numpy as np
 
 from cpython.object cimport PyObject
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
+from kvmmu._walk cimport cpu_caps, kvm_pagewalk, linear_address, vcpu_arch
 from kvmmu.arch._bits cimport ROLE_DIRECT_MASK
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable
 from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
 from kvmmu.walk._setup cimport fill_format, init_pagewalk, use_second_stage
-from kvmmu.walk._vcpu_arch cimport VcpuArch, load_arch, role_of
+from kvmmu.walk._vcpu_arch cimport VcpuArch, lam_of, load_arch, role_of
 
 from kvmmu.arch.registers import Regs
 from kvmmu.arch.second_stages import Ept, Npt
@@ -206,7 +206,7 @@ cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *c
             if not role & ROLE_DIRECT_MASK:
                 fill_format(fmt, role, caps, False)
             walks.formats.append(fmt)
-        init_pagewalk(w, role, caps)
+        init_pagewalk(w, role, lam_of(&walks.arches[i]), caps)
         w.vcpu, w.fmt = &walks.arches[i], &fmt.fmt
         w.second = numbers[under]
         use_second_stage(w, &walks.stages[w.second] if under is not None else NULL,
@@ -214,8 +214,14 @@ cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *c
     return contexts
 
 
-cdef object widths_of(RegisterSets contexts, ctx):
-    cdef RegisterSetWalks walks = contexts.walks
+cdef object linear_addresses(const kvm_pagewalk *walks, ctx, gva, access):
+    cdef const uint64_t[::1] rows = gva
+    cdef const uint8_t[::1] accesses = access
+    cdef const uint32_t[::1] contexts = ctx
+    cdef bint many = accesses.shape[0] > 1, own = ctx is not None
+    found = np.empty(rows.shape[0], np.uint64)
+    cdef uint64_t[::1] out = found
     cdef Py_ssize_t i
-    masks = np.array([walks.walks[i].gva_mask for i in range(contexts.count)], np.uint64)
-    return masks[0] if ctx is None else masks[ctx]
+    for i in range(rows.shape[0]):
+        out[i] = linear_address(&walks[contexts[i] if own else 0], rows[i], accesses[i if many else 0])
+    return found

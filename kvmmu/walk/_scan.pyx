@@ -17,7 +17,7 @@ from libc.string cimport memcpy
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, translate_nested_gpa, walk_result
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, GVA32_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K,
-    PT32_BASE_ADDR_MASK, PT32_INDEX_BITS, PT64_BASE_ADDR_MASK, PT64_INDEX_BITS, PT_GLOBAL_MASK, PT_PRESENT_MASK, STATUS_OK,
+    PT32_INDEX_BITS, PT64_INDEX_BITS, PT_GLOBAL_MASK, PT_PRESENT_MASK, STATUS_OK,
 )
 from kvmmu.arch._gpte cimport (
     KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, kvmmu_gpte_access, kvmmu_gpte_malformed, kvmmu_gpte_pkey,
@@ -143,7 +143,7 @@ cdef inline int table_entries(const kvm_pagewalk *w) noexcept nogil:
 
 
 cdef inline uint64_t table_gpa(const kvm_pagewalk *w, uint64_t pte) noexcept nogil:
-    return pte & (PT32_BASE_ADDR_MASK if w.format == KVMMU_FORMAT_32 else PT64_BASE_ADDR_MASK)
+    return pte & w.base_mask
 
 
 cdef inline bint is_usable(const kvm_pagewalk *w, uint64_t pte, int level) noexcept nogil:
@@ -250,7 +250,7 @@ cdef int cut_leaf(scan *s, uint64_t table, int level, uint64_t rights, uint64_t 
         row = s.leaf
         row.gva += start - s.leaf.ngpa
         row.ngpa = s.leaf.gpa + (start - s.leaf.ngpa)
-        row.gpa = kvmmu_leaf_gpa(n.format, pte, level, start, n.pse36_mask)
+        row.gpa = kvmmu_leaf_gpa(n.format, pte & n.address_mask, level, start, n.pse36_mask)
         row.size = stop - start + 1
         row.page_shift = min(row.page_shift, <uint8_t>shift)
         row.second_access = <uint8_t>kvmmu_gpte_access(n.format, entry_rights)
@@ -298,7 +298,7 @@ cdef int put_leaf(scan *s, const kvm_pagewalk *w, uint64_t gva, uint64_t pte, ui
     if count_leaf(s):
         return -1
     leaf.gva, leaf.size = start, stop - start + 1
-    leaf.gpa = leaf.ngpa = kvmmu_leaf_gpa(w.format, pte, level, start, w.pse36_mask)
+    leaf.gpa = leaf.ngpa = kvmmu_leaf_gpa(w.format, pte & w.address_mask, level, start, w.pse36_mask)
     leaf.pte_gpa, leaf.level, leaf.page_shift = pte_gpa, <uint8_t>level, <uint8_t>kvmmu_level_shift(w.format, level)
     leaf.pte_access = <uint8_t>kvmmu_gpte_access(w.format, rights)
     leaf.second_access = <uint8_t>ACC_ALL

@@ -4,8 +4,10 @@ from libc.stdint cimport uint64_t
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, translate_nested_gpa, walk_result
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_USER_MASK, CR4_PKE_MASK, CR4_SMAP_MASK, CR4_SMEP_MASK, EPT_VIOLATION_GVA_VALID_MASK, PG_LEVEL_1G,
-    ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_VALID_MASK,
+    ACC_ALL, ACCESS_USER_MASK, CR4_LAM_SUP_MASK, CR4_LASS_MASK, CR4_PKE_MASK, CR4_PKS_MASK, CR4_SMAP_MASK, CR4_SMEP_MASK,
+    EFER_UAIE_MASK, EPT_VIOLATION_GVA_VALID_MASK, PG_LEVEL_1G,
+    ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED_MASK, ROLE_CR4_SMEP_MASK, ROLE_EXT_EXECONLY_MASK, ROLE_EXT_SHADOW_STACK_MASK,
+    ROLE_EXT_VALID_MASK,
     ROLE_GUEST_MODE_MASK, ROLE_LEVEL_SHIFT, STATUS_OK,
 )
 from kvmmu.arch._format cimport PageFormat
@@ -85,9 +87,14 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps):
     cdef SecondStage second = SecondStage.__new__(SecondStage, maker(), stage)
     cdef uint64_t role
     if isinstance(stage, Ept):
+        if caps.kvm and (stage.supervisor_shadow_stack or stage.spptp is not None or stage.ve is not None):
+            raise ValueError(f"stage: KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE, got {stage}; "
+                             f"want conformance 'sdm', or EPTP bit 7 clear, spptp=None and ve=None")
         role = ept_role(stage)
         fill_ept_format(second.fmt, role, caps, stage.huge_page_level(bool(caps.gbpages)))
         init_ept_pagewalk(&second.n, role, caps, stage.advanced_info)
+        second.n.sub_pages, second.n.raises_ve = stage.spptp is not None, stage.ve is not None
+        second.n.spptp, second.n.ve_area = stage.spptp or 0, stage.ve or 0
         if stage.pml is not None:
             second.pml.address, second.pml.index = stage.pml.address, stage.pml.index
             second.n.pml = &second.pml
@@ -114,13 +121,16 @@ cdef uint64_t ept_role(stage) except? 0:
         role |= ROLE_CR4_SMEP_MASK
     if stage.execonly:
         role |= ROLE_EXT_EXECONLY_MASK
+    if stage.supervisor_shadow_stack:
+        role |= ROLE_EXT_SHADOW_STACK_MASK
     return role
 
 
 cdef uint64_t npt_role(stage) except? 0:
-    """Return the role of L1's registers with CR0.WP forced, SMAP and PKE off, and GMET in the place of SMEP."""
+    """Return the role of L1's registers with CR0.WP forced, GMET in the place of SMEP, and without all that concerns
+    linear addresses and protection keys."""
     cdef kvm_mmu_role_regs regs
-    regs.cr0, regs.efer = stage.cr0, stage.efer
-    regs.cr4 = <uint64_t>stage.cr4 & ~(CR4_PKE_MASK | CR4_SMAP_MASK)
+    regs.cr0, regs.efer = stage.cr0, <uint64_t>stage.efer & ~EFER_UAIE_MASK
+    regs.cr4 = <uint64_t>stage.cr4 & ~(CR4_PKE_MASK | CR4_PKS_MASK | CR4_SMAP_MASK | CR4_LASS_MASK | CR4_LAM_SUP_MASK)
     role = calc_cpu_role(&regs, False, True) & ~ROLE_CR4_SMEP_MASK
     return role | ROLE_CR4_SMEP_MASK if stage.gmet else role

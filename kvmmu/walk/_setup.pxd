@@ -5,7 +5,8 @@ from libc.stdint cimport uint64_t
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk
 from kvmmu.arch._format cimport PageFormat
 
-cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, const cpu_caps *caps) noexcept nogil
+# IN lam: lam_of(), the bits of CR3
+cdef void init_pagewalk(kvm_pagewalk *w, uint64_t cpu_role, uint64_t lam, const cpu_caps *caps) noexcept nogil
 # Translate the tables of a first stage, and its results, by the second stage n (NULL: by identity). IN npt: nested paging of
 # SVM. The role and the format must be in force
 cdef void use_second_stage(kvm_pagewalk *w, const kvm_pagewalk *n, bint npt) noexcept nogil

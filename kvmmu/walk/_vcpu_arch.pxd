@@ -19,5 +19,7 @@ cdef inline uint32_t rflags_ac(const vcpu_arch *arch) noexcept nogil:
 
 # Take the registers of a Regs; nested_pgd stays
 cdef int load_arch(vcpu_arch *arch, regs) except -1
+# The LAM bits of CR3, where they count
+cdef uint64_t lam_of(const vcpu_arch *arch) noexcept
 # The role of a first stage
 cdef uint64_t role_of(const vcpu_arch *arch, bint smm, bint guest_mode) noexcept

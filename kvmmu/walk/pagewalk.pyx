@@ -1,23 +1,21 @@
 """PageWalk (kvm_pagewalk): one set of guest tables, walked for one address, for arrays, or for a record."""
 
-import numpy as np
-
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport get_guest_pgd, translate_nested_gpa, walk_result
-from kvmmu.arch._bits cimport ACC_ALL, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, ROLE_DIRECT_MASK, STATUS_OK
-from kvmmu.arch._format cimport PageFormat, explicit_access
+from kvmmu._walk cimport get_guest_pgd, linear_address, translate_nested_gpa, walk_result
+from kvmmu.arch._bits cimport ACC_ALL, INVALID_GPA, MAXPHYADDR_MIN, PAGE_SIZE, PKRU_SHIFT, ROLE_DIRECT_MASK, STATUS_OK
+from kvmmu.arch._format cimport PageFormat, explicit_access, resolved_access
 from kvmmu.arch._gpte cimport kvmmu_pdpte_gpa
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, GuestMemory, SlotTable
-from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
+from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word, is_plain_access
 from kvmmu.walk._explain cimport fault_behind
 from kvmmu.walk._fast cimport init_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
-from kvmmu.walk._mappings cimport TableQueries, repeat_faults, walk_wholly, whole_record
-from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets, widths_of
+from kvmmu.walk._mappings cimport TableQueries, repeat_faults, translate_spans, walk_wholly, whole_record
+from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets, WalkCopy, copy_walk, prepare_register_sets
 from kvmmu.walk._second_stage cimport SecondStage, is_npt, second_stage
 from kvmmu.walk._setup cimport fill_format, init_pagewalk, init_second_stage_walk, use_second_stage
-from kvmmu.walk._vcpu_arch cimport VcpuArch, rflags_ac, role_of
+from kvmmu.walk._vcpu_arch cimport VcpuArch, lam_of, rflags_ac, role_of
 from kvmmu.walk.batch._arrays cimport exact_access, exact_column
 from kvmmu.walk.batch._job cimport Job, new_job
 
@@ -25,7 +23,7 @@ from kvmmu.arch._roles import CpuRole
 from kvmmu.arch.arguments import check_bool, check_int, check_threads
 from kvmmu.arch.registers import CpuModel
 from kvmmu.arch.second_stages import Ept, Npt
-from kvmmu.walk.results import Span, Translation, check_access, check_array, check_fields, check_one_size, check_size
+from kvmmu.walk.results import Translation, check_fields, check_one_size
 
 _PAGE = int(PAGE_SIZE)
 
@@ -79,6 +77,7 @@ cdef class PageWalk(TableQueries):
         self.caps.pse36 = cpu.pse36
         self.caps.amd = cpu.vendor == "amd"
         self.caps.kvm = cpu.conformance == "kvm"
+        self.caps.encryption_mask = cpu.encryption_mask
         self.cpu = cpu
         self.w.cpu_role = 0
         self.changed()
@@ -86,16 +85,17 @@ cdef class PageWalk(TableQueries):
     def _init(self, *, smm=False, guest_mode=False):
         """Take the role of the vCPU's registers; no work if it is the one in force."""
         cdef uint64_t role = role_of(&self.vcpu.arch, check_bool("smm", smm), check_bool("guest_mode", guest_mode))
+        cdef uint64_t lam = lam_of(&self.vcpu.arch)
         cdef PageFormat fmt
-        if role == self.w.cpu_role:
+        if role == self.w.cpu_role and lam == self.w.lam:
             return
-        self.init_count += 1
-        if not role & ROLE_DIRECT_MASK:
+        self.init_count += role != self.w.cpu_role
+        if not role & ROLE_DIRECT_MASK and role != self.w.cpu_role:
             fmt = PageFormat()                      # copies of the walk may have the one before
             fill_format(fmt, role, &self.caps, False)
             self.w.fmt = &fmt.fmt
             self.format = fmt
-        init_pagewalk(&self.w, role, &self.caps)
+        init_pagewalk(&self.w, role, lam, &self.caps)
         self.w.vcpu = &self.vcpu.arch
         self.use_second()
 
@@ -227,7 +227,7 @@ cdef class PageWalk(TableQueries):
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
-        """True if rights, or PKRU, deny an access.
+        """True if rights, or PKRU or PKRS, deny an access.
 
         Parameters
         ----------
@@ -244,7 +244,8 @@ cdef class PageWalk(TableQueries):
             0 if allowed, else P, with PK where the key forbids it.
         """
         self.check_in_use()
-        return self.format.permission_fault(pte_access, pkey, access, self.vcpu.arch.pkru)
+        cdef uint64_t keys = self.vcpu.arch.keys
+        return self.format.permission_fault(pte_access, pkey, access, keys >> PKRU_SHIFT, <uint32_t>keys)
 
     def prepare(self, regs):
         """Check and prepare register sets for repeated `translate(regs=...)` calls.
@@ -395,14 +396,17 @@ cdef class PageWalk(TableQueries):
         cdef kvmmu_translation t
         if self.table != self.mem.number:           # or the walk is not in use
             self.use_memory()
-        t = translate_fast(&self.fast, self.w.vcpu, addr, a)
-        return t.gpa if t.gpa != INVALID_GPA else self.gva_to_gpa_slowly(addr, a)
+        if is_plain_access(a):
+            t = translate_fast(&self.fast, self.w.vcpu, addr, a)
+            if t.gpa != INVALID_GPA:
+                return t.gpa
+        return self.gva_to_gpa_slowly(addr, a)
 
     cdef object gva_to_gpa_slowly(self, uint64_t gva, uint32_t access):
         cdef walk_result r
-        cdef WalkCopy walk = walk_wholly(self, gva, explicit_access(access), True, &r)      # the short cut did not succeed
+        cdef WalkCopy walk = walk_wholly(self, gva, resolved_access(access), True, &r)      # the short cut did not succeed
         if r.status != STATUS_OK:
-            raise fault_behind(walk, &r, gva & walk.w.gva_mask, access)
+            raise fault_behind(walk, &r, linear_address(&walk.w, gva, access), access)
         return r.gpa
 
     def span(self, gva, size, access=0):
@@ -449,26 +453,7 @@ cdef class PageWalk(TableQueries):
         -------
         Span
         """
-        n = check_array("gva", gva, np.dtype(np.uint64)).size
-        last = gva % np.uint64(_PAGE) + check_size(size, n) - np.uint64(1)
-        access = check_access(access, n)
-        if regs is not None and not isinstance(regs, RegisterSets):
-            regs = self.prepare(regs)
-        how = {"regs": regs, "set_ad": set_ad, "threads": threads}
-        t = self.translate(gva, access if access.size == n else int(access[0]), ctx=ctx, **how)
-        faulted = t.status != STATUS_OK
-        width = np.uint64(self.w.gva_mask) if regs is None else widths_of(regs, ctx)
-        result = Span(t.gpa, np.full(n, INVALID_GPA, np.uint64), t.status, t.error_code,
-                      np.where(faulted, gva & width, np.uint64(0)))
-        rows = np.flatnonzero((last >= _PAGE) & ~faulted)
-        # the page after 2**64, or after 2**32 outside long mode, is page 0: the walk takes the address modulo its width
-        following = (gva[rows] & ~np.uint64(_PAGE - 1)) + np.uint64(_PAGE)
-        t = self.translate(following, access[rows] if access.size == n and n != 1 else int(access[0]) if access.size else 0,
-                           ctx=None if ctx is None else ctx[rows], **how)
-        faulted = t.status != STATUS_OK
-        result.gpa_next[rows], result.status[rows], result.error_code[rows] = t.gpa, t.status, t.error_code
-        result.address[rows] = np.where(faulted, following & (width if np.ndim(width) == 0 else width[rows]), np.uint64(0))
-        return result
+        return translate_spans(self, gva, size, access, regs, ctx, {"set_ad": set_ad, "threads": threads})
 
     def walk_record(self, gva, access=0):
         """Return the whole walk of one linear address, level by level. Never raises for a guest fault, and sets no A/D bits.

@@ -147,25 +147,25 @@ class WalkRecord:
         return PAGE_SIZE << bits * (self.level - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; addresses and entries as hexadecimal text."""
+        """Plain data for JSON; addresses and entries are numbers."""
         plain: dict[str, Any] = {
-            "gva": hex(self.gva), "access": access_text(self.access), "status": self.status.name,
-            "gpa": None if self.gpa is None else hex(self.gpa), "error_code": self.error_code, "level": self.level,
+            "gva": self.gva, "access": access_text(self.access), "status": self.status.name,
+            "gpa": self.gpa, "error_code": self.error_code, "level": self.level,
             "rule": self.rule, "refs": self.refs, "steps": [_step_dict(step) for step in self.steps],
         }
         if self.final is not None and self.ngpa is not None:
-            plain |= {"ngpa": hex(self.ngpa), "final": self.final.to_dict()}
+            plain |= {"ngpa": self.ngpa, "final": self.final.to_dict()}
         if self.host:
             plain["host"] = True
         if self.exit_qualification:
-            plain["exit_qualification"] = hex(self.exit_qualification)
+            plain["exit_qualification"] = self.exit_qualification
         return plain
 
     def outcome(self) -> str:
         """Return the last line: where the walk ends, or why it does not."""
         if self.status == Status.OK:
             return f"-> {self.space} {self.gpa:#x} ({size_text(self.page_size)})"
-        if self.status == Status.NON_CANONICAL:
+        if self.status in (Status.NON_CANONICAL, Status.LASS_VIOLATION):
             return f"-> #GP: {rule_text(str(self.rule))}"
         if self.status == Status.PAGE_FAULT:
             return f"-> #PF {error_code_text(self.error_code)}: {rule_text(str(self.rule))}"
@@ -224,6 +224,6 @@ def in_host(record: WalkRecord) -> WalkRecord:
 
 def _step_dict(step: WalkStep) -> dict[str, Any]:
     plain: dict[str, Any] = {
-        "name": step.name, "level": step.level, "index": step.index, "gpa": None if step.gpa is None else hex(step.gpa),
-        "entry": hex(step.entry), "rights": rights_text(step.access), "rights_so_far": rights_text(step.pte_access)}
+        "name": step.name, "level": step.level, "index": step.index, "gpa": step.gpa,
+        "entry": step.entry, "rights": rights_text(step.access), "rights_so_far": rights_text(step.pte_access)}
     return plain if step.nested is None else plain | {"nested": step.nested.to_dict()}

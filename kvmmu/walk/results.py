@@ -15,7 +15,7 @@ from kvmmu.walk.html import HTML_ROWS, table_html
 
 __all__ = ["COLUMNS", "Accesses", "OneAccess", "Span", "Translation"]
 
-ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT)
+ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT | Access.SHADOW_STACK | Access.PROBE)
 SPAN_MAX = 4096
 ROWS_MAX = 1 << 48
 _ADDRESSES = ("gpa", "gpa_next", "hpa", "ngpa", "pte_gpa", "fault_gpa")
@@ -269,12 +269,9 @@ def check_one_access(access: int) -> int:
 
 
 def _check_access_bits(seen: int) -> None:
-    if seen & Access.SHADOW_STACK:
-        raise ValueError("access: SHADOW_STACK accesses are not modelled; want READ WRITE USER AC FETCH IMPLICIT")
-    if seen & Access.PROBE:
-        raise ValueError(f"access: {Access.PROBE:#x}, PROBE, is for lookup() alone; want READ WRITE USER AC FETCH IMPLICIT")
     if seen & ~ACCESS_VALID:
-        raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT")
+        raise ValueError(f"access: {seen & ~ACCESS_VALID:#x} is no Access bit; want READ WRITE USER AC FETCH IMPLICIT "
+                         "SHADOW_STACK PROBE")
 
 
 def check_one_size(size: int) -> int:

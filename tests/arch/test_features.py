@@ -21,8 +21,7 @@ BITS = {
     "svm": ("amd", "efer", 12), "lmsle": ("amd", "efer", 13), "ffxsr": ("amd", "efer", 14), "tce": ("amd", "efer", 15),
     "mcommit": ("amd", "efer", 17), "intwb": ("amd", "efer", 18), "autoibrs": ("amd", "efer", 21),
 }
-# Undefined, or not without a say in translation and not modelled: PKS, LASS, LAM_SUP, UAIE.
-REFUSED = {"cr4": (15, 24, 26, 27, 28, 29, 30, 31, 33, 63), "efer": (*range(1, 8), 9, 16, 19, 20, *range(22, 64))}
+REFUSED = {"cr4": (15, 26, 29, 30, 31, 33, 63), "efer": (*range(1, 8), 9, 16, 19, *range(22, 64))}
 
 
 def memory():

@@ -220,7 +220,7 @@ def test_permission_fault_with_keys(wp):
         flags = oracle_access(x)
         user = flags["user"] and not flags["implicit"]
         judge = oracle.Walk(None, oracle.Cpu(), regs, oracle.Access(flags["write"], flags["fetch"], user, False))
-        by_key = bool(a & Acc.USER) and judge.key_forbids(k)
+        by_key = judge.key_forbids(k, bool(a & Acc.USER))
         resolved = (x & ~0xC if x & Access.IMPLICIT else x) & ~Access.IMPLICIT
         by_rights = denied(a, resolved, wp=wp)
         expected = (1 | by_key << 5) if by_rights or by_key else 0

@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import re
 
 import image_files
 import numpy as np
@@ -75,7 +76,15 @@ def test_pt_as_json_csv_and_parquet(capsys, dump, tmp_path):
 
 def test_pt_picture(capsys, dump, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
-    run(capsys, "pt", dump[0], "--plot", tmp_path / "space.svg")
+    out = run(capsys, "pt", dump[0], "--plot", tmp_path / "space.svg")
+    lines = out.splitlines()
+    assert len(lines) == 2                                  # a summary, not a line for each range
+    assert lines[1].startswith(f"{tmp_path / 'space.svg'}: ")
+    assert re.search(r": \d+ ranges, [\d.]+[KMGT]: .*\brwxu \d", lines[1])
+    picture = (tmp_path / "space.svg").read_text()
+    rows = json.loads(run(capsys, "pt", dump[0], "--plot", tmp_path / "again.svg", "--json"))["mappings"]
+    assert f"{len(rows)} ranges" in lines[1]
+    assert len(picture) == len((tmp_path / "again.svg").read_text())
     assert "0xffff800000200000, 2M" in (tmp_path / "space.svg").read_text() or (tmp_path / "space.svg").stat().st_size > 5000
 
 

@@ -187,6 +187,16 @@ def test_address_spaces():
     assert set(found.results[1].host.exits) == {"EPT violations"}
 
 
+def test_next_pages_of_another_space():
+    """An access that reaches into the next page is walked there in its own address space."""
+    op = np.array([0, Op.MOV_CR3, 0], np.uint8)
+    trace = Trace(trace_of_spaces().header, [{
+        "op": op, "addr": np.array([0x1000, 0, 0x1FFC], np.uint64), "value": np.array([0, 0x8002, 0], np.uint64),
+        "access": np.zeros(3, np.uint8), "size": np.array([8, 1, 8], np.uint8)}])
+    found = kvmmu.compare(trace, [Design(host="native", tlb=TlbHierarchy([TlbLevel("L1", 1, 8)]))]).results[0]
+    assert (found.walks, found.stats.accesses, found.stats.unmapped) == (3, 3, 0)
+
+
 @pytest.mark.parametrize("name", ["l4", "p32", "ndyn"])
 def test_recordings(name):
     """Recordings on made tables: every access asks the TLBs, and native walks are those of two stages."""
@@ -337,6 +347,37 @@ def test_command(tmp_path, capsys):
                          (["--page", "own"], "brings no page tables")):
         assert main(["compare", str(trace), *bad]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    """Ctrl-C between two chunks leaves the counters of the accesses until then; before the walks there is nothing to tell."""
+    chunk = {"op": np.zeros(100, np.uint8), "addr": np.arange(100, dtype=np.uint64) % np.uint64(7) << np.uint64(12),
+             "access": np.zeros(100, np.uint8)}
+    calls = []
+
+    def stop_at(number):
+        def progress(done, total):
+            calls.append((done, total))
+            if len(calls) == number:
+                raise KeyboardInterrupt
+        return progress
+
+    trace = Trace(Header(registers=()), [chunk] * 5)
+    found = kvmmu.compare(trace, [Design(host="ept"), Design(host="native")], progress=stop_at(2))
+    assert calls == [(100, 500), (200, 500)]
+    assert (found.complete, found.accesses, found.results[0].stats.accesses) == (False, 200, 200)
+    assert found.to_dict()["complete"] is False
+    assert "stopped early" in found.table()
+    assert "Stopped early" in found.to_html()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MadePasses, "_find_pages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kvmmu.compare(trace, [Design()])
+    assert main(["compare", "bundled-lackey"]) == 130
+    assert capsys.readouterr().out == ""
 
 
 def test_figure(tmp_path, capsys):

@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_mapped(tmp_path, guest, monkeypatch):
         raise OSError(19, "No such device")
 
     path = written(tmp_path, image_files.qemu_core(guest))
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr("kvmmu.images._file.PrivateFile", refuse)
     image = open_image(path)
     assert "callbacks" in repr(image.memory)
     check_guest(image, guest)
@@ -381,6 +381,35 @@ def test_vmware(tmp_path, guest, version, opened):
     image = open_image(tmp_path / f"vm.{opened}")
     assert (image.format, image.details["regions"]) == ("vmware", 2)
     check_guest(image, guest, cr3=guest.cr3)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_registers_of_vmware(tmp_path, guest, block):
+    """Of each vCPU, one by one or in a block; EFER is inferred."""
+    first = {"cr0": 0x80050033, "cr2": 0xDEAD, "cr3": guest.cr3, "cr4": 0x6B0, "rip": 0xFFFFFFFF81000000, "eflags": 0x246}
+    pae = {"cr0": 0x80000011, "cr3": guest.cr3 | 0x20, "cr4": 0x20, "rip": 0xC0100000}
+    flat = {"cr0": 0x11, "cr3": 0, "cr4": 0}
+    written(tmp_path, guest.memory.tobytes(), "vm.vmem")
+    written(tmp_path, image_files.vmware_state([], vcpus=[first, pae, flat], block=block), "vm.vmss")
+    image = open_image(tmp_path / "vm.vmss")
+    assert [vcpu.number for vcpu in image.vcpus] == [0, 1, 2]
+    assert image.vcpus[0].registers["rip"] == first["rip"]
+    assert (image.vcpus[0].registers["cr2"], image.vcpus[0].regs.rflags) == (0xDEAD, 0x246)
+    assert [vcpu.regs.is_long_mode for vcpu in image.vcpus] == [True, False, False]
+    assert image.vcpus[1].regs.is_pae_paging
+    assert all(vcpu.inferred == ("efer",) for vcpu in image.vcpus)
+    check_guest(image, guest)
+
+
+def test_a_vmware_vcpu_without_control_registers(tmp_path, guest):
+    written(tmp_path, guest.memory.tobytes(), "vm.vmem")
+    state = image_files.vmware_state([], vcpus=[{"cr0": 1, "cr3": 0, "cr4": 0}]).replace(b"numVCPUs", b"numVCPUx")
+    written(tmp_path, state, "vm.vmss")
+    assert open_image(tmp_path / "vm.vmss").vcpus == ()
+    state = image_files.vmware_state([], vcpus=[{"cr0": 1, "cr3": 0, "cr4": 0}] * 2).replace(b"CR64", b"CR65")
+    written(tmp_path, state, "vm.vmss")
+    image = open_image(tmp_path / "vm.vmss")
+    assert (image.vcpus, image.damage) == ((), ("vCPU 0 has no control registers; it is left out",))
 
 
 def test_vmware_without_regions(tmp_path, guest):
@@ -667,13 +696,31 @@ def test_a_huge_file_opens_at_once(tmp_path):
                                   lambda guest: image_files.lime((0, guest.bytes(0, None)), (0x30000, b"x" * 5000)),
                                   image_files.kdump, lambda guest: image_files.flattened(image_files.kdump(guest)),
                                   lambda guest: image_files.avml((0, guest.bytes(0, None)), (0x30000, b"x" * 5000), block=0x4000),
-                                  image_files.windows_dump, lambda guest: image_files.windows_dump(guest, 5, (7,)), "vmware"],
-                         ids=["elf", "elf-extended", "lime", "kdump", "flat", "avml", "windows", "windows-bitmap", "vmware"])
-def test_every_damage_is_refused_or_read_around(tmp_path, make, guest):
+                                  image_files.windows_dump, lambda guest: image_files.windows_dump(guest, 5, (7,)),
+                                  lambda guest: image_files.windows_dump(guest, bits=32),
+                                  lambda guest: image_files.qemu_core(guest, elf_class=1),
+                                  lambda guest: image_files.kdump(guest, ("snappy", "zstd", "plain")),
+                                  lambda guest: image_files.kdump(guest, vmcoreinfo=b"OSRELEASE=6.1.0\n", notes=bytes(20)),
+                                  "vmware", "vmware-block", "raw", "unmapped"],
+                         ids=["elf", "elf-extended", "lime", "kdump", "flat", "avml", "windows", "windows-bitmap", "windows-32",
+                              "elf-32", "kdump-packed", "kdump-notes", "vmware", "vmware-block", "raw", "unmapped"])
+def test_every_damage_is_refused_or_read_around(tmp_path, make, guest, monkeypatch):
     """Cut at 50 places, and changed at 500: an ImageError, or an image that can be used."""
-    if make == "vmware":
-        data = image_files.vmware_state([(0, 0x18000, 0x8000), (0x8000, 0, 0x18000)])
+    name = "image"
+    if make in ("vmware", "vmware-block"):
+        vcpus = [{"cr0": 0x80050033, "cr3": guest.cr3, "cr4": 0x6B0, "rip": 1 << 40}] * 2
+        data = image_files.vmware_state([(0, 0x18000, 0x8000), (0x8000, 0, 0x18000)], vcpus=vcpus, block=make != "vmware")
         written(tmp_path, guest.memory.tobytes(), "image.vmem")
+        name = "image.vmss"
+    elif make == "raw":
+        data, name = guest.memory.tobytes(), "image.raw"
+    elif make == "unmapped":                    # as /proc/kcore
+        data = image_files.qemu_core(guest)
+
+        def refuse(fd):
+            raise OSError(19, "No such device")
+
+        monkeypatch.setattr("kvmmu.images._file.PrivateFile", refuse)
     else:
         data = make(guest)
     rng = np.random.default_rng(11)
@@ -681,7 +728,7 @@ def test_every_damage_is_refused_or_read_around(tmp_path, make, guest):
     places = [(int(at), int(value)) for at, value in zip(
         np.concatenate((heads, rng.integers(0, len(data), 250))), rng.integers(0, 256, 500), strict=True)]
     cuts = np.concatenate((rng.integers(0, min(1500, len(data)), 25), rng.integers(0, len(data), 25))).tolist()
-    path = tmp_path / ("image.vmss" if make == "vmware" else "image")
+    path = tmp_path / name
     opened = 0
     for cut, change in [(cut, None) for cut in cuts] + [(None, place) for place in places]:
         damaged = bytearray(data[:cut])
@@ -691,13 +738,12 @@ def test_every_damage_is_refused_or_read_around(tmp_path, make, guest):
         try:
             image = open_image(path)
             image.memory.read(0, 0x20000)
+            opened += 1
             for i in range(len(image.vcpus)):
                 image.vcpu(i).gva_walk.translate(np.array([0x400000, 0, 1 << 63], np.uint64), kvmmu.Access.WRITE)
         except (ImageError, kvmmu.GeneralProtection) as error:
             assert str(error)
-            continue
-        opened += 1
-        del image                               # a look at the mapping of a file that is cut would end the process
+        image = None                                 # a look at the mapping of a file that is cut would end the process
     assert opened > 50
 
 

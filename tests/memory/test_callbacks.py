@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """GuestMemory.from_callbacks(): the same answers as memory that is there, from few calls."""
 
+import gc
 import os
+import subprocess
 import sys
 import threading
+import weakref
 
 import builders
 import numpy as np
@@ -584,3 +587,38 @@ def test_a_slot_that_ends_within_a_page():
             GuestMemory(size)
     with pytest.raises(ValueError, match="size_or_buffer"):
         GuestMemory(b"")
+
+
+def test_nothing_is_kept_of_threads_that_ended():
+    """What a walk notes of its thread goes with the thread."""
+    mem = GuestMemory.from_callbacks(lambda gpas: np.zeros((gpas.size, 4096), np.uint8), size=1 << 20)
+    noted = []
+
+    class Note:
+        pass
+
+    def walk():
+        vcpu = Vcpu(mem)
+        vcpu.set_regs(cr0=0x80000001, cr3=0x1000, cr4=0, efer=0)
+        vcpu.gva_walk.walk_record(0x1000)
+        threading.current_thread().note = note = Note()
+        noted.append(weakref.ref(note))
+
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(200):
+        thread = threading.Thread(target=walk)
+        thread.start()
+        thread.join()
+    del thread
+    gc.collect()
+    assert all(ref() is None for ref in noted)
+    assert len(gc.get_objects()) - before < 400             # 200 weak references, and no dict entry for each thread
+    assert sys.getsizeof(mem) < 1000
+
+
+def test_the_room_of_memory_makes_callback_memory_by_itself():
+    """`from_callbacks()` works with the memory room alone; nobody has to load the rest."""
+    code = "from kvmmu.memory._memory import GuestMemory as m; print(m.from_callbacks(lambda gpas: b'', size=4096).slots)"
+    done = subprocess.run([sys.executable, "-Pc", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[(0, 4096, True)]\n"

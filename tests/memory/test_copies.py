@@ -150,7 +150,7 @@ def test_a_copy_of_large_memory_takes_what_was_written():
     for gpa in (0, 1 << 33, (1 << 36) - 8):
         mem.write_u64(gpa, gpa + 1)
     snapshot = Vm(mem).snapshot()
-    assert 3 * PAGE <= snapshot.nbytes <= 64 * PAGE     # the kernel may give more than a page at once
+    assert 3 * PAGE <= snapshot.nbytes <= 3 << 21       # the kernel may give huge pages
     copy = mem.copy()
     assert [copy.read_u64(gpa) for gpa in (0, 1 << 33, (1 << 36) - 8)] == [1, (1 << 33) + 1, (1 << 36) - 7]
     assert copy.read_u64(1 << 30) == 0

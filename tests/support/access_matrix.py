@@ -24,8 +24,9 @@ which `layout()` of access_layout.py decides.  `ad` is, per level, the mask of A
 
 Conditions: the reserved physical bit of a PTE is bit 51, of a PDE bit MAXPHYADDR; `pte_hi` is bit 52 (ignored in long
 mode, reserved in PAE paging); `pde_rsvd_low` is bit 13 of a large page, bit 21 in 32-bit paging; `pkey` selects key 5
-instead of 0, `pkru_ad` and `pkru_wd` are this key's bits in PKRU if `pkey` is set, else key 0's.  `pdpte_p` is, in PAE
-paging, the present bit of one of the four PDPTE registers.  PML4E and PML5E are P, R/W, U/S, A.
+instead of 0, `pkru_ad` and `pkru_wd` are this key's bits in PKRU if `pkey` is set, else key 0's; `pkrs_ad` and `pkrs_wd`
+are those in IA32_PKRS.  `shadow_stack` is an access to a shadow stack, with CR4.CET.  `pdpte_p` is, in PAE paging, the
+present bit of one of the four PDPTE registers.  PML4E and PML5E are P, R/W, U/S, A.
 """
 
 from dataclasses import dataclass, fields
@@ -39,8 +40,9 @@ CPU = oracle.Cpu(vendor="intel", maxphyaddr=40, gbpages=True, pse36=True, confor
 PTE_FLAGS = ("pte_p", "pte_w", "pte_u", "pte_nx", "pte_a", "pte_d", "pte_pat", "pte_rsvd", "pte_hi")
 PDE_FLAGS = ("pde_p", "pde_w", "pde_u", "pde_nx", "pde_a", "pde_d", "pde_ps", "pde_rsvd", "pde_rsvd_low")
 PDPTE_FLAGS = ("pdpte_p", "pdpte_w", "pdpte_u", "pdpte_nx")
-ACCESS_FLAGS = ("write", "fetch", "user", "ac", "implicit")
-REG_FLAGS = ("pkru_ad", "pkru_wd", "pkey", "cr0_wp", "efer_nx", "cr4_pse", "cr4_smep", "cr4_smap", "cr4_pke")
+ACCESS_FLAGS = ("write", "fetch", "user", "ac", "implicit", "shadow_stack")
+REG_FLAGS = ("pkru_ad", "pkru_wd", "pkey", "cr0_wp", "efer_nx", "cr4_pse", "cr4_smep", "cr4_smap", "cr4_pke", "pkrs_ad",
+             "pkrs_wd", "cr4_pks")
 FLAGS = ("mode0", "mode1", *PTE_FLAGS, *PDE_FLAGS, *PDPTE_FLAGS, *ACCESS_FLAGS, *REG_FLAGS)
 
 # Chance in 256 that generate() sets a condition; 128 where nothing is said.
@@ -64,6 +66,7 @@ CHANCES = {
     "pde_ps": 80,
     "fetch": 85,
     "implicit": 48,
+    "shadow_stack": 48,
     "cr4_pse": 208,
     "efer_nx": 192,
 }
@@ -74,6 +77,7 @@ ENTRY_BITS = {"p": 0, "w": 1, "u": 2, "a": 5, "d": 6, "pat": 7, "ps": 7, "nx": 6
 PTE_RESERVED_BIT = 51
 FULL_ENTRY = oracle.P | oracle.RW | oracle.US | oracle.ACCESSED
 BASE_CR0 = oracle.CR0_PG | 1
+CR4_CET = 1 << 23
 EFER_LME = 1 << 8
 LARGE_FRAMES = 0x80000000
 SMALL_FRAMES = 0x40000000
@@ -93,11 +97,13 @@ class Case:
     cr4: int
     efer: int
     pkru: int
+    pkrs: int
     write: bool
     fetch: bool
     user: bool
     ac: bool
     implicit: bool
+    shadow_stack: bool
     large: bool
     frame: int
     entries: tuple
@@ -113,11 +119,13 @@ class Cases:
     cr4: np.ndarray
     efer: np.ndarray
     pkru: np.ndarray
+    pkrs: np.ndarray
     write: np.ndarray
     fetch: np.ndarray
     user: np.ndarray
     ac: np.ndarray
     implicit: np.ndarray
+    shadow_stack: np.ndarray
     large: np.ndarray
     frame: np.ndarray
     entries: np.ndarray
@@ -209,12 +217,19 @@ RULES = (
     ("more than one reserved bit", _more_than_one_reserved),
     ("write and fetch at once", lambda f: f["write"] & f["fetch"]),
     ("implicit accesses are data accesses", lambda f: f["implicit"] & f["fetch"]),
+    ("no fetches from shadow stacks", lambda f: f["shadow_stack"] & f["fetch"]),
+    ("CR4.CET needs CR0.WP", lambda f: f["shadow_stack"] & ~f["cr0_wp"]),
 )
+NO_ADDRESS_BIT, NO_PKS = "no reserved address bit on this CPU", "KVM offers no PKS"
 
 
 def _no_reserved_address_bit(f, cpu):
     """Bit 51, or bit MAXPHYADDR, is an address bit or ignored on this CPU."""
     return (f["pte_rsvd"] | f["pde_rsvd"]) & (cpu.maxphyaddr > PTE_RESERVED_BIT)
+
+
+def _no_pks(f, cpu):
+    return f["cr4_pks"] & (cpu.conformance == "kvm")
 
 
 def _columns(bits):
@@ -226,7 +241,9 @@ def illegal(bits, cpu=CPU):
     """Why this combination makes no sense, or None."""
     columns = _columns([bits])
     if _no_reserved_address_bit(columns, cpu)[0]:
-        return "no reserved address bit on this CPU"
+        return NO_ADDRESS_BIT
+    if _no_pks(columns, cpu)[0]:
+        return NO_PKS
     for reason, dropped in RULES:
         if dropped(columns)[0]:
             return reason
@@ -236,7 +253,7 @@ def illegal(bits, cpu=CPU):
 def legal_array(bits, cpu=CPU):
     """bool[n]: illegal() is None."""
     columns = _columns(bits)
-    good = ~_no_reserved_address_bit(columns, cpu)
+    good = ~_no_reserved_address_bit(columns, cpu) & ~_no_pks(columns, cpu)
     for _, dropped in RULES:
         good &= ~dropped(columns)
     return good
@@ -257,9 +274,11 @@ def cases_from_bits(bits, cpu=CPU):
     cr4 = _put(levels > 2, oracle.CR4_PAE) | _put(levels == 5, oracle.CR4_LA57)
     cr4 |= _put(f["cr4_pse"], oracle.CR4_PSE) | _put(f["cr4_smep"], oracle.CR4_SMEP)
     cr4 |= _put(f["cr4_smap"], oracle.CR4_SMAP) | _put(f["cr4_pke"], oracle.CR4_PKE)
+    cr4 |= _put(f["cr4_pks"], oracle.CR4_PKS) | _put(f["shadow_stack"], CR4_CET)
     efer = _put(levels > 3, EFER_LME | oracle.EFER_LMA) | _put(f["efer_nx"], oracle.EFER_NXE)
     key = np.where(f["pkey"], np.uint64(KEY), np.uint64(0))
     pkru = (_put(f["pkru_ad"], 1) | _put(f["pkru_wd"], 2)) << (np.uint64(2) * key)
+    pkrs = (_put(f["pkrs_ad"], 1) | _put(f["pkrs_wd"], 2)) << (np.uint64(2) * key)
 
     entries = np.zeros((n, 5), np.uint64)
     for name in PTE_FLAGS + PDE_FLAGS + PDPTE_FLAGS:
@@ -277,7 +296,7 @@ def cases_from_bits(bits, cpu=CPU):
         np.uint64(SMALL_FRAMES) + (number % np.uint64(0x10000) << np.uint64(12)),
     )
     access = [f[name] for name in ACCESS_FLAGS]
-    return Cases(bits, levels, cr0, cr4, efer, pkru, *access, large, frame, entries)
+    return Cases(bits, levels, cr0, cr4, efer, pkru, pkrs, *access, large, frame, entries)
 
 
 def _put(condition, mask):
@@ -321,7 +340,7 @@ def made_applicable(bits):
     bits = _without(bits, _large(f), PTE_FLAGS)
     bits = _without(bits, ~_large(f), ("pde_rsvd_low",))
     bits = _without(bits, f["write"] & f["fetch"], ("write",))
-    return _without(bits, f["fetch"], ("implicit",))
+    return _without(bits, f["fetch"] | ~f["cr0_wp"], ("shadow_stack",)) & _without(bits, f["fetch"], ("implicit",))
 
 
 def generate(rng, n, cpu=CPU):
@@ -346,7 +365,7 @@ def expected(case, cpu=CPU):
     memory = oracle.Memory({_TABLES[level]: _filled(case, level) for level in range(case.levels)})
     cr3 = _TABLES[case.levels - 1]
     pdptrs = (_filled(case, 2), 0, 0, 0) if case.levels == 3 else None
-    regs = oracle.Regs(case.cr0, cr3, case.cr4, case.efer, case.pkru, pdptrs)
+    regs = oracle.Regs(case.cr0, cr3, case.cr4, case.efer, case.pkru, pdptrs, case.pkrs)
     result = oracle.translate(
         memory,
         cpu,
@@ -357,6 +376,7 @@ def expected(case, cpu=CPU):
         user=case.user,
         ac=case.ac,
         implicit=case.implicit,
+        shadow_stack=case.shadow_stack,
         set_ad=False,
     )
     ad = [0] * 5
@@ -385,16 +405,18 @@ def expected_array(cases, cpu=CPU):
     wp = cases.cr0 & np.uint64(oracle.CR0_WP) != 0
     nxe = cases.efer & np.uint64(oracle.EFER_NXE) != 0
     long_mode = cases.efer & np.uint64(oracle.EFER_LMA) != 0
-    pae_bit, pse, smep, smap, pke = (
+    pae_bit, pse, smep, smap, pke, pks = (
         cases.cr4 & np.uint64(mask) != 0
-        for mask in (oracle.CR4_PAE, oracle.CR4_PSE, oracle.CR4_SMEP, oracle.CR4_SMAP, oracle.CR4_PKE)
+        for mask in (oracle.CR4_PAE, oracle.CR4_PSE, oracle.CR4_SMEP, oracle.CR4_SMAP, oracle.CR4_PKE, oracle.CR4_PKS)
     )
+    shadow_stack = cases.shadow_stack & (cpu.conformance == "sdm")
 
     walking = np.ones(n, bool)
     reached = np.zeros(n, np.uint8)
     not_present = np.zeros(n, bool)
     reserved = np.zeros(n, bool)
     writable = np.ones(n, bool)
+    upper_writable = np.ones(n, bool)
     user_page = np.ones(n, bool)
     executable = np.ones(n, bool)
     used = np.zeros((n, 5), bool)
@@ -419,26 +441,30 @@ def expected_array(cases, cpu=CPU):
         used[:, level - 1] = counts
         leaf = here & (_maps_large_page(entry, level, long_mode, pae_bit, pse) | (level == 1))
         leaf_entry[leaf] = entry[leaf]
+        upper_writable &= ~counts | leaf | _has(entry, oracle.RW)
         walking &= ~leaf
     mapped = ~not_present & ~reserved
 
+    is_shadow_stack = upper_writable & ~_has(leaf_entry, oracle.RW) & _has(leaf_entry, oracle.DIRTY)
+    shadow_stack_fault = shadow_stack & (~is_shadow_stack | (user != user_page))
     user_fault = user & ~user_page
-    write_fault = cases.write & ~writable & (user | wp)
+    write_fault = cases.write & ~writable & (user | wp) & ~shadow_stack
     fetch_fault = cases.fetch & ~executable
     smep_fault = cases.fetch & ~user & user_page & smep
-    smap_fault = data & ~user & user_page & smap & ~ac
+    smap_fault = data & ~user & user_page & smap & ~ac & ~shadow_stack
     key = leaf_entry >> np.uint64(59) & np.uint64(15)
-    access_disable = cases.pkru >> (np.uint64(2) * key) & np.uint64(1) != 0
-    write_disable = cases.pkru >> (np.uint64(2) * key + np.uint64(1)) & np.uint64(1) != 0
-    key_applies = mapped & long_mode & pke & data & user_page
-    key_fault = key_applies & (access_disable | (write_disable & cases.write & (user | wp)))
-    no_right = mapped & (user_fault | write_fault | fetch_fault | smep_fault | smap_fault | key_fault)
+    register = np.where(user_page, cases.pkru, cases.pkrs)
+    access_disable = register >> (np.uint64(2) * key) & np.uint64(1) != 0
+    write_disable = register >> (np.uint64(2) * key + np.uint64(1)) & np.uint64(1) != 0
+    key_applies = mapped & long_mode & np.where(user_page, pke, pks) & data
+    key_fault = key_applies & (access_disable | (write_disable & cases.write & (wp | (user & user_page))))
+    no_right = mapped & (user_fault | write_fault | fetch_fault | smep_fault | smap_fault | shadow_stack_fault | key_fault)
     fault = not_present | reserved | no_right
 
     reports_fetch = smep | (nxe & (pae_bit | (cpu.conformance == "kvm")))
     code = _put(~not_present, oracle.PF_PRESENT) | _put(cases.write, oracle.PF_WRITE) | _put(user, oracle.PF_USER)
     code |= _put(reserved, oracle.PF_RESERVED) | _put(key_fault, oracle.PF_PKEY)
-    code |= _put(cases.fetch & reports_fetch, oracle.PF_FETCH)
+    code |= _put(cases.fetch & reports_fetch, oracle.PF_FETCH) | _put(shadow_stack, oracle.PF_SHADOW_STACK)
 
     ad = np.zeros((n, 5), np.uint64)
     for level in (1, 2, 3, 4, 5):

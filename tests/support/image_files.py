@@ -213,19 +213,35 @@ def windows_dump(guest, kind=1, holes=(), bits=64):
 
 # ---- VMware ------------------------------------------------------------------------------------------------------------
 
-def vmware_state(regions, version=3):
-    """A .vmss whose group "memory" has (gpa, offset, size) regions, behind a tag of data that is long."""
+def vmware_state(regions, version=3, vcpus=(), block=False):
+    """A .vmss whose group "memory" has (gpa, offset, size) regions, behind a tag of data that is long and padded.
+
+    vcpus: dicts of control registers (cr0 to cr4) and others, for the group "cpu"; block: control registers are in one block.
+    """
     wide = "<I" if version == 0 else "<Q"
 
-    def tag(name, value, *indices):
-        return bytes([len(indices) << 6 | 4, len(name)]) + name + struct.pack(f"<{len(indices) + 1}I", *indices, value)
+    def tag(name, value, *indices, size=4):
+        data = value.to_bytes(size, "little")
+        return bytes([len(indices) << 6 | size, len(name)]) + name + struct.pack(f"<{len(indices)}I", *indices) + data
 
-    tags = bytes([63, 4]) + b"long" + struct.pack(wide, 50) + struct.pack(wide, 80) + b"\0\0" + b"?" * 50
-    tags += tag(b"regionsCount", len(regions))
+    def long(name, data, *indices, pad=0):
+        head = bytes([len(indices) << 6 | 63, len(name)]) + name + struct.pack(f"<{len(indices)}I", *indices)
+        return head + struct.pack(wide, len(data)) * 2 + struct.pack("<H", pad) + b"-" * pad + data
+
+    tags = long(b"long", b"?" * 50, pad=7) + tag(b"regionsCount", len(regions))
     for n, (gpa, offset, size) in enumerate(regions):
         tags += tag(b"regionPPN", gpa // PAGE, n) + tag(b"regionPageNum", offset // PAGE, n) + tag(b"regionSize", size // PAGE, n)
-    groups = [(b"cpu", 0), (b"memory", 12 + 80 * 2)]
+    cpu = tag(b"cpu:numVCPUs", len(vcpus))
+    for n, registers in enumerate(vcpus):
+        control = [registers.get(f"cr{i}", 0) for i in range(9)]
+        if block:
+            cpu += long(b"CR64", struct.pack("<9Q", *control), n)
+        else:
+            cpu += b"".join(tag(b"CR64", control[i], n, i, size=8) for i in range(5))
+        cpu += b"".join(tag(name.encode(), value, n, size=4 if name == "eflags" else 8)
+                        for name, value in registers.items() if not name.startswith("cr"))
+    groups = [(b"memory", 12 + 80 * 2), (b"cpu", 12 + 80 * 2 + len(tags) + 2)]
     out = bytes([0xD0 | version, 0xBE if version in (0, 2, 3) else 0xBA, 0xD0 | (2 if version == 0 else version),
                  0xBE if version != 1 else 0xBA]) + struct.pack("<II", 8, len(groups))
     out += b"".join(name.ljust(64, b"\0") + struct.pack("<QQ", at, 0) for name, at in groups)
-    return out + tags + b"\0\0"
+    return out + tags + b"\0\0" + cpu + b"\0\0"

@@ -35,7 +35,7 @@ cdef bint rules_allow(const kvm_pagewalk *hw, const kvm_pagewalk *stage, uint32_
                       uint32_t access) noexcept nogil:
     """The rules themselves: the rights of both stages, and the protection key, allow the access."""
     cdef uint32_t nested = second_stage_access(stage, access, True, acc)
-    if not hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(hw.fmt, hw.vcpu.pkru, acc, pkey, access):
+    if not hw.cpu_role & ROLE_DIRECT_MASK and permission_fault(hw.fmt, hw.vcpu.keys, acc, pkey, access):
         return False
     if hw.ngpa is NULL:
         return True

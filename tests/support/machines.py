@@ -25,13 +25,14 @@ ACCESSES = tuple(
 
 def oracle_access(access):
     """Keywords of oracle.translate() for an Access."""
-    return {name: bool(access & getattr(Access, name.upper())) for name in ("write", "fetch", "user", "ac", "implicit")}
+    return {name: bool(access & getattr(Access, name.upper())) for name in (
+        "write", "fetch", "user", "ac", "implicit", "shadow_stack")}
 
 
 def oracle_cpu(cpu):
     """The oracle's Cpu for a CpuModel."""
     return oracle.Cpu(vendor=cpu.vendor, maxphyaddr=cpu.maxphyaddr, gbpages=cpu.gbpages, pse36=cpu.pse36,
-                      conformance=cpu.conformance)
+                      conformance=cpu.conformance, c_bit=cpu.c_bit)
 
 
 def vcpu_over(tables, *, pages=(), off=None, on=None, **cpu):
@@ -68,7 +69,8 @@ def scalar(walk, gva, access):
     except kvmmu.PageFault as fault:
         return Status.PAGE_FAULT, None, fault.error_code, fault.level, fault.rule
     except kvmmu.GeneralProtection as fault:
-        return Status.NON_CANONICAL, None, fault.error_code, fault.level, fault.rule
+        status = Status.LASS_VIOLATION if fault.rule == "lass" else Status.NON_CANONICAL
+        return status, None, fault.error_code, fault.level, fault.rule
 
 
 def fault_of(walk, gva, access=0):

@@ -2,13 +2,14 @@
 """An x86 MMU in plain Python, written from the manuals: the judge the package is compared with.
 
 Sources are the section titles of the SDM's volume 3, chapter "Paging" ("32-Bit Paging", "PAE Paging", "4-Level Paging
-and 5-Level Paging", "Access Rights", "Page-Fault Exceptions", "Accessed and Dirty Flags", "Protection Keys") and, for
-AMD, the APM's volume 2 chapter "Page Translation and Protection".  Nothing is shared with the package: every constant
+and 5-Level Paging", "Access Rights", "Page-Fault Exceptions", "Accessed and Dirty Flags", "Protection Keys",
+"Linear-Address Pre-Processing", "Shadow Stacks") and, for AMD, the APM's volume 2 chapter "Page Translation and
+Protection", with "Upper Address Ignore" and "Secure Memory Encryption".  Nothing is shared with the package: every constant
 is defined here and every rule is spelled out as a branch.
 
 Two conformances exist.  "sdm" is the manuals' answer.  "kvm" is what KVM's software walker answers; in one-stage
-translation it differs twice: the I/D bit of the error code (row D1 of the project's list of disagreements) and the
-width of PSE-36 addresses (row D2).
+translation it differs in the I/D bit of the error code (row D1 of the project's list of disagreements), in the width
+of PSE-36 addresses (row D2), in that its addresses have no tags, and in that it knows no shadow-stack accesses.
 
 Choices the manuals leave open, the same in both conformances:
 
@@ -28,8 +29,14 @@ CR4_LA57 = 1 << 12
 CR4_SMEP = 1 << 20
 CR4_SMAP = 1 << 21
 CR4_PKE = 1 << 22
+CR4_PKS = 1 << 24
+CR4_LASS = 1 << 27
+CR4_LAM_SUP = 1 << 28
+CR3_LAM_U57 = 1 << 61
+CR3_LAM_U48 = 1 << 62
 EFER_LMA = 1 << 10
 EFER_NXE = 1 << 11
+EFER_UAIE = 1 << 20
 
 P = 1 << 0
 RW = 1 << 1
@@ -45,6 +52,7 @@ PF_USER = 1 << 2
 PF_RESERVED = 1 << 3
 PF_FETCH = 1 << 4
 PF_PKEY = 1 << 5
+PF_SHADOW_STACK = 1 << 6
 
 
 @cache
@@ -111,6 +119,12 @@ class Cpu:
     gbpages: bool = True
     pse36: bool = True
     conformance: str = "sdm"
+    c_bit: int | None = None
+
+    @property
+    def encryption(self):
+        """The encryption bit, which is no address bit and not reserved."""
+        return 0 if self.c_bit is None else 1 << self.c_bit
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,7 @@ class Regs:
     efer: int
     pkru: int = 0
     pdptrs: tuple | None = None
+    pkrs: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,8 @@ class Result:
     """Outcome of one access.
 
     `level` is the leaf's level, or the failing entry's, or 0 if no entry was involved.  `rule` names why an access
-    faulted; where several access rights forbid it, the first of user, write, nx, smep, smap, pkey.  `writes` are the
+    faulted; where several access rights forbid it, the first of user, write, nx, smep, smap, pkey; a shadow-stack access
+    is forbidden by user, where a user accesses a supervisor's shadow stack, or shadow-stack.  `writes` are the
     A/D updates as (gpa, size, old, new), root first.
     """
 
@@ -153,6 +169,8 @@ class Access:
     fetch: bool
     user: bool
     ac: bool
+    shadow_stack: bool = False
+    implicit: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def load_pdptrs(mem, cpu, regs):
     A present PDPTE must have bits 2:1, 8:5 and 63:MAXPHYADDR clear; all four are checked.
     """
     base = regs.cr3 & bits(5, 31)
-    reserved = bits(1, 2) | bits(5, 8) | bits(cpu.maxphyaddr, 63)
+    reserved = (bits(1, 2) | bits(5, 8) | bits(cpu.maxphyaddr, 63)) & ~cpu.encryption
     pdptrs = []
     for index in range(4):
         gpa = base + 8 * index
@@ -203,6 +221,7 @@ class Walk:
         self.regs = regs
         self.access = access
         self.steps = []
+        self.frame = bits(12, cpu.maxphyaddr - 1) & ~cpu.encryption
 
     def read_table(self, gpa, size):
         """Every read of a paging-structure entry comes through here."""
@@ -242,10 +261,11 @@ class Walk:
         pdpte = self.pdpte_in_memory(gva) if self.regs.pdptrs is None else self.regs.pdptrs[gva >> 30]
         if not pdpte & P:
             raise Fault(3, "not-present", 0)
-        if self.regs.pdptrs is None and pdpte & (bits(1, 2) | bits(5, 8) | bits(self.cpu.maxphyaddr, 63)):
+        reserved = (bits(1, 2) | bits(5, 8) | bits(self.cpu.maxphyaddr, 63)) & ~self.cpu.encryption
+        if self.regs.pdptrs is None and pdpte & reserved:
             raise Fault(3, "reserved", PF_PRESENT | PF_RESERVED)
-        frame = bits(12, self.cpu.maxphyaddr - 1)
-        reserved = bits(self.cpu.maxphyaddr, 62)
+        frame = self.frame
+        reserved = bits(self.cpu.maxphyaddr, 62) & ~self.cpu.encryption
         if not self.regs.efer & EFER_NXE:
             reserved |= XD
         pde = self.step((pdpte & frame) + 8 * (gva >> 21 & 0x1FF), 8, 2)
@@ -267,18 +287,18 @@ class Walk:
 
     def four_level(self, gva):
         """Section "4-Level Paging and 5-Level Paging": from the PML4 table CR3 locates."""
-        return self.from_pml4(self.regs.cr3 & bits(12, self.cpu.maxphyaddr - 1), gva)
+        return self.from_pml4(self.regs.cr3 & self.frame, gva)
 
     def five_level(self, gva):
         """Section "4-Level Paging and 5-Level Paging": a PML5 table above the PML4 tables."""
-        frame = bits(12, self.cpu.maxphyaddr - 1)
+        frame = self.frame
         pml5e = self.step((self.regs.cr3 & frame) + 8 * (gva >> 48 & 0x1FF), 8, 5)
         self.require_present(pml5e)
         self.require_clear(pml5e, self.reserved_above_pdpte())
         return self.from_pml4(pml5e.entry & frame, gva)
 
     def from_pml4(self, table, gva):
-        frame = bits(12, self.cpu.maxphyaddr - 1)
+        frame = self.frame
         reserved = self.reserved_in_long_mode()
 
         pml4e = self.step(table + 8 * (gva >> 39 & 0x1FF), 8, 4)
@@ -314,7 +334,7 @@ class Walk:
 
     def reserved_in_long_mode(self):
         """Bits 51:MAXPHYADDR of every entry, and XD while IA32_EFER.NXE = 0; bits 62:52 are ignored or the key."""
-        reserved = bits(self.cpu.maxphyaddr, 51)
+        reserved = bits(self.cpu.maxphyaddr, 51) & ~self.cpu.encryption
         if not self.regs.efer & EFER_NXE:
             reserved |= XD
         return reserved
@@ -370,35 +390,61 @@ class Walk:
         writable = all(step.entry & RW for step in self.steps)
         executable = not any(step.entry & XD for step in self.steps)
         broken = []
-        if self.access.user and not user_page:
-            broken.append("user")
-        if self.access.write and not writable and (self.access.user or self.regs.cr0 & CR0_WP):
-            broken.append("write")
+        if self.access.shadow_stack and self.cpu.conformance == "sdm":
+            if not self.is_shadow_stack():
+                broken.append("shadow-stack")
+            elif self.access.user != user_page:
+                broken.append("user" if self.access.user else "shadow-stack")
+            executable = True
+            smap = smep = False
+        else:
+            smap, smep = self.regs.cr4 & CR4_SMAP, self.regs.cr4 & CR4_SMEP
+            broken += self.ordinary_rights(user_page, writable)
         if self.access.fetch and not executable:
             broken.append("nx")
         if not self.access.user and user_page:
-            if self.access.fetch and self.regs.cr4 & CR4_SMEP:
+            if self.access.fetch and smep:
                 broken.append("smep")
-            if not self.access.fetch and self.regs.cr4 & CR4_SMAP and not self.access.ac:
+            if not self.access.fetch and smap and not self.access.ac:
                 broken.append("smap")
-        key_forbids = user_page and self.key_forbids(key)
+        key_forbids = self.key_forbids(key, user_page)
         if key_forbids:
             broken.append("pkey")
         if broken:
             raise Fault(self.steps[-1].level, broken[0], PF_PRESENT | (PF_PKEY if key_forbids else 0))
 
-    def key_forbids(self, key):
-        """Section "Protection Keys": data accesses to user-mode addresses in long mode with CR4.PKE = 1.
+    def is_shadow_stack(self):
+        """"Shadow Stacks": R/W is 0 and D is 1 in the leaf, R/W is 1 in every entry above it."""
+        leaf = self.steps[-1].entry
+        return not leaf & RW and leaf & DIRTY and all(step.entry & RW for step in self.steps[:-1])
 
-        ADi forbids every data access; WDi forbids user writes, and supervisor writes too while CR0.WP = 1.
+    def ordinary_rights(self, user_page, writable):
+        """U/S and R/W, for accesses that are none to shadow stacks."""
+        broken = []
+        if self.access.user and not user_page:
+            broken.append("user")
+        if self.access.write and not writable and (self.access.user or self.regs.cr0 & CR0_WP):
+            broken.append("write")
+        return broken
+
+    def key_forbids(self, key, user_page):
+        """Section "Protection Keys": data accesses in long mode, to user-mode addresses with CR4.PKE = 1 by PKRU, to
+        supervisor-mode addresses with CR4.PKS = 1 by IA32_PKRS.
+
+        ADi forbids every data access; WDi forbids writes while CR0.WP = 1, in PKRU user writes in any case.
         """
-        if not self.regs.efer & EFER_LMA or not self.regs.cr4 & CR4_PKE or self.access.fetch:
+        if not self.regs.efer & EFER_LMA or self.access.fetch:
             return False
-        access_disable = self.regs.pkru >> (2 * key) & 1
-        write_disable = self.regs.pkru >> (2 * key + 1) & 1
+        if not self.regs.cr4 & (CR4_PKE if user_page else CR4_PKS):
+            return False
+        register = self.regs.pkru if user_page else self.regs.pkrs
+        access_disable = register >> (2 * key) & 1
+        write_disable = register >> (2 * key + 1) & 1
         if access_disable:
             return True
-        return bool(write_disable and self.access.write and (self.access.user or self.regs.cr0 & CR0_WP))
+        if not write_disable or not self.access.write:
+            return False
+        return bool(self.regs.cr0 & CR0_WP or (user_page and self.access.user))
 
     # Outcome.
 
@@ -415,6 +461,8 @@ class Walk:
         nx_possible = self.regs.cr4 & CR4_PAE or self.cpu.conformance == "kvm"
         if self.access.fetch and (self.regs.cr4 & CR4_SMEP or (self.regs.efer & EFER_NXE and nx_possible)):
             code |= PF_FETCH
+        if self.access.shadow_stack and self.cpu.conformance == "sdm":
+            code |= PF_SHADOW_STACK
         return code
 
     def accessed_and_dirty(self):
@@ -441,26 +489,64 @@ def canonical(gva, width):
     return top == 0 or top == bits(0, 64 - width)
 
 
-def linear_address(regs, gva):
-    """`gva` as the mode in force sees it: 32 bits outside long mode, None if it is not canonical."""
-    if not regs.efer & EFER_LMA:
+def without_tag(regs, gva):
+    """"Linear-Address Masking (LAM)": bits 62:W become copies of bit W-1; APM, "Upper Address Ignore": bits 63:57 of bit 56."""
+    if regs.efer & EFER_UAIE:
+        return gva & bits(0, 56) | (bits(57, 63) if gva & 1 << 56 else 0)
+    width = None
+    if gva >> 63:
+        if regs.cr4 & CR4_LAM_SUP:
+            width = 57 if regs.cr4 & CR4_LA57 else 48
+    elif regs.cr3 & CR3_LAM_U57:
+        width = 57
+    elif regs.cr3 & CR3_LAM_U48:
+        width = 48
+    if width is None:
+        return gva
+    kept = gva & (1 << 63 | bits(0, width - 1))
+    return kept | (bits(width, 62) if gva & 1 << (width - 1) else 0)
+
+
+def violates_lass(regs, gva, access):
+    """"Linear-Address-Space Separation (LASS)": users have the lower half of the address space, supervisors the upper one."""
+    if not regs.cr4 & CR4_LASS:
+        return False
+    upper = bool(gva >> 63)
+    if access.user:
+        return upper
+    if access.fetch:
+        return not upper
+    return not upper and bool(regs.cr4 & CR4_SMAP) and not access.ac
+
+
+def linear_address(regs, gva, access=None, conformance="sdm"):
+    """`gva` as the mode in force sees it: 32 bits outside long mode; a text instead of it where it is refused."""
+    if not regs.efer & EFER_LMA or not regs.cr0 & CR0_PG:
         return gva & 0xFFFFFFFF
-    return gva if canonical(gva, 57 if regs.cr4 & CR4_LA57 else 48) else None
+    if access is not None and conformance == "sdm":
+        if violates_lass(regs, gva, access):
+            return "lass_violation"
+        data = not access.fetch and not access.implicit
+        if data and not (access.shadow_stack and regs.efer & EFER_UAIE):        # a shadow stack is reached through no segment
+            gva = without_tag(regs, gva)
+    return gva if canonical(gva, 57 if regs.cr4 & CR4_LA57 else 48) else "non_canonical"
 
 
 def translate(
-    mem, cpu, regs, gva, *, write=False, fetch=False, user=False, ac=False, implicit=False, set_ad=True
+    mem, cpu, regs, gva, *, write=False, fetch=False, user=False, ac=False, implicit=False, shadow_stack=False, set_ad=True
 ) -> Result:
     """Translate `gva` for one access, a read unless `write` or `fetch`.
 
     `user`: CPL is 3; `ac`: EFLAGS.AC; `implicit`: an implicit supervisor-mode access, to which CPL and AC do not
-    apply.  `set_ad` writes the A/D updates to `mem`; they are listed in the result either way.
+    apply; `shadow_stack`: a read or write of a shadow stack.  `set_ad` writes the A/D updates to `mem`; they are listed
+    in the result either way.
     """
-    access = Access(write=write, fetch=fetch, user=user and not implicit, ac=ac and not implicit)
+    access = Access(write=write, fetch=fetch, user=user and not implicit, ac=ac and not implicit,
+                    shadow_stack=shadow_stack, implicit=implicit)
     walk = Walk(mem, cpu, regs, access)
-    gva = linear_address(regs, gva)
-    if gva is None:
-        return Result("non_canonical", None, 0, 0, None, ())
+    gva = linear_address(regs, gva, access, cpu.conformance)
+    if isinstance(gva, str):
+        return Result(gva, None, 0, 0, None, ())
     try:
         gpa = walk.physical_address(gva)
     except Fault as fault:

@@ -2,7 +2,8 @@
 """Two-stage translation in plain Python: the guest's tables of oracle.py under EPT or nested paging.
 
 Sources are the section titles of the SDM's volume 3, chapter "VMX Support for Address Translation" ("The Extended
-Page Table Mechanism (EPT)", "EPT Translation Mechanism", "EPT-Induced VM Exits", "Accessed and Dirty Flags for EPT"),
+Page Table Mechanism (EPT)", "EPT Translation Mechanism", "EPT-Induced VM Exits", "Accessed and Dirty Flags for EPT",
+"Sub-Page Write Permissions", "Convertible EPT Violations", "Virtualization-Exception Information"),
 table "Exit Qualification for EPT Violations", and for AMD the APM's volume 2, section "Nested Paging" ("Nested versus
 Guest Page Faults, Fault Ordering", "Guest Mode Execute Trap").  Nothing is shared with the package.
 
@@ -41,6 +42,10 @@ EPT_LARGE = 1 << 7
 EPT_A = 1 << 8
 EPT_D = 1 << 9
 EPT_XU = 1 << 10
+EPT_SHADOW_STACK = 1 << 60
+EPT_SUB_PAGE = 1 << 61
+EPT_SUPPRESS_VE = 1 << 63
+EPTP_SHADOW_STACK = 1 << 7
 EPT_RIGHTS = EPT_R | EPT_W | EPT_X | EPT_XU
 EPTP_AD = 1 << 6
 BAD_MEMORY_TYPES = (2, 3, 7)
@@ -53,6 +58,10 @@ QUAL_FINAL = 1 << 8
 QUAL_USER = 1 << 9
 QUAL_WRITABLE = 1 << 10
 QUAL_XD = 1 << 11
+QUAL_SHADOW_STACK = 1 << 13
+QUAL_SHADOW_STACK_PAGE = 1 << 14
+SPP_MISS = 1 << 11
+CR0_PE = 1
 
 NPF_FINAL = 1 << 32
 NPF_TABLE = 1 << 33
@@ -68,6 +77,8 @@ class Ept:
     advanced_info: bool = True
     page_2m: bool = True
     page_1g: bool | None = None
+    spptp: int | None = None
+    ve: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,8 @@ class Npt:
 class Result:
     """Outcome of one access.
 
-    `status` is "ok", "page_fault", "non_canonical", "ept_violation", "ept_misconfig" or "nested_page_fault".  `gpa` is
+    `status` is "ok", "page_fault", "non_canonical", "lass_violation", "ept_violation", "ept_misconfig", "spp_event",
+    "virt_exception" or "nested_page_fault".  `gpa` is
     the end of both stages, `ngpa` the end of the guest's, `fault_gpa` the address whose nested translation failed; each
     is None where there is none.  `error_code` is that of a #PF; `exit_qualification` that of an EPT violation, or
     EXITINFO1.  `level` is the leaf's of the guest, or that of the failing entry of the stage that failed.  `refs`
@@ -105,8 +117,9 @@ class Result:
 class StageFault(Exception):
     """The nested translation of `gpa` failed; ends the access."""
 
-    def __init__(self, status, gpa, level, qualification):
+    def __init__(self, status, gpa, level, qualification, entry=None):
         super().__init__(status)
+        self.entry = entry                  # of an EPT violation: where the walk ended, if that is an entry
         self.status = status
         self.gpa = gpa
         self.level = level
@@ -160,15 +173,15 @@ class EptStage(Stage):
         if self.ad or self.kvm:
             qualification |= QUAL_WRITE
             need = EPT_W
-        hpa, rights = self.translate(ngpa, need, self.ad, qualification)
-        self.tables[ngpa] = rights
+        hpa, rights, leaf = self.translate(ngpa, need, self.ad, qualification)
+        self.tables[ngpa] = (*rights, leaf)
         return hpa
 
     def table_update(self, ngpa):
         """Setting A or D in a guest entry needs W; with EPT A/D off nothing has asked for it so far (row D10)."""
-        level, rights = self.tables[ngpa]
+        level, rights, leaf = self.tables[ngpa]
         if not rights & EPT_W:
-            self.violation(ngpa, level, rights, QUAL_LINEAR | QUAL_READ | QUAL_WRITE)
+            self.violation(ngpa, level, rights, QUAL_LINEAR | QUAL_READ | QUAL_WRITE | self.shadow_stack_page(leaf), leaf)
 
     def pdptes_access(self, ngpa):
         """Loading PDPTEs is a plain read without linear address; in KVM a table access (row D17)."""
@@ -179,6 +192,10 @@ class EptStage(Stage):
     def final_access(self, ngpa, access, user_page, writable, xd):
         """Mode-based execute control: fetches from user-mode addresses, by the guest's tables, need bit 10."""
         qualification = QUAL_LINEAR | QUAL_FINAL
+        supervisor_shadow_stack = False
+        if access.shadow_stack:
+            qualification |= QUAL_SHADOW_STACK
+            supervisor_shadow_stack = not access.user and bool(self.stage.eptp & EPTP_SHADOW_STACK)
         if access.write:
             qualification |= QUAL_WRITE
             need = EPT_W
@@ -195,12 +212,12 @@ class EptStage(Stage):
                 qualification |= QUAL_WRITABLE
             if xd:
                 qualification |= QUAL_XD
-        return self.translate(ngpa, need, access.write, qualification)[0]
+        return self.translate(ngpa, need, access.write, qualification, True, supervisor_shadow_stack)[0]
 
-    def translate(self, ngpa, need, write, qualification):
-        """(host address, (leaf level, rights)); A and D are set if EPT has them enabled."""
+    def translate(self, ngpa, need, write, qualification, final=False, supervisor_shadow_stack=False):
+        """(host address, (leaf level, rights), leaf); A and D are set if EPT has them enabled."""
         if ngpa >> (9 * self.levels + 12) and not self.kvm:
-            self.violation(ngpa, 0, 0, qualification)
+            self.violation(ngpa, 0, 0, qualification, None)
         used = []
         rights = EPT_RIGHTS
         table = self.stage.eptp & self.frame
@@ -209,7 +226,7 @@ class EptStage(Stage):
             hpa = table + 8 * (ngpa >> shift & 0x1FF)
             entry = self.read_entry(hpa, 8)
             if not entry & self.present:
-                self.violation(ngpa, level, 0, qualification)
+                self.violation(ngpa, level, 0, qualification, entry)
             leaf = level == 1 or (level <= 3 and entry & EPT_LARGE)
             if self.misconfigured(entry, level, leaf):
                 raise StageFault("ept_misconfig", self.reported(ngpa), level, 0)
@@ -218,8 +235,13 @@ class EptStage(Stage):
             if leaf:
                 break
             table = entry & self.frame
-        if not rights & need:
-            self.violation(ngpa, level, rights, qualification)
+        qualification |= self.shadow_stack_page(entry)
+        if supervisor_shadow_stack:
+            above_writable = all(above & EPT_W for _, above in used[:-1])
+            if not rights & EPT_R or not above_writable or not entry & EPT_SHADOW_STACK:
+                self.violation(ngpa, level, rights, qualification, entry)
+        elif not rights & need and not (final and self.sub_page_allows(ngpa, need, level, entry, rights)):
+            self.violation(ngpa, level, rights, qualification, entry)
         if self.ad:
             for hpa, above in used[:-1]:
                 if not above & EPT_A:
@@ -228,7 +250,43 @@ class EptStage(Stage):
             if entry & mask != mask:
                 self.set_bits(used[-1][0], 8, mask)
         offset = (1 << shift) - 1
-        return entry & self.frame & ~offset | ngpa & offset, (level, rights)
+        return entry & self.frame & ~offset | ngpa & offset, (level, rights), entry
+
+    def shadow_stack_page(self, leaf):
+        """Bit 14 of the qualification is bit 60 of the leaf, while EPTP bit 7 is 1."""
+        return QUAL_SHADOW_STACK_PAGE if self.stage.eptp & EPTP_SHADOW_STACK and leaf & EPT_SHADOW_STACK else 0
+
+    def sub_page_allows(self, ngpa, need, level, leaf, rights):
+        """"Sub-Page Write Permissions": a refused write to a readable 4-KByte page whose entry has bit 61."""
+        if self.stage.spptp is None or need != EPT_W or level != 1 or not leaf & EPT_SUB_PAGE or not rights & EPT_R:
+            return False
+        table = self.stage.spptp
+        for shift in (39, 30, 21):
+            entry = self.mem.read(table + 8 * (ngpa >> shift & 0x1FF), 8)
+            if not entry & 1:
+                raise StageFault("spp_event", self.reported(ngpa), level, SPP_MISS)
+            if entry & (bits(1, 11) | bits(self.cpu.maxphyaddr, 63)):
+                raise StageFault("spp_event", self.reported(ngpa), level, 0)
+            table = entry & bits(12, 51)
+        vector = self.mem.read(table + 8 * (ngpa >> 12 & 0x1FF), 8)
+        if any(vector >> odd & 1 for odd in range(1, 64, 2)):
+            raise StageFault("spp_event", self.reported(ngpa), level, 0)
+        return bool(vector >> 2 * (ngpa >> 7 & 31) & 1)
+
+    def becomes_exception(self, fault, gva, cr0):
+        """"Convertible EPT Violations": takes the information area, if the guest has left it free."""
+        if self.stage.ve is None or fault.status != "ept_violation" or fault.entry is None or fault.entry & EPT_SUPPRESS_VE:
+            return False
+        if not cr0 & CR0_PE or self.mem.read(self.stage.ve + 4, 4):
+            return False
+        values = (48, 4), (0xFFFFFFFF, 4), (fault.qualification, 8), (gva, 8), (fault.gpa, 8), (0, 2)
+        at = self.stage.ve
+        for value, size in values:
+            word = self.mem.read(at & ~7, 8)
+            shift = 8 * (at & 7)
+            self.mem.write(at & ~7, word & ~(((1 << 8 * size) - 1) << shift) | value << shift)
+            at += size
+        return True
 
     def misconfigured(self, entry, level, leaf):
         """"EPT Misconfigurations", for an entry that is present."""
@@ -250,12 +308,12 @@ class EptStage(Stage):
             return not self.page_1g or bool(entry & bits(12, 29))
         return False
 
-    def violation(self, ngpa, level, rights, qualification):
+    def violation(self, ngpa, level, rights, qualification, entry):
         """"Exit Qualification for EPT Violations": bits 5:3 are the rights of all levels, bit 6 is XU under MBEC."""
         qualification |= (rights & (EPT_R | EPT_W | EPT_X)) << 3
         if self.stage.mbec and rights & EPT_XU:
             qualification |= 1 << 6
-        raise StageFault("ept_violation", self.reported(ngpa), level, qualification)
+        raise StageFault("ept_violation", self.reported(ngpa), level, qualification, entry)
 
 
 class NptStage(Stage):
@@ -453,16 +511,17 @@ def load_pdptrs_nested(mem, cpu, regs, stage):
 
 
 def translate_nested(
-    mem, cpu, regs, stage, gva, *, write=False, fetch=False, user=False, ac=False, implicit=False, set_ad=True
+    mem, cpu, regs, stage, gva, *, write=False, fetch=False, user=False, ac=False, implicit=False, shadow_stack=False, set_ad=True
 ) -> Result:
     """Translate `gva` for one access through the guest's tables and `stage`, an Ept or Npt; see oracle.translate().
 
     `mem` is host-physical memory.  `set_ad` = False takes the A/D updates of both stages back.
     """
-    access = oracle.Access(write=write, fetch=fetch, user=user and not implicit, ac=ac and not implicit)
-    gva = oracle.linear_address(regs, gva)
-    if gva is None:
-        return Result("non_canonical", None, None, 0, None, 0, 0, 0, ())
+    access = oracle.Access(write=write, fetch=fetch, user=user and not implicit, ac=ac and not implicit,
+                           shadow_stack=shadow_stack, implicit=implicit)
+    gva = oracle.linear_address(regs, gva, access, cpu.conformance)
+    if isinstance(gva, str):
+        return Result(gva, None, None, 0, None, 0, 0, 0, ())
     tables = make_stage(mem, cpu, regs, stage)
     walk = NestedWalk(mem, cpu, regs, access, tables)
     result = both_stages(walk, tables, gva)
@@ -483,6 +542,8 @@ def both_stages(walk, tables, gva):
         if tables.kvm:
             walk.set_accessed_and_dirty()
     except StageFault as fault:
+        if isinstance(tables, EptStage) and tables.becomes_exception(fault, gva, walk.regs.cr0):
+            fault.status = "virt_exception"
         return stage_fault(fault, ngpa, tables)
     except oracle.Fault as fault:
         writes = tuple(tables.writes)

@@ -35,8 +35,9 @@ def table(kind):
             np.save(out, columns["va"])
         return out.getvalue()
     pa = pytest.importorskip("pyarrow")
-    if kind == "csv":
-        pytest.importorskip("pyarrow.csv").write_csv(pa.table(columns), out)
+    if kind in ("csv", "tsv"):
+        csv = pytest.importorskip("pyarrow.csv")
+        csv.write_csv(pa.table(columns), out, csv.WriteOptions(delimiter="," if kind == "csv" else "\t"))
     else:
         pytest.importorskip("pyarrow.parquet").write_table(pa.table(columns), out, row_group_size=100, write_page_checksum=True)
     return out.getvalue()
@@ -57,12 +58,14 @@ SAMPLES = {
     "drmemtrace": ("drmemtrace", small_drmemtrace),
     "drmemtrace-zip": ("drmemtrace", lambda: files.zip_of({"chunk.0000": small_drmemtrace()[:6000],
                                                            "chunk.0001": small_drmemtrace()[6000:]})),
+    "drmemtrace-plain": ("drmemtrace", lambda: files.drmemtrace_file(instructions=300, physical=False)[0]),
     "qemu-plugin": ("qemu-plugin", lambda: files.qemu_file(15)[0]),
+    "qemu-plugin-events": ("qemu-plugin", lambda: files.qemu_file(15)[0]),
     "pinatrace": ("pinatrace", lambda: files.pinatrace_file(400)[0]),
     "execlog": ("qemu-execlog", lambda: files.execlog_file(300, system=True)[0]),
     "perf": ("perf-script", lambda: files.perf_file(200)[0]),
     "ftrace": ("ftrace", lambda: files.ftrace_file(150)[0]),
-    "csv": ("csv", lambda: table("csv")), "parquet": ("parquet", lambda: table("parquet")),
+    "csv": ("csv", lambda: table("csv")), "tsv": ("csv", lambda: table("tsv")), "parquet": ("parquet", lambda: table("parquet")),
     "npy": ("numpy", lambda: table("npy")), "npz": ("numpy", lambda: table("npz")),
     "u64": ("u64", lambda: np.arange(500, dtype="<u8").tobytes()),
     **{f"champsim-{packing}": ("champsim", lambda packing=packing: files.PACKERS[packing](files.champsim_file(300)[0]))
@@ -72,11 +75,14 @@ SAMPLES = {
 }
 
 
-def rows_of(path, format):
+OPTIONS = {"qemu-plugin-events": {"events": True}}
+
+
+def rows_of(path, format, **options):
     """The addresses of the rows that are delivered, and the error that ended them, or None."""
     rows = []
     try:
-        for chunk in open_trace(path, format).chunks():
+        for chunk in open_trace(path, format, **options).chunks():
             rows += chunk.addr.tolist()
     except TraceError as error:
         assert str(path) in str(error) or "row" in str(error), error
@@ -88,15 +94,15 @@ def rows_of(path, format):
 def test_cut_off(name, tmp_path):
     """What is delivered is the beginning of what was there, and only at an end of a record or line there is no error."""
     format, make = SAMPLES[name]
-    data, path = make(), tmp_path / "a"
+    data, path, options = make(), tmp_path / "a", OPTIONS.get(name, {})
     path.write_bytes(data)
-    whole, error = rows_of(path, format)
+    whole, error = rows_of(path, format, **options)
     assert error is None
     assert len(whole) > 100
     some = 0
     for cut in np.linspace(0, len(data) - 1, CUTS).astype(int).tolist():
         path.write_bytes(data[:cut])
-        rows, error = rows_of(path, format)
+        rows, error = rows_of(path, format, **options)
         if error is None or format not in ("lackey", "pinatrace", "qemu-execlog", "perf-script", "ftrace"):
             assert whole[:len(rows)] == rows or rows[:-1] == whole[:len(rows) - 1], cut     # the last number may be cut
         some += len(rows) > 0
@@ -110,16 +116,16 @@ def test_cut_off(name, tmp_path):
 def test_corrupted(name, tmp_path):
     """One byte is another: refused, read up to it, or read as something else that is no more than the file can have."""
     format, make = SAMPLES[name]
-    data, path, rng = make(), tmp_path / "a", random.Random(name)
+    data, path, rng, options = make(), tmp_path / "a", random.Random(name), OPTIONS.get(name, {})
     path.write_bytes(data)
     # a byte of a bzip2 block can make it 50 times as long, which its checksum tells behind it
-    most = 8 * len(rows_of(path, format)[0]) + (10_000_000 if name.endswith("bzip2") else 1000)
+    most = 8 * len(rows_of(path, format, **options)[0]) + (10_000_000 if name.endswith("bzip2") else 1000)
     errors = 0
     for _ in range(CORRUPTIONS):
         damaged = bytearray(data)
         damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        rows, error = rows_of(path, format)
+        rows, error = rows_of(path, format, **options)
         assert len(rows) <= most
         errors += error is not None
     if name.split("-")[-1] in ("gzip", "xz", "bzip2", "zstd", "zip", "parquet", "npz"):

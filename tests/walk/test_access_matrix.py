@@ -22,20 +22,20 @@ BASE = 0x1000000
 
 def access_of(cases):
     access = np.zeros(len(cases), np.uint8)
-    for name in ("write", "fetch", "user", "ac", "implicit"):
+    for name in ("write", "fetch", "user", "ac", "implicit", "shadow_stack"):
         access |= getattr(cases, name).astype(np.uint8) * np.uint8(getattr(Access, name.upper()))
     return access
 
 
 def contexts_of(cases, placed):
     """(register sets, ctx): equal rows of registers share a context."""
-    columns = [cases.cr0, placed.cr3, cases.cr4, cases.efer, cases.pkru, *placed.pdptrs.T]
+    columns = [cases.cr0, placed.cr3, cases.cr4, cases.efer, cases.pkru, cases.pkrs, *placed.pdptrs.T]
     rows = np.ascontiguousarray(np.stack(columns, axis=1).astype(np.uint64))
     keys = rows.view([("", np.uint64)] * rows.shape[1]).ravel()
     _, first, ctx = np.unique(keys, return_index=True, return_inverse=True)
     regs = []
     for row, levels in zip(rows[first].tolist(), cases.levels[first].tolist(), strict=True):
-        regs.append(Regs(*row[:5], pdptrs=tuple(row[5:]) if levels == 3 else None))
+        regs.append(Regs(*row[:5], pkrs=row[5], pdptrs=tuple(row[6:]) if levels == 3 else None))
     return regs, ctx.astype(np.uint32).ravel()
 
 
@@ -120,6 +120,8 @@ def test_every_condition_is_sampled():
         codes = set(expected.error_code[cases.levels == levels].tolist())
         assert {0, 2, 4, 6, 1, 3, 5, 7, 9, 13} <= codes
         assert (0x21 in codes) == (levels > 3)
+        assert {0x42, 0x43, 0x45, 0x47} <= codes
+        assert {0x23, 0x63} <= codes or levels < 4
 
 
 def test_illegal_combinations_have_a_reason():

@@ -29,11 +29,14 @@ pytestmark = pytest.mark.usefixtures("same_instruction_set")
 
 P, W, U, A, D, BIT7, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
 R, X, XU, EPT_A, EPT_D = 1, 4, 1 << 10, 0x100, 0x200
+BIT60, LASS, LAM_SUP, PKS = 1 << 60, 1 << 27, 1 << 28, 1 << 24
+LAM_U57, UAIE = 1 << 61, 1 << 20
 BEYOND, LOW = 1 << 45, 1 << 13                          # reserved: beyond MAXPHYADDR; below the address of a large page
 NXE = 1 << 11
 KEYS = 4                                                # used of the 16
 MEMORY_TYPES = (0, 2, 6, 7)                             # of EPT: UC, bad, WB, bad
-ACCESSES = np.array([a for a in range(64) if not a & 1], np.uint8)      # W U AC F IMPLICIT, the senseless ones too
+# W U AC F IMPLICIT, the senseless ones too; to shadow stacks; probes
+ACCESSES = np.array([*(a for a in range(64) if not a & 1), 0x40, 0x42, 0x44, 0x46, 0x48, 0x60, 0x80, 0x86], np.uint8)
 FILLERS = 256                                           # leaves that pass every access of the filler rows
 SPARSE = 12                                             # rows of a test among 64, at most, for uniform blocks to take them
 LEAD = 4                                                # blocks after which a batch stops remembering, if nothing comes again
@@ -52,7 +55,7 @@ def leaves_of(mode, level):
         others = (0,) if level == 1 else (0, 1 << 13, 1 << 20, 1 << 21)
         words = [bits | other for other in others for bits in subsets(P, W, U, A, D, BIT7)]
     elif mode.startswith("ept"):
-        others = (0, BEYOND) if level == 1 else (0, BEYOND, LOW)
+        others = (0, BEYOND, BIT60) if level == 1 else (0, BEYOND, LOW, BIT60)
         words = [bits | other | kind << 3 for other in others for kind in MEMORY_TYPES
                  for bits in subsets(R, W, X, XU, EPT_A, EPT_D, BIT7)]
     else:
@@ -89,6 +92,7 @@ class Guest:
         count = self.leaves.size * ACCESSES.size
         top = {"32": 32, "pae": 32}.get(mode, 47)
         most = min(1 << top - self.shift(level), 1 << 17) - FILLERS
+        most -= most % ACCESSES.size                    # a leaf with all its accesses lies in one space
         self.spaces = [self.space(np.arange(first, min(first + most, count))) for first in range(0, count, most)]
         self.image = np.zeros(self.frames * PAGE, np.uint8)
         for frame, words in self.tables.items():
@@ -192,7 +196,9 @@ def hot(space, chosen):
     blocks = np.resize(fillers, (count, 64))
     blocks[:, 1:SPARSE + 1] = np.append(chosen, np.resize(fillers, SPARSE))[:count * SPARSE].reshape(count, SPARSE)
     following = blocks - blocks % ACCESSES.size + (blocks + 1) % ACCESSES.size
-    following = np.where(np.isin(following, chosen) & np.isin(blocks, chosen), following, blocks)
+    # a supervisor's write without CR0.WP makes a shadow stack of a leaf: no access to one follows another kind of access
+    makes_one = (ACCESSES[following % ACCESSES.size] & ~ACCESSES[blocks % ACCESSES.size] & 0x40) != 0
+    following = np.where(np.isin(following, chosen) & np.isin(blocks, chosen) & ~makes_one, following, blocks)
     return [(np.repeat(blocks, 4, axis=0).ravel(), np.stack([blocks, blocks, following, blocks], axis=1).ravel())]
 
 
@@ -201,7 +207,8 @@ def hot(space, chosen):
 class Run:
     """One guest, one set of registers, with or without stores: what the scalar walk says of each row, and checks of others."""
 
-    def __init__(self, guest, cpu, regs, stage=None, *, set_ad=True, upper=None, rows=None, why=""):
+    def __init__(self, guest, cpu, regs, stage=None, *, set_ad=True, upper=None, rows=None, tag=0, why=""):
+        self.tag = np.uint64(tag)
         self.guest, self.cpu, self.regs, self.stage = guest, cpu, regs, stage
         self.set_ad, self.upper, self.why = set_ad, upper, f"{guest.mode} level {guest.level}, {why}, set_ad={set_ad}"
         self.walks = [self.walk(space) for space in guest.spaces]
@@ -217,7 +224,7 @@ class Run:
         if self.stage is not None:
             vcpu.enter_nested(self.stage(space.root), cr0=1, cr3=0, cr4=0, efer=0)
             return vcpu.ngpa_walk, None
-        regs = Regs(**self.regs | {"cr3": space.root})
+        regs = Regs(**self.regs | {"cr3": space.root | self.regs["cr3"] & LAM_U57})
         return vcpu.gva_walk, vcpu.gva_walk.prepare([regs, regs])
 
     def translate(self, number, entries, rows, fields, alternate=False):
@@ -226,7 +233,8 @@ class Run:
         if contexts is not None:
             ctx = np.zeros(rows.size, np.uint32)
             ctx[1::2] = alternate
-        return walk.translate(space.gva[entries], space.access[rows], regs=contexts, ctx=ctx, fields=fields, set_ad=self.set_ad)
+        gva = space.gva[entries] | self.tag
+        return walk.translate(gva, space.access[rows], regs=contexts, ctx=ctx, fields=fields, set_ad=self.set_ad)
 
     def reference(self, number, chosen):
         """Columns of all entries of a space as the scalar walk fills them, where they are rows of this run or fillers."""
@@ -278,10 +286,10 @@ class Run:
         self.guest.reset(self.upper)
         for number, space in enumerate(self.guest.spaces):
             vcpu = Vcpu(self.guest.memory, cpu=self.cpu)
-            vcpu.set_regs(**self.regs | {"cr3": space.root})
+            vcpu.set_regs(**self.regs | {"cr3": space.root | self.regs["cr3"] & LAM_U57})
             gva_to_gpa, answer = vcpu.gva_walk.gva_to_gpa, self.expected[number]
             rows = self.chosen[number][::step].tolist()
-            for row, gva, access, gpa in zip(rows, space.gva[rows].tolist(), space.access[rows].tolist(),
+            for row, gva, access, gpa in zip(rows, (space.gva[rows] | self.tag).tolist(), space.access[rows].tolist(),
                                              answer.gpa[rows].tolist(), strict=True):
                 try:
                     actual = gva_to_gpa(gva, access)
@@ -344,6 +352,49 @@ def test_protection_keys(level, pkru):
     rows = rows_with_keys(guest, True)
     for bits in range(8, 16):
         Run(guest, CPU, registers("4l", bits, True, pkru), rows=rows, why=f"PKRU {pkru:08b}, {bits:04b}").check_all()
+
+
+@pytest.mark.parametrize("pkrs", [0, 0b11100100, 0b00011011])
+def test_supervisor_protection_keys(pkrs):
+    """The same of IA32_PKRS, alone and beside PKRU."""
+    guest = guest_of("4l", 1)
+    rows = rows_with_keys(guest, True)
+    for bits, pke in product((8, 13), (False, True)):
+        regs = registers("4l", bits, pke, 0b00011010) | {"pkrs": pkrs}
+        regs["cr4"] |= PKS
+        Run(guest, CPU, regs, rows=rows, why=f"PKRS {pkrs:08b}, PKE {pke}, {bits:04b}").check_all()
+
+
+@pytest.mark.parametrize(("what", "cr4", "cr3", "efer", "tag"), [
+    ("LAM, tagged", 0, LAM_U57, 0, 0x7E << 56), ("LAM, not tagged", LAM_SUP, LAM_U57, 0, 0), ("LASS", LASS, 0, 0, 0),
+    ("LAM and LASS", LASS | LAM_SUP, LAM_U57, 0, 0x2A << 57), ("UAI", 0, 0, UAIE, 0xFE << 56),
+    ("too high a tag", 0, LAM_U57, 0, 1 << 56)])
+def test_pre_processed_addresses(what, cr4, cr3, efer, tag):
+    """Tags are gone, and halves kept apart, before the leaf is looked at."""
+    guest = guest_of("4l", 1)
+    rows = rows_with_keys(guest, False)
+    for bits in (8, 15):
+        regs = registers("4l", bits)
+        regs |= {"cr4": regs["cr4"] | cr4, "cr3": cr3, "efer": regs["efer"] | efer}
+        run = Run(guest, CPU, regs, rows=rows, tag=tag, why=f"{what}, {bits:04b}")
+        run.check_all()
+        run.check_fast(29)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_encryption_bit(level):
+    """Bit 45, which is reserved in the other tests, is no address bit."""
+    guest = guest_of("4l", level)
+    Run(guest, CpuModel(maxphyaddr=36, c_bit=45), registers("4l", 15), rows=rows_with_keys(guest, False), why="c_bit").check_all()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_ept_with_supervisor_shadow_stacks(level):
+    """Bit 60 of a leaf decides over supervisor shadow-stack accesses."""
+    guest = guest_of("ept4", level)
+    for ad, mbec in product((False, True), repeat=2):
+        Run(guest, CPU, None, lambda root, a=ad, m=mbec: Ept(root | 6 | 3 << 3 | a << 6 | 1 << 7, mbec=m),
+            why=f"ad={ad} mbec={mbec}").check_all()
 
 
 @pytest.mark.parametrize("mode", ["32", "pae", "4l"])

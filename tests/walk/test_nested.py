@@ -170,7 +170,7 @@ def test_entries_that_are_refused():
     """Errors of the caller name what is allowed; illegal registers of L2 leave L1 running."""
     mem, l2 = guest()
     vcpu = machine(mem)
-    for bad in (ROOT2 | 6, ROOT2 | 1 | 3 << 3, eptp() | 0x80):
+    for bad in (ROOT2 | 6, ROOT2 | 1 | 3 << 3, eptp() | 0x100):
         with pytest.raises(ValueError, match="eptp"):
             Ept(bad)
     with pytest.raises(ValueError, match="page_1g"):

@@ -149,7 +149,7 @@ typedef struct kvmmu_registers {
     uint64_t rflags; /* only AC counts, bit 18 */
     uint64_t pdptrs[4];
     uint32_t pkru;
-    uint32_t reserved; /* 0 */
+    uint32_t pkrs;
 } kvmmu_registers;
 
 typedef struct kvmmu_result {

@@ -188,14 +188,14 @@ cdef void init_spte_format(spte_format *f, host) except *:
 cdef void init_permissions(PageFormat fmt, bint tdp, bint ept, bint smep) noexcept:
     cdef permission_params p
     if ept:
-        update_ept_permissions(fmt, smep)
+        update_ept_permissions(fmt, smep, False)
         return
     p.tdp, p.ept, p.smep = tdp, False, smep
-    p.smap = False
+    p.smap = p.shadow_stacks = False
     p.wp = p.nx = True
     fmt.params = p
-    update_permission_bitmask(&fmt.fmt, &p)
     fmt.fmt.pkru_mask = 0
+    update_permission_bitmask(&fmt.fmt, &p)
 
 
 cdef void init_legacy_zero_bits(PageFormat fmt, const spte_format *f, int level, bint gbpages) noexcept:
@@ -203,6 +203,7 @@ cdef void init_legacy_zero_bits(PageFormat fmt, const spte_format *f, int level,
     cdef int bit7, i
     rsvd.level, rsvd.maxphyaddr = level, f.maxphyaddr
     rsvd.nx = rsvd.amd = True
+    rsvd.encryption_mask = 0
     rsvd.gbpages = gbpages
     rsvd.pse = False
     rsvd.pse36_bits = 0

@@ -20,8 +20,9 @@ cdef object exact_access(access)
 cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize_t rows, bint writable) except *
 # An input column itself, or a copy whose rows are aligned. IN array: plain
 cdef object aligned(array, Py_ssize_t itemsize)
-# The access column; all bytes are modelled accesses. IN access: plain; an Access for all rows: one row, in *one.
-cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *
+# The access column; all bytes are modelled accesses. IN access: plain; an Access for all rows: one row, in *one. OUT all_bits:
+# OR of the rows
+cdef column access_column(access, Py_ssize_t rows, uint8_t *one, uint8_t *all_bits) except *
 # The number of the register set of each row, below count; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
 # Columns of one batch, and where the bytes of one lie.

@@ -80,7 +80,7 @@ cdef object aligned(array, Py_ssize_t itemsize):
     return array if good else array.copy()
 
 
-cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
+cdef column access_column(access, Py_ssize_t rows, uint8_t *one, uint8_t *all_bits) except *:
     cdef column found
     cdef const uint8_t *data
     cdef Py_ssize_t i
@@ -94,8 +94,9 @@ cdef column access_column(access, Py_ssize_t rows, uint8_t *one) except *:
         if seen & ~<uint8_t>ACCESS_VALID_MASK:
             check_access(access, rows)
             raise ValueError("access: somebody changed it while it was checked")
+        all_bits[0] = seen
         return found
-    one[0] = <uint8_t>(<long>access)
+    one[0] = all_bits[0] = <uint8_t>(<long>access)
     found.data, found.rows = one, 1
     return found
 

@@ -6,7 +6,8 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, STATUS_NON_CANONICAL, STATUS_OK,
+    ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, ROLE_EXT_SHADOW_STACK_MASK,
+    STATUS_NON_CANONICAL, STATUS_OK,
     STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, access_info_of, explicit_access
@@ -65,6 +66,9 @@ cdef bint translate_uniform_block(batch *b, cached_walks *m, size_t first) noexc
     cdef size_t lane
     if out.gpa is NULL:
         out.gpa = lanes.gpa
+    if w.pre_processes:
+        b.kernels.pre_process(&w.linear, gva, access, b.blocks[b.next_block].own_gva)
+        gva = b.blocks[b.next_block].own_gva
     if w.kind == WALK_TABLES:
         remaining = accept_leaves(b, &m.first, lanes, gva, access, &out, 0)
         if w.ngpa is not NULL:
@@ -260,11 +264,14 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         if n is NULL:
             gpa = room_for(b, k, &k.a)
         check_leaves(b.kernels, &k.cached.first, &k.a, k.held, k.gva, k.access,
-                     b.more or (n is not NULL and rights_count(n)), gpa)
+                     b.more or (n is not NULL and rights_count_for(b, n)), gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
         k.failed = (k.a.fault | k.a.noncanonical) & ~k.held
+        if w.pre_processes:                         # an address of another kind may be refused by LASS
+            unknown |= k.a.noncanonical & ~k.held
+            k.failed &= ~unknown
         if k.a.slow and (n is NULL or not w.final_before_ad):
             unknown |= set_bits_of(&k.cached.first, &k.a, k.a.slow)
         elif k.a.slow:
@@ -285,13 +292,19 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
     start_second(b, k)
 
 
+cdef inline bint rights_count_for(const batch *b, const kvm_pagewalk *n) noexcept nogil:
+    """True if rights of the first stage decide over what this second stage grants to the accesses of a batch: whether a
+    shadow-stack access is a supervisor's, too."""
+    return rights_count(n) or (b.shadow_stacks and n.cpu_role & ROLE_EXT_SHADOW_STACK_MASK)
+
+
 cdef void start_second(batch *b, block *k) noexcept nogil:
     """Find where the last entries of the second stage lie."""
     cdef const kvm_pagewalk *n = k.w.ngpa
     cdef size_t lane
     cdef uint32_t access
     cdef uint64_t pte_access = ACC_ALL
-    cdef bint rights = rights_count(n)
+    cdef bint rights = rights_count_for(b, n)
     for lane in range(KVMMU_BLOCK_ROWS):
         access = explicit_access(k.access[lane])
         if k.w.kind == WALK_SECOND_STAGE:
@@ -316,6 +329,9 @@ cdef void finish_block(batch *b, block *k) noexcept nogil:
     check_leaves(b.kernels, &k.cached.second, &k.b, k.held, k.a.gpa, k.second_access, False, gpa)
     unknown = k.b.miss & ~done
     faults = k.b.fault & ~(unknown | done)
+    if k.w.ngpa.sub_pages or k.w.ngpa.raises_ve:        # a fault may be none, or another one
+        unknown |= faults
+        faults = 0
     k.b.slow &= ~(unknown | done)
     if k.bits_deferred:                          # the second stage has been granted: now the bits of the first
         unknown |= k.bits_deferred & k.b.slow
@@ -384,6 +400,13 @@ cdef void translate_each(batch *b, const kvm_pagewalk *w, const size_t *rows, si
             walk_row(b, row)
 
 
+cdef inline void pre_process_block(const batch *b, block *k) noexcept nogil:
+    """Take the tags from the addresses of a block."""
+    if k.w.pre_processes:
+        b.kernels.pre_process(&k.w.linear, k.gva, k.access, k.own_gva)
+        k.gva = k.own_gva
+
+
 cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil:
     cdef block *k
     cdef size_t i
@@ -398,6 +421,7 @@ cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t coun
             k.own_gva[i] = b.gva[first + (i if i < count else 0)]
             k.own_access[i] = b.access[(first + (i if i < count else 0)) * b.access_stride]
         k.gva, k.access = k.own_gva, k.own_access
+    pre_process_block(b, k)
     push_block(b, k)
 
 
@@ -415,4 +439,5 @@ cdef void enqueue_rows(batch *b, const kvm_pagewalk *w, const size_t *rows, size
         k.own_gva[i] = b.gva[row]
         k.own_access[i] = b.access[row * b.access_stride]
     k.gva, k.access = k.own_gva, k.own_access
+    pre_process_block(b, k)
     push_block(b, k)

@@ -7,6 +7,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.arch._bits cimport ACCESS_SHADOW_STACK_MASK
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
 from kvmmu.walk._columns cimport FIELDS
@@ -97,13 +98,15 @@ cdef class Job:
 
     cdef Py_ssize_t take_rows(self, gva, access) except -1:
         cdef column rows = column_of("", "gva", gva, sizeof(uint64_t), -1, False)
-        cdef column accesses = access_column(access, rows.rows, &self.one_access)
+        cdef uint8_t seen = 0
+        cdef column accesses = access_column(access, rows.rows, &self.one_access, &seen)
         if <uintptr_t>rows.data % sizeof(uint64_t):
             gva = aligned(gva, sizeof(uint64_t))
             rows = column_of("", "gva", gva, sizeof(uint64_t), -1, False)
         self.gva, self.access, self.rows = gva, access, rows.rows
         self.whole.gva, self.whole.access = <const uint64_t *>rows.data, <const uint8_t *>accesses.data
         self.whole.access_stride = 1 if accesses.rows > 1 else 0
+        self.whole.shadow_stacks = seen & ACCESS_SHADOW_STACK_MASK != 0
         return rows.rows
 
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1:

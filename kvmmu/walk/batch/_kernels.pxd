@@ -4,6 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu.arch._format cimport kvm_page_format
+from kvmmu.arch._linear cimport kvmmu_linear_rules
 
 cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
     const size_t KVMMU_BLOCK_ROWS
@@ -40,11 +41,13 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
         uint64_t page_size_mask
         uint64_t pse36_mask
         uint64_t accessed_mask
-        uint32_t pkru
+        uint64_t address_mask
+        uint64_t keys
         uint32_t walk_id
         int format
         bint sets_ad
         bint logs
+        bint shadow_stacks
 
     cdef struct kvmmu_leaf_checker:
         kvmmu_psc_entry *psc
@@ -53,6 +56,7 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
         int level
         int tag_shift
         uint64_t gva_mask
+        uint64_t base
         uint64_t nothing
 
     cdef struct kvmmu_leaf_block:
@@ -83,12 +87,16 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
     ctypedef void (*kvmmu_emit_fn)(const kvmmu_leaf_block *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
                                    uint32_t *error_code) noexcept
 
+    ctypedef void (*kvmmu_pre_process_fn)(const kvmmu_linear_rules *, const uint64_t *gva, const uint8_t *access,
+                                          uint64_t *out) noexcept
+
     cdef struct kvmmu_kernels:
         kvmmu_find_fn find[3]
         kvmmu_accept_fn accept[3]
         kvmmu_check_fn check[3]
         kvmmu_recall_fn recall
         kvmmu_emit_fn emit
+        kvmmu_pre_process_fn pre_process
 
     void kvmmu_set_psce(int format, kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
     void kvmmu_use_tables(int format, kvmmu_leaf_checker *s, uint32_t walk_id, int level)

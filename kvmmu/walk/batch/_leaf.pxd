@@ -8,7 +8,7 @@ rights and protection key, and which accessed and dirty bits are clear. `kernels
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, PG_LEVEL_4K, ROLE_CR4_SMEP_MASK
+from kvmmu.arch._bits cimport ACCESS_PROBE_MASK, ACCESS_WRITE_MASK, PG_LEVEL_4K, ROLE_CR4_SMEP_MASK
 from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.memory._memory cimport kvmmu_cmpxchg32, kvmmu_cmpxchg64
@@ -31,18 +31,22 @@ cdef struct leaf_result:
 
 # Check the last entry of one row: LEAF_*. IN psce: all of it but the address counts; entry: kvmmu_entry_hva(); access_info:
 # kvm_page_format.access_info of the access
-cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access_info,
+cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t addr, uint64_t access_info,
                     leaf_result *out) noexcept nogil
 
 
 cdef inline bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
                                uint64_t access_info) noexcept nogil:
-    """Set the accessed bit of a leaf and, for a write, its dirty bit. False: other bits are to set too, or the race is lost.
+    """Set the accessed bit of a leaf and, for a write, its dirty bit; nothing for a probe. False: other bits are to set too, or
+    the race is lost.
 
     IN entry: address of the leaf in the host; pte: what it was; access_info: of the access
     """
     cdef uint64_t bits = rules.accessed_mask, now
     cdef uint8_t *hva = <uint8_t *><uintptr_t>entry
+    if access_info & <uint64_t>ACCESS_PROBE_MASK << KVMMU_ACCESS_INFO_SHIFT and (
+            kvmmu_psce_level(psce) == PG_LEVEL_4K or pte & rules.page_size_mask):
+        return True
     if not rules.sets_ad or ((psce >> PSCE_ACCESSED_CLEAR_SHIFT) | (psce >> PSCE_WRITE_REFUSED_SHIFT)) & 1:
         return False
     if kvmmu_psce_level(psce) > PG_LEVEL_4K and not pte & rules.page_size_mask:

@@ -82,7 +82,7 @@ cdef void check_own_leaf(cached_walk *s, kvmmu_leaf_block *l, size_t lane, const
         kvmmu_set_psce(s.w.format, l, lane, addr, psce)
     leaf.gpa = 0
     l.access_info[lane] = access_info_of(s.rules.fmt, access[lane])
-    result = check_leaf(&s.rules, l.psce[lane], l.entry[lane], addr, <uint32_t>l.access_info[lane], &leaf)
+    result = check_leaf(&s.rules, l.psce[lane], l.entry[lane], addr, l.access_info[lane], &leaf)
     l.pte[lane], l.pte_access[lane], l.error[lane] = leaf.pte, leaf.pte_access, leaf.error
     gpa[lane] = leaf.gpa
     if result == LEAF_FAULT:

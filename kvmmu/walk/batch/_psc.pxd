@@ -69,9 +69,10 @@ cdef inline void back_off(backoff *p) noexcept nogil:
     p.next_length = min(2 * p.next_length + 1, MAX_BACKOFF)
 
 
-# IN second: the second stage under w, or NULL; stage: which table of the cache it uses, 0 or 1
+# IN second: the second stage under w, or NULL; stage: which table of the cache it uses, 0 or 1; shadow_stacks: some accesses are
+# to shadow stacks
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
-                           uint32_t walk_id, bint set_ad, uint8_t *touched) noexcept nogil
+                           uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil
 # Return the psce of addr, cached or found now; 0: it cannot be known. IN addr: masked, canonical
 cdef uint64_t psce_of(cached_walk *s, uint64_t addr) noexcept nogil
 # Find the psce of addr anew, and cache it; 0: it cannot be known

@@ -10,7 +10,7 @@ from kvmmu.arch._bits cimport (
     PT_PRESENT_MASK,
 )
 from kvmmu.arch._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, gpte_to_gpa, guest_walker, guest_walker32,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, guest_walker, guest_walker32,
     guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_is_good_pdpte, kvmmu_level_shift, kvmmu_pdpte_gpa,
     kvmmu_pdpte_index, read_gpte,
 )
@@ -54,15 +54,16 @@ cdef void remember_table(cached_walk *s, uint64_t psce, uint64_t addr) noexcept 
 
 
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
-                           uint32_t walk_id, bint set_ad, uint8_t *touched) noexcept nogil:
+                           uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil:
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
     forget_upper(s)
     s.rules.fmt = w.fmt
     s.rules.present_mask, s.rules.page_size_mask, s.rules.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
-    s.rules.accessed_mask = w.accessed_mask
-    s.rules.pkru = w.vcpu.pkru
+    s.rules.accessed_mask, s.rules.address_mask = w.accessed_mask, w.address_mask
+    s.rules.keys = w.vcpu.keys
+    s.rules.shadow_stacks = shadow_stacks
     s.rules.walk_id = walk_id
     # Without stores the bits do not count, unless their update would be a write of its own, or fill a log.
     if not set_ad and w.pml is NULL and (w.ngpa is NULL or w.ngpa.table_access):
@@ -70,6 +71,7 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.rules.sets_ad, s.rules.logs, s.rules.format = set_ad, w.pml is not NULL, w.format
     s.checker.psc = tables.psc[stage]
     kvmmu_use_tables(w.format, &s.checker, walk_id, PG_LEVEL_4K)
+    s.checker.base = w.base_mask
     s.checker.gva_mask = w.gva_mask
     if not w.canonical_shift:                   # addresses that these tables cannot translate have no entry
         s.checker.gva_mask = w.gva_mask & PSC_ADDR_MASK | w.ngpa_rsvd_mask
@@ -149,7 +151,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
         if level == PG_LEVEL_2M and not accessed_clear:
             s.upper, s.upper_pte, s.upper_rights = upper, pte, rights
         offset = gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
-        gpa = gpte_to_gpa(walker, pte) + offset
+        gpa = (pte & w.base_mask) + offset
         if s.second is not NULL and not cached_table_gpa(s.second, gpa, &gpa, &write_refused):
             return 0
         hva = gpa_to_hva(w.mem, gpa, &readonly)

@@ -93,6 +93,7 @@ cdef struct batch:
     const uint8_t *access
     size_t access_stride
     bint set_ad
+    bint shadow_stacks              # some accesses are to shadow stacks
     const batch_columns *out
     bint more                       # a column beside gpa, status, error_code and level is wanted
     bint by_blocks                  # False: row by row
@@ -144,8 +145,8 @@ cdef inline const kvm_pagewalk *walk_of(const batch *b, size_t i) noexcept nogil
 
 
 cdef inline bint order_shows(const kvm_pagewalk *w) noexcept nogil:
-    """True if a log tells in which order rows were walked."""
-    return w.pml is not NULL or (w.ngpa is not NULL and w.ngpa.pml is not NULL)
+    """True if a log, or an information area that the first #VE takes, tells in which order rows were walked."""
+    return w.pml is not NULL or (w.ngpa is not NULL and (w.ngpa.pml is not NULL or w.ngpa.raises_ve))
 
 
 cdef inline common_columns columns_from(const batch *b, size_t row) noexcept nogil:

@@ -4,11 +4,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_INDEX_SHIFT,
-    STATUS_OK, STATUS_PAGE_FAULT,
+    ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, GPA_LIMIT, INVALID_GPA,
+    PAGE_OFFSET_MASK, PAGE_SHIFT, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT,
+    STATUS_OK, STATUS_PAGE_FAULT, STATUS_VIRT_EXCEPTION,
 )
-from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, explicit_access
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, KVMMU_COMMON_ACCESS_MAX, explicit_access, resolved_access
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
+from kvmmu.arch._linear cimport kvmmu_linear_address
 from kvmmu.walk.batch._kernels cimport (
     MEMO_FRAME_SHIFT, MEMO_ID_BITS, MEMO_LEVEL_SHIFT, PSC_ADDR_MASK, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_memo_gpa,
     kvmmu_memo_slot, kvmmu_psce_level,
@@ -37,11 +39,19 @@ cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) n
             c.data[i] = field[0]
 
 
+cdef inline bint memo_takes(uint32_t access, const kvm_pagewalk *w) noexcept nogil:
+    """True if the memo can tell a translation by its page and its access, IMPLICIT resolved."""
+    if access <= KVMMU_COMMON_ACCESS_MAX:
+        return True
+    return not access & <uint32_t>(ACCESS_SHADOW_STACK_MASK | ACCESS_PROBE_MASK) and not w.pre_processes     # no tag if IMPLICIT
+
+
 cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil:
     cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, memo_id = b.memo_id, tag
-    cdef uint64_t passes = <uint64_t>1 << (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)
+    cdef uint32_t access = b.access[i * b.access_stride]
+    cdef uint64_t passes = <uint64_t>1 << (explicit_access(access) >> PERMISSIONS_INDEX_SHIFT & PERMISSIONS_COUNT - 1)
     cdef kvmmu_memo_entry *e
-    if gpa >= GPA_LIMIT:
+    if gpa >= GPA_LIMIT or not memo_takes(access, walk_of(b, i)):
         return
     if b.ctx is not NULL:
         memo_id += context_of(b, i)
@@ -56,13 +66,14 @@ cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nog
 
 cdef bint recall_row(const batch *b, size_t i) noexcept nogil:
     cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, memo_id = b.memo_id
+    cdef uint32_t access = b.access[i * b.access_stride]
     cdef const kvmmu_memo_entry *e
     if b.ctx is not NULL:
         memo_id += context_of(b, i)
     e = &b.memo[kvmmu_memo_slot(page, memo_id)]
-    if e.tag != (page << MEMO_ID_BITS | memo_id):
+    if e.tag != (page << MEMO_ID_BITS | memo_id) or not memo_takes(access, walk_of(b, i)):
         return False
-    if not (e.page >> (explicit_access(b.access[i * b.access_stride]) >> PERMISSIONS_INDEX_SHIFT)) & 1:
+    if not (e.page >> (explicit_access(access) >> PERMISSIONS_INDEX_SHIFT & PERMISSIONS_COUNT - 1)) & 1:
         return False
     write_row(b, i, kvmmu_memo_gpa(e.page) | b.gva[i] & PAGE_OFFSET_MASK, STATUS_OK, 0, <uint8_t>(e.page >> MEMO_LEVEL_SHIFT))
     return True
@@ -74,8 +85,9 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
     cdef size_t number
     cdef bint logs = w.ngpa is not NULL and w.ngpa.pml is not NULL
     cdef uint16_t index = w.ngpa.pml.index if logs else 0
-    w.gva_to_gpa(w, b.gva[i], explicit_access(b.access[i * b.access_stride]), b.set_ad, &r)
-    if logs and b.by_blocks and w.ngpa.pml.index != index:                      # the log may lie over a table
+    w.gva_to_gpa(w, b.gva[i], resolved_access(b.access[i * b.access_stride]), b.set_ad, &r)
+    # the log, or the information area of a #VE, may lie over a table
+    if b.by_blocks and ((logs and w.ngpa.pml.index != index) or r.status == STATUS_VIRT_EXCEPTION):
         forget_all(b.tables)
         for number in range(<size_t>CACHED_WALKS):
             forget_upper(&b.cached[number].first)
@@ -123,8 +135,10 @@ cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_blo
         walk_id += <uint32_t>(w - b.walks)
     m.second.found = 0
     if w.ngpa is not NULL:
-        init_cached_walk(&m.second, w.ngpa, b.tables, 1, NULL, b.walk_id + <uint32_t>(b.count + w.second), b.set_ad, b.touched)
-    init_cached_walk(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, walk_id, b.set_ad, b.touched)
+        init_cached_walk(&m.second, w.ngpa, b.tables, 1, NULL, b.walk_id + <uint32_t>(b.count + w.second), b.set_ad,
+                         b.shadow_stacks, b.touched)
+    init_cached_walk(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, walk_id, b.set_ad, b.shadow_stacks,
+                     b.touched)
     reset_backoff(&m.uniform_backoff, 0)
     return m
 
@@ -133,7 +147,7 @@ cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t
                     leaf_result *leaf) noexcept nogil:
     cdef const kvm_pagewalk *w = m.w
     cdef uint64_t access_info = w.fmt.access_info[access]
-    cdef int result = check_leaf(&m.first.rules, psce, entry, addr, <uint32_t>access_info, leaf)
+    cdef int result = check_leaf(&m.first.rules, psce, entry, addr, access_info, leaf)
     if result == LEAF_FAULT:
         write_row(b, i, INVALID_GPA, STATUS_PAGE_FAULT,
                   leaf.error | <uint32_t>(access_info >> KVMMU_ACCESS_INFO_SHIFT) & w.pferr_mask, <uint8_t>kvmmu_psce_level(psce))
@@ -150,9 +164,12 @@ cdef void fast_row(batch *b, size_t i) noexcept nogil:
     cdef cached_walks *m = cached_walks_of(b, w, False)
     cdef leaf_result leaf
     cdef uint64_t addr = b.gva[i] & w.gva_mask, psce
+    cdef uint32_t byte = b.access[i * b.access_stride]
     cdef uint8_t level = 0
     cdef uint64_t entries[2]
-    cdef uint32_t access = explicit_access(b.access[i * b.access_stride])
+    cdef uint32_t access = explicit_access(byte)
+    if w.pre_processes:
+        addr = kvmmu_linear_address(&w.linear, addr, byte)
     leaf.gpa = addr
     leaf.pte_access = ACC_ALL
     entries[0] = entries[1] = 0

@@ -40,8 +40,8 @@ static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, con
     for (uint64_t rights = EPT_READABLE_MASK; memory_type && rights <= EPT_RWX_MASK; rights += EPT_WRITABLE_MASK)
         if (KVMMU_BAD_MT_XWR(fmt->bad_mt_xwr, (sample & memory_type) | rights))
             return 0; /* every combination of rights with the right to read must be a good one */
-    if (format == KVMMU_FORMAT_64 && fmt->pkru_mask && w->pkru) { /* key 0, if it denies nothing */
-        if (w->pkru & 3)
+    if (format == KVMMU_FORMAT_64 && fmt->pkru_mask && w->keys) { /* key 0, if it denies nothing */
+        if ((w->keys | w->keys >> PKRU_SHIFT) & 3)
             return 0;
         care |= PT64_PKEY_MASK << PT64_PKEY_SHIFT;
     }

@@ -64,7 +64,7 @@ KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_leaf_block *l, const st
 KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,
                                 uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
-    const uint64_t base = format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK;
+    const uint64_t base = s->base;
     uint64_t remaining = 0, slow = 0;
     if (status)
         memset(status, STATUS_OK, KVMMU_BLOCK_ROWS);
@@ -74,10 +74,10 @@ KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const 
         const uint64_t psce = l->psce[i], pte = kvmmu_read_entry(format, l->entry[i]), kind = psce >> PSCE_TABLE_SHIFT ? LEAF_IN_TABLE : LEAF_LARGE;
         const uint64_t rights = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) & psce >> PSCE_ACCESS_SHIFT &
                                 s->levels[psce >> PSCE_LEVEL_SHIFT & 15];
-        const uint64_t index = access[i] >> PERMISSIONS_INDEX_SHIFT & 15, implicit = (access[i] & ACCESS_IMPLICIT_MASK) != 0;
+        const uint64_t index = access[i] >> PERMISSIONS_INDEX_SHIFT & 15, special = access[i] > KVMMU_COMMON_ACCESS_MAX;
         const uint64_t bits = format == KVMMU_FORMAT_EPT ? pte >> (EPT_ACCESSED_SHIFT - PT_ACCESSED_SHIFT) : pte;
         const uint64_t unset = (~bits & s->need[index]) != 0, misfit = ((pte ^ s->want) & s->care[kind]) != 0;
-        const uint64_t bad = (s->denied[index >> 3][rights] >> (index & 7) & 1) | misfit | implicit;
+        const uint64_t bad = (s->denied[index >> 3][rights] >> (index & 7) & 1) | misfit | special;
         remaining |= (bad | unset) << i;
         slow |= (unset & ~bad) << i;
         l->pte[i] = pte;
@@ -119,8 +119,11 @@ KVMMU_INLINE void emit_body(const struct kvmmu_leaf_block *l, uint64_t fault, ui
 /* Levels of the last entries of 64 lanes. */
 enum lane_levels { LANES_OF_TABLES, LANES_OF_LARGE_PAGES, LANES_MIXED };
 
+/* Rules that are left out where they cannot count: protection keys, and shadow stacks. */
+enum seldom_rules { SELDOM_NONE, SELDOM_KEYS, SELDOM_ALL };
+
 /* IN level: of all of them, if they are not mixed */
-KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint64_t level, struct kvmmu_leaf_block *l,
+KVMMU_INLINE void check_body(int format, enum lane_levels levels, enum seldom_rules seldom, uint64_t level, struct kvmmu_leaf_block *l,
                              const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, const uint8_t *access_bytes, uint64_t *gpa)
 {
     const struct kvm_page_format *fmt = w->fmt;
@@ -129,7 +132,7 @@ KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint
     /* the dirty bit is the one above the accessed bit */
     const uint64_t write_info = accessed_mask ? (uint64_t)ACCESS_WRITE_MASK << KVMMU_ACCESS_INFO_SHIFT : 0;
     const int write_shift = KVMMU_ACCESS_INFO_SHIFT + 1 - (format == KVMMU_FORMAT_EPT ? EPT_DIRTY_SHIFT : PT_DIRTY_SHIFT);
-    const uint64_t pkru = w->pkru, pkru_mask = fmt->pkru_mask;
+    const uint64_t keys = w->keys, address_mask = w->address_mask;
     const uint64_t accessed_clear_mask = accessed_mask ? UINT64_C(1) << PSCE_ACCESSED_CLEAR_SHIFT : 0;
     uint64_t rsvd[2][PT_MAX_LEVELS];
     vec bits = FIRST_BITS, fault = bits & 0, slow = bits & 0;
@@ -144,9 +147,9 @@ KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint
     {
         vec pte = VEC(l->pte), psce = VEC(l->psce), access_info = VEC(l->access_info), addr = CVEC(gva) & gva_mask, zero = pte & 0;
         vec acc = (psce >> PSCE_ACCESS_SHIFT) & KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte));
-        vec access = access_info >> KVMMU_ACCESS_INFO_SHIFT;
         vec need = accessed_mask | (access_info & write_info) >> write_shift;
-        vec denied = access_info >> acc & 1, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
+        vec shadow_stack = zero;
+        vec denied, not_leaf = zero, offset = zero + PAGE_OFFSET_MASK;
         vec r0 = zero + rsvd[0][level - 1], r1 = zero + rsvd[1][level - 1], high = zero, key, malformed, absent, bad;
         if (levels == LANES_OF_LARGE_PAGES) {
             not_leaf = WHERE((pte & page_size_mask) == 0);
@@ -162,9 +165,12 @@ KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint
             offset = ((1 + zero) << KVMMU_LEVEL_SHIFT(format, own_level)) - 1;
             high = is_large & pse36_mask;
         }
+        if (seldom == SELDOM_ALL)
+            shadow_stack = KVMMU_GPTE_SHADOW_STACK(format, psce >> PSCE_ACCESS_SHIFT, pte);
+        denied = access_info >> (acc | shadow_stack) & 1;
         key = zero;
-        if (keys)
-            key = KVMMU_PKEY_DENIED(pkru_mask + zero, pkru + zero, acc, KVMMU_GPTE_PKEY(format, pte), access);
+        if (seldom != SELDOM_NONE && format == KVMMU_FORMAT_64)
+            key = KVMMU_PKEY_DENIED(keys + zero, acc, KVMMU_GPTE_PKEY(format, pte), access_info);
         malformed = ~WHERE(KVMMU_GPTE_MALFORMED(format, r0, r1, bad_mt_xwr + zero, pte) == 0);
         absent = WHERE((pte & present_mask) == 0);
         bad = absent | malformed | (~WHERE((denied | key) == 0) & ~not_leaf);
@@ -173,7 +179,7 @@ KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint
         slow |= ~WHERE(((need & ~pte) | not_leaf | (psce & accessed_clear_mask)) == 0) & bits;
         bits <<= VEC_LANES;
         VEC(l->pte_access) = acc;
-        VEC(gpa) = KVMMU_LEAF_GPA(format, pte, offset, addr, high);
+        VEC(gpa) = KVMMU_LEAF_GPA(format, pte & address_mask, offset, addr, high);
     }
     l->fault = ONE_WORD(fault);
     l->slow = ONE_WORD(slow) & ~l->fault;
@@ -182,26 +188,50 @@ KVMMU_INLINE void check_body(int format, enum lane_levels levels, int keys, uint
 KVMMU_INLINE void check_any(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva,
                             const uint8_t *access, uint64_t *gpa)
 {
-    const int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->pkru;
+    const int keys = format == KVMMU_FORMAT_64 && w->fmt->pkru_mask && w->keys;
     const uint64_t level = KVMMU_PSCE_LEVEL(l->psce[0]);
     vec others = FIRST_BITS & 0;
     EACH_VECTOR(i)
         others |= CVEC(l->psce) ^ level << PSCE_LEVEL_SHIFT;
     if (KVMMU_PSCE_LEVEL(ONE_WORD(others)) || level < PG_LEVEL_4K) {
-        if (keys)
-            check_body(format, LANES_MIXED, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        if (w->shadow_stacks)
+            check_body(format, LANES_MIXED, SELDOM_ALL, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        else if (keys)
+            check_body(format, LANES_MIXED, SELDOM_KEYS, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
         else
-            check_body(format, LANES_MIXED, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_MIXED, SELDOM_NONE, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else if (level > PG_LEVEL_4K) {
-        if (keys)
-            check_body(format, LANES_OF_LARGE_PAGES, 1, level, l, w, gva_mask, gva, access, gpa);
+        if (w->shadow_stacks)
+            check_body(format, LANES_OF_LARGE_PAGES, SELDOM_ALL, level, l, w, gva_mask, gva, access, gpa);
+        else if (keys)
+            check_body(format, LANES_OF_LARGE_PAGES, SELDOM_KEYS, level, l, w, gva_mask, gva, access, gpa);
         else
-            check_body(format, LANES_OF_LARGE_PAGES, 0, level, l, w, gva_mask, gva, access, gpa);
+            check_body(format, LANES_OF_LARGE_PAGES, SELDOM_NONE, level, l, w, gva_mask, gva, access, gpa);
+    } else if (w->shadow_stacks) {
+        check_body(format, LANES_OF_TABLES, SELDOM_ALL, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else if (keys) {
-        check_body(format, LANES_OF_TABLES, 1, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        check_body(format, LANES_OF_TABLES, SELDOM_KEYS, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     } else {
-        check_body(format, LANES_OF_TABLES, 0, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
+        check_body(format, LANES_OF_TABLES, SELDOM_NONE, PG_LEVEL_4K, l, w, gva_mask, gva, access, gpa);
     }
+}
+
+/* IN out: may be gva */
+KVMMU_INLINE void pre_process_body(const struct kvmmu_linear_rules *rules, const uint64_t *gva, const uint8_t *access, uint64_t *out)
+{
+    uint64_t refused = 0;
+    if (rules->has_lass)
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
+            refused |= (uint64_t)kvmmu_lass_violated(rules, gva[i], access[i]) << i;
+    EACH_VECTOR(i)
+    {
+        const vec addr = CVEC(gva), upper = WHERE((addr >> 63) != 0), bytes = WIDE(byte_vec, access);
+        const vec tagged = WHERE((bytes & rules->untagged) == 0);
+        const vec tag = SELECT(upper, rules->tag[1], rules->tag[0]) & tagged, sign = SELECT(upper, rules->sign[1], rules->sign[0]);
+        VEC(out) = (addr & ~tag) | (WHERE((addr & sign) != 0) & tag);
+    }
+    for (; refused; refused &= refused - 1)
+        out[kvmmu_first_bit(refused)] = KVMMU_NO_LINEAR_ADDRESS;
 }
 
 KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uint64_t *gva, const uint8_t *access, const uint32_t *ctx,
@@ -221,7 +251,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
         slot = KVMMU_MEMO_SLOT(page, memo_id) * 2;
         value = GATHER(words + 1, slot);
         hit = WHERE(GATHER(words, slot) == (page << MEMO_ID_BITS | memo_id)) & value >> (a >> PERMISSIONS_INDEX_SHIFT & 15);
-        hit &= ~WHERE((a & ACCESS_IMPLICIT_MASK) != 0);
+        hit &= ~WHERE(a > KVMMU_COMMON_ACCESS_MAX);
         VEC(gpa) = KVMMU_MEMO_GPA(value) | (CVEC(gva) & PAGE_OFFSET_MASK);
         if (level)
             *(byte_vec *)&level[i] = __builtin_convertvector(value >> MEMO_LEVEL_SHIFT, byte_vec);
@@ -265,9 +295,14 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
     {                                                                                                                               \
         emit_body(l, fault, access_mask, gpa, status, error_code);                                                                  \
     }                                                                                                                               \
+    target static void pre_process_##name(const struct kvmmu_linear_rules *rules, const uint64_t *gva, const uint8_t *access,       \
+                                          uint64_t *out)                                                                            \
+    {                                                                                                                               \
+        pre_process_body(rules, gva, access, out);                                                                                  \
+    }                                                                                                                               \
     const struct kvmmu_kernels kvmmu_kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
                                                           {accept_32_##name, accept_64_##name, accept_ept_##name},                        \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
-                                                          recall_##name, emit_##name};
+                                                          recall_##name, emit_##name, pre_process_##name};
 
 #endif /* KVMMU_BODIES_H */

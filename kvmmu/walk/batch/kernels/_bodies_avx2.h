@@ -64,11 +64,11 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t accept_words(int format, struct kvmmu_leaf_bloc
 {
     const int high = format == KVMMU_FORMAT_EPT ? 1 : 7; /* byte of an entry with a right that the lowest has not */
     const __m256i gva_mask = WORDS(s->gva_mask), zero = _mm256_setzero_si256();
-    const __m256i base = WORDS(format == KVMMU_FORMAT_32 ? PT32_BASE_ADDR_MASK : PT64_BASE_ADDR_MASK);
+    const __m256i base = WORDS(s->base);
     const __m256i care_table = WORDS(s->care[LEAF_IN_TABLE]), care_large = WORDS(s->care[LEAF_LARGE]), want = WORDS(s->want);
     const __m256i offset_table = WORDS(s->offset[LEAF_IN_TABLE]), offset_large = WORDS(s->offset[LEAF_LARGE]);
     const __m256i nibble = _mm256_set1_epi8(15), bit_of = WORDS(EIGHT_BITS);
-    const __m256i implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK), level_mask = _mm256_set1_epi8(PSCE_LEVEL_MASK);
+    const __m256i special = _mm256_set1_epi8((char)~KVMMU_COMMON_ACCESS_MAX), level_mask = _mm256_set1_epi8(PSCE_LEVEL_MASK);
     uint64_t mixed[KVMMU_BLOCK_ROWS / 2] ALIGNED, fits = 0, passes = 0, set = 0;
 
     kvmmu_clear_columns(gpa, status, error_code);
@@ -107,7 +107,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t accept_words(int format, struct kvmmu_leaf_bloc
         rights = _mm256_and_si256(rights, _mm256_shuffle_epi8(BYTES(s->levels), _mm256_and_si256(before, nibble)));
         denied = _mm256_blendv_epi8(_mm256_shuffle_epi8(BYTES(s->denied[0]), rights), _mm256_shuffle_epi8(BYTES(s->denied[1]), rights),
                                     _mm256_slli_epi16(a, 4));
-        denied = _mm256_or_si256(_mm256_and_si256(denied, _mm256_shuffle_epi8(bit_of, a)), _mm256_and_si256(bytes, implicit));
+        denied = _mm256_or_si256(_mm256_and_si256(denied, _mm256_shuffle_epi8(bit_of, a)), _mm256_and_si256(bytes, special));
         if (format == KVMMU_FORMAT_EPT)
             low = _mm256_slli_epi16(last, PT_ACCESSED_SHIFT - (EPT_ACCESSED_SHIFT - 8));
         denied = kvmmu_rows_of_bytes(_mm256_cmpeq_epi8(denied, zero));
@@ -131,7 +131,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t recall_words(const struct kvmmu_memo_entry *mem
     const char *entries = (const char *)memo;
     const __m256i memo_id_words = WORDS(memo_id), page_offset = WORDS(PAGE_OFFSET_MASK), base = WORDS(PT64_BASE_ADDR_MASK);
     const __m256i slots = WORDS(((UINT64_C(1) << MEMO_BITS) - 1) * sizeof *memo), place = WORDS(KVMMU_MEMO_SPREAD(memo_id) * sizeof *memo);
-    const __m256i nibble = _mm256_set1_epi8(15), implicit = _mm256_set1_epi8((char)ACCESS_IMPLICIT_MASK), bit_of = WORDS(EIGHT_BITS);
+    const __m256i nibble = _mm256_set1_epi8(15), to_sign = _mm256_set1_epi8(127 - KVMMU_COMMON_ACCESS_MAX), bit_of = WORDS(EIGHT_BITS);
     const __m256i zero = _mm256_setzero_si256();
     uint64_t slot[KVMMU_BLOCK_ROWS] ALIGNED, mixed[KVMMU_BLOCK_ROWS / 2] ALIGNED, known = 0, passes = 0;
     (void)ctx;
@@ -165,7 +165,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t recall_words(const struct kvmmu_memo_entry *mem
         const __m256i a = _mm256_and_si256(_mm256_srli_epi16(bytes, PERMISSIONS_INDEX_SHIFT), nibble);
         __m256i pass = _mm256_blendv_epi8(row.low, row.high, _mm256_slli_epi16(a, 4));
         pass = _mm256_cmpeq_epi8(_mm256_and_si256(pass, _mm256_shuffle_epi8(bit_of, a)), zero); /* is not known to */
-        pass = _mm256_or_si256(pass, _mm256_cmpeq_epi8(_mm256_and_si256(bytes, implicit), implicit));
+        pass = _mm256_or_si256(pass, _mm256_adds_epu8(bytes, to_sign)); /* the sign counts */
         passes |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(kvmmu_rows_of_bytes(pass)) << start;
         if (level)
             STORE(level + start, kvmmu_rows_of_bytes(row.top));

@@ -55,10 +55,12 @@ struct kvmmu_leaf_rules {
     uint64_t page_size_mask;
     uint64_t pse36_mask;
     uint64_t accessed_mask; /* 0: accessed and dirty bits do not count */
-    uint32_t pkru;
+    uint64_t address_mask;  /* of an entry: all but the encryption bit */
+    uint64_t keys;          /* the registers of protection keys */
     uint32_t walk_id;
     int format;  /* KVMMU_FORMAT_* */
     int sets_ad; /* 0: rows with accessed or dirty bits to set are left to the scalar walk */
+    int shadow_stacks; /* some accesses are to shadow stacks */
     int logs;    /* a page that becomes dirty takes an entry of a log, which the scalar walk alone fills */
 };
 
@@ -76,6 +78,7 @@ struct kvmmu_leaf_checker {
     int tag_shift;
     int entry_shift;       /* address to offset in its table */
     uint64_t gva_mask;
+    uint64_t base;         /* address bits of an entry */
     uint64_t nothing;      /* psce of addresses that have none: the address of an entry of zeros, of no kind */
     uint64_t want;         /* what an accepted entry holds in the bits of care */
     uint64_t care[LEAF_KINDS];

@@ -7,6 +7,7 @@
 #ifndef KVMMU_KERNELS_H
 #define KVMMU_KERNELS_H
 
+#include "kvmmu/arch/_linear.h"
 #include "kvmmu/walk/batch/kernels/_accept_masks.h"
 
 /* Look the upper levels up. OUT psce, entry. Returns the lanes whose entry is not cached, or has an accessed bit clear above it.
@@ -30,12 +31,16 @@ typedef uint64_t (*kvmmu_recall_fn)(const struct kvmmu_memo_entry *, const uint6
 typedef void (*kvmmu_emit_fn)(const struct kvmmu_leaf_block *, uint64_t fault, uint32_t access_mask, uint64_t *gpa, uint8_t *status,
                               uint32_t *error_code);
 
+/* Take the tags from the addresses of 64 rows; those that LASS refuses become KVMMU_NO_LINEAR_ADDRESS. */
+typedef void (*kvmmu_pre_process_fn)(const struct kvmmu_linear_rules *, const uint64_t *gva, const uint8_t *access, uint64_t *out);
+
 struct kvmmu_kernels { /* [KVMMU_FORMAT_*] */
     kvmmu_find_fn find[3];
     kvmmu_accept_fn accept[3];
     kvmmu_check_fn check[3];
     kvmmu_recall_fn recall;
     kvmmu_emit_fn emit;
+    kvmmu_pre_process_fn pre_process;
 };
 
 #define KVMMU_OF_THE_LIBRARY __attribute__((visibility("hidden")))
