@@ -9,13 +9,14 @@ LOG := build/build.log
 SOURCES := setup.py pyproject.toml _kvmmu_command.py $(shell find kvmmu -type f ! -name '*.py[co]' ! -name '*.so')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help replay test bench lint build matrix asan tsan live long clean
+.PHONY: help replay test bench lint docs build matrix asan tsan live long clean
 
 help:
 	@echo 'make replay   walk the bundled recording of a real guest (ARGS="DIRECTORY --phase dyn" for another one)'
 	@echo 'make test     run the tests (ARGS="-k pae" to choose)'
 	@echo 'make bench    race against numpy.take and others, and write docs/performance.md (10 minutes; BENCH_QUICK=1: 1 minute, no docs)'
 	@echo 'make lint     ruff, cython-lint, codespell, mypy'
+	@echo 'make docs     the documentation, into build/html'
 	@echo 'make build    sdist and wheel into dist/'
 	@echo 'make matrix   20 million cases of the access matrix (minutes)'
 	@echo 'make asan     10 million random walks under AddressSanitizer and UBSan (minutes)'
@@ -42,8 +43,14 @@ lint: $(VENV)/.kvmmu $(VENV)/.dev
 	@$(BIN)/mypy
 	@echo 'lint: clean'
 
-build: $(VENV)/.dev
-	@$(BIN)/python -m build > $(LOG) 2>&1 || { tail -n 40 $(LOG); exit 1; }
+docs: $(VENV)/.kvmmu $(VENV)/.docs
+	@$(BIN)/python -P -m sphinx -q -W --keep-going -d build/doctrees docs build/html
+	@echo 'docs: build/html/index.html'
+
+# The wheel is packed from what $(VENV)/.kvmmu has compiled; only the headers' place of the compiler's flags is given again.
+build: $(VENV)/.kvmmu $(VENV)/.dev
+	@CFLAGS="$$(cat $(VENV)/cflags)" $(BIN)/python -m build --no-isolation --sdist --wheel > build/dist.log 2>&1 \
+		|| { tail -n 40 build/dist.log; exit 1; }
 	@ls dist
 
 matrix: $(VENV)/.kvmmu $(VENV)/.test
@@ -105,7 +112,7 @@ $(VENV)/.kvmmu: $(VENV)/.created $(SOURCES)
 	@touch $@
 
 # The package is there: these only add what an extra of it names.
-$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.kvmmu
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/.kvmmu
 	@echo "installing what 'kvmmu[$*]' needs ..."
 	@$(PIP) install --quiet 'kvmmu[$*]'
 	@touch $@

@@ -16,19 +16,26 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain", "walk.pagewalk",
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
-        "memory._callbacks", "walk._mappings"]
+        "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api", "embed._tlb_fill", "memory._mapping",
+        "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record"]
 KERNEL = ["_vmx_memory", "_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
           "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
-          "replay._replay_blocks", "replay._replay", "traces._rows", "tables._edit", "tables._builder", "tables._page_set",
-          "tables._filler", "tlb._tlb", "tlb._structure", "tlb._hierarchy", "machine._exits", "machine._access",
-          "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace",
-          "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range",
-          "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync",
-          "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain",
-          "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._mmus",
-          "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan"]
+          "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows", "tables._edit",
+          "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "tlb._structure", "tlb._recency", "tlb._counts",
+          "tlb._details", "tlb._levels", "tlb._hierarchy", "tlb._stream", "machine._exits", "machine._access", "machine._modes",
+          "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace", "mmu.core._kvm",
+          "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu.shadow._zap",
+          "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync", "mmu.shadow._shadow",
+          "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain", "machine._rights", "machine._roots",
+          "machine._emulation", "machine._flushes", "machine._mmus", "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan",
+          "mmu.core._copy", "embed._page_cache", "embed._vcpus", "embed._memories", "embed._lookups"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
-PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu"]
+PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows",
+          "replay._replay"]
+
+# Modules that run when objects are made or looked at, and in no loop over rows: compiled for size.
+SMALL = {"arch._bits", "memory._callbacks", "memory._maker", "memory._regions", "mmu.kvm._inspect", "mmu.kvm._memslots",
+         "mmu.kvm._state", "walk._columns", "walk._explain", "walk._mappings", "walk._second_stage", "machine._mmus"}
 
 # C sources beside the Cython source of a module.
 C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
@@ -41,9 +48,11 @@ PARSER_DIRECTIVES = KERNEL_DIRECTIVES | {"nonecheck": False}
 DEBUG = os.environ.get("KVMMU_DEBUG_CYTHON") == "1"         # Cython's checks everywhere
 WERROR = os.environ.get("KVMMU_WERROR") == "1"              # warnings of Cython and of the C compiler are errors
 SANITIZE = os.environ.get("KVMMU_SANITIZE", "")             # e.g. "address,undefined"
+# Keep the names of functions, for profilers and debuggers: always in place, and of other builds if this is 1.
+SYMBOLS = os.environ.get("KVMMU_SYMBOLS") == "1" or SANITIZE or "--inplace" in sys.argv or "develop" in sys.argv
 
 COMPILE_ARGS = ["-O3", "-std=gnu11", "-Wno-unused-function", "-g0"]      # of gcc and clang
-LINK_ARGS = []
+LINK_ARGS = [] if SYMBOLS else ["-Wl,-x"] if sys.platform == "darwin" else ["-Wl,-s"]
 if WERROR:
     Options.warning_errors = True
     COMPILE_ARGS += ["-Werror"]
@@ -85,7 +94,8 @@ def extensions(names, directives):
         source = f"kvmmu/{name.replace('.', '/')}.pyx"
         more = C_SOURCES.get(name, [])
         headers = {header for file in (source, *more) for header in headers_of(file)}
-        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."], extra_compile_args=COMPILE_ARGS,
+        modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."],
+                                 extra_compile_args=COMPILE_ARGS + (["-Os"] if name in SMALL and not SANITIZE else []),
                                  extra_link_args=LINK_ARGS, depends=sorted(headers)))
     return cythonize(modules + ([SHARED] if names is SAFE else []), compiler_directives=directives,
                      build_dir="build/cython-debug" if DEBUG else "build/cython", nthreads=os.cpu_count() if CAN_FORK else 0,

@@ -76,6 +76,20 @@ def plain_tlb():
 
 
 @functools.cache
+def table_loops():
+    """The shared object of table_loops.c, a program over the function table of kvmmu.h."""
+    target = folder() / "table_loops.so"
+    subprocess.run([*compiler(), *FLAGS, "-std=gnu11", "-shared", "-fPIC", f"-I{kvmmu.get_include()}", "-o", target,
+                    HERE / "table_loops.c"], check=True)
+    library = ctypes.CDLL(str(target))
+    word, pointer = ctypes.c_uint64, ctypes.c_void_p
+    library.open_guest.argtypes = [pointer, pointer, word, word, word, word, word, pointer, pointer]
+    for name in ("walk_rows", "walk_many"):
+        getattr(library, name).argtypes = [word, pointer, ctypes.c_size_t, ctypes.c_uint32, pointer]
+    return library
+
+
+@functools.cache
 def scalar_loops():
     """The extension module of scalar_loops.pyx, built as one outside the tree."""
     compiler()

@@ -12,7 +12,8 @@ import platform
 import sys
 from pathlib import Path
 
-GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Peers", "Footprint", "Batch size")
+GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Embedding", "Peers", "Footprint",
+          "Batch size")
 HEADINGS = ("", "case", "against", "ours ns", "theirs ns", "ratio", "quartiles", "bar", "")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 COMMAND = "make bench"

@@ -1,6 +1,6 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report, spt,
-#     oracles, cli
+# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report,
+#     comparison, spt, oracles, embed, cli
 
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,9 @@ from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.report.figure import plot_walk
 from kvmmu.tables import Pager, PageTables
 from kvmmu.tlb._tlb import Tlb
-from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel, TlbStats
+from kvmmu.tlb.counters import TlbDetails, TlbStats
+from kvmmu.tlb.hierarchy import TlbHierarchy, TlbLevel
+from kvmmu.vm.snapshot import Snapshot
 from kvmmu.vm.tracepoints import TraceEvent, Tracepoints
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.walk._register_sets import RegisterSets
@@ -63,26 +65,34 @@ from kvmmu.walker import Walker, get_include
 Contexts = RegisterSets                 # the name of before
 
 if TYPE_CHECKING:
+    from kvmmu.comparison.compare import compare
+    from kvmmu.comparison.comparison import Comparison
+    from kvmmu.comparison.cost import CostModel
+    from kvmmu.comparison.design import Design
     from kvmmu.images import open_image
     from kvmmu.traces import open_trace
 
 __all__ = [
-    "Acc", "Access", "Accesses", "Contexts", "CpuModel", "CpuRole", "Cr0", "Cr4", "Efer", "Ept", "EptMisconfig",
-    "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection", "GuestFault", "GuestMemory",
-    "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault", "NpfInfo", "Npt",
-    "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte", "Regs",
-    "RegisterSets", "ReplayInterrupted", "Report", "RetPf",
-    "ShadowMmu", "Span", "SppEvent", "Status", "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbHierarchy", "TlbLevel",
-    "TlbStats", "TraceEvent", "Tracepoints", "Translation", "Vcpu", "VirtualizationException",
-    "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord", "WalkStep", "Walker", "calc_cpu_roles", "deliver_nested_fault",
-    "deliver_page_fault", "ept_from_vmcs12", "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk",
-    "regs_from_vmcb", "replay",
+    "Acc", "Access", "Accesses", "Comparison", "Contexts", "CostModel", "CpuModel", "CpuRole", "Cr0", "Cr4", "Design", "Efer",
+    "Ept", "EptMisconfig", "EptPte", "EptQual", "EptViolation", "ExceptionInjected", "ExitToL1", "GeneralProtection",
+    "GuestFault", "GuestMemory", "Host", "INVALID_GPA", "Intercepts", "InvalidOpcode", "NestedFault", "NestedPageFault",
+    "NpfInfo", "Npt", "PageFault", "PageFormat", "PageTables", "PageWalk", "Pager", "Pferr", "Pml", "PmlFull", "Pte",
+    "RegisterSets", "Regs", "ReplayInterrupted", "Report", "RetPf", "ShadowMmu", "Snapshot", "Span", "SppEvent", "Status",
+    "SvmExit", "SvmExitCode", "TdpMmu", "Tlb", "TlbDetails", "TlbHierarchy", "TlbLevel", "TlbStats", "TraceEvent",
+    "Tracepoints", "Translation", "Vcpu", "VirtualizationException", "Vm", "VmFail", "VmxExit", "VmxExitReason", "WalkRecord",
+    "WalkStep", "Walker", "calc_cpu_roles", "compare", "deliver_nested_fault", "deliver_page_fault", "ept_from_vmcs12",
+    "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
+_COMPARING = {"Comparison": "comparison", "CostModel": "cost", "Design": "design", "compare": "compare"}
 
 
 def __getattr__(name: str) -> Any:
-    """Load the readers of other tools' traces, and of images, when somebody asks for them."""
+    """Load the readers of other tools' traces and of images, and what compares, when somebody asks for them."""
+    if name in _COMPARING:
+        from importlib import import_module
+
+        return getattr(import_module(f"kvmmu.comparison.{_COMPARING[name]}"), name)
     if name == "open_image":
         from kvmmu.images import open_image
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 import shadow_guests
 
+from kvmmu.walk.batch._job import set_rows_of_thread
 from kvmmu.walk.batch._kernels import default_instruction_set, use_instruction_set
 
 
@@ -17,6 +18,14 @@ def pytest_configure():
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def threads_in_small_batches():
+    """Threads share batches of a few blocks, too, which one thread would do alone."""
+    set_rows_of_thread(1)
+    yield
+    set_rows_of_thread()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,9 @@ import pytest
 
 import kvmmu
 import kvmmu.traces
-from kvmmu.replay._replay import new_replayer, new_row_loop
+from kvmmu.memory._mapping import PrivateFile
+from kvmmu.replay._replay import new_row_loop
+from kvmmu.traces._recorded_rows import RecordedRows
 from kvmmu.walk._vcpu_arch import new_arch
 from kvmmu.walk.pagewalk import new_walk
 
@@ -66,21 +68,27 @@ class World:
         self.vcpu.access(0)
         self.nested = kvmmu.Vcpu(mem)
         self.nested.enter_nested(kvmmu.Ept(0x8000 | 0x5E, pml=kvmmu.Pml(0xC000, 511)), cr0=1)
+        self.snapshot = self.vm.snapshot()
+        with open(__file__, "rb") as file:
+            self.file = PrivateFile(file.fileno())
         self.walk = self.vcpu.gva_walk
         self.arch = new_arch()
         self.contexts = self.walk.prepare([REGS, REGS])
         self.walker = kvmmu.Walker(self.walk)
         one = np.zeros(1, np.uint64)
+        none = one[:0]
         self.recording = SimpleNamespace(
             pidx=np.zeros(1, np.uint16), off=np.zeros(1, np.uint16), kind=np.zeros(1, np.uint8), priv=np.zeros(1, np.uint8),
-            pages_gva=one, pages_gpa=one + np.uint64(0x5000), pages_ctx=np.zeros(1, np.uint32),
-            writes=SimpleNamespace(pos=one[:0], gpa=one[:0], val=one[:0]))
+            size=np.ones(1, np.uint8), pages_gva=one, pages_gpa=one + np.uint64(0x5000), pages_ctx=np.zeros(1, np.uint32),
+            pages_io=np.zeros(1, np.uint8), ctx=np.zeros((1, 6), np.uint64),
+            events=SimpleNamespace(pos=none, code=np.zeros(0, np.uint8), val=none, aux=none),
+            faults=SimpleNamespace(pos=none, cr2=none, err=np.zeros(0, np.uint32), ctx=np.zeros(0, np.uint32)),
+            npt_faults=SimpleNamespace(pos=none, gpa=none, info1=none), writes=SimpleNamespace(pos=none, gpa=none, val=none))
         self.chunk = kvmmu.traces.Chunk(
             op=np.zeros(1, np.uint8), addr=one, access=np.zeros(1, np.uint8), gpa=one + np.uint64(0x5000), size=None, vcpu=None,
             value=None, has_events=False, all_known=True, vcpus=1)
-        self.replayer = new_replayer(self.walk, self.contexts, self.recording, np.zeros(9, np.uint8))
         self.loop = new_row_loop(self.walk, 1)
-        self.loop.use(0, self.contexts)
+        self.loop.use(0, self.walk.prepare([REGS]))
         self.loop.load(self.chunk)
 
 
@@ -89,9 +97,12 @@ REAL = {
     "GuestMemory": lambda w: w.mem, "PageWalk": lambda w: w.walk, "VcpuArch": lambda w: w.arch,
     "RegisterSets": lambda w: w.contexts,
     "SecondStage": lambda w: w.nested.gva_walk.second, "PageFormat": lambda w: w.walk.fmt, "Walker": lambda w: w.walker,
-    "CpuRole": lambda w: w.walk.cpu_role, "Replayer": lambda w: w.replayer, "RowLoop": lambda w: w.loop,
+    "CpuRole": lambda w: w.walk.cpu_role, "RowLoop": lambda w: w.loop,
+    "ReplayRegisters": lambda w: w.loop.registers, "RecordedRows": lambda w: RecordedRows(w.recording),
     "Tlb": lambda w: w.vcpu.tlb, "Machine": lambda w: w.vcpu._machine(), "TdpMmu": lambda w: w.vcpu.tdp_mmu,
     "ShadowMmu": lambda w: w.vcpu.shadow_mmu, "Kvm": lambda w: w.vm.kvm,
+    "PrivateFile": lambda w: w.file, "PrivateMapping": lambda w: w.file.map(), "SavedMemory": lambda w: w.snapshot._memories[0],
+    "SavedKvm": lambda w: w.snapshot._kvm, "SavedMachine": lambda w: w.snapshot._vcpus[0].machine,
     "SpteFormat": lambda w: importlib.import_module("kvmmu.mmu.core._spte").SpteFormat(w.host),
 }
 
@@ -101,13 +112,14 @@ GOOD = {
     "regs": lambda w: REGS, "contexts": lambda w: w.contexts, "walk": lambda w: w.walk, "stage": lambda w: kvmmu.Ept(0x801E),
     "cpu": lambda w: kvmmu.CpuModel(), "host": lambda w: w.host, "fault": lambda w: kvmmu.PageFault("#PF"),
     "second": lambda w: None, "fields": lambda w: ("gpa", "pte"), "threads": lambda w: 1, "size": lambda w: 8,
-    "chunk": lambda w: w.chunk, "recording": lambda w: w.recording, "access_of": lambda w: np.zeros(9, np.uint8),
+    "chunk": lambda w: w.chunk, "recording": lambda w: w.recording, "source": lambda w: RecordedRows(w.recording),
     "admit": lambda w: lambda regs, second: regs, "pages": lambda w: np.zeros((1, 512), np.uint64), "gpas": lambda w: [0x1000],
     "data": lambda w: bytes(8), "vcpus": lambda w: 1, "size_or_buffer": lambda w: 0x1000, "pte": lambda w: 0x67,
     "level": lambda w: 4, "out": lambda w: None, "ctx": lambda w: None, "maxphyaddr": lambda w: 48, "state": lambda w: w.vm.kvm,
     "kvm": lambda w: w.vm.kvm, "arch": lambda w: w.arch, "buffer": lambda w: w.vcpu.tlb, "tlb": lambda w: w.vcpu.tlb,
     "machine": lambda w: w.vcpu._machine(), "name": lambda w: "portable", "gva_walk": lambda w: w.walk,
     "ngpa_walk": lambda w: w.vcpu.ngpa_walk, "arrays": lambda w: kvmmu.Accesses.empty(3).arrays(),
+    "saved": lambda w: w.snapshot._kvm, "numbers": lambda w: np.zeros(1, np.uint64),
     "deliver": lambda w: lambda fault, from_hardware: None, "op": lambda w: np.zeros(1, np.uint8), "stop": lambda w: 1,
 }
 
@@ -258,7 +270,7 @@ def forks():
 def test_the_package_is_found():
     """The walk over the package sees the classes that matter; each has a real object, or none can be had."""
     names = {cls.__name__ for cls in CLASSES}
-    assert {"GuestMemory", "PageWalk", "RegisterSets", "Walker", "Replayer", "Machine", "Kvm", "Tlb", "Job", "SlotTable"} <= names
+    assert {"GuestMemory", "PageWalk", "RegisterSets", "Walker", "RowLoop", "Machine", "Kvm", "Tlb", "Job", "SlotTable"} <= names
     assert set(REAL) <= names
     for module in MODULES:
         assert module.__name__.startswith("kvmmu.")
@@ -267,7 +279,7 @@ def test_the_package_is_found():
 @pytest.mark.parametrize("name", [
     "SlotTable", "Job", "Workspace", "WalkCache", "VcpuArch", "SecondStage", "WalkCopy", "RegisterSetWalks", "RegisterSets",
     "PageWalk",
-    "BlockWalker", "Replayer", "RowLoop"])
+    "BlockWalker", "ReplayRegisters", "RowLoop"])
 @pytest.mark.parametrize("arguments", [(), (None,), (object(),), (1, 2, 3), (None,) * 6], ids=repr)
 def test_what_only_the_package_makes(name, arguments):
     """TypeError says who makes such an object; a class derived from it makes none either."""

@@ -12,6 +12,7 @@ from children import outcome
 
 from kvmmu import INVALID_GPA, Access, Accesses, Ept, GuestMemory, Host, Npt, Tracepoints, Vcpu, Vm
 from kvmmu.memory._lock import MachineLock
+from kvmmu.walk.batch._job import set_rows_of_thread
 
 PAGE = 4096
 SECONDS = float(os.environ.get("KVMMU_THREAD_SECONDS", "1"))            # of each race
@@ -350,6 +351,45 @@ def test_a_machine_that_nobody_runs_survives_a_fork():
     with vm.kvm.lock:                                   # held by the thread that forks: it goes on there
         assert outcome(child) == (0, "ok NoneType")
     assert [0] == [slot["gpa"] for slot in vm.slots]
+
+
+# ---- threads of batches --------------------------------------------------------------------------------------------------
+
+def test_batches_keep_their_threads():
+    """The threads of one batch are those of the next; a forked process starts its own."""
+    _, vcpu, gva = two_address_spaces(Host())
+    many = np.resize(gva, 1 << 16)
+
+    def right():
+        out = vcpu.gva_walk.translate(many, threads=3)
+        assert np.array_equal(out.gpa, (1 << 20) + many)
+
+    def threads():
+        return {thread.ident for thread in threading.enumerate() if thread.name.startswith("kvmmu")}
+
+    for _ in range(50):
+        right()
+    kept = threads()
+    for _ in range(50):
+        right()
+    assert kept
+    assert kept <= threads()
+    assert outcome(right) == (0, "ok NoneType")
+    right()
+
+
+def test_small_batches_start_no_thread():
+    _, vcpu, gva = two_address_spaces(Host())
+    set_rows_of_thread()
+
+    def count():
+        before = threading.active_count()
+        vcpu.gva_walk.translate(np.resize(gva, 16384), threads=8)
+        few = threading.active_count()
+        vcpu.gva_walk.translate(np.resize(gva, 32768), threads=8)
+        return few - before, threading.active_count() - few
+
+    assert (0, "ok tuple") == outcome(lambda: count() == (0, 1) and ())
 
 
 def test_a_lock_that_was_waited_for_at_a_fork_is_free_in_the_child():

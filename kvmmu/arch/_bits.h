@@ -197,8 +197,13 @@
 
 /* ---- registers ------------------------------------------------------------------------------------------------ */
 #define CR0_PE_MASK KVMMU_BIT(0)
+#define CR0_MP_MASK KVMMU_BIT(1)
+#define CR0_EM_MASK KVMMU_BIT(2)
+#define CR0_TS_MASK KVMMU_BIT(3)
 #define CR0_ET_MASK KVMMU_BIT(4)
+#define CR0_NE_MASK KVMMU_BIT(5)
 #define CR0_WP_MASK KVMMU_BIT(16)
+#define CR0_AM_MASK KVMMU_BIT(18)
 #define CR0_NW_MASK KVMMU_BIT(29)
 #define CR0_CD_MASK KVMMU_BIT(30)
 #define CR0_PG_MASK KVMMU_BIT(31)
@@ -209,9 +214,17 @@
 #define CR3_LAM_U48_MASK KVMMU_BIT(62)
 #define CR3_NOFLUSH_MASK KVMMU_BIT(63)
 
+#define CR4_VME_MASK KVMMU_BIT(0)
+#define CR4_PVI_MASK KVMMU_BIT(1)
+#define CR4_TSD_MASK KVMMU_BIT(2)
+#define CR4_DE_MASK KVMMU_BIT(3)
 #define CR4_PSE_MASK KVMMU_BIT(4)
 #define CR4_PAE_MASK KVMMU_BIT(5)
+#define CR4_MCE_MASK KVMMU_BIT(6)
 #define CR4_PGE_MASK KVMMU_BIT(7)
+#define CR4_PCE_MASK KVMMU_BIT(8)
+#define CR4_OSFXSR_MASK KVMMU_BIT(9)
+#define CR4_OSXMMEXCPT_MASK KVMMU_BIT(10)
 #define CR4_LA57_MASK KVMMU_BIT(12)
 #define CR4_PCIDE_MASK KVMMU_BIT(17)
 #define CR4_SMEP_MASK KVMMU_BIT(20)
@@ -221,7 +234,8 @@
 #define CR4_PKS_MASK KVMMU_BIT(24)
 #define CR4_LASS_MASK KVMMU_BIT(27)
 #define CR4_LAM_SUP_MASK KVMMU_BIT(28)
-/* bits 0 to 10: what 64-bit processors have in common; those below have no say in paging */
+/* bits 0 to 10: what 64-bit processors have in common; of those below, and of VME to OSXMMEXCPT but PSE, PAE and PGE, none
+   has a say in paging */
 #define CR4_COMMON_MASK KVMMU_BITS(0, 10)
 #define CR4_UMIP_MASK KVMMU_BIT(11)
 #define CR4_VMXE_MASK KVMMU_BIT(13)

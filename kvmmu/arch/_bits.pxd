@@ -163,8 +163,13 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const int STATUS_SPP_EVENT
     const int STATUS_VIRT_EXCEPTION
     const uint64_t CR0_PE_MASK
+    const uint64_t CR0_MP_MASK
+    const uint64_t CR0_EM_MASK
+    const uint64_t CR0_TS_MASK
     const uint64_t CR0_ET_MASK
+    const uint64_t CR0_NE_MASK
     const uint64_t CR0_WP_MASK
+    const uint64_t CR0_AM_MASK
     const uint64_t CR0_NW_MASK
     const uint64_t CR0_CD_MASK
     const uint64_t CR0_PG_MASK
@@ -173,9 +178,17 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const uint64_t CR3_LAM_U57_MASK
     const uint64_t CR3_LAM_U48_MASK
     const uint64_t CR3_NOFLUSH_MASK
+    const uint64_t CR4_VME_MASK
+    const uint64_t CR4_PVI_MASK
+    const uint64_t CR4_TSD_MASK
+    const uint64_t CR4_DE_MASK
     const uint64_t CR4_PSE_MASK
     const uint64_t CR4_PAE_MASK
+    const uint64_t CR4_MCE_MASK
     const uint64_t CR4_PGE_MASK
+    const uint64_t CR4_PCE_MASK
+    const uint64_t CR4_OSFXSR_MASK
+    const uint64_t CR4_OSXMMEXCPT_MASK
     const uint64_t CR4_LA57_MASK
     const uint64_t CR4_PCIDE_MASK
     const uint64_t CR4_SMEP_MASK

@@ -134,19 +134,32 @@ class Cr0(IntFlag):
     """CR0."""
 
     PE = CR0_PE_MASK
+    MP = CR0_MP_MASK
+    EM = CR0_EM_MASK
+    TS = CR0_TS_MASK
     ET = CR0_ET_MASK
+    NE = CR0_NE_MASK
     WP = CR0_WP_MASK
+    AM = CR0_AM_MASK
     NW = CR0_NW_MASK
     CD = CR0_CD_MASK
     PG = CR0_PG_MASK
 
 
 class Cr4(IntFlag):
-    """CR4, the bits that paging looks at."""
+    """CR4. COMMON is bits 0 to 10, which every 64-bit processor has."""
 
+    VME = CR4_VME_MASK
+    PVI = CR4_PVI_MASK
+    TSD = CR4_TSD_MASK
+    DE = CR4_DE_MASK
     PSE = CR4_PSE_MASK
     PAE = CR4_PAE_MASK
+    MCE = CR4_MCE_MASK
     PGE = CR4_PGE_MASK
+    PCE = CR4_PCE_MASK
+    OSFXSR = CR4_OSFXSR_MASK
+    OSXMMEXCPT = CR4_OSXMMEXCPT_MASK
     LA57 = CR4_LA57_MASK
     PCIDE = CR4_PCIDE_MASK
     SMEP = CR4_SMEP_MASK

@@ -15,8 +15,8 @@ from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
     EPT_EXECUTABLE_MASK, EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_USER_EXECUTABLE_MASK,
     EPT_WRITABLE_MASK, GPA_BITS, KVMMU_BITS, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAE_PDPTE_RSVD_MASK, PAE_RSVD_LIMIT_SHIFT,
-    PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PKRU_AD_MASK, PKRU_WD_MASK,
-    PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
+    PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PKRU_AD_MASK,
+    PKRU_WD_MASK, PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
     PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
 from kvmmu.arch._format cimport (
@@ -209,6 +209,12 @@ cdef class PageFormat:
     bad_mt_xwr : int
         EPT only: bit n set: entries whose low six bits are n are malformed.
     """
+
+    def __repr__(self):
+        rows = self.rsvd_bits_mask.tolist()
+        reserved = ", ".join(f"{size} {rows[bit7][level - 1]:#x}" for size, bit7, level in
+                             (("4K", 0, PG_LEVEL_4K), ("2M", 1, PG_LEVEL_2M), ("1G", 1, PG_LEVEL_1G)))
+        return f"<PageFormat: reserved bits of a {reserved} page>"
 
     @property
     def permissions(self):

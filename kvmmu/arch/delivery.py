@@ -7,6 +7,7 @@ Address", "Page-Modification Logging"; APM vol. 2, "Nested versus Guest Page Fau
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 from kvmmu.arch._bits import EptQual, NpfInfo, Pferr
 from kvmmu.arch.arguments import check_bool, check_name, check_word
@@ -19,8 +20,11 @@ from kvmmu.arch.faults import (
     PmlFull,
     SppEvent,
     VirtualizationException,
+    error_code_text,
+    npf_info_text,
 )
 from kvmmu.arch.second_stages import Ept, Intercepts, Npt, Stage
+from kvmmu.arch.words import fields_text, hex_text, name_text
 
 __all__ = ["ExceptionInjected", "ExitToL1", "SvmExit", "SvmExitCode", "VmxExit", "VmxExitReason", "deliver_nested_fault",
            "deliver_page_fault"]
@@ -74,6 +78,9 @@ class ExceptionInjected:
     into: str
     vector: int = PF_VECTOR
 
+    def __repr__(self) -> str:
+        return fields_text(self, {"error_code": error_code_text, "cr2": hex_text})
+
 
 @dataclass(frozen=True)
 class ExitToL1:
@@ -111,6 +118,11 @@ class VmxExit(ExitToL1):
     interruption_info: int | None = None
     interruption_error_code: int | None = None
 
+    def __repr__(self) -> str:
+        return fields_text(self, dict.fromkeys(
+            ("exit_qualification", "guest_physical_address", "guest_linear_address", "interruption_info",
+             "interruption_error_code"), hex_text) | {"reason": partial(name_text, kind=VmxExitReason)})
+
 
 @dataclass(frozen=True)
 class SvmExit(ExitToL1):
@@ -126,6 +138,10 @@ class SvmExit(ExitToL1):
 
     exit_info_1: int
     exit_info_2: int
+
+    def __repr__(self) -> str:
+        return fields_text(self, {"reason": partial(name_text, kind=SvmExitCode), "exit_info_1": npf_info_text,
+                                  "exit_info_2": hex_text})
 
 
 def deliver_page_fault(fault: PageFault, stage: Stage | None, in_l2: bool, *, intercepts: Intercepts | None = None,

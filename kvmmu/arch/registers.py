@@ -4,9 +4,10 @@ Sources: SDM vol. 3, "Control Registers", "Paging Modes and Control Bits", "Enab
 and "MOV to control registers"; APM vol. 2, "Control Registers" and "Extended Feature Enable Register (EFER)".
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol, SupportsIndex, TypedDict
 
 from kvmmu.arch._bits import (
     CR3_LAM_U48,
@@ -28,8 +29,9 @@ from kvmmu.arch._bits import (
 )
 from kvmmu.arch.arguments import check_bool, check_int, check_name, check_word, check_words
 from kvmmu.arch.faults import GeneralProtection, InvalidOpcode
+from kvmmu.arch.words import fields_text, flags_text, hex_text
 
-__all__ = ["FEATURES", "CpuModel", "Regs"]
+__all__ = ["FEATURES", "CpuModel", "RegisterValues", "Regs"]
 
 class TableSpace(Protocol):
     """Memory that PDPTEs are loaded from: guest-physical, or L2's through a second stage."""
@@ -51,6 +53,8 @@ FEATURES: dict[str, tuple[tuple[str, ...], Cr4 | Efer]] = {
 }
 
 _WIDTHS = {"cr0": 64, "cr3": 64, "cr4": 64, "efer": 64, "pkru": 32, "rflags": 64, "pkrs": 32}
+_TEXTS = dict.fromkeys((*_WIDTHS, "pdptrs"), hex_text) | {
+    name: partial(flags_text, kind=kind) for name, kind in (("cr0", Cr0), ("cr4", Cr4), ("efer", Efer))}
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,11 @@ class CpuModel:
         are reserved. By default none is: registers of any machine are legal, of whichever vendor.
     """
 
-    vendor: str = "intel"
+    vendor: Literal["intel", "amd"] = "intel"
     maxphyaddr: int = 48
     gbpages: bool = True
     pse36: bool = True
-    conformance: str = "sdm"
+    conformance: Literal["sdm", "kvm"] = "sdm"
     la57: bool = True
     nx: bool = True
     smep: bool = True
@@ -117,6 +121,9 @@ class CpuModel:
             if isinstance(self.features, str) or not set(self.features) <= set(names):
                 raise ValueError(f"features: want None or a collection of {', '.join(names)}, got {self.features!r}")
             object.__setattr__(self, "features", frozenset(self.features))
+
+    def __repr__(self) -> str:
+        return fields_text(self, {}, always=("vendor", "maxphyaddr", "conformance"))
 
     @property
     def rsvd_gpa_bits(self) -> int:
@@ -168,6 +175,9 @@ class Regs:
         if self.pdptrs is not None:
             object.__setattr__(self, "pdptrs", check_words("pdptrs", self.pdptrs, 4))
 
+    def __repr__(self) -> str:
+        return fields_text(self, _TEXTS)
+
     @property
     def is_long_mode(self) -> bool:
         return bool(self.efer & Efer.LMA)
@@ -176,6 +186,19 @@ class Regs:
     def is_pae_paging(self) -> bool:
         """Paging with PDPTE registers: CR0.PG and CR4.PAE without long mode."""
         return bool(self.cr0 & Cr0.PG and self.cr4 & Cr4.PAE and not self.is_long_mode)
+
+
+class RegisterValues(TypedDict, total=False):
+    """Registers by name, for calls that load some of them."""
+
+    cr0: SupportsIndex
+    cr3: SupportsIndex
+    cr4: SupportsIndex
+    efer: SupportsIndex
+    pkru: SupportsIndex
+    rflags: SupportsIndex
+    pdptrs: Sequence[SupportsIndex] | None
+    pkrs: SupportsIndex
 
 
 def _gp(rule: str, message: str) -> GeneralProtection:
@@ -265,16 +288,22 @@ def check_combination(regs: Regs) -> None:
         raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
 
 
+def pdpte_gpas(cr3: int) -> tuple[int, ...]:
+    """Return where the four PDPTEs at a CR3 lie in guest-physical memory: one behind the other, in one page."""
+    base = cr3 & CR3_PAE_PDPT
+    return (base, base + 8, base + 16, base + 24)
+
+
 def load_pdptrs(cpu: CpuModel, cr3: int, mem: TableSpace) -> tuple[int, ...]:
     """Return the four PDPTEs at CR3, all checked, even unused ones; #GP if a present one has a reserved bit or no memory is
     there.
 
     Source: SDM vol. 3, "PDPTE Registers".
     """
-    base = cr3 & CR3_PAE_PDPT
-    if not mem.is_backed(base, 32):
+    gpas = pdpte_gpas(cr3)
+    if not mem.is_backed(gpas[0], 32):
         raise _gp("pdpt-in-hole", f"CR3 {cr3:#x}: the PDPTEs lie in a hole of guest memory")
-    pdptrs = tuple(mem.read_u64(base + 8 * i) for i in range(4))
+    pdptrs = tuple(mem.read_u64(gpa) for gpa in gpas)
     check_pdptrs(cpu, pdptrs)
     return pdptrs
 

@@ -1,6 +1,8 @@
 """What L1 gives for a nested guest: the second stage as VMX (Ept) or SVM (Npt) describes it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kvmmu.arch._bits import (
     EPTP_AD,
@@ -14,8 +16,10 @@ from kvmmu.arch._bits import (
     GPA_LIMIT,
     Cr0,
     Cr4,
+    Efer,
 )
 from kvmmu.arch.arguments import check_bool, check_pages, check_word
+from kvmmu.arch.words import fields_text, flags_text, hex_text
 
 __all__ = ["Ept", "Intercepts", "Npt", "Pml", "Stage"]
 
@@ -39,6 +43,9 @@ class Pml:
         object.__setattr__(self, "address", check_pages("address", self.address, 0, GPA_LIMIT - 1))
         object.__setattr__(self, "index", check_word("index", self.index, 16))
 
+    def __repr__(self) -> str:
+        return fields_text(self, {"address": hex_text}, always=("index",))
+
 
 @dataclass(frozen=True)
 class Intercepts:
@@ -54,6 +61,9 @@ class Intercepts:
     def __post_init__(self) -> None:
         for name in ("exception_bitmap", "pfec_mask", "pfec_match"):
             object.__setattr__(self, name, check_word(name, getattr(self, name), 32))
+
+    def __repr__(self) -> str:
+        return fields_text(self, dict.fromkeys(("exception_bitmap", "pfec_mask", "pfec_match"), hex_text))
 
     def wants_page_fault(self, error_code: int) -> bool:
         """True if a #PF with this error code exits to L1."""
@@ -121,6 +131,12 @@ class Ept:
         if self.pml is not None and not self.ad:
             raise ValueError(f"pml: needs accessed and dirty bits, eptp {self.eptp:#x} has bit 6 clear")
 
+    def __repr__(self) -> str:
+        return fields_text(self, {"eptp": self._eptp_text, "spptp": hex_text, "ve": hex_text})
+
+    def _eptp_text(self, eptp: int) -> str:
+        return f"{eptp:#x} ({'WB' if eptp & EPTP_MT == EPTP_MT_WB else 'UC'}, {self.level} levels{', AD' if self.ad else ''})"
+
     @property
     def root(self) -> int:
         return self.eptp
@@ -166,7 +182,7 @@ class Npt:
 
     ncr3: int
     cr4: int = int(Cr4.PAE)
-    efer: int = 0xD00
+    efer: int = int(Efer.LME | Efer.LMA | Efer.NX)
     gmet: bool = False
     intercepts: Intercepts = Intercepts()
 
@@ -175,6 +191,9 @@ class Npt:
             object.__setattr__(self, name, check_word(name, getattr(self, name)))
         object.__setattr__(self, "gmet", check_bool("gmet", self.gmet))
         _check_parts(None, self.intercepts)
+
+    def __repr__(self) -> str:
+        return fields_text(self, _NPT_TEXTS, always=("cr4", "efer"))
 
     @property
     def root(self) -> int:
@@ -192,5 +211,8 @@ def _check_parts(pml: object, intercepts: object) -> None:
     if not isinstance(intercepts, Intercepts):
         raise TypeError(f"intercepts: want Intercepts, got {type(intercepts).__name__}")
 
+
+_NPT_TEXTS: dict[str, Callable[[int], str]] = {
+    "ncr3": hex_text, "cr4": partial(flags_text, kind=Cr4), "efer": partial(flags_text, kind=Efer)}
 
 Stage = Ept | Npt

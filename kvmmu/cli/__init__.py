@@ -1,6 +1,7 @@
 """The kvmmu command: one file per subcommand."""
-# Below: arch, memory, walk, vm, tables, traces, images, replay, report, kvmmu
-# Order: parsing, output, sources, synthetic, image_target, image_info, replay, convert, info, pt, read, walk, spt, command
+# Below: arch, memory, walk, vm, tables, tlb, traces, images, replay, report, comparison, oracles, kvmmu
+# Order: parsing, output, sources, synthetic, image_target, image_info, replay, compare, convert, info, pt, read, walk, spt,
+#     scenario, diff, command
 
 from kvmmu.cli.command import main
 

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Sequence
 
 import kvmmu
-from kvmmu.cli import convert, info, pt, read, replay, spt, walk
+from kvmmu.cli import compare, convert, diff, info, pt, read, replay, scenario, spt, walk
 from kvmmu.cli.output import BAD, BUG, INTERRUPTED, OK, Deadly, drop_output, flush
 from kvmmu.cli.parsing import Parser, epilog
 from kvmmu.replay.terminal import StreamError, warn
 
 __all__ = ["main"]
 
-_COMMANDS = (replay, convert, info, pt, walk, read, spt)       # in the order of the help
+_COMMANDS = (replay, compare, convert, info, pt, walk, read, diff, spt, scenario)       # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

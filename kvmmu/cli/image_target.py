@@ -8,15 +8,16 @@ import kvmmu
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import open_with_tables
 from kvmmu.images import Image, is_image, open_image
-from kvmmu.replay.replay import recording_vcpu, use_context
+from kvmmu.replay.recorded_machine import trace_start
+from kvmmu.replay.register_events import use_context
 from kvmmu.replay.terminal import warn
-from kvmmu.replay.trace_replay import trace_start
+from kvmmu.replay.trace_replay import recording_vcpu
 from kvmmu.traces import ParquetTrace, Recording, TraceError
 from kvmmu.traces.opening import find_format
 from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_target", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
+__all__ = ["add_image_options", "add_registers", "add_target", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer")
 _MODES = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
@@ -34,6 +35,11 @@ def add_image_options(command: argparse.ArgumentParser) -> None:
     """Add the options of images."""
     group = command.add_argument_group("of memory images")
     group.add_argument("--format", metavar="F", help="format of the image (default: told by its content)")
+    add_registers(command, group)
+
+
+def add_registers(command: argparse.ArgumentParser, group: Any) -> None:
+    """Add the options that say which registers an image is looked at with. IN group: of arguments, takes --vcpu."""
     group.add_argument("--vcpu", type=int, metavar="N", help="whose registers (default: 0)")
     others = command.add_argument_group("registers")
     for name in _REGISTERS:

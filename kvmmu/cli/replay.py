@@ -4,19 +4,28 @@ import argparse
 import json
 from typing import Any
 
+from kvmmu.cli.image_target import add_registers, image_vcpu
 from kvmmu.cli.output import MISMATCH, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.cli.synthetic import synthetic_tables
+from kvmmu.images import open_image
+from kvmmu.replay.machine_replay import MachineReport
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
-from kvmmu.replay.terminal import say
+from kvmmu.replay.terminal import say, warn
+from kvmmu.report.machine import machine_tables
 from kvmmu.report.tables import replay_tables, show_tables
+from kvmmu.report.tlb import tlb_tables
 from kvmmu.tables.pager import Pager
+from kvmmu.tlb.hierarchy import TlbHierarchy
 from kvmmu.traces import Recording, TraceError
+from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["add"]
+
+_OF_IMAGES = ("image_format", "vcpu", "cr0", "cr3", "cr4", "efer")
 
 
 def add(commands: Commands) -> None:
@@ -24,10 +33,12 @@ def add(commands: Commands) -> None:
     run = command(commands, "replay", _replay, "walk every access of a trace, on its own page tables or on some made for it",
                   "Walk every access of a recording or trace. Where it brings page tables, hold each access against the recorded "
                   "physical address; exit status 1 on a mismatch. Where it brings none, as the traces of other tools, make "
-                  "tables for it and tell footprint, faults, page sizes and references. Ctrl-C reports what was done so far.",
+                  "tables for it and tell footprint, faults, page sizes and references; or walk it on the tables of a memory "
+                  "image. Ctrl-C reports what was done so far.",
                   "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json", "replay sort.lackey.xz",
-                  "replay sort.lackey.xz --page thp --pager",
-                  "replay trace.csv --columns addr=va,op=type --page 2m --frames random")
+                  "replay sort.lackey.xz --page thp --pager", "replay bundled --tlb skylake",
+                  "replay trace.csv --columns addr=va,op=type --page 2m --frames random",
+                  "replay boot.qtrace --image dump.elf")
     run.add_argument("recording", nargs="?", metavar="TRACE", help=f"{WHAT}; default: the bundled recording")
     add_format(run)
     tables = run.add_argument_group("page tables for a trace that brings none")
@@ -36,17 +47,30 @@ def add(commands: Commands) -> None:
                         help="pages (default: 4k; in mode 32 large ones are 4M); thp: 2M where half of the 4K pages are touched")
     tables.add_argument("--frames", choices=("linear", "random"), help="order of the frames that pages get (default: linear)")
     tables.add_argument("--pager", action="store_true", help="demand paging: map pages as they are touched, and count the faults")
+    run.add_argument("--tlb", metavar="PRESET|FILE.toml", help="let the accesses go through a TLB hierarchy (docs/tlb.md); "
+                     f"presets: {', '.join(TlbHierarchy.presets())}")
+    image = run.add_argument_group("page tables of a memory image, for a trace that brings none")
+    image.add_argument("--image", metavar="FILE", help="memory as it was when the trace began; its page tables are walked, and "
+                                                       "stores and register loads that the trace tells are carried out")
+    image.add_argument("--image-format", metavar="F", help="format of the image (default: told by its content)")
+    add_registers(run, image)
+    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables on a whole machine with "
+                     "this host, and tell exits and what the host builds")
+    run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _replay(args: argparse.Namespace) -> int:
     source = open_any(args)
+    if args.image is not None and isinstance(source, Recording):
+        raise ValueError(f"--image {args.image}: {path_of(args)} is a recording, which brings its own memory; "
+                         "allowed with traces")
     order = _order(args, isinstance(source, Recording) or bool(source.header.registers))
     titled = source if isinstance(source, Recording) else source.header
     try:
         with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-            report = replay(source, progress=progress or False, **order)
+            report = replay(source, progress=progress or False, tlb=args.tlb, **order, **_machine(args))
     except (ReplayInterrupted, TraceError) as stop:
         if stop.report is not None and stop.report.accesses:
             _show(stop.report, args.json)
@@ -58,9 +82,25 @@ def _replay(args: argparse.Namespace) -> int:
     return MISMATCH if report.mismatches else OK
 
 
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine that the arguments ask for, as `replay()` takes it."""
+    if args.machine is None:
+        if args.backing is not None:
+            raise ValueError("--backing: is of a machine; want --machine, too")
+        return {}
+    return {"mode": "machine", "host": args.machine, "backing": args.backing}
+
+
 def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
-    """The tables that the arguments ask for, as `replay()` takes them."""
+    """The tables that the arguments ask for, or the vCPU whose tables they are, as `replay()` takes them."""
     given = [f"--{name}" for name in ("mode", "page", "frames", "pager") if getattr(args, name)]
+    if args.image is not None:
+        if given:
+            raise ValueError(f"{', '.join(given)}: page tables are those of --image {args.image}; allowed without --image")
+        return {"vm": _vcpu_of_image(args)}
+    for name in _OF_IMAGES:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: is about a memory image; allowed with --image FILE")
     if has_tables and given:
         raise ValueError(f"{', '.join(given)}: {path_of(args)} brings page tables of its own; allowed are traces that bring none")
     if not args.pager:
@@ -68,11 +108,22 @@ def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
     return {"pager": Pager(args.page or "4k", args.frames or "linear", mode=args.mode or "4l")}
 
 
+def _vcpu_of_image(args: argparse.Namespace) -> Vcpu:
+    """The vCPU of the image that the arguments name. Damage is told on standard error."""
+    image = open_image(args.image, args.image_format)
+    for damage in image.damage:
+        warn(f"kvmmu: {args.image}: {damage}")
+    return image_vcpu(args, image)[1]
+
+
 def _show(report: Report, as_json: bool) -> None:
     if as_json:
         say(json.dumps(report.to_dict()))
         return
-    show_tables(synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report))
+    tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
+    if isinstance(report, MachineReport):
+        tables = tables[:2] + machine_tables(report)
+    show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))
     for example in report.examples:
         say(f"MISMATCH {example}")
     if report.mismatches > len(report.examples):

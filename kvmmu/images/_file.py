@@ -1,6 +1,5 @@
 """Bytes of an image file, mapped copy-on-write, and guest memory made from ranges of them."""
 
-import mmap
 import os
 import stat
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.memory._mapping import PrivateFile
 from kvmmu.memory._memory import GuestMemory
 
 __all__ = ["ImageError", "ImageFile", "Range", "StrPath", "join_ranges", "joined", "memory_of"]
@@ -19,7 +19,6 @@ StrPath = str | PathLike[str]
 
 _PAGE = int(PAGE_SIZE)
 _ALIGNMENT = 8                              # of entries that walks update
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _OFFSET_LIMIT = (1 << 63) - 1               # of files
 _DAMAGE_MAX = 1000                          # lines
 _PARTIAL_MIN, _PARTIAL_PER_BYTE = 1 << 24, 4        # memory for pages that are in a file by parts: at least, and per byte of it
@@ -69,9 +68,7 @@ class ImageFile:
             self.size = status.st_size
             if not self.size:
                 raise ImageError(path, "is empty", 0)
-            self.data: NDArray[np.uint8] = np.frombuffer(mmap.mmap(
-                file.fileno(), self.size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE), np.uint8)
+            self.data: NDArray[np.uint8] = np.frombuffer(PrivateFile(file.fileno()).map(), np.uint8)
 
     def fail(self, reason: str, offset: int | None = None) -> ImageError:
         """Return the error that says what is wrong with the file."""

@@ -4,13 +4,14 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result, walk_step
 from kvmmu.arch._bits cimport (
-    ACCESS_FETCH_MASK, ACCESS_WRITE_MASK, CR4_PAE_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, STATUS_NON_CANONICAL,
-    STATUS_OK,
+    ACCESS_FETCH_MASK, ACCESS_WRITE_MASK, CR4_PAE_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, ROLE_DIRECT_MASK,
+    STATUS_NON_CANONICAL, STATUS_OK,
 )
+from kvmmu.arch._format cimport permission_fault
 from kvmmu.machine._exits cimport set_fault
 from kvmmu.machine._state cimport access_result, machine
 from kvmmu.memory._memory cimport kvmmu_store
-from kvmmu.mmu.core._fault cimport host_reads, host_writes
+from kvmmu.mmu.core._fault cimport host_reads, host_writes, is_mmio_cached
 from kvmmu.mmu.core._kvm cimport kvm, memslots_of
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu.kvm._entry cimport inject_guest_fault, unprotect_and_retry
@@ -35,6 +36,13 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
     track_write(k, m.vcpu.as_id, gpa, m.size, (m.arch.cr4 & CR4_PAE_MASK) != 0)
 
 
+cdef bint is_known_as_mmio(const machine *m, uint64_t addr, uint32_t access) noexcept nogil:
+    """True if KVM has in mind that the page is MMIO and that its rights allow the access: it does not walk then."""
+    if access & ACCESS_FETCH_MASK or not is_mmio_cached(m.vcpu, addr, False):
+        return False
+    return m.sw.cpu_role & ROLE_DIRECT_MASK or not permission_fault(m.sw.fmt, m.sw.vcpu.keys, m.vcpu.mmio_access, 0, access)
+
+
 cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_result *out) noexcept nogil:
     """Do step 6: walk the guest's tables. An access outside of memory, and a write to a read-only slot, is MMIO."""
     cdef kvm *k = m.k
@@ -43,8 +51,14 @@ cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_res
     cdef walk_step steps[5]
     cdef uint64_t gfn
     cdef bint by_ngpa_walk
-    cdef int n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
+    cdef int n
     k.stats.insn_emulation += 1
+    if is_known_as_mmio(m, addr, access):
+        k.stats.mmio_exits += 1
+        out.status, out.error_code = STATUS_OK, 0
+        out.gpa, out.hpa = (m.vcpu.mmio_gfn << PAGE_SHIFT) | (addr & PAGE_OFFSET_MASK), INVALID_GPA
+        return
+    n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
     k.trace.vcpu = m.vcpu.id
     trace_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
     if r.status != STATUS_OK:

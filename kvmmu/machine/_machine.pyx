@@ -4,10 +4,11 @@ import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu.arch._bits cimport (
-    ACCESS_PLAIN_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, STATUS_OK,
+    ACCESS_PLAIN_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE,
+    PML_ENTITY_NUM, STATUS_OK,
 )
 from kvmmu.arch._format cimport explicit_access
 from kvmmu.machine._access cimport (
@@ -22,6 +23,7 @@ from kvmmu.machine._flushes cimport (
 from kvmmu.machine._mmus cimport new_shadow_mmu, new_tdp_mmu, raise_errno
 from kvmmu.machine._modes cimport new_modes
 from kvmmu.machine._state cimport access_result, use_arena
+from kvmmu.mmu.core._page cimport first_spte
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
@@ -57,9 +59,10 @@ cdef class Machine:
         raise TypeError("a Machine cannot be copied or pickled")
 
     def set_cpu(self):
-        """Take the processor model of the walks, which is a new one: every walk and root is made anew."""
+        """Take the processor model of the walks, which is a new one: every walk, root and shadow page is made anew."""
         with self.kvm.lock:
             self.modes.take_cpu()
+            self.kvm.zap_all_fast()                     # shadow pages show which entries the old model took for legal
 
     @property
     def root_mmu(self):
@@ -269,6 +272,14 @@ cdef class Machine:
         """Enter what the processor logged so far in the dirty log."""
         with self.kvm.lock:
             machine_drain_pml(self.m)
+
+    def logged(self):
+        """Return what the processor logged and no exit has drained: a set of (address space, guest frame)."""
+        cdef int i
+        if self.m.vcpu.pml_page == 0:
+            return set()
+        return {(self.m.vcpu.as_id, self.m.k.sptes[first_spte(self.m.vcpu.pml_page) + i] >> PAGE_SHIFT)
+                for i in range(<uint16_t>(self.m.pml.index + 1), PML_ENTITY_NUM)}
 
 
 cdef uint8_t NO_DATA[1]

@@ -17,6 +17,7 @@ from kvmmu.walk._arguments cimport check_scalar_word
 from kvmmu.walk._vcpu_arch cimport rflags_ac
 
 from kvmmu.arch._bits import RetPf
+from kvmmu.arch._roles import CpuRole
 
 
 cdef int raise_errno(int errno, what) except -1:
@@ -104,7 +105,7 @@ cdef class Mmu:
         return RetPf(ret)
 
     def __repr__(self):
-        return f"<{type(self).__name__} root_role {self.root_role:#x}>"
+        return f"<{type(self).__name__} root_role {CpuRole(self.root_role)!r}>"
 
 
 cdef int mmu_width(const kvm_mmu *mmu) noexcept:

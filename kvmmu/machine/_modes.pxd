@@ -23,6 +23,7 @@ cdef class Modes:
     cdef Kvm kvm
     cdef Tlb tlb
     cdef machine m
+    cdef bint joined                # m.vcpu is a vCPU of kvm; else this owns it, and it holds no pages
     cdef PyObject *owner            # kvm, by a reference that the garbage collector cannot clear: m.vcpu lives in it
     cdef PageWalk gva_walk          # the walk of the vCPU: its registers, role, second stage and memory are taken from it
     cdef VcpuArch arch              # the guest's registers
@@ -43,6 +44,12 @@ cdef class Modes:
     cdef uint64_t rights_role       # role, root role and PKRU that the rights in force were made from
     cdef uint32_t rights_root
     cdef uint64_t rights_keys
+    # Let the parts point to each other, and to those of the vCPU
+    cdef void connect(self) noexcept
+    # Become a vCPU of the machine, if it is none
+    cdef int join(self) except -1
+    # Become as new, and no vCPU of the machine until it runs. Its pages are gone, with all of the machine's
+    cdef void leave(self) noexcept
     # Take the processor model of the walk anew
     cdef int take_cpu(self) except -1
     cdef int update(self) except -1

@@ -3,6 +3,8 @@
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk
 from kvmmu.arch._bits cimport (
@@ -20,7 +22,9 @@ from kvmmu.machine._roots cimport machine_prepare_root, machine_use_tags
 from kvmmu.machine._state cimport machine, use_arena
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport GuestMemory
-from kvmmu.mmu.core._kvm cimport REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu, sp_hpa
+from kvmmu.mmu.core._kvm cimport (
+    REQ_LOAD_MMU_PGD, add_vcpu, kvm_mmu, kvm_vcpu, return_vcpu, sp_hpa, withdraw_vcpu,
+)
 from kvmmu.mmu.core._page cimport alloc_page, reserve_pages
 from kvmmu.mmu.core._spte cimport init_shadow_format, init_tdp_format
 from kvmmu.mmu.kvm._entry cimport free_mmu_roots, tdp_root_role
@@ -50,26 +54,12 @@ cdef Modes new_modes(Kvm kvm, uint32_t vcpu_id, Tlb tlb, PageWalk gva_walk):
         Py_INCREF(kvm)
         modes.owner = <PyObject *>kvm
         tlb.lock = kvm.lock
-        connect(modes)
+        modes.joined = True
+        modes.connect()
+        modes.m.stage.epoch = 1
+        modes.m.page_table_writing = True
         modes.take_cpu()
     return modes
-
-
-cdef void connect(Modes modes) noexcept:
-    """Let the parts of a new vCPU point to each other."""
-    cdef machine *m = &modes.m
-    m.vcpu.root_mmu.fmt = &modes.shadow_fmt.fmt
-    m.vcpu.guest_mmu.fmt = &modes.shadow_fmt.fmt
-    m.k, m.tlb, m.arena, m.arch = modes.kvm.k, &modes.tlb.t, &modes.kvm.arena_slot, &modes.arch.arch
-    if m.k.tdp_enabled:
-        m.vcpu.root_mmu.fmt = &modes.tdp_fmt.fmt
-        m.vcpu.root_mmu.page_fault = tdp_page_fault
-    m.mmu = &m.vcpu.root_mmu
-    m.sw.vcpu = &modes.arch.arch
-    m.hw.fmt, m.sw.fmt, m.stage.w.fmt = &modes.hw_fmt.fmt, &modes.sw_fmt.fmt, &modes.n_fmt.fmt
-    m.stage.w.vcpu = &m.host
-    m.stage.epoch = 1
-    m.page_table_writing = True
 
 
 cdef class Modes:
@@ -82,6 +72,10 @@ cdef class Modes:
     def __dealloc__(self):
         if self.owner is NULL:
             return
+        if not self.joined:
+            free(self.m.vcpu)
+            Py_DECREF(<Kvm>self.owner)
+            return
         # Another thread may run the machine now: what the vCPU holds is freed by whoever takes the lock next.
         self.m.vcpu.pml_index = self.m.pml.index
         self.m.vcpu.gone = self.m.k.vcpu_is_gone = True
@@ -89,6 +83,46 @@ cdef class Modes:
 
     def __reduce__(self):
         raise TypeError("Modes cannot be copied or pickled")
+
+    cdef void connect(self) noexcept:
+        cdef machine *m = &self.m
+        m.vcpu.kvm, m.vcpu.mmu = self.kvm.k, &m.vcpu.root_mmu
+        m.vcpu.root_mmu.fmt = &self.shadow_fmt.fmt
+        m.vcpu.guest_mmu.fmt = &self.shadow_fmt.fmt
+        m.k, m.tlb, m.arena, m.arch = self.kvm.k, &self.tlb.t, &self.kvm.arena_slot, &self.arch.arch
+        if m.k.tdp_enabled:
+            m.vcpu.root_mmu.fmt = &self.tdp_fmt.fmt
+            m.vcpu.root_mmu.page_fault = tdp_page_fault
+        m.mmu = &m.vcpu.root_mmu
+        m.sw.vcpu = &self.arch.arch
+        m.hw.fmt, m.sw.fmt, m.stage.w.fmt = &self.hw_fmt.fmt, &self.sw_fmt.fmt, &self.n_fmt.fmt
+        m.stage.w.vcpu = &m.host
+        m.data = NULL
+
+    cdef int join(self) except -1:
+        if self.joined:
+            return 0
+        if return_vcpu(self.kvm.k, self.m.vcpu):
+            raise MemoryError
+        self.joined = True
+        self.take_cpu()
+        return 0
+
+    cdef void leave(self) noexcept:
+        cdef kvm_vcpu *vcpu = self.m.vcpu
+        cdef uint32_t number = vcpu.id
+        withdraw_vcpu(self.kvm.k, vcpu)
+        self.joined = False
+        memset(vcpu, 0, sizeof(kvm_vcpu))
+        memset(&self.m, 0, sizeof(machine))
+        vcpu.id = number
+        self.m.vcpu = vcpu
+        self.connect()
+        self.m.stage.epoch = 1
+        self.m.page_table_writing = True
+        self.cpu_role = self.rights_role = self.loads = 0
+        self.taken = self.second = self.walked = None
+        self.mem = self.table = self.stage = None
 
     # ---- registers, roles and walks ------------------------------------------------------------------------------------
 
@@ -104,6 +138,7 @@ cdef class Modes:
         self.stage = None
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
+        self.m.vcpu.mmio_cached = False
         self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
         host = self.kvm.host
         self.cpu_caps.npt_host = self.kvm_caps.npt_host = host.tdp == "npt"
@@ -118,6 +153,7 @@ cdef class Modes:
         if not self.cpu_role or walk.w.cpu_role != self.cpu_role or self.arch.loads != self.loads or (
                 walk.second is not self.taken or walk.mem is not self.mem or self.mem.number != self.table.number):
             walk.check_in_use()
+            self.join()
             self.cpu_role = 0                           # nothing is taken, should one of them be refused
             self.take_registers(walk.w.cpu_role, walk.mem, walk.second)
             self.cpu_role, self.loads = walk.w.cpu_role, self.arch.loads

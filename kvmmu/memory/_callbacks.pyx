@@ -228,6 +228,11 @@ cdef class CallbackMemory(GuestMemory):
         """Refused likewise."""
         raise ValueError("gpa: memory of callbacks has no slots of its own")
 
+    def copy(self):
+        """Refused: the bytes are the target's, and the callbacks those of one memory."""
+        raise ValueError("memory of callbacks has no bytes of its own that could be copied; read() what is wanted, and make "
+                         "memory of it with from_pages()")
+
     def is_backed(self, gpa, n=1):
         """True if all n bytes at gpa lie below its size."""
         gpa = check_gpa("gpa", gpa)

@@ -61,6 +61,11 @@ cdef class MachineLock:
         if self.count == 0:
             PyThread_release_lock(self.real)
 
+    def check_outermost(self, what):
+        """Raise RuntimeError unless this thread holds the lock once: a call that holds it already is under way below."""
+        if self.count != 1 or self.owner != <unsigned long>PyThread_get_thread_ident():
+            raise RuntimeError(f"{what}: the machine is within another call of this thread, half-way between two states")
+
     def __enter__(self):
         self.acquire()
         return True

@@ -15,6 +15,7 @@ from kvmmu.arch.arguments import (
     check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,
 )
 from kvmmu.memory._regions import _Region, _Regions, _regions_of
+from kvmmu.memory.saved_bytes import copies_of
 
 # Beyond so many pages outside the largest slot (64 MiB of index) look-ups search the slot table instead.
 cdef size_t MAX_INDEXED_PAGES = 1 << 20
@@ -215,8 +216,8 @@ cdef class GuestMemory:
         return 0
 
     def __reduce__(self):
-        raise TypeError("a GuestMemory cannot be copied or pickled: the bytes of its slots are its caller's; make another one, "
-                        "with buffers of its own")
+        raise TypeError("a GuestMemory cannot be copied or pickled: the bytes of its slots are its caller's; "
+                        "its method copy() makes another one, with bytes of its own")
 
     @classmethod
     def from_pages(cls, gpas, pages):
@@ -422,6 +423,33 @@ cdef class GuestMemory:
             There is no write callback, or no callback at all.
         """
         raise ValueError("memory of slots keeps no copies; only that of from_callbacks() does")
+
+    def copy(self):
+        """Return another memory with the same slots, whose bytes are its own from now on.
+
+        Returns
+        -------
+        GuestMemory
+
+        Raises
+        ------
+        ValueError
+            This is memory of callbacks: its bytes are the target's.
+
+        Notes
+        -----
+        Copy-on-write as far as it goes. A copy of memory over an image, or of what `copy()` returned, maps the same file and
+        takes the pages that were changed since. The first copy of other memory takes its pages that were ever written, or all of
+        a caller's own buffer. A file that its owner mapped read-only is shared. Who writes meanwhile may be copied in part.
+        """
+        cdef GuestMemory copy = GuestMemory.__new__(GuestMemory)
+        regions = list(self.regions)
+        if not regions:
+            self.current()                      # raises unless it is empty on purpose
+        for region, data in zip(regions, copies_of([region.data for region in regions])):
+            copy.regions.add(_Region(region.gpa, data, memoryview(data), region.readonly))
+        copy.empty = self.empty
+        return copy
 
     def is_backed(self, gpa, n=1):
         """Whether all n bytes at gpa lie in slots."""

@@ -10,6 +10,7 @@ from libc.stdint cimport uintptr_t
 from kvmmu.arch._bits cimport GPA_LIMIT, PAGE_SIZE
 
 from kvmmu.arch.arguments import check_bytes, check_int, check_length, check_pages
+from kvmmu.memory._mapping import new_bytes
 
 cdef int ENTRY_ALIGNMENT = 8
 _PAGE = int(PAGE_SIZE)
@@ -122,7 +123,7 @@ def _as_bytes(size_or_buffer):
     """(a C-contiguous uint8 array: zeroed of the given size, or over the buffer without a copy; the export of its bytes)."""
     if isinstance(size_or_buffer, (int, np.generic)) or hasattr(type(size_or_buffer), "__index__") and not isinstance(
             size_or_buffer, np.ndarray):
-        own = np.zeros(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT), np.uint8)
+        own = new_bytes(check_pages("size_or_buffer", size_or_buffer, PAGE_SIZE, GPA_LIMIT))
         return own[:], memoryview(own)              # a view of an array cannot be resized
     try:
         data = check_bytes("size_or_buffer", size_or_buffer)

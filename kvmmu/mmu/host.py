@@ -1,9 +1,11 @@
 """Host: the features of the host's processor, and the settings of its KVM."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvmmu.arch._bits import MAXPHYADDR_MAX
 from kvmmu.arch.arguments import check_bool, check_int, check_name
+from kvmmu.arch.words import fields_text
 
 __all__ = ["Host"]
 
@@ -64,17 +66,17 @@ class Host:
         Whose role bits to use: "7.3", or "6.18" to compare with recordings of that kernel. Nothing else depends on it.
     """
 
-    tdp: str | None = "ept"
+    tdp: Literal["ept", "npt"] | None = "ept"
     maxphyaddr: int = 52
     mbec: bool = True
     gmet: bool = False
     ad: bool = True
     pml: bool = False
     nx_huge_pages: bool = False
-    max_page: str = "1g"
+    max_page: Literal["4k", "2m", "1g"] = "1g"
     eager_split: bool = True
     l1tf: bool = False
-    kernel: str = "7.3"
+    kernel: Literal["7.3", "6.18"] = "7.3"
 
     def __post_init__(self) -> None:
         check_name("tdp", self.tdp, ("ept", "npt", None))
@@ -87,6 +89,9 @@ class Host:
         if self.gmet and self.tdp != "npt":
             raise ValueError(f"gmet: is of NPT, got tdp={self.tdp!r}")
         check_name("kernel", self.kernel, _KERNELS)
+
+    def __repr__(self) -> str:
+        return fields_text(self, {}, always=("tdp", "maxphyaddr"))
 
     @property
     def role_bits(self) -> RoleBits:

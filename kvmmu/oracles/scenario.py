@@ -96,7 +96,8 @@ class ScenarioMachine:
         for address, data in self._stub.memory():
             self._poke(address, data)
         self.vcpu = self.vm.create_vcpu()
-        self.vcpu.set_regs(**{name: _number(value) for name, value in scenario["regs"].items()})
+        registers: dict[str, Any] = {name: _number(value) for name, value in scenario["regs"].items()}
+        self.vcpu.set_regs(**registers)
         self._watched = [_number(gpa) for gpa in scenario["watch"]]
         self._tables = {gpa: self._peek(gpa, PAGE_SIZE) for gpa in self._watched}
         self._trace = trace
@@ -352,23 +353,26 @@ class ScenarioMachine:
         while data:
             part = data[:PAGE_SIZE - va % PAGE_SIZE]
             try:
-                if self.vcpu.write_guest(va, part, user) == 0:
-                    self._mmio_exit("w", self._gpa(va, user | Access.WRITE), len(part), part)
+                gpa, hpa = self.vcpu._machine().emulate(va, user | Access.WRITE, part)
             except PageFault:
                 del self._exits[exits:]
                 raise
+            if hpa == INVALID_GPA:
+                self._mmio_exit("w", gpa, len(part), part)
             va, data = va + len(part), data[len(part):]
 
     def _emulated_read(self, va: int, size: int, access: int) -> bytes:
-        """What KVM reads for the guest; what is MMIO reads as zeros."""
-        data: bytes = self.vcpu.read_guest(va, size, access)
-        at = 0
-        while at < size:
-            part = min(size - at, PAGE_SIZE - (va + at) % PAGE_SIZE)
-            gpa = self._gpa(va + at, access)
-            if not self.mem.is_backed(gpa, 1):
+        """What KVM reads for the guest; what is MMIO reads as zeros. There is no exit if the second page faults."""
+        parts = []
+        while size:
+            part = min(size, PAGE_SIZE - va % PAGE_SIZE)
+            parts.append((part, *self.vcpu._machine().emulate(va, access)))
+            va, size = va + part, size - part
+        data = b""
+        for part, gpa, hpa in parts:
+            if hpa == INVALID_GPA:
                 self._mmio_exit("r", gpa, part)
-            at += part
+            data += bytes(part) if hpa == INVALID_GPA else self.mem.read(gpa, part)
         return data
 
     def _emulated_update(self, va: int, size: int, access: int) -> bytes:
@@ -378,9 +382,6 @@ class ScenarioMachine:
         except PageFault as fault:
             fault.error_code |= Pferr.WRITE
             raise
-
-    def _gpa(self, va: int, access: int) -> int:
-        return int(self.vcpu.gva_walk.gva_to_gpa(va, access))
 
     def _host(self, op: dict[str, Any], record: dict[str, Any]) -> list[Any]:
         """One operation of the VMM."""
@@ -396,8 +397,9 @@ class ScenarioMachine:
         self._host_write(_number(op["gpa"]), self._peek(_number(op["gpa"]), 8))
 
     def _op_set_sregs(self, op: dict[str, Any], record: dict[str, Any]) -> int | None:
+        registers: dict[str, Any] = {name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op}
         try:
-            self.vcpu.set_regs(**{name: _number(op[name]) for name in ("cr0", "cr3", "cr4", "efer") if name in op})
+            self.vcpu.set_regs(**registers)
         except GuestFault:
             return -EINVAL
         return None

@@ -1,7 +1,7 @@
 """Memory of a VMM behind the slots of a scenario: what the host does to it, and what its notifiers tell KVM of that."""
 
 import mmap
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ PAGE_SIZE, HUGE_PAGE_SIZE = 4096, 2 << 20
 DIRTY_LOG_FLAG, READONLY_FLAG = 1 << 0, 1 << 1
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
+HostState = Literal["unmap", "protect"]
+
 
 class VmmSlot:
     """A slot of the VMM: its memory outlives the slot of the machine."""
@@ -24,7 +26,7 @@ class VmmSlot:
         self.backing = slot.get("backing", "4k")
         self.data: NDArray[np.uint8] = np.zeros(self.size, np.uint8)
         self.present = False
-        self.states: list[tuple[int, str]] = []         # offsets of host pages that are not plain ones, while it is not there
+        self.states: list[tuple[int, HostState]] = []   # offsets of host pages that are not plain ones, while it is not there
         self.split: set[int] = set()                    # offsets of huge host pages that are none any more
         self.areas = [(0, self.size, READ_WRITE)]       # of the VMM's memory, by protection: start, end, prot
         self.protected: set[int] = set()                # offsets of pages that are read-only for mprotect() alone
@@ -32,9 +34,9 @@ class VmmSlot:
         if self.unpopulated:
             self.states = [(offset, "unmap") for offset in range(0, self.size, PAGE_SIZE)]
 
-    def pages_not_plain(self, vm: Vm) -> list[tuple[int, str]]:
+    def pages_not_plain(self, vm: Vm) -> list[tuple[int, HostState]]:
         """Host pages that are not there, or are the zero page."""
-        states = []
+        states: list[tuple[int, HostState]] = []
         for offset in range(0, self.size, PAGE_SIZE):
             _, _, unmapped, readonly = vm.kvm.host_page(self.gpa + offset)
             if unmapped or readonly:

@@ -1,298 +1,157 @@
-"""The loops of replay: the rows of recordings and of traces, cut into blocks; see `_replay_blocks.pxd`."""
+"""The loop of replay: rows in, each access walked and each event carried out, in order.
+
+Rows come as the columns of a chunk, or from a recording that decodes itself a block at a time. The loop stops for its caller at
+events that it has not carried out before, at mismatches that are to be explained, and at the end.
+"""
 
 import numpy as np
 
 from libc.stddef cimport size_t
 from libc.stdint cimport SIZE_MAX, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.arch._bits cimport OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT, PAGE_SHIFT
+from kvmmu.arch._bits cimport (
+    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_KIND_MASK, OP_MEMORY, OP_MMIO_SHIFT, OP_NPT_FAULT,
+    OP_PAGE_FAULT, OP_RESTART, OP_SET_CPL_AC, PAGE_SHIFT,
+)
 from kvmmu.memory._maker cimport maker
-from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable, kvmmu_keep_copies, kvmmu_load32
-from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
-from kvmmu.walk._register_sets cimport RegisterSetWalks, RegisterSets
-from kvmmu.walk.batch._arrays cimport aligned, column, column_of, exact_column
+from kvmmu.memory._memory cimport SlotTable, kvmmu_keep_copies
+from kvmmu.replay._recorded_faults cimport (
+    FAULT_CODES, count_fault, fault_count, fault_counts, reproduces_npt_fault, reproduces_page_fault,
+)
+from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, MOST_EXPLAINED, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
+from kvmmu.replay._replay_registers cimport NO_SET, ReplayRegisters, new_registers
+from kvmmu.tlb._stream cimport stream_begin, stream_run
+from kvmmu.traces._recorded_rows cimport RecordedRows, row_columns
+from kvmmu.walk._register_sets cimport RegisterSets
+from kvmmu.walk.batch._arrays cimport aligned, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
 
-from kvmmu.walk.results import check_access, check_array
+from kvmmu.walk.results import check_array
 
 _COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access": np.dtype(np.uint8), "gpa": np.dtype(np.uint64),
                  "size": np.dtype(np.uint8), "vcpu": np.dtype(np.uint16), "value": np.dtype(np.uint64)}
+_MAY_BE_NONE = ("size", "vcpu", "value")
 
+# Why run() has returned.
 cdef enum:
-    SHORT_PIDX = 1 << 16            # values of a page number of two bytes, or of a vCPU
-    KIND_PRIVS = 3 * 255 + 255 + 1  # of any two bytes
+    STOP_END
+    STOP_ROW
+    STOP_EVENT
+    STOP_MISMATCHES
+    STOP_MALFORMED                  # an error of the caller's: an event without its columns, a write of no size
 
-ctypedef fused page_index:
-    uint16_t
-    uint32_t
+END, AT_ROW, AT_EVENT, AT_MISMATCHES = int(STOP_END), int(STOP_ROW), int(STOP_EVENT), int(STOP_MISMATCHES)
 
+# The rows at hand.
+cdef struct replay_rows:
+    size_t n
+    const uint8_t *op
+    const uint64_t *addr
+    const uint8_t *access
+    const uint64_t *gpa
+    const uint8_t *size             # these three: NULL where there is no such column
+    const uint16_t *vcpu
+    const uint64_t *value
+    bint all_known                  # each access has a recorded address
 
-cdef column checked_column(str name, array, Py_ssize_t itemsize, Py_ssize_t rows, list kept) except *:
-    """A column that a caller may have made. IN rows: how many there must be, -1: any; kept: takes the array to be kept."""
-    plain = aligned(exact_column(array), itemsize)
-    kept.append(plain)
-    return column_of("", name, plain, itemsize, rows, False)
-
-
-cdef class Replayer(BlockWalker):
-    """Walks a recording in order. Tables live in the walk's memory; writes to them are applied as the trace goes.
-
-    Parameters
-    ----------
-    walk : PageWalk
-    contexts : RegisterSets
-        One per context of the recording.
-    recording
-        An object with the columns of `traces.Recording`, checked by it.
-    access_of : ndarray of uint8, shape (9,)
-        Access byte for kind * 3 + priv.
-    explain : int
-        How many mismatches are wanted one by one.
-    """
-
-    cdef RegisterSets contexts
-    cdef list kept                  # the arrays behind the pointers
-    cdef const void *pidx           # of two bytes, or of four
-    cdef bint short_pidx
-    cdef Py_ssize_t rows
-    cdef const uint16_t *off
-    cdef const uint8_t *kind
-    cdef const uint8_t *priv
-    # by page number; so many that there is one for each number of two bytes
-    cdef uint64_t *page_gva
-    cdef uint64_t *page_gpa
-    cdef uint32_t *page_ctx
-    cdef uint32_t last_page
-    cdef uint8_t access_of[KIND_PRIVS]
-    cdef const uint64_t *w_pos
-    cdef const uint64_t *w_gpa
-    cdef const uint64_t *w_val
-    cdef size_t writes
-    cdef size_t next_write
-    # the rows of a block as plain columns
-    cdef uint64_t gva[BLOCK]
-    cdef uint64_t truth[BLOCK]
-    cdef uint32_t ctx[BLOCK]
-    cdef uint8_t access[BLOCK]
-
-    def __cinit__(self, mark=None, walk=None, contexts=None, recording=None, access_of=None, explain=0, *args):
-        self.walk, self.contexts, self.explain, self.kept = walk, contexts, explain, []
-        self.take_accesses(recording, access_of)
-        self.take_pages(recording)
-        self.take_writes(recording.writes)
-
-    cdef int take_accesses(self, recording, access_of) except -1:
-        cdef Py_ssize_t i
-        cdef column pidx
-        self.short_pidx = isinstance(recording.pidx, np.ndarray) and recording.pidx.dtype.itemsize == sizeof(uint16_t)
-        pidx = checked_column("pidx", recording.pidx, sizeof(uint16_t) if self.short_pidx else sizeof(uint32_t), -1, self.kept)
-        self.rows, self.pidx = pidx.rows, pidx.data
-        self.off = <const uint16_t *>checked_column("off", recording.off, sizeof(uint16_t), self.rows, self.kept).data
-        self.kind = <const uint8_t *>checked_column("kind", recording.kind, sizeof(uint8_t), self.rows, self.kept).data
-        self.priv = <const uint8_t *>checked_column("priv", recording.priv, sizeof(uint8_t), self.rows, self.kept).data
-        for name in ("kind", "priv"):
-            check_below(name, getattr(recording, name), 3)
-        access_of = check_access(np.asarray(access_of), 9)
-        for i in range(9):
-            self.access_of[i] = access_of[i]
-        return 0
-
-    cdef int take_pages(self, recording) except -1:
-        """Copies of what is known by page number."""
-        cdef Py_ssize_t pages = len(recording.pages_gva), room
-        check_below("pidx", recording.pidx, pages)
-        check_below("pages_ctx", recording.pages_ctx, self.contexts.count)
-        room = max(pages, <Py_ssize_t>SHORT_PIDX)
-        self.last_page = <uint32_t>(room - 1)
-        self.page_gva = <uint64_t *>calloc(room, sizeof(uint64_t))
-        self.page_gpa = <uint64_t *>calloc(room, sizeof(uint64_t))
-        self.page_ctx = <uint32_t *>calloc(room, sizeof(uint32_t))
-        if self.page_gva is NULL or self.page_gpa is NULL or self.page_ctx is NULL:
-            raise MemoryError
-        memcpy(self.page_gva, checked_column("pages_gva", recording.pages_gva, sizeof(uint64_t), pages, self.kept).data,
-               pages * sizeof(uint64_t))
-        memcpy(self.page_gpa, checked_column("pages_gpa", recording.pages_gpa, sizeof(uint64_t), pages, self.kept).data,
-               pages * sizeof(uint64_t))
-        memcpy(self.page_ctx, checked_column("pages_ctx", recording.pages_ctx, sizeof(uint32_t), pages, self.kept).data,
-               pages * sizeof(uint32_t))
-        return 0
-
-    cdef int take_writes(self, writes) except -1:
-        cdef column pos = checked_column("writes.pos", writes.pos, sizeof(uint64_t), -1, self.kept)
-        self.writes, self.w_pos = pos.rows, <const uint64_t *>pos.data
-        self.w_gpa = <const uint64_t *>checked_column("writes.gpa", writes.gpa, sizeof(uint64_t), pos.rows, self.kept).data
-        self.w_val = <const uint64_t *>checked_column("writes.val", writes.val, sizeof(uint64_t), pos.rows, self.kept).data
-        return 0
-
-    def __dealloc__(self):
-        free(self.page_gva)
-        free(self.page_gpa)
-        free(self.page_ctx)
-
-    def settle(self, uint64_t pos):
-        """Apply the table writes made by accesses before pos.
-
-        Raises
-        ------
-        ValueError
-            A write lies outside guest memory.
-        """
-        cdef SlotTable table = self.walk.mem.current()
-        cdef RegisterSetWalks walks = self.contexts.walks_over(table)
-        self.check_idle()
-        if not self.apply_writes(walks.walks, pos):
-            gpa = int(self.w_gpa[self.next_write])
-            raise ValueError(f"table write {self.next_write} goes to gpa {gpa:#x}, which is no table page")
-
-    cdef bint apply_writes(self, const kvm_pagewalk *w, uint64_t pos) noexcept nogil:
-        while self.next_write < self.writes and self.w_pos[self.next_write] < pos:
-            if self.write_guest(w, self.w_gpa[self.next_write], self.w_val[self.next_write], 8) != WRITTEN:
-                return False
-            self.next_write = self.next_write + 1
-        return True
-
-    def run(self, size_t start, size_t stop):
-        """Walk the accesses start to stop, or up to a block with mismatches that `take_mismatches()` tells.
-
-        Returns
-        -------
-        int
-            The first row that was not walked.
-
-        Raises
-        ------
-        ValueError
-            A write lies outside guest memory, or a page has no address.
-        """
-        cdef SlotTable table
-        cdef RegisterSetWalks walks
-        cdef size_t row
-        if not start <= stop <= <size_t>self.rows:
-            raise ValueError(f"rows {start} to {stop} are not within the {self.rows} accesses")
-        self.check_idle()
-        table = self.walk.mem.current()
-        walks = self.contexts.walks_over(table)
-        self.begun = False                      # PDPTEs may have been loaded
-        self.running = True
-        with nogil:
-            if self.short_pidx:
-                row = self.run_rows(<const uint16_t *>self.pidx, walks.walks, walks.count, start, stop)
-            else:
-                row = self.run_rows(<const uint32_t *>self.pidx, walks.walks, walks.count, start, stop)
-        self.running = False
-        if self.broken:
-            raise ValueError("pages_gpa: a page has no address below 2**52")
-        self.settle(row)                        # raises if it was a write that stopped the loop
-        return row
-
-    cdef size_t run_rows(self, const page_index *pidx, const kvm_pagewalk *walks, uint64_t count, size_t start,
-                         size_t stop) noexcept nogil:
-        cdef size_t i = start, k, n
-        cdef uint32_t row, context, other
-        while i < stop and not self.bad_count and not self.broken:
-            if not self.apply_writes(walks, i):
-                break
-            n = min(stop - i, <size_t>BLOCK)
-            if self.next_write < self.writes:       # a store takes effect behind its access
-                n = min(n, <size_t>(self.w_pos[self.next_write] - i + 1))
-            context = self.page_ctx[self.page_of(pidx, i)]
-            other = 0
-            for k in range(n):
-                row = self.page_of(pidx, i + k)
-                self.gva[k] = self.page_gva[row] + self.off[i + k]
-                self.truth[k] = self.page_gpa[row] + self.off[i + k]
-                self.ctx[k] = self.page_ctx[row]
-                other |= self.page_ctx[row] ^ context
-                self.access[k] = self.access_of[self.kind[i + k] * 3 + self.priv[i + k]]
-            self.walk_block(walks, self.ctx if other or context else NULL, self.gva, self.access, self.truth, i, n, count, True)
-            i += n
-        return i
-
-    cdef inline uint32_t page_of(self, const page_index *pidx, size_t row) noexcept nogil:
-        """The page number of a row, within the copies: somebody may have changed it since it was checked."""
-        if page_index is uint16_t:
-            return pidx[row]
-        else:
-            return min(kvmmu_load32(&pidx[row]), self.last_page)
+# Rows of a recording, decoded.
+cdef struct decoded_rows:
+    uint8_t op[BLOCK]
+    uint64_t addr[BLOCK]
+    uint8_t access[BLOCK]
+    uint64_t gpa[BLOCK]
+    uint8_t size[BLOCK]
+    uint64_t value[BLOCK]
 
 
 cdef class RowLoop(BlockWalker):
-    """Walks the rows of a trace, chunk by chunk, and applies its table writes; other events are its caller's.
+    """Walks the rows of a trace and carries out its events.
 
-    Parameters
+    Attributes
     ----------
-    walk : PageWalk
-    vcpus : int
-        Processors of the trace, each with a register set of its own.
-    explain : int
-        How many mismatches are wanted one by one.
+    registers : ReplayRegisters
+    checks_faults : bool
+        Recorded faults are held against the walk, and those that it does not reproduce are events for the caller. Otherwise
+        they are only counted.
     """
 
-    cdef list owners                # RegisterSets in force, by vCPU
-    cdef list bound                 # their walks over the table with the number `table`: own what walks points to
-    cdef kvm_pagewalk *walks        # one per vCPU
-    cdef uint64_t table
-    cdef Py_ssize_t vcpus
-    cdef const uint8_t[::1] op
-    cdef const uint64_t[::1] addr
-    cdef const uint8_t[::1] access
-    cdef const uint64_t[::1] gpa
-    cdef const uint8_t[::1] size    # these three: of no rows where the chunk does not have them
-    cdef const uint16_t[::1] vcpu
-    cdef const uint64_t[::1] value
-    cdef bint writes                # there are the columns of events
-    cdef bint all_known
-    cdef size_t rows
-    cdef size_t stop                # of run(), at most rows
+    cdef readonly ReplayRegisters registers
+    cdef public bint checks_faults
+    cdef uint64_t version           # of registers, when the batch under way began
+    cdef list kept                  # the arrays behind the rows at hand
+    cdef replay_rows rows
+    cdef size_t base                # rows of this load() before those at hand
+    cdef size_t at                  # the next of the rows at hand
+    cdef RecordedRows source        # more rows, decoded into `decoded`; or None
+    cdef decoded_rows *decoded
     cdef bint crosses               # rows that reach into the next page are walked there, too
     cdef int shifts[LEVELS]         # of the pages of leaves
+    cdef fault_counts faults
     cdef uint32_t ctx[BLOCK]
+    cdef uint32_t vcpu[BLOCK]       # of rows of several vCPUs
+    cdef uint32_t filled_with       # the first `filled` of them are this set
+    cdef size_t filled
 
     def __cinit__(self, mark=None, walk=None, vcpu_count=0, explain=0, *args):
-        cdef Py_ssize_t vcpus = vcpu_count
-        if not 1 <= vcpus <= SHORT_PIDX:
-            raise ValueError(f"vcpus: want 1 to {int(SHORT_PIDX)}, got {vcpus}")
-        self.walk, self.vcpus, self.explain = walk, vcpus, explain
-        self.owners, self.bound = [None] * vcpus, [None] * vcpus
-        self.walks = <kvm_pagewalk *>calloc(vcpus, sizeof(kvm_pagewalk))
-        if self.walks is NULL:
-            raise MemoryError
-        self.table = NEVER_SEEN
-        self.rows = self.stop = 0
-        self.crosses = False
+        if not 0 <= explain <= MOST_EXPLAINED:
+            raise ValueError(f"explain: want 0 to {int(MOST_EXPLAINED)}, got {explain}")
+        self.walk, self.explain, self.kept = walk, explain, []
+        self.registers = new_registers(walk, vcpu_count)
+        self.rows.n = self.base = self.at = self.filled = 0
+        self.crosses, self.checks_faults = False, True
+        memset(&self.faults, 0, sizeof(self.faults))
 
     def __dealloc__(self):
-        free(self.walks)
+        free(self.decoded)
+
+    @property
+    def accesses(self):
+        """Accesses walked so far."""
+        return sum(self.kinds)
+
+    @property
+    def row(self):
+        """Rows of what was loaded that are done."""
+        return int(self.base + self.at)
+
+    @property
+    def fault_counts(self):
+        """Recorded faults that the walk reproduced, or that were only counted, by (op, error code or exit information)."""
+        cdef const fault_count *of_code = self.faults.of_code
+        cdef int i
+        return {(int(of_code[i].op), int(of_code[i].code)): int(of_code[i].count)
+                for i in range(FAULT_CODES) if of_code[i].count}
+
+    @property
+    def event(self):
+        """The event at which run() has stopped: its row, op, vCPU, address and value."""
+        cdef size_t i = self.at - 1
+        self.check_idle()
+        if not 0 < self.at <= self.rows.n or self.rows.value is NULL:
+            raise ValueError("the loop has not stopped at an event")
+        return (int(self.base + i), int(self.rows.op[i]), int(vcpu_of(self, i)), int(self.rows.addr[i]), int(self.rows.value[i]))
+
+    def carry_out(self):
+        """Carry out the event at which run() has stopped so that TLBs follow it; False if it is the caller's to carry out."""
+        cdef SlotTable table = self.walk.mem.current()
+        cdef int done
+        self.event                                      # there is one
+        self.registers.bind(table)
+        self.check_vcpus(&self.rows, 0, 1)
+        done = carry_out(self, table, self.at - 1)
+        if done == STOP_MALFORMED:
+            raise ValueError(f"row {self.row - 1}: an event without its columns")
+        return done == STOP_END
 
     def use(self, Py_ssize_t vcpu, RegisterSets contexts not None):
-        """Put the first register set of `contexts` in force on a vCPU."""
-        if not 0 <= vcpu < self.vcpus or contexts.count < 1:
-            raise ValueError(f"vCPU {vcpu} of {self.vcpus}, with {contexts.count} register sets")
+        """Put a register set in force on a vCPU; returns its number."""
         self.check_idle()
-        self.owners[vcpu] = contexts
-        self.begun = False
-        self.bind(vcpu, self.walk.mem.current())
-
-    cdef int bind(self, Py_ssize_t vcpu, SlotTable table) except -1:
-        """Walk a vCPU's register set over a table; all of them if it is another table than before."""
-        cdef RegisterSets contexts
-        cdef RegisterSetWalks walks
-        cdef Py_ssize_t i, first = vcpu, stop = vcpu + 1
-        if table.number != self.table:
-            first, stop = 0, self.vcpus
-            self.table = NEVER_SEEN                 # until all are
-        for i in range(first, stop):
-            contexts = self.owners[i]
-            if contexts is not None:
-                walks = contexts.walks_over(table)
-                self.walks[i] = walks.walks[0]
-                self.walks[i].second = <uint32_t>i
-                self.bound[i] = walks
-        self.table = table.number
-        return 0
+        number = self.registers.add(contexts)
+        self.registers.use(vcpu, number)
+        return number
 
     def forget(self):
         """Remember no translation of the rows so far: somebody may have written the tables since."""
@@ -309,16 +168,24 @@ cdef class RowLoop(BlockWalker):
         """
         cdef int level
         self.check_idle()
-        if self.vcpus != 1 or len(shifts) != LEVELS:
-            raise ValueError(f"{len(shifts)} shifts and {self.vcpus} vCPUs; want {int(LEVELS)} and 1")
+        if self.registers.vcpus != 1 or len(shifts) != LEVELS:
+            raise ValueError(f"{len(shifts)} shifts and {self.registers.vcpus} vCPUs; want {int(LEVELS)} and 1")
         for level in range(LEVELS):
             if not PAGE_SHIFT <= shifts[level] < 64:
                 raise ValueError(f"shifts: {shifts[level]} is no page; want {PAGE_SHIFT} to 63")
             self.shifts[level] = shifts[level]
         self.crosses = True
 
-    def load(self, chunk):
-        """Take the columns of a chunk: `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
+    # ---- rows ----------------------------------------------------------------------------------------------------------
+
+    def load(self, chunk, size_t first=0):
+        """Take the rows of a chunk: its columns `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
+
+        Parameters
+        ----------
+        chunk : Chunk
+        first : int
+            The row to begin with.
 
         Raises
         ------
@@ -326,161 +193,282 @@ cdef class RowLoop(BlockWalker):
             Columns of other types or of different lengths, a vCPU without registers, or a chunk with events that lacks their
             columns.
         """
-        cdef uint16_t highest = 0
-        cdef Py_ssize_t i
+        cdef replay_rows rows
+        cdef Py_ssize_t n = -1
         self.check_idle()
-        self.rows = 0
-        columns = {}
+        self.rows.n = self.base = self.at = 0
+        self.source = None
+        kept = []
+        arrays = {}
         for name, dtype in _COLUMN_TYPES.items():
             array = getattr(chunk, name)
-            if array is not None or name not in ("vcpu", "size", "value"):
+            if array is not None or name not in _MAY_BE_NONE:
                 check_array(name, array, dtype)
-            columns[name] = aligned(exact_column(array), dtype.itemsize)
-        self.op, self.addr, self.access, self.gpa = (columns[name] for name in ("op", "addr", "access", "gpa"))
-        lengths = {self.addr.shape[0], self.access.shape[0], self.gpa.shape[0], self.op.shape[0]}
-        self.vcpu, self.size, self.value = (columns[name] for name in ("vcpu", "size", "value"))
-        if self.vcpu is not None:
-            lengths.add(self.vcpu.shape[0])
-        if self.size is not None:
-            lengths.add(self.size.shape[0])
-        if self.value is not None:
-            lengths.add(self.value.shape[0])
+                array = aligned(exact_column(array), dtype.itemsize)
+                kept.append(array)
+            arrays[name] = array
+        lengths = {len(array) for array in kept}
         if len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} rows, want one length")
-        self.writes = self.size is not None and self.value is not None
-        if chunk.has_events and not self.writes:
+        n, = lengths
+        rows.op = <const uint8_t *>pointer_to(arrays, "op", n)
+        rows.addr = <const uint64_t *>pointer_to(arrays, "addr", n)
+        rows.access = <const uint8_t *>pointer_to(arrays, "access", n)
+        rows.gpa = <const uint64_t *>pointer_to(arrays, "gpa", n)
+        rows.size = <const uint8_t *>pointer_to(arrays, "size", n)
+        rows.vcpu = <const uint16_t *>pointer_to(arrays, "vcpu", n)
+        rows.value = <const uint64_t *>pointer_to(arrays, "value", n)
+        if chunk.has_events and (rows.size is NULL or rows.value is NULL):
             raise ValueError("a chunk with events has no size or no value column")
-        if self.vcpu is not None and self.vcpus > 1:
-            for i in range(self.vcpu.shape[0]):
-                highest = max(highest, self.vcpu[i])
-        if None in self.owners or highest >= self.vcpus or chunk.vcpus > self.vcpus:
-            vcpus = max(highest + 1, chunk.vcpus)
-            raise ValueError(f"rows of {vcpus} vCPUs, registers of {self.vcpus - self.owners.count(None)}")
-        if self.crosses and (self.size is None or chunk.all_known and len(chunk.op)):
+        self.check_vcpus(&rows, n, chunk.vcpus)
+        if self.crosses and (rows.size is NULL or chunk.all_known and n):
             raise ValueError("a chunk without sizes, or with recorded addresses, where rows are walked in both pages")
-        self.all_known = chunk.all_known
-        self.rows = self.op.shape[0]
+        if first > <size_t>n:
+            raise ValueError(f"first: row {first} is not within the {n} rows")
+        if self.fed is not None:
+            self.fed.use_ips(chunk.ip, n)
+        rows.n, rows.all_known = n, chunk.all_known
+        self.rows, self.kept, self.at = rows, kept, first
 
-    def run(self, size_t start, size_t stop=SIZE_MAX):
-        """Walk the chunk's rows from start up to stop or an event that is the caller's, the end, or a block with mismatches.
+    def load_recording(self, RecordedRows source not None):
+        """Take the rows of a recording, of which the loop decodes a block at a time. They are of the first vCPU."""
+        self.check_idle()
+        self.rows.n = self.base = self.at = 0
+        self.check_vcpus(&self.rows, 0, 1)
+        if self.crosses:
+            raise ValueError("a recording has recorded addresses, where rows are walked in both pages")
+        if self.decoded is NULL:
+            self.decoded = <decoded_rows *>calloc(1, sizeof(decoded_rows))
+            if self.decoded is NULL:
+                raise MemoryError
+        self.rows.op, self.rows.addr, self.rows.access = self.decoded.op, self.decoded.addr, self.decoded.access
+        self.rows.gpa, self.rows.size, self.rows.value = self.decoded.gpa, self.decoded.size, self.decoded.value
+        self.rows.vcpu, self.rows.all_known = NULL, True
+        if self.fed is not None:
+            self.fed.use_ips(None, 0)
+        self.kept, self.source = [], source
+
+    cdef int check_vcpus(self, const replay_rows *rows, Py_ssize_t n, Py_ssize_t vcpus) except -1:
+        """All vCPUs have registers, and rows are of them."""
+        cdef Py_ssize_t i, ready = 0
+        cdef uint16_t highest = 0
+        if rows.vcpu is not NULL and self.registers.vcpus > 1:
+            for i in range(n):
+                highest = max(highest, rows.vcpu[i])
+        for i in range(self.registers.vcpus):
+            ready += self.registers.current[i] != NO_SET
+        vcpus = max(vcpus, highest + 1)
+        if ready < self.registers.vcpus or vcpus > self.registers.vcpus:
+            raise ValueError(f"rows of {vcpus} vCPUs, registers of {ready}")
+        return 0
+
+    def run(self, size_t stop=SIZE_MAX):
+        """Go on with the rows that were loaded.
+
+        Parameters
+        ----------
+        stop : int
+            The row of them before which to stop.
 
         Returns
         -------
         int
-            The first row that was not consumed. If it is a GUEST_WRITE, it goes to where the guest has no memory.
+            AT_ROW : `stop` is reached
+            AT_EVENT : `event` is the caller's to carry out. If TLBs are fed, each event but a GUEST_WRITE: `carry_out()` goes on
+            AT_MISMATCHES : `take_mismatches()` tells them
+            END : all rows are done
 
         Raises
         ------
         ValueError
             The chunk is not what it says it is.
         """
-        cdef size_t i = start
-        cdef int written = WRITTEN
+        cdef int why
         cdef SlotTable table
-        if start > self.rows:
-            raise ValueError(f"row {start} is not within the {self.rows} rows")
         self.check_idle()
-        self.stop = min(stop, self.rows)
         table = self.walk.mem.current()
-        if table.number != self.table:
-            self.begun = False
-            self.bind(0, table)
+        self.registers.bind(table)
+        if self.version != self.registers.version:
+            self.begun, self.version = False, self.registers.version
+            self.check_vcpus(&self.rows, 0, 1)
         self.running = True
         with nogil:
-            written = self.run_rows(&i)
+            why = run_rows(self, table, stop)
         self.running = False
+        if self.source is not None and self.source.failed:
+            raise MemoryError("events of a recording")
         if self.broken:
             raise ValueError("a chunk says that it has the address of each access, and has not")
-        if written == WRITE_MALFORMED:
-            size = self.size[i] if self.writes else 0
-            raise ValueError(f"row {i}: a write of {size} bytes to {self.addr[i]:#x}; want 1, 2, 4 or 8 bytes, aligned")
-        return i
-
-    cdef int run_rows(self, size_t *row) noexcept nogil:
-        """IN/OUT row: where to begin; the first row that was not consumed. Returns what became of the last write."""
-        cdef size_t i = row[0], stop
-        cdef bint one_vcpu = self.vcpu is None or self.vcpus == 1
-        cdef int written = WRITTEN
-        while i < self.stop and not self.bad_count and not self.broken:
-            if self.op[i] < OP_EVENT:
-                stop = self.end_of_accesses(i)
-                self.walk_rows(i, stop, one_vcpu)
-                i = stop
-            elif self.op[i] == OP_GUEST_WRITE:
-                written = WRITE_MALFORMED
-                if self.writes:
-                    written = self.write_guest(self.walks, self.addr[i], self.value[i], self.size[i])
-                if written != WRITTEN:
-                    break
-                i += 1
-            else:
-                break
-        row[0] = i
-        return written
-
-    cdef size_t end_of_accesses(self, size_t start) noexcept nogil:
-        """First event from start on, at most a block away; counts the accesses up to there by kind."""
-        cdef size_t limit = min(self.stop, start + BLOCK), i = start, k
-        cdef const uint8_t *op = &self.op[0]
-        cdef uint32_t stores = 0, fetches = 0, mmio = 0
-        cdef uint8_t seen
-        cdef replay_counters *c = &self.counters
-        while i + 64 <= limit:
-            seen = 0
-            for k in range(64):
-                seen |= op[i + k]
-            if seen >= OP_EVENT:
-                break
-            i += 64
-        while i < limit and op[i] < OP_EVENT:
-            i += 1
-        for k in range(start, i):
-            stores += op[k] & 1
-        for k in range(start, i):
-            fetches += (op[k] & OP_KIND_MASK) >> 1
-        for k in range(start, i):
-            mmio += (op[k] >> OP_MMIO_SHIFT) & 1
-        c.kinds[0] += i - start - stores - fetches
-        c.kinds[1] += stores
-        c.kinds[2] += fetches
-        c.mmio += mmio
-        return i
-
-    cdef void walk_rows(self, size_t start, size_t stop, bint one_vcpu) noexcept nogil:
-        cdef size_t k, n = stop - start
-        cdef uint32_t first = 0, other = 0, last = <uint32_t>(self.vcpus - 1)
-        cdef const uint32_t *ctx = NULL
-        if not one_vcpu:
-            first = self.vcpu[start]
-            for k in range(n):                      # in range, whoever has written there since
-                self.ctx[k] = self.vcpu[start + k]
-            kvmmu_keep_copies()
-            for k in range(n):
-                self.ctx[k] = min(self.ctx[k], last)
-                other |= self.ctx[k] ^ first
-            if other or first:
-                ctx = self.ctx
-        self.walk_block(self.walks, ctx, &self.addr[start], &self.access[start], &self.gpa[start], start, n, self.vcpus,
-                        self.all_known)
-        if self.crosses:
-            self.walk_next_pages(&self.addr[start], &self.access[start], &self.size[start], self.shifts, n)
+        if why == STOP_MALFORMED:
+            size = 0 if self.rows.size is NULL else self.rows.size[self.at]
+            raise ValueError(f"row {self.base + self.at}: a write of {size} bytes to {self.rows.addr[self.at]:#x}; want 1, 2, 4 "
+                             "or 8 bytes, aligned, in a chunk with events")
+        return why
 
 
-# ---- from Python -------------------------------------------------------------------------------------------------------
-
-cdef int check_below(str name, array, limit) except -1:
-    """IN array: a checked column."""
-    highest = int(np.max(array)) if len(array) else -1
-    if highest >= limit:
-        raise ValueError(f"{name}: {highest} is beyond the last, {limit - 1}")
-    return 0
+cdef const void *pointer_to(dict arrays, str name, Py_ssize_t rows) except? NULL:
+    """Where the rows of a column lie, which is kept; NULL if there is no such column."""
+    array = arrays[name]
+    return NULL if array is None else column_of("", name, array, _COLUMN_TYPES[name].itemsize, rows, False).data
 
 
-def new_replayer(PageWalk walk not None, RegisterSets contexts not None, recording, access_of, Py_ssize_t explain=0):
-    """A Replayer; its columns are checked here, whoever made the recording."""
-    return Replayer.__new__(Replayer, maker(), walk, contexts, recording, access_of, explain)
+cdef inline uint32_t vcpu_of(RowLoop loop, size_t i) noexcept nogil:
+    """The vCPU of a row, in range, whoever has written there since it was checked."""
+    return 0 if loop.rows.vcpu is NULL or loop.registers.vcpus == 1 else min(
+        <uint32_t>loop.rows.vcpu[i], loop.registers.vcpus - 1)
+
+
+cdef int run_rows(RowLoop loop, SlotTable table, size_t stop) noexcept nogil:
+    """Go on up to row `stop`; returns why it has stopped there or before."""
+    cdef const replay_rows *rows = &loop.rows
+    cdef size_t end
+    cdef int done
+    while not loop.bad_count and not loop.broken:
+        if loop.at == rows.n and not next_rows(loop):
+            return STOP_END
+        if loop.base + loop.at >= stop:
+            return STOP_ROW
+        if rows.op[loop.at] < OP_EVENT:
+            end = end_of_accesses(loop, min(rows.n, stop - loop.base))
+            walk_accesses(loop, end)
+            loop.at = end
+            continue
+        done = STOP_EVENT
+        if loop.stream is NULL or rows.op[loop.at] == OP_GUEST_WRITE:
+            done = carry_out(loop, table, loop.at)
+        if done == STOP_MALFORMED:
+            return done
+        loop.at += 1
+        if done == STOP_EVENT:
+            return done
+    return STOP_MISMATCHES
+
+
+cdef bint next_rows(RowLoop loop) noexcept nogil:
+    """Decode the next rows of a recording."""
+    cdef row_columns out
+    if loop.source is None:
+        return False
+    out.op, out.addr, out.access = loop.decoded.op, loop.decoded.addr, loop.decoded.access
+    out.gpa, out.size, out.value = loop.decoded.gpa, loop.decoded.size, loop.decoded.value
+    loop.base += loop.rows.n
+    loop.at = 0
+    loop.rows.n = loop.source.fill(&out, BLOCK)
+    return loop.rows.n != 0
+
+
+# ---- accesses ----------------------------------------------------------------------------------------------------------
+
+cdef size_t end_of_accesses(RowLoop loop, size_t limit) noexcept nogil:
+    """First event from the next row on, at most a block away; counts the accesses up to there by kind."""
+    cdef size_t start = loop.at, i = start, k
+    cdef const uint8_t *op = loop.rows.op
+    cdef uint32_t stores = 0, fetches = 0, mmio = 0
+    cdef uint8_t seen
+    cdef replay_counters *c = &loop.counters
+    limit = min(limit, start + BLOCK)
+    while i + 64 <= limit:
+        seen = 0
+        for k in range(64):
+            seen |= op[i + k]
+        if seen >= OP_EVENT:
+            break
+        i += 64
+    while i < limit and op[i] < OP_EVENT:
+        i += 1
+    for k in range(start, i):
+        stores += op[k] & 1
+    for k in range(start, i):
+        fetches += (op[k] & OP_KIND_MASK) >> 1
+    for k in range(start, i):
+        mmio += (op[k] >> OP_MMIO_SHIFT) & 1
+    c.kinds[0] += i - start - stores - fetches
+    c.kinds[1] += stores
+    c.kinds[2] += fetches
+    c.mmio += mmio
+    return i
+
+
+cdef void walk_accesses(RowLoop loop, size_t end) noexcept nogil:
+    """Walk the accesses from the next row up to end."""
+    cdef const replay_rows *rows = &loop.rows
+    cdef const uint32_t *ctx
+    cdef size_t start = loop.at, n = end - start
+    cdef uint64_t accesses = loop.counters.kinds[0] + loop.counters.kinds[1] + loop.counters.kinds[2]
+    cdef bint one_vcpu = rows.vcpu is NULL or loop.registers.vcpus == 1
+    ctx = sets_of_one(loop, n) if one_vcpu else sets_of_rows(loop, start, n)
+    loop.walk_block(loop.registers.walks, ctx, &rows.addr[start], &rows.access[start], &rows.gpa[start], accesses - n, n,
+                    loop.registers.count, rows.all_known)
+    if loop.stream is not NULL:
+        stream_begin(loop.stream, &rows.addr[start], &rows.access[start], loop.result.gpa, loop.result.level,
+                     loop.columns.status, start, n)
+    if loop.crosses:
+        loop.walk_next_pages(&rows.addr[start], &rows.access[start], &rows.size[start], loop.shifts, n)
+    if loop.stream is not NULL:
+        stream_run(loop.stream, loop.registers.walks, loop.registers.current, NULL if one_vcpu else loop.vcpu)
+
+
+cdef const uint32_t *sets_of_one(RowLoop loop, size_t n) noexcept nogil:
+    """The number of the register set for each of n rows of the first vCPU; NULL: of all of them it is 0."""
+    cdef uint32_t number = loop.registers.current[0]
+    cdef size_t k
+    if not number:
+        return NULL
+    if number != loop.filled_with:
+        loop.filled_with, loop.filled = number, 0
+    for k in range(loop.filled, n):
+        loop.ctx[k] = number
+    loop.filled = max(loop.filled, n)
+    return loop.ctx
+
+
+cdef const uint32_t *sets_of_rows(RowLoop loop, size_t start, size_t n) noexcept nogil:
+    cdef uint32_t last = loop.registers.vcpus - 1
+    cdef size_t k
+    for k in range(n):                          # in range, whoever has written there since
+        loop.vcpu[k] = loop.rows.vcpu[start + k]
+    kvmmu_keep_copies()
+    for k in range(n):
+        loop.vcpu[k] = min(loop.vcpu[k], last)
+        loop.ctx[k] = loop.registers.current[loop.vcpu[k]]
+    return loop.ctx
+
+
+# ---- events ------------------------------------------------------------------------------------------------------------
+
+cdef int carry_out(RowLoop loop, SlotTable table, size_t i) noexcept nogil:
+    """Carry out the event in a row: STOP_END. STOP_EVENT if it is the caller's."""
+    cdef const replay_rows *rows = &loop.rows
+    cdef int op = rows.op[i], written
+    cdef uint32_t vcpu = vcpu_of(loop, i)
+    cdef uint64_t value
+    if rows.value is NULL or rows.size is NULL:
+        return STOP_MALFORMED
+    value = rows.value[i]
+    if op == OP_GUEST_WRITE:
+        written = loop.write_guest(loop.registers.walks, rows.addr[i], value, rows.size[i])
+        return STOP_END if written == WRITTEN else STOP_MALFORMED if written == WRITE_MALFORMED else STOP_EVENT
+    if op in (OP_INVLPG, OP_INVPCID, OP_HOST_INVALIDATE, OP_SET_CPL_AC):
+        return STOP_END                         # a walk keeps nothing; accesses say CPL and AC themselves
+    if op == OP_PAGE_FAULT or op == OP_NPT_FAULT:
+        return check_fault(loop, op, vcpu, rows.addr[i], value)
+    if op == OP_RESTART or op >= OP_MEMORY or not loop.registers.follow(&table.mem, vcpu, <uint8_t>op, value):
+        return STOP_EVENT
+    return STOP_END
+
+
+cdef int check_fault(RowLoop loop, int op, uint32_t vcpu, uint64_t addr, uint64_t code) noexcept nogil:
+    """Hold the walk against a recorded fault."""
+    cdef const kvm_pagewalk *walks = loop.registers.walks
+    cdef uint32_t nested = loop.registers.last_nested[vcpu]
+    cdef bint counts = not loop.checks_faults
+    if not counts and op == OP_PAGE_FAULT:
+        counts = reproduces_page_fault(&walks[loop.registers.current[vcpu]], addr, code)
+    elif not counts and nested != NO_SET:
+        counts = reproduces_npt_fault(walks[nested].ngpa, addr, code)
+    return STOP_END if counts and count_fault(&loop.faults, op, code) else STOP_EVENT
 
 
 def new_row_loop(PageWalk walk not None, Py_ssize_t vcpus, Py_ssize_t explain=0):
-    """A RowLoop without registers."""
+    """A RowLoop without registers. IN explain: how many mismatches are wanted one by one"""
     return RowLoop.__new__(RowLoop, maker(), walk, vcpus, explain)

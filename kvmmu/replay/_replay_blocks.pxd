@@ -1,13 +1,14 @@
 """The inner loop of replay: blocks of rows in, counters and mismatches out.
 
-Both loops, that of recordings and that of traces, cut their rows into blocks within which neither tables nor registers
-change. A block is translated by one call and then compared with the recorded addresses.
+The loop of rows (`_replay.pyx`) cuts its rows into blocks within which neither tables nor registers change. A block is translated
+by one call and then compared with the recorded addresses.
 """
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
+from kvmmu.tlb._stream cimport TlbStream, tlb_stream
 from kvmmu.walk.batch._rows cimport batch, batch_columns
 from kvmmu.walk.batch._schedule cimport Workspace
 from kvmmu.walk.pagewalk cimport PageWalk
@@ -18,6 +19,7 @@ cdef enum:
     STATUSES = 7
     ERROR_CODES = 128               # P to SS
     WRITE_SIZE_MAX = 8
+    MOST_EXPLAINED = 64
 
 # What became of a write.
 cdef enum:
@@ -31,6 +33,14 @@ cdef struct block_result:
     uint8_t level[BLOCK]
     uint8_t status[BLOCK]
     uint32_t error_code[BLOCK]
+
+# An access whose walk did not end at its recorded address.
+cdef struct mismatch:
+    uint64_t position               # number of the access
+    uint64_t gva
+    uint64_t truth
+    uint32_t ctx                    # its register set
+    uint8_t access
 
 cdef struct replay_counters:
     uint64_t levels[LEVELS]         # walks that ended as recorded, by level of their leaf
@@ -59,17 +69,22 @@ cdef class BlockWalker:
     cdef uint64_t next_gva[BLOCK]       # of walk_next_pages()
     cdef uint8_t next_access[BLOCK]
     cdef uint8_t row_level[BLOCK]
-    cdef uint32_t bad[BLOCK]
+    cdef uint32_t next_row[BLOCK]
+    cdef TlbStream fed              # TLBs that take all rows, or None
+    cdef tlb_stream *stream         # of it, or NULL
+    cdef mismatch bad[MOST_EXPLAINED]
     cdef Py_ssize_t bad_count
     cdef readonly Py_ssize_t explain
     cdef int check_idle(self) except -1
     # Walk n <= BLOCK rows whose columns start at the pointers. IN first: number of the first of them, for mismatches; count: of
     # walks; all_known: no truth is INVALID_GPA, which means that the address was not recorded
     cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
-                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil
-    cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil
-    # Walk the next pages of those rows of the last block that reach into them. IN gva, access, size: of the block's rows, n <=
-    # BLOCK; shifts: of the page of a leaf, by level. A walk that fails counts as that of its row, which was unchecked.
+                         const uint64_t *truth, uint64_t first, size_t n, uint64_t count, bint all_known) noexcept nogil
+    # Take back from the counters what is no verified walk of a block, and note it
+    cdef void judge_rows(self, const uint64_t *truth, uint64_t first, size_t n, bint all_known) noexcept nogil
+    # Walk the next pages of those rows of the last block that reach into them. IN gva, access, size: of the block's rows, all
+    # of one register set, n <= BLOCK; shifts: of the page of a leaf, by level. A walk that fails counts as that of its row,
+    # which was unchecked.
     cdef void walk_next_pages(self, const uint64_t *gva, const uint8_t *access, const uint8_t *size, const int *shifts,
                               size_t n) noexcept nogil
     # Store the low bytes of a value: WRITTEN, WRITE_TO_HOLE or WRITE_MALFORMED

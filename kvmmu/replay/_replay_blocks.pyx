@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmmu._walk cimport kvm_pagewalk
+from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport (
     GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK,
     STATUS_PAGE_FAULT,
@@ -11,14 +11,16 @@ from kvmmu.arch._bits cimport (
 from kvmmu.memory._maker cimport check_maker
 from kvmmu.memory._memory cimport gpa_to_hva
 from kvmmu.replay._replay_blocks cimport (
-    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN, block_result,
-    replay_counters,
+    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN,
+    block_result, mismatch, replay_counters,
 )
+from kvmmu.tlb._stream cimport STREAM_ROWS, TlbStream, stream_hold, stream_insert
+from kvmmu.walk.batch._rows cimport batch, context_of
 from kvmmu.walk.batch._schedule cimport begin_batch, depends_on, new_workspace, translate_rows
 
 
 cdef class BlockWalker:
-    """Walks blocks, compares and counts. The loops are made from it.
+    """Walks blocks, compares and counts. The loop of rows is made from it.
 
     One thread uses it at a time.
 
@@ -101,11 +103,33 @@ cdef class BlockWalker:
         return [int(self.counters.next_levels[level]) for level in range(PG_LEVEL_NONE, PG_LEVEL_1G + 1)]
 
     def take_mismatches(self):
-        """Rows of the last block whose walk did not end as recorded, as far as they are to be explained: a list."""
-        rows = [int(self.bad[i]) for i in range(self.bad_count)]
+        """Rows of the last block whose walk did not end as recorded, as far as they are to be explained.
+
+        Returns
+        -------
+        list of tuple of int
+            Number of the access, linear address, recorded address, access byte, and number of the register set.
+        """
+        cdef Py_ssize_t i
+        self.check_idle()
+        rows = [(int(self.bad[i].position), int(self.bad[i].gva), int(self.bad[i].truth), int(self.bad[i].access),
+                 int(self.bad[i].ctx)) for i in range(self.bad_count)]
         self.bad_count = 0
         self.explain -= len(rows)
         return rows
+
+    def feed(self, TlbStream stream not None):
+        """Let all rows that are walked from now on go through TLB hierarchies, each by the page that it is walked to."""
+        cdef walk_result r
+        self.check_idle()
+        if BLOCK > STREAM_ROWS:
+            raise ValueError(f"blocks of {int(BLOCK)} rows; a stream takes {int(STREAM_ROWS)}")
+        self.fed, self.stream = stream, &stream.s
+        self.columns.more[0].data = <uint8_t *>stream.s.pte
+        self.columns.more[0].place = <size_t>(<char *>&r.pte - <char *>&r)
+        self.columns.more[0].size = sizeof(r.pte)
+        self.columns.more_count = 1
+        self.begun = False
 
     cdef int check_idle(self) except -1:
         if self.running:
@@ -113,7 +137,7 @@ cdef class BlockWalker:
         return 0
 
     cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
-                         const uint64_t *truth, size_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
+                         const uint64_t *truth, uint64_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
         cdef block_result *r = &self.result
         cdef replay_counters *c = &self.counters
         cdef uint64_t wrong = 0, ends = 0
@@ -146,10 +170,11 @@ cdef class BlockWalker:
         if wrong or not all_known or ends >= GPA_LIMIT:
             self.judge_rows(truth, first, n, all_known)
 
-    cdef void judge_rows(self, const uint64_t *truth, size_t first, size_t n, bint all_known) noexcept nogil:
-        """Take back from the counters what is no verified walk of a block, and note it."""
+    cdef void judge_rows(self, const uint64_t *truth, uint64_t first, size_t n, bint all_known) noexcept nogil:
         cdef block_result *r = &self.result
         cdef replay_counters *c = &self.counters
+        cdef const batch *b = &self.rows_under_way
+        cdef mismatch *bad
         cdef size_t i
         for i in range(n):
             if r.gpa[i] == truth[i] != INVALID_GPA:
@@ -158,7 +183,9 @@ cdef class BlockWalker:
             if truth[i] != INVALID_GPA:
                 c.mismatches += 1
                 if self.bad_count < self.explain:
-                    self.bad[self.bad_count] = <uint32_t>(first + i)
+                    bad = &self.bad[self.bad_count]
+                    bad.position, bad.gva, bad.truth, bad.access = first + i, b.gva[i], truth[i], b.access[i]
+                    bad.ctx = 0 if b.ctx is NULL else context_of(b, i)
                     self.bad_count = self.bad_count + 1
                 if r.level[i] < LEVELS:
                     c.levels[r.level[i]] -= 1
@@ -188,12 +215,16 @@ cdef class BlockWalker:
                 self.next_gva[rows] = (gva[i] | offset_mask) + 1
                 self.next_access[rows] = access[i]
                 self.row_level[rows] = r.level[i]
+                self.next_row[rows] = <uint32_t>i
                 rows += 1
         if not rows:
             return
         self.rows_under_way.gva, self.rows_under_way.access = self.next_gva, self.next_access
-        self.rows_under_way.ctx = NULL
+        if self.stream is not NULL:
+            stream_hold(self.stream)
         translate_rows(&self.rows_under_way, 0, rows)
+        if self.stream is not NULL:
+            stream_insert(self.stream, self.next_row, self.next_gva, self.next_access, r.gpa, r.level, r.status, rows)
         c.crossings += rows
         for i in range(rows):
             if r.status[i] == STATUS_OK:

@@ -1,12 +1,18 @@
 """What a replay found: the Report, its mismatches, and how a replay ends early."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport"]
+from kvmmu.arch._bits import PAGE_SIZE, Status
+from kvmmu.arch.faults import error_code_text
+from kvmmu.replay._replay import RowLoop
+from kvmmu.tlb.counters import TlbStats
+from kvmmu.walk.html import table_html
+
+__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport", "take_counts"]
 
 EXPLAINED = 20
-_TABLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,14 @@ class Mismatch:
     recorded: str
     walked: str
 
+    def __repr__(self) -> str:
+        return f"<Mismatch: {str(self).replace(chr(10), ' ')}>"
+
     def __str__(self) -> str:
         return f"access {self.position}: recorded {self.recorded}\n  walked: {self.walked}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What a replay found.
 
@@ -68,6 +77,10 @@ class Report:
         Of `seconds`, those in which the walk had to wait for decoded rows.
     complete : bool
         False if the replay stopped before the end of the trace.
+    tlb : TlbStats or None
+        Counters of the TLB hierarchy, if one was asked for.
+    skipped : dict of str to int
+        What the reader of a trace of another tool passed over, by kind.
     """
 
     name: str
@@ -90,6 +103,8 @@ class Report:
     walk_faults: dict[str, int] = field(default_factory=dict)
     waited: float = 0.0
     complete: bool = True
+    tlb: TlbStats | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -100,10 +115,45 @@ class Report:
         """Plain data for JSON."""
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
-        return plain | {"rate": self.rate}
+        del plain["tlb"]
+        return plain | {"rate": self.rate} | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
+
+    def _title(self) -> str:
+        stopped = "" if self.complete else ", stopped early"
+        return f"{', '.join(filter(None, (self.name, self.phase)))} (mode {self.mode}): {self.accesses:,} accesses{stopped}"
+
+    def _checked(self) -> str:
+        return f"{self.verified:,} verified, {self.mismatches:,} mismatches"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._title()}, {self._checked()}>"
+
+    def _repr_html_(self) -> str:
+        """Return the title with the numbers of `to_dict()`, and a table for each of its counts by kind, that is not empty."""
+        plain = self.to_dict()
+        counts = {name: value for name, value in plain.items() if isinstance(value, dict) and value}
+        rows = [(_words(name), _value_text(value)) for name, value in plain.items()
+                if value is not None and not isinstance(value, (dict, list, str, bool))]
+        tables = [table_html(self._title(), (), rows)]
+        tables += [table_html(_words(name), (), [(_words(key), _value_text(value)) for key, value in found.items()])
+                   for name, found in counts.items()]
+        if self.examples:
+            tables.append(table_html("mismatches, the first of them", (), [(str(example),) for example in self.examples]))
+        return "".join(tables)
 
 
-@dataclass
+def take_counts(report: Report, loop: RowLoop, sizes: Sequence[str]) -> None:
+    """Note in a report what a loop of rows has counted. IN sizes: the names of pages by the level of their leaf."""
+    report.kinds = dict(zip(("load", "store", "fetch"), loop.kinds, strict=True))
+    report.accesses, report.mmio, report.table_writes = loop.accesses, loop.mmio, loop.writes
+    report.verified, report.unchecked, report.mismatches = loop.verified, loop.unchecked, loop.mismatches
+    report.page_sizes = {size: count for size, count in zip(sizes, loop.page_sizes, strict=True) if count}
+    report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
+        Status(status).name: count for status, count in enumerate(loop.statuses)
+        if count and status not in (Status.OK, Status.PAGE_FAULT)}
+
+
+@dataclass(repr=False)
 class SyntheticReport(Report):
     """The result of a replay of a trace without page tables, on tables that were made for it.
 
@@ -136,8 +186,6 @@ class SyntheticReport(Report):
         Memory that those pages take.
     table_pages : int
         Page tables, of 4096 bytes each.
-    skipped : dict of str to int
-        What the reader of the trace passed over, by kind.
     """
 
     source: str = ""
@@ -152,7 +200,10 @@ class SyntheticReport(Report):
     mapped: dict[str, int] = field(default_factory=dict)
     mapped_bytes: int = 0
     table_pages: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+
+    def _checked(self) -> str:
+        faults = "" if self.first_touch_faults is None else f", {self.first_touch_faults:,} first-touch faults"
+        return f"{self.pages_touched:,} pages touched, {self.refs_per_walk:.3f} references per walk{faults}"
 
     @property
     def refs_per_walk(self) -> float:
@@ -166,7 +217,8 @@ class SyntheticReport(Report):
         return {name: getattr(self, name) for name in names} | {
             "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
             "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,
-                          "table_pages": self.table_pages, "table_bytes": self.table_pages * _TABLE_BYTES}}
+                          "table_pages": self.table_pages, "table_bytes": self.table_pages * PAGE_SIZE}
+        } | ({} if self.tlb is None else {"tlb": self.tlb.to_dict()})
 
 
 class ReplayInterrupted(KeyboardInterrupt):
@@ -181,3 +233,14 @@ class ReplayInterrupted(KeyboardInterrupt):
     def __init__(self, report: Report) -> None:
         super().__init__(f"interrupted after {report.accesses:,} accesses")
         self.report = report
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value_text(value: object) -> str:
+    """Return a number with separators, of a mapping its items in a line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value_text(count)}" for key, count in value.items())
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

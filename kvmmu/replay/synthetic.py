@@ -9,17 +9,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import GPA_BITS, INVALID_GPA, PAGE_SIZE, Op, Status
-from kvmmu.arch.faults import error_code_text
+from kvmmu.arch._bits import GPA_BITS, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, Op
 from kvmmu.arch.registers import CpuModel
 from kvmmu.replay._replay import RowLoop, new_row_loop
-from kvmmu.replay.result import ReplayInterrupted, SyntheticReport
+from kvmmu.replay.result import ReplayInterrupted, SyntheticReport, take_counts
 from kvmmu.replay.trace_memory import LIMIT_VARIABLE, memory_limit
+from kvmmu.replay.trace_replay import with_file
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.layout import Frames, Page, PageLayout, check_layout, layout_pages, tables_needed
 from kvmmu.tables.modes import Mode
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.tables.pager import Pager
+from kvmmu.tlb.processor import ProcessorTlbs
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.traces.foreign import ForeignTrace
 from kvmmu.vm.vcpu import Vcpu
@@ -27,8 +28,8 @@ from kvmmu.vm.vcpu import Vcpu
 __all__ = ["TablesToOrder", "replay_synthetic"]
 
 _THP_SHARE = 0.5
-_PAGE_SHIFT, _1G_SHIFT = 12, 30
-_SIZE_NAMES = {_PAGE_SHIFT: "4K", 21: "2M", 22: "4M", _1G_SHIFT: "1G"}
+_1G_SHIFT = 30
+_SIZE_NAMES = {PAGE_SHIFT: "4K", 21: "2M", 22: "4M", _1G_SHIFT: "1G"}
 _GUEST_MODES = ("32", "pae", "4l", "5l")
 Progress = Callable[[int, int], object]
 
@@ -51,7 +52,8 @@ class TablesToOrder(NamedTuple):
     pager: Pager | None = None
 
 
-def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None) -> SyntheticReport:
+def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None,
+                     tlbs: Callable[[int], ProcessorTlbs] | None = None) -> SyntheticReport:
     """Walk every access of a trace on tables that map all its pages.
 
     Parameters
@@ -61,6 +63,8 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
     order : TablesToOrder
     progress : callable, optional
         Called with (accesses done, accesses in all or 0) after each chunk.
+    tlbs : callable, optional
+        Called with the number of vCPUs, 1; makes the TLBs that the accesses go through.
 
     Raises
     ------
@@ -71,15 +75,14 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
     ReplayInterrupted
         Ctrl-C; its `report` likewise.
     """
-    run = _Run(trace, order, progress)
+    run = _Run(trace, order, progress, tlbs)
     try:
         run.all_chunks()
         return run.report(complete=True)
     except KeyboardInterrupt:
         raise ReplayInterrupted(run.report(complete=False)) from None
     except TraceError as error:
-        path = getattr(trace, "path", None)
-        named = error if path is None or str(error).startswith(str(path)) else TraceError(f"{path}: {error}")
+        named = with_file(error, trace)
         named.report = run.report(complete=False)
         raise named from error.__cause__
 
@@ -87,13 +90,15 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
 class _Run:
     """One replay under way."""
 
-    def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None) -> None:
+    def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None,
+                 tlbs: Callable[[int], ProcessorTlbs] | None = None) -> None:
+        self.tlbs = None if tlbs is None else tlbs(1)
         self.trace, self.order, self.progress = trace, order, progress
         if order.paging not in _GUEST_MODES:
             raise ValueError(f"paging: is {order.paging!r}; allowed is {', '.join(_GUEST_MODES)}")
         self.shape = check_layout(order.page, order.frames, order.paging, _THP_SHARE)
         level_shifts = {level: size.bit_length() - 1 for size, level in self.shape.sizes.items()}
-        self.shifts = [_PAGE_SHIFT, *(level_shifts.get(level, _PAGE_SHIFT) for level in (1, 2, 3))]
+        self.shifts = [PAGE_SHIFT, *(level_shifts.get(level, PAGE_SHIFT) for level in (1, 2, 3))]
         self.started = time.perf_counter()
         self.waited = 0.0
         self.touched = PageSet()
@@ -180,11 +185,11 @@ class _Run:
 
     def _pages(self) -> NDArray[np.uint64]:
         """Numbers of the 4K pages that are touched and can be mapped, ascending."""
-        pages, bits = self.touched.pages(), self.shape.addr_bits - _PAGE_SHIFT
+        pages, bits = self.touched.pages(), self.shape.addr_bits - PAGE_SHIFT
         if not self.shape.signed:
             return np.unique(pages & np.uint64((1 << bits) - 1))            # the last page is followed by the first
         upper = pages >> np.uint64(bits - 1)
-        canonical: NDArray[np.uint64] = pages[(upper == 0) | (upper == np.uint64((1 << 64 - _PAGE_SHIFT - bits + 1) - 1))]
+        canonical: NDArray[np.uint64] = pages[(upper == 0) | (upper == np.uint64((1 << 64 - PAGE_SHIFT - bits + 1) - 1))]
         return canonical
 
     def _make_tables(self) -> PageTables:
@@ -193,7 +198,7 @@ class _Run:
         self.layout = layout_pages(pages, page, _THP_SHARE, self.shape.large_shift)
         needed = tables_needed(self.layout, self.shape.table_shifts) + self.shape.fixed_tables - 1
         self._check_room(needed)
-        tables = PageTables.for_addresses(None, pages << np.uint64(_PAGE_SHIFT), page, frames, mode=paging, thp_share=_THP_SHARE)
+        tables = PageTables.for_addresses(None, pages << np.uint64(PAGE_SHIFT), page, frames, mode=paging, thp_share=_THP_SHARE)
         self.table_pages = len(tables.table_frames)
         return tables
 
@@ -210,13 +215,16 @@ class _Run:
         self.loop = new_row_loop(vcpu.gva_walk, 1)
         self.loop.walk_both_pages(self.shifts)
         self.loop.use(0, vcpu.gva_walk.prepare([vcpu.regs]))
+        if self.tlbs is not None:
+            self.tlbs.follow(0, vcpu.regs)
+            self.loop.feed(self.tlbs.stream)
 
     # ---- walks ---------------------------------------------------------------------------------------------------------
 
     def _walk(self, chunk: Chunk) -> None:
         assert self.loop is not None
         self.loop.load(chunk)
-        self.loop.run(0)
+        self.loop.run()
 
     def _walk_paged(self, pager: Pager, chunk: Chunk) -> None:
         """Walk a chunk, each row behind its page faults, and before a 2M page of a later row replaces small ones."""
@@ -230,7 +238,7 @@ class _Run:
             stop = pager._touch_until_promotion(addr, size, row)
             if pager.faults != before:
                 loop.forget()
-            loop.run(row, stop)
+            loop.run(stop)
             row = stop
 
     # ---- what was found ------------------------------------------------------------------------------------------------
@@ -243,7 +251,7 @@ class _Run:
         pages = {size.bit_length() - 1: addr.size for size, addr in self.layout.items()}
         if pager is not None:
             report.first_touch_faults = pager.faults - self.faults_before
-            pages = {_PAGE_SHIFT: pager.pages - pager.huge_pages,
+            pages = {PAGE_SHIFT: pager.pages - pager.huge_pages,
                      _1G_SHIFT if order.page == "1g" else self.shape.large_shift: pager.huge_pages}
             self.table_pages = pager.table_pages
         report.mapped = {_SIZE_NAMES[shift]: count for shift, count in sorted(pages.items()) if count}
@@ -255,18 +263,13 @@ class _Run:
             report.skipped = dict(self.trace.notes.skipped)
         if self.loop is not None:
             self._count(report, self.loop)
+        report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.seconds = time.perf_counter() - self.started
         return report
 
     def _count(self, report: SyntheticReport, loop: RowLoop) -> None:
-        report.kinds = dict(zip(("load", "store", "fetch"), loop.kinds, strict=True))
-        report.accesses, report.unchecked, report.mmio = sum(loop.kinds), loop.unchecked, loop.mmio
+        take_counts(report, loop, [_SIZE_NAMES[shift] for shift in self.shifts])
         report.crossings = loop.crossings
-        sizes = zip(self.shifts, loop.page_sizes, strict=True)
-        report.page_sizes = {_SIZE_NAMES[shift]: count for shift, count in sizes if count}
-        report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
-            Status(status).name: count for status, count in enumerate(loop.statuses)
-            if count and status not in (Status.OK, Status.PAGE_FAULT)}
         # PDPTEs of PAE paging are registers; a walk to a leaf of level n reads the entries from the top level down to n
         top = 2 if self.order.paging == "pae" else self.shape.levels
         walks = [first + second for first, second in zip(loop.page_sizes, loop.next_page_sizes, strict=True)]

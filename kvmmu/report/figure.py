@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmmu.arch._bits import Status
 from kvmmu.arch.faults import access_text, nested_title
-from kvmmu.walk.record import WalkRecord, WalkStep, rights_text, size_text
+from kvmmu.arch.words import rights_text
+from kvmmu.walk.record import WalkRecord, WalkStep, size_text
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -57,7 +58,7 @@ def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax:
     Parameters
     ----------
     record : WalkRecord
-        From `PageWalk.walk_record()`.
+        From `PageWalk.walk_record()` or `Vcpu.hw_walk_record()`.
     path : str or path-like, optional
         Save the figure there; the suffix chooses the format (.png, .svg, .pdf).
     ax : matplotlib.axes.Axes, optional
@@ -162,7 +163,8 @@ class _Drawing:
             if step.gpa is None:
                 self._label(row, "register", "", name)
             else:
-                self._label(row, "nGPA, from CR3" if row == 0 else "nGPA", f"{step.gpa:#x}", name)
+                space = record.first_space
+                self._label(row, f"{space}, from CR3" if row == 0 else space, f"{step.gpa:#x}", name)
             if step.nested is not None:
                 self._second_stage(row, step.nested)
                 if step.nested.status:
@@ -175,7 +177,7 @@ class _Drawing:
             row = len(record.steps)
             if row:
                 self._turn(row)
-            self._label(row, "final nGPA", f"{record.ngpa:#x}", "where the byte lies")
+            self._label(row, f"final {record.first_space}", f"{record.ngpa:#x}", "where the byte lies")
             self._second_stage(row, record.final)
             if record.final.status:
                 self._unread(row, "page")
@@ -238,7 +240,7 @@ class _Drawing:
         """The cell at the end of a walk that succeeds."""
         self._cell(row, self.columns, _PAGE, "page")
         size = size_text(self.record.page_size)
-        self._lines(row, self.columns, [(size, {"weight": "bold"}), (f"gpa {self.record.gpa:#x}", {})])
+        self._lines(row, self.columns, [(size, {"weight": "bold"}), (f"{self.record.space} {self.record.gpa:#x}", {})])
 
     def _unread(self, row: int, name: str) -> None:
         """What the walk did not come to."""
@@ -291,9 +293,10 @@ class _Drawing:
     def _write_headings(self) -> None:
         y = self.height - self.top + 0.26
         middle = (self._x(0) + self._x(self.columns - 1) + _CELL_WIDTH) / 2
+        first, last = self.record.first_space, self.record.space.upper()
         headings = ((_MARGIN + _LABEL / 2, "address to read", _INK),
-                    (middle, "second stage: nGPA\N{RIGHTWARDS ARROW}GPA", _SECOND[1]),
-                    (self._x(self.columns) + _CELL_WIDTH / 2, "first stage: GVA\N{RIGHTWARDS ARROW}nGPA", _FIRST[1]))
+                    (middle, f"second stage: {first}\N{RIGHTWARDS ARROW}{last}", _SECOND[1]),
+                    (self._x(self.columns) + _CELL_WIDTH / 2, f"first stage: GVA\N{RIGHTWARDS ARROW}{first}", _FIRST[1]))
         for x, text, colour in headings:
             self.ax.text(x, y, text, ha="center", va="center_baseline", fontsize=_FONT + 1, weight="bold", color=colour)
 

@@ -7,7 +7,7 @@ from typing import TextIO
 from kvmmu.replay.result import Report
 from kvmmu.replay.terminal import has_boxes, printable, say
 
-__all__ = ["replay_tables", "show_tables"]
+__all__ = ["Table", "plain_text", "replay_tables", "show_tables"]
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -30,6 +30,7 @@ def replay_tables(report: Report) -> list[Table]:
         summary.insert(0, ("stopped early, after", f"{report.accesses:,} accesses"))
     if report.waited:
         summary.append(("walk waited for rows", f"{report.waited:.2f} s"))
+    summary += [(f"passed over: {printable(kind)}", f"{count:,}") for kind, count in report.skipped.items()]
     titles = (report.name, report.phase and f"{report.phase} phase", f"mode {report.mode}")
     tables: list[Table] = [
         (printable(", ".join(filter(None, titles))), ("", ""), summary),
@@ -65,7 +66,7 @@ def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
     except ImportError:
         has_rich = False
     if not has_rich or file is None:
-        say(_plain_text(tables), file)
+        say(plain_text(tables), file)
         return
     terminal = rich.console.Console(file=file)
     text = io.StringIO()                    # written at once below: rich itself would exit with status 1 if the reader is gone
@@ -81,7 +82,8 @@ def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
     say(text.getvalue().removesuffix("\n"), file)
 
 
-def _plain_text(tables: list[Table]) -> str:
+def plain_text(tables: list[Table]) -> str:
+    """Return tables as text."""
     lines = []
     for title, names, rows in tables:
         table = [names, *rows] if any(names) else rows

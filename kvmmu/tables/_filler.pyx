@@ -2,11 +2,11 @@
 
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_2M, PG_LEVEL_4K, PT64_BASE_ADDR_MASK
-from kvmmu.arch._gpte cimport kvmmu_level_shift
+from kvmmu.arch._gpte cimport kvmmu_is_canonical, kvmmu_level_shift
 from kvmmu.memory._memory cimport SlotTable, hash_gfn
 from kvmmu.tables._builder cimport TableBuilder
 from kvmmu.tables._edit cimport (
@@ -129,7 +129,7 @@ cdef int fill(filler *f, uint64_t addr) noexcept nogil:
 cdef int touch(filler *f, uint64_t addr) noexcept nogil:
     cdef int status
     if f.canonical:
-        if <uint64_t>(<int64_t>(addr << f.unused_bits) >> f.unused_bits) != addr:
+        if not kvmmu_is_canonical(addr, f.unused_bits):
             return BUILD_DONE
     else:
         addr = addr << f.unused_bits >> f.unused_bits

@@ -1,14 +1,14 @@
 """PageTables: guest page tables and second stages, made to order."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvmmu.arch._bits import EPTP_AD, EPTP_LEVEL_SHIFT, EPTP_MT_WB, PAGE_SIZE, PT64_PKEY, Cr0, Cr4, Efer, EptPte, Pte
 from kvmmu.arch.arguments import check_bool, check_name, check_word
-from kvmmu.arch.registers import Regs
+from kvmmu.arch.registers import RegisterValues, Regs
 from kvmmu.arch.second_stages import Ept, Npt
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._builder import STATUS_NAMES, TableBuilder
@@ -138,7 +138,7 @@ class PageTables:
         """Guest-physical addresses of all tables, ascending."""
         return sorted(self._own)
 
-    def regs(self, **over: Any) -> Regs:
+    def regs(self, **over: Unpack[RegisterValues]) -> Regs:
         """Return registers that walk these tables: paging on, CR0.WP set, XD in use where entries have it.
 
         Parameters
@@ -156,7 +156,7 @@ class PageTables:
         efer = Efer(0) if self.mode == "32" else Efer.NX if self.mode == "pae" else Efer.LME | Efer.LMA | Efer.NX
         cr4 = {"32": Cr4.PSE, "5l": Cr4.PAE | Cr4.LA57}.get(self.mode, Cr4.PAE)
         values: dict[str, Any] = {"cr0": int(Cr0.PE | Cr0.WP | Cr0.PG), "cr3": self.root, "cr4": int(cr4), "efer": int(efer)}
-        return Regs(**values | over)
+        return Regs(**{**values, **over})
 
     def second_stage(self, **over: Any) -> Ept | Npt:
         """Return these tables as a second stage: an `Ept`, or of the other modes an `Npt` of a host in that mode.

@@ -105,6 +105,9 @@ cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nog
 # 0, or -1: wrong shape or no memory; t is free of memory then. IN sets: powers of two, by level
 cdef int tlb_init(tlb *t, const size_t *sets, const size_t *ways) noexcept nogil
 cdef void tlb_free(tlb *t) noexcept nogil
+# 0, or -1 for want of memory: to is free of memory then
+cdef int tlb_copy(tlb *to, const tlb *t) noexcept nogil
+cdef void tlb_swap(tlb *a, tlb *b) noexcept nogil
 # Use a space and a PCID; a space that is new takes a number, if need be by dropping all
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
 # Enter a translation, in the place of the one that was used longest ago. The caller sets page_shift and all that follows

@@ -5,7 +5,7 @@ import operator
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from kvmmu.arch._bits cimport PAGE_SHIFT, PT32_INDEX_BITS, PT64_INDEX_BITS
 from kvmmu.memory._alloc cimport kvmmu_alloc_table
@@ -43,6 +43,29 @@ cdef void tlb_free(tlb *t) noexcept nogil:
         free(t.arrays[i].keys)
         free(t.arrays[i].entries)
     memset(t, 0, sizeof(tlb))
+
+
+cdef int tlb_copy(tlb *to, const tlb *t) noexcept nogil:
+    cdef size_t i, n
+    to[0] = t[0]
+    for i in range(TLB_LEVELS):                         # `tlb_free()` must not find those of the original
+        to.arrays[i].keys, to.arrays[i].entries = NULL, NULL
+    for i in range(TLB_LEVELS):
+        n = t.arrays[i].sets * t.arrays[i].ways
+        to.arrays[i].keys = <uint64_t *>kvmmu_alloc_table(n, 1, sizeof(uint64_t))
+        to.arrays[i].entries = <tlb_entry *>kvmmu_alloc_table(n, 1, sizeof(tlb_entry))
+        if to.arrays[i].keys is NULL or to.arrays[i].entries is NULL:
+            tlb_free(to)
+            return -1
+        memcpy(to.arrays[i].keys, t.arrays[i].keys, n * sizeof(uint64_t))
+        memcpy(to.arrays[i].entries, t.arrays[i].entries, n * sizeof(tlb_entry))
+    return 0
+
+
+cdef void tlb_swap(tlb *a, tlb *b) noexcept nogil:
+    cdef tlb kept = a[0]
+    a[0] = b[0]
+    b[0] = kept
 
 
 cdef void tlb_flush_all(tlb *t) noexcept nogil:
@@ -301,8 +324,24 @@ cdef class Tlb:
         with self.lock:
             return int(self.t.arrays[0].valid + self.t.arrays[1].valid + self.t.arrays[2].valid)
 
+    def __repr__(self):
+        shape = ", ".join(f"{self.t.arrays[i].sets}x{self.t.arrays[i].ways}" for i in range(TLB_LEVELS))
+        return f"<Tlb {shape}: {len(self)} entries, {self.hits} hits, {self.misses} misses>"
+
     def __reduce__(self):
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; make another of the same geometry")
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; its method copy() makes "
+                        f"another one")
+
+    def copy(self):
+        """Return another TLB with the same geometry, entries and counters."""
+        cdef Tlb copy = Tlb.__new__(Tlb)
+        cdef tlb same
+        with self.lock:
+            if tlb_copy(&same, &self.t):
+                raise MemoryError
+        tlb_swap(&copy.t, &same)
+        tlb_free(&same)
+        return copy
 
     def use(self, space=0, pcid=0):
         """Put a space (any 64-bit number) and a PCID in force."""

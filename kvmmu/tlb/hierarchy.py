@@ -1,10 +1,9 @@
 """TLB hierarchies: levels of any shape, and what a stream of accesses costs in them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from importlib.resources import files
+from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,14 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
+from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
 
-__all__ = ["TlbHierarchy", "TlbLevel", "TlbStats"]
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
-KINDS = ("load", "store", "fetch")
-PAGES = ("4k", "2m", "1g")                      # "2m": pages of 4 MiB, too, in 32-bit paging
+__all__ = ["PAGE_LEVELS", "TlbHierarchy", "TlbLevel", "tlb_of"]
+
+PAGE_LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 POLICIES = ("lru", "fifo", "plru", "random")
 INCLUSIONS = ("none", "inclusive", "exclusive")
-MODES = {"32": (2, 10, 22), "pae": (2, 9, 21), "4l": (4, 9, 21), "5l": (5, 9, 21)}     # root level, index bits, large shift
 _MOST_ENTRIES, _MOST_LEVELS, _MOST_PLRU_WAYS = 1 << 24, 16, 64
 _TAGS = 1 << 15
 _PCID_BITS = 12
@@ -50,10 +51,10 @@ class TlbLevel:
     name: str
     sets: int
     ways: int
-    policy: str = "lru"
-    kinds: tuple[str, ...] = KINDS
-    pages: tuple[str, ...] = PAGES
-    inclusion: str = "none"
+    policy: Literal["lru", "fifo", "plru", "random"] = "lru"
+    kinds: Sequence[Kind] = KINDS
+    pages: Sequence[PageSize] = PAGES
+    inclusion: Literal["none", "inclusive", "exclusive"] = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -90,72 +91,8 @@ def _some_of(name: str, chosen: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(one for one in names if one in chosen)
 
 
-def _bits(chosen: tuple[str, ...], names: tuple[str, ...]) -> int:
+def _bits(chosen: Sequence[str], names: tuple[str, ...]) -> int:
     return sum(1 << names.index(one) for one in chosen)
-
-
-@dataclass(frozen=True, repr=False)
-class TlbStats:
-    """Counters of a TLB hierarchy.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Of the levels.
-    hits : ndarray of uint64, shape (levels, 3, 2, 3)
-        Accesses that a level served: by kind (load, store, fetch), user mode (no, yes), page size (4k, 2m, 1g).
-    walks : ndarray of uint64, shape (3, 2, 3)
-        Accesses that no level served.
-    guest_refs : int
-        Paging-structure entries that the walks read.
-    psc_hits : dict of int to int
-        Walks that a paging-structure cache shortened, by the level of the cached entry (2: PDE ... 5: PML5E).
-    replaced : tuple of int
-        Entries that each level replaced.
-    unmapped : int
-        Rows without a page, which asked no level.
-    """
-
-    names: tuple[str, ...]
-    hits: NDArray[np.uint64]
-    walks: NDArray[np.uint64]
-    guest_refs: int
-    psc_hits: dict[int, int] = field(default_factory=dict)
-    replaced: tuple[int, ...] = ()
-    unmapped: int = 0
-
-    @property
-    def accesses(self) -> int:
-        """Accesses to pages."""
-        return int(self.hits.sum() + self.walks.sum())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: levels (name, hits, replaced), walks, by kind, mode and size, and references."""
-        def by(counts: NDArray[np.uint64]) -> dict[str, dict[str, int]]:
-            return {"kinds": dict(zip(KINDS, counts.sum(axis=(1, 2)).tolist(), strict=True)),
-                    "modes": dict(zip(("supervisor", "user"), counts.sum(axis=(0, 2)).tolist(), strict=True)),
-                    "pages": dict(zip(PAGES, counts.sum(axis=(0, 1)).tolist(), strict=True))}
-
-        levels = [{"name": name, "hits": int(hits.sum()), "replaced": replaced} | by(hits)
-                  for name, hits, replaced in zip(self.names, self.hits, self.replaced, strict=True)]
-        return {"accesses": self.accesses, "levels": levels, "walks": int(self.walks.sum()), "walks_by": by(self.walks),
-                "guest_refs": self.guest_refs, "psc_hits": {str(level): hits for level, hits in self.psc_hits.items()},
-                "unmapped": self.unmapped}
-
-    def __repr__(self) -> str:
-        hits = ", ".join(f"{name} {int(hits.sum())}" for name, hits in zip(self.names, self.hits, strict=True))
-        return f"TlbStats({self.accesses} accesses: {hits}{', ' if hits else ''}walks {int(self.walks.sum())})"
-
-    def __str__(self) -> str:
-        accesses = max(self.accesses, 1)
-        rows = [(name, int(hits.sum())) for name, hits in zip(self.names, self.hits, strict=True)]
-        rows.append(("page walks", int(self.walks.sum())))
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{self.accesses:,} accesses"]
-        lines += [f"  {name:{width}}  {count:>16,}  {100 * count / accesses:6.2f}%" for name, count in rows]
-        walks = rows[-1][1]
-        lines.append(f"  {self.guest_refs:,} entries read" + (f", {self.guest_refs / walks:.2f} per walk" if walks else ""))
-        return "\n".join(lines)
 
 
 class TlbHierarchy:
@@ -174,6 +111,14 @@ class TlbHierarchy:
         entries.
     seed : int
         Of "random" replacement: the same seed and the same accesses give the same counters.
+    details : bool
+        Keep `TlbDetails`: why levels miss, and the pages and instructions whose accesses take walks. That takes time for each
+        access and memory for each page.
+    curve : bool
+        Keep stack distances as well: the misses of fully associative TLBs of all sizes.
+    nested : TlbHierarchy, optional
+        Levels and paging-structure caches for the guest-physical addresses that page walks translate under two-dimensional
+        paging. Without: the host's tables are walked for each, from their root.
 
     Notes
     -----
@@ -181,7 +126,8 @@ class TlbHierarchy:
     Invalidation is that of the SDM, vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches".
     """
 
-    def __init__(self, levels: Sequence[TlbLevel], *, psc: Mapping[int, TlbLevel] | None = None, seed: int = 0) -> None:
+    def __init__(self, levels: Sequence[TlbLevel], *, psc: Mapping[int, TlbLevel] | None = None, seed: int = 0,
+                 details: bool = False, curve: bool = False, nested: "TlbHierarchy | None" = None) -> None:
         levels = tuple(levels)
         if not all(isinstance(level, TlbLevel) for level in levels):
             raise TypeError(f"levels: want TlbLevels, got {levels!r}")
@@ -198,10 +144,16 @@ class TlbHierarchy:
                 raise TypeError(f"psc[{number}]: want a TlbLevel, got {cache!r}")
         _check_exclusive(levels)
         self._levels, self._psc, self._seed = levels, psc, check_word("seed", seed)
+        if nested is not None and not isinstance(nested, TlbHierarchy):
+            raise TypeError(f"nested: want a TlbHierarchy or None, got {type(nested).__name__}")
+        self._nested = nested
+        details, curve = check_bool("details", details), check_bool("curve", curve)
+        self._details = 2 if curve else int(details)
         self._core = TlbLevels(
             [(level.sets, level.ways, POLICIES.index(level.policy), INCLUSIONS.index(level.inclusion), _bits(level.kinds, KINDS),
               _bits(level.pages, PAGES)) for level in levels],
-            {number: (cache.sets, cache.ways, POLICIES.index(cache.policy)) for number, cache in psc.items()}, self._seed)
+            {number: (cache.sets, cache.ways, POLICIES.index(cache.policy)) for number, cache in psc.items()}, self._seed,
+            self._details)
         self._tags: dict[tuple[int, int], int] = {}
         self._globals: dict[int, int] = {}
         self.use()
@@ -216,6 +168,21 @@ class TlbHierarchy:
         """The paging-structure caches by level."""
         return dict(self._psc)
 
+    @property
+    def nested(self) -> "TlbHierarchy | None":
+        """The hierarchy of guest-physical addresses, or None."""
+        return self._nested
+
+    def _nested_or_none(self) -> "TlbHierarchy":
+        """Return the hierarchy of guest-physical addresses, or one that holds nothing."""
+        return TlbHierarchy([]) if self._nested is None else self._nested
+
+    def _another(self, *, details: bool | None = None, curve: bool | None = None) -> "TlbHierarchy":
+        """Return an empty hierarchy of the same shape, with the same details unless they are given."""
+        return TlbHierarchy(self._levels, psc=self._psc, seed=self._seed, nested=self._nested,
+                            details=self._details > 0 if details is None else details,
+                            curve=self._details > 1 if curve is None else curve)
+
     # ---- from files -----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -228,12 +195,12 @@ class TlbHierarchy:
     def preset(cls, name: str) -> Self:
         """Make the hierarchy of a processor: one of `presets()`. Their files name the source of each figure."""
         check_name("name", name, cls.presets())
-        return cls._from_text((files("kvmmu") / "data" / "tlb" / f"{name}.toml").read_bytes(), f"preset {name}")
+        return cls._from_text((_presets() / f"{name}.toml").read_bytes(), f"preset {name}")
 
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Names of the processors whose hierarchies are known."""
-        return tuple(sorted(entry.name.removesuffix(".toml") for entry in (files("kvmmu") / "data" / "tlb").iterdir()
+        return tuple(sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir()
                             if entry.name.endswith(".toml")))
 
     @classmethod
@@ -244,8 +211,17 @@ class TlbHierarchy:
             found = tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not TOML ({error})") from error
+        return cls._from_tables(found, where, ("level", "psc", "seed", "nested"))
+
+    @classmethod
+    def _from_tables(cls, found: dict[str, Any], where: str, known: tuple[str, ...]) -> Self:
         for key in found:
-            check_name(f"{where}: key", key, ("level", "psc", "seed"))
+            check_name(f"{where}: key", key, known)
+        nested = found.get("nested")
+        if nested is not None:
+            if not isinstance(nested, dict):
+                raise ValueError(f"{where}: nested: want tables nested.level and nested.psc.N")
+            nested = cls._from_tables(nested, f"{where}: nested", ("level", "psc", "seed"))
         tables, caches = found.get("level", []), found.get("psc", {})
         if not isinstance(tables, list) or not isinstance(caches, dict):
             raise ValueError(f"{where}: want [[level]] tables and [psc.N] tables")
@@ -256,7 +232,7 @@ class TlbHierarchy:
             psc[int(number)] = _level_of(table, f"{where}: psc.{number}", f"psc{number}")
         try:
             return cls([_level_of(table, f"{where}: level {i}") for i, table in enumerate(tables)], psc=psc,
-                       seed=found.get("seed", 0))
+                       seed=found.get("seed", 0), nested=nested)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}".replace(f"{where}: {where}", where)) from error
 
@@ -309,6 +285,16 @@ class TlbHierarchy:
         """Drop everything of an address space, global pages as well: INVVPID of a single context, a new ASID."""
         self._flush_space(check_word("space", space), True)
 
+    def flush_in_force(self) -> None:
+        """Drop everything of the space in force, as a MOV to CR4 does that changes PGE."""
+        self._flush_space(self._space, True)
+
+    def page_fault(self, gva: int) -> None:
+        """A #PF at gva: drop the page around it, and the paging-structure entries that lead to it, of the PCID in force."""
+        gva, tag = check_word("gva", gva), self._tag(self._space, self._pcid)
+        self._core.remove_address(gva, tag, False)
+        self._core.remove_upper_of(gva, tag)
+
     def flush(self) -> None:
         """Drop everything, in every space."""
         self._core.remove_all()
@@ -334,7 +320,8 @@ class TlbHierarchy:
     # ---- accesses -------------------------------------------------------------------------------------------------------
 
     def access(self, gva: ArrayLike, access: ArrayLike = Access.READ, level: ArrayLike = 1, *,
-               is_global: ArrayLike | None = None, out: Mapping[str, NDArray[np.uint8]] | None = None) -> None:
+               is_global: ArrayLike | None = None, ip: ArrayLike | None = None,
+               out: Mapping[str, NDArray[np.uint8]] | None = None) -> None:
         """Let accesses go through the hierarchy; `stats()` tells what they met.
 
         Parameters
@@ -348,6 +335,8 @@ class TlbHierarchy:
             is counted as unmapped.
         is_global : array_like of bool, optional
             Whether the page is global.
+        ip : array_like of int, optional
+            Addresses of the instructions, for the details.
         out : mapping of str to ndarray of uint8, optional
             Columns to fill: "level", the number of the level that hit or 255 for a walk; "refs", the entries that the walk read.
         """
@@ -356,20 +345,26 @@ class TlbHierarchy:
         kept = None
         if is_global is not None:
             kept = np.ascontiguousarray(_flag_column(is_global, rows.size)).view(np.uint8)
+        ips = None
+        if ip is not None:
+            ips = np.ascontiguousarray(check_integers("ip", ip, 0, (1 << 64) - 1, copy=False)).reshape(-1)
+            if ips.size != rows.size:
+                raise ValueError(f"ip: want {rows.size} rows, got {ips.size}")
         out = dict(out or {})
         for name, column in out.items():
             check_name("out", name, ("level", "refs"))
             if not isinstance(column, np.ndarray) or column.dtype != np.uint8 or column.shape != rows.shape or (
                     not column.flags.c_contiguous or not column.flags.writeable):
                 raise ValueError(f"out[{name!r}]: want a writable contiguous array of uint8 of {rows.size} rows")
-        self._core.run(rows, bits, leaf, kept, out.get("level"), out.get("refs"))
+        self._core.run(rows, bits, leaf, kept, out.get("level"), out.get("refs"), ip=ips)
 
     def stats(self) -> TlbStats:
         """Return the counters since they were cleared."""
         found = self._core.counters()
         return TlbStats(tuple(level.name for level in self._levels), found["hits"], found["walks"], found["references"],
                         {number: int(found["psc_hits"][number - 2]) for number in sorted(self._psc)},
-                        tuple(found["replaced"].tolist()), found["unmapped"])
+                        tuple(found["replaced"].tolist()), found["unmapped"], found["cached_references"],
+                        details_of(self._core.details(), self._mode))
 
     def clear_stats(self) -> None:
         """Set all counters to 0. What the levels hold stays."""
@@ -381,6 +376,13 @@ class TlbHierarchy:
 
     def __reduce__(self) -> Any:
         raise TypeError("a TlbHierarchy cannot be copied or pickled; make another of the same levels")
+
+
+def _presets() -> "Traversable":
+    """Return the folder of the presets."""
+    from importlib.resources import files  # brings tempfile and random
+
+    return files("kvmmu") / "data" / "tlb"
 
 
 def _byte_column(name: str, values: ArrayLike, rows: int) -> NDArray[np.uint8]:
@@ -422,3 +424,20 @@ def _level_of(table: Any, where: str, name: str | None = None) -> TlbLevel:
         return TlbLevel(**table)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def tlb_of(name: str, tlb: Any) -> TlbHierarchy:
+    """Return the hierarchy that an argument means: one, a preset by its name, or a TOML file by its path.
+
+    Those that are named keep details.
+    """
+    if isinstance(tlb, TlbHierarchy):
+        return tlb
+    if isinstance(tlb, str) and tlb in TlbHierarchy.presets():
+        return TlbHierarchy.preset(tlb)._another(details=True)
+    if isinstance(tlb, PathLike) or isinstance(tlb, str) and tlb.endswith(".toml"):
+        return TlbHierarchy.from_toml(tlb)._another(details=True)
+    presets = ", ".join(TlbHierarchy.presets())
+    if isinstance(tlb, str):
+        raise ValueError(f"{name}: want a path that ends in .toml, or one of {presets}; got {tlb!r}")
+    raise TypeError(f"{name}: want a TlbHierarchy, a path, or one of {presets}; got {type(tlb).__name__}")

@@ -8,7 +8,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from kvmmu.arch._bits cimport GPA_LIMIT, INVALID_GPA, OP_FETCH, OP_LOAD, OP_STORE, PAGE_SHIFT, PAGE_SIZE
-from kvmmu.traces._sink cimport Sink, access_of, is_full, map_free, map_get, map_init, map_set, put, row_sink, u64_map
+from kvmmu.traces._sink cimport (
+    SLACK, Sink, access_of, is_full, map_free, map_get, map_init, map_set, put, put_row, row_sink, u64_map,
+)
 
 
 cdef inline uint64_t word_at(const uint8_t *p) noexcept nogil:
@@ -55,25 +57,28 @@ def champsim(const uint8_t[::1] records, Py_ssize_t start, Sink sink, *, bint cl
     cdef const uint8_t *p
     cdef const uint8_t *end
     cdef uint64_t ip, addr
+    cdef row_sink rows
     check_span(records, start, itemsize)
     if start == records.shape[0]:
         return start
     p = &records[start]
     end = p + (records.shape[0] - start)
     with nogil:
-        while p < end and not is_full(&sink.rows):
+        rows = sink.rows
+        while p < end and not is_full(&rows):
             ip = word_at(p)
             if fetch:
-                put(&sink.rows, OP_FETCH, ip, access_of(OP_FETCH, ip, ip), 1, ip, INVALID_GPA)
+                put_row(&rows, OP_FETCH, ip, access_of(OP_FETCH, ip, ip), 1, ip, INVALID_GPA)
             for place in range(loads, loads + 32, 8):
                 addr = word_at(p + place)
                 if addr:
-                    put(&sink.rows, OP_LOAD, addr, access_of(OP_LOAD, addr, ip), 1, ip, INVALID_GPA)
+                    put_row(&rows, OP_LOAD, addr, access_of(OP_LOAD, addr, ip), 1, ip, INVALID_GPA)
             for place in range(stores, loads, 8):
                 addr = word_at(p + place)
                 if addr:
-                    put(&sink.rows, OP_STORE, addr, access_of(OP_STORE, addr, ip), 1, ip, INVALID_GPA)
+                    put_row(&rows, OP_STORE, addr, access_of(OP_STORE, addr, ip), 1, ip, INVALID_GPA)
             p += itemsize
+        sink.rows = rows
     return p - &records[0]
 
 
@@ -279,9 +284,13 @@ cdef int read_entries(drmemtrace_state *s, Threads threads, const uint8_t **plac
     cdef uint32_t narrow
     cdef int result
     while p < end:
+        if threads.frames.used == 0 and not threads.frames.has_zero:
+            p = plain_entries(s, p, end, 12, rows) if width == 12 else plain_entries(s, p, end, 8, rows)
         if is_full(rows):
             place[0] = p
             return AT_FULL
+        if p == end:
+            break
         kind = half_at(p)
         size = half_at(p + 2)
         if width == 12:
@@ -291,15 +300,12 @@ cdef int read_entries(drmemtrace_state *s, Threads threads, const uint8_t **plac
             addr = narrow
         if kind <= WRITE:
             put_entry(s, threads, rows, OP_LOAD if kind == READ else OP_STORE, addr, size)
-        elif kind >= INSTR and kind <= LAST_BRANCH or kind == INSTR_SYSENTER or kind == INSTR_TAKEN_JUMP \
-                or kind == INSTR_UNTAKEN_JUMP:
+        elif is_fetched(kind):
             s.pc = addr
             s.next_pc = addr + size
             if s.fetch:
                 put_entry(s, threads, rows, OP_FETCH, addr, size)
-        elif kind == ENCODING:
-            pass
-        else:
+        elif kind != ENCODING:
             result = rare_entry(s, threads, rows, kind, size, addr, p + 4, width - 4)
             if result != AT_END and not (result == AT_TIMESTAMP and not to_timestamp):
                 place[0] = p + width if result == AT_TIMESTAMP else p
@@ -307,6 +313,79 @@ cdef int read_entries(drmemtrace_state *s, Threads threads, const uint8_t **plac
         p += width
     place[0] = p
     return AT_END
+
+
+cdef inline bint is_fetched(uint64_t kind) noexcept nogil:
+    return kind >= INSTR and kind <= LAST_BRANCH or kind == INSTR_SYSENTER or kind == INSTR_TAKEN_JUMP \
+        or kind == INSTR_UNTAKEN_JUMP
+
+
+# Write the rows of accesses and instructions up to the first entry of another kind, or of more than 255 bytes, or until the rows
+# are full. Guarantee: no frames are known. Nearly all entries of a trace go through here: no other function gets the address of
+# a variable, so that all of them stay in registers, and columns of one value are filled behind the loop.
+cdef inline const uint8_t *plain_entries(drmemtrace_state *s, const uint8_t *p, const uint8_t *end, size_t width,
+                                         row_sink *rows) noexcept nogil:
+    cdef uint8_t *ops = rows.op
+    cdef uint8_t *accesses = rows.access
+    cdef uint8_t *sizes = rows.size
+    cdef uint64_t *addrs = rows.addr
+    cdef uint64_t *ips = rows.ip
+    cdef size_t n = rows.n, most = rows.capacity - SLACK
+    cdef uint64_t kind, size, addr, pc = s.pc, next_pc = s.next_pc, seen = 0
+    cdef uint32_t narrow
+    cdef bint fetch = s.fetch
+    cdef uint8_t op
+    while p < end and n <= most:
+        kind = half_at(p)
+        size = half_at(p + 2)
+        if width == 12:
+            addr = word_at(p + 4)
+        else:
+            memcpy(&narrow, p + 4, 4)
+            addr = narrow
+        p += width
+        if kind == ENCODING:
+            continue
+        if size > 255 or kind > WRITE and not is_fetched(kind):
+            p -= width
+            break
+        op = <uint8_t>kind
+        if kind > WRITE:
+            op = OP_FETCH
+            pc = addr
+            next_pc = addr + size
+            if not fetch:
+                continue
+        ops[n] = op
+        addrs[n] = addr
+        accesses[n] = access_of(op, addr, pc if pc else addr)
+        sizes[n] = <uint8_t>(size if size else 1)
+        ips[n] = pc
+        seen |= pc
+        n += 1
+    s.pc, s.next_pc = pc, next_pc
+    rows.ips_seen |= seen
+    fill_rows(rows, n)
+    return p
+
+
+# Fill the columns that are the same in all rows up to n, and count these.
+cdef void fill_rows(row_sink *rows, size_t n) noexcept nogil:
+    cdef size_t i
+    cdef uint16_t vcpu = rows.vcpu_now
+    if n == rows.n:
+        return
+    if rows.vcpu != NULL:
+        rows.vcpus_seen |= vcpu
+        for i in range(rows.n, n):
+            rows.vcpu[i] = vcpu
+    if rows.gpa != NULL:
+        for i in range(rows.n, n):
+            rows.gpa[i] = INVALID_GPA
+    if rows.value != NULL:
+        for i in range(rows.n, n):
+            rows.value[i] = 0
+    rows.n = n
 
 
 # An entry that is not an access, or a bundle of instructions. IN lengths: of the instructions, at most `most`.

@@ -8,16 +8,18 @@ member is read whole and its CRC checked. What decompressors give is limited.
 import errno
 import io
 import math
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.traces._files import all_there, limit_of, open_regular
+
+if TYPE_CHECKING:
+    import zipfile
 
 StrPath = str | PathLike[str]
 Arrays = dict[str, NDArray[Any]]
@@ -30,7 +32,8 @@ _ZSTD_SUFFIX = ".zst"
 _ZSTD_WINDOW_LOG = 27       # what `zstd --long` writes
 _ZSTD_PIECE = 1 << 12       # of input: gives 128 MiB at most, at 128 KiB for a block of 4 bytes
 _READ_BYTES = 1 << 20
-_PIECE = {zipfile.ZIP_STORED: _READ_BYTES, zipfile.ZIP_DEFLATED: _READ_BYTES}
+_STORED, _DEFLATED, _BZIP2 = 0, 8, 12          # methods of zip files
+_PIECE = {_STORED: _READ_BYTES, _DEFLATED: _READ_BYTES}
 _SMALL_PIECE = 1 << 12      # the others give all that so much input holds: of lzma 30 MB
 _ZIP_MAGIC = b"PK"
 _NPY_PREFIX_BYTES = 1 << 14  # more than numpy's own limit on the header of an array
@@ -178,6 +181,8 @@ class _Archive:
     def __init__(self, file: Path, content: Any, limit: int) -> None:
         self._file = file
         self._limit = limit
+        import zipfile  # takes as long to load as a tenth of the package
+
         source = _SmallReads(content)
         try:
             self._zip = zipfile.ZipFile(source)
@@ -194,7 +199,7 @@ class _Archive:
             check({name: opened[name].header if name in opened else None for name in members})
         return {name: self._guarded(name, self._body, member) for name, member in opened.items()}
 
-    def _wanted_members(self, wanted: Collection[str] | None) -> dict[str, zipfile.ZipInfo | None]:
+    def _wanted_members(self, wanted: Collection[str] | None) -> "dict[str, zipfile.ZipInfo | None]":
         """Members by name, None for those that are not wanted; their number and sizes are within the limits."""
         infos = self._zip.infolist()
         if len(infos) > _MEMBERS:
@@ -218,10 +223,10 @@ class _Archive:
                 raise failure from None
             raise RecordingError(f"{self._file}: {name}: not a whole numpy array ({_described(error)})") from error
 
-    def _open(self, info: zipfile.ZipInfo) -> _Member:
+    def _open(self, info: "zipfile.ZipInfo") -> _Member:
         """Read the header of an array and hold it against the size of the member."""
         reader: Any = self._zip.open(info)
-        if info.compress_type == zipfile.ZIP_BZIP2:
+        if info.compress_type == _BZIP2:
             reader._decompressor = _Bzip2(info.file_size)
         prefix = b""
         while len(prefix) < min(_NPY_PREFIX_BYTES, info.file_size):

@@ -8,5 +8,6 @@ class QemuRecords:
     left: int
     values: int
     registers: int
+    cut: int
     def __new__(cls, *, fetch: bool = ..., events: bool = ...) -> Self: ...
     def run(self, records: bytes | bytearray, start: int, sink: Sink) -> tuple[int, str | None]: ...

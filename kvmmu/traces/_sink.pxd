@@ -2,8 +2,13 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
+from kvmmu.arch._bits cimport (
+    ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, OP_FETCH, OP_KIND_MASK, OP_STORE,
+)
+
 cdef enum:
     SLACK = 64                      # rows that a reader may write after it asked is_full()
+    SPARE_SETS = 3                  # of arrays: one is held by who took it, one by who looks at the rows before
 
 ctypedef struct row_sink:
     uint8_t *op
@@ -36,20 +41,31 @@ cdef inline bint is_full(const row_sink *s) noexcept nogil:
     return s.n + SLACK > s.capacity
 
 
+# WRITE of a store, FETCH of a fetch.
+cdef inline uint8_t kind_of(uint8_t op) noexcept nogil:
+    if (op & OP_KIND_MASK) == OP_STORE:
+        return ACCESS_WRITE_MASK
+    return ACCESS_FETCH_MASK if (op & OP_KIND_MASK) == OP_FETCH else 0
+
+
 # The access byte of an access: a supervisor's if the instruction is in the upper half of the address space.
 # who: the instruction pointer, or the address where none is known. As AC a supervisor's access to the lower half passes SMAP.
-cdef uint8_t access_of(uint8_t op, uint64_t addr, uint64_t who) noexcept nogil
+cdef inline uint8_t access_of(uint8_t op, uint64_t addr, uint64_t who) noexcept nogil:
+    cdef uint8_t access = kind_of(op)
+    if who >> 63 == 0:
+        return access | ACCESS_USER_MASK
+    return access if addr >> 63 else access | ACCESS_AC_MASK
+
+
 cdef void put_wide(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uint64_t size, uint64_t ip,
                    uint64_t gpa) noexcept nogil
 
 
-# Write a row; of more than 255 bytes: see put_wide(). IN size: 1 to 65,535. Guarantee: is_full() was asked.
-cdef inline void put(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uint64_t size, uint64_t ip,
-                     uint64_t gpa) noexcept nogil:
+# Write a row. IN size: 1 to 255. Guarantee: is_full() was asked. A loop that copies the sink to a variable of its own, and gives
+# its address to no other function, need not load it again for each row: a byte that is stored may change any other variable.
+cdef inline void put_row(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uint64_t size, uint64_t ip,
+                         uint64_t gpa) noexcept nogil:
     cdef size_t n = s.n
-    if size > 255:
-        put_wide(s, op, addr, access, size, ip, gpa)
-        return
     s.op[n] = op
     s.addr[n] = addr
     s.access[n] = access
@@ -66,6 +82,15 @@ cdef inline void put(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uin
     if s.value != NULL:
         s.value[n] = 0
     s.n = n + 1
+
+
+# Write a row; of more than 255 bytes: see put_wide(). IN size: 1 to 65,535. Guarantee: is_full() was asked.
+cdef inline void put(row_sink *s, uint8_t op, uint64_t addr, uint8_t access, uint64_t size, uint64_t ip,
+                     uint64_t gpa) noexcept nogil:
+    if size > 255:
+        put_wide(s, op, addr, access, size, ip, gpa)
+    else:
+        put_row(s, op, addr, access, size, ip, gpa)
 
 
 # Write a row that is an event, with its value. Guarantee: is_full() was asked, and the sink has values.
@@ -86,5 +111,6 @@ cdef uint64_t map_get(const u64_map *m, uint64_t key, uint64_t missing) noexcept
 cdef class Sink:
     cdef row_sink rows
     cdef dict arrays
+    cdef list spare                 # sets of arrays that were given away
     cdef bint with_vcpu, with_gpa, with_size, with_value
     cdef int refill(self) except -1

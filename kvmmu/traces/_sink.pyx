@@ -4,27 +4,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from kvmmu.arch._bits cimport (
-    ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, INVALID_GPA, OP_EVENT, OP_KIND_MASK, OP_FETCH,
-    OP_LOAD, OP_STORE, PAGE_SHIFT,
-)
+from cpython.ref cimport Py_REFCNT
+
+from kvmmu.arch._bits cimport ACCESS_WRITE_MASK, INVALID_GPA, OP_EVENT, OP_KIND_MASK, OP_LOAD, OP_STORE, PAGE_SHIFT
 
 import numpy as np
 
 ROWS = 1 << 18                      # of a chunk
 _DTYPES = {"op": np.uint8, "addr": np.uint64, "access": np.uint8, "size": np.uint8, "ip": np.uint64, "vcpu": np.uint16,
            "gpa": np.uint64, "value": np.uint64}
-
-
-cdef uint8_t access_of(uint8_t op, uint64_t addr, uint64_t who) noexcept nogil:
-    cdef uint8_t access = 0
-    if (op & OP_KIND_MASK) == OP_STORE:
-        access = ACCESS_WRITE_MASK
-    elif (op & OP_KIND_MASK) == OP_FETCH:
-        access = ACCESS_FETCH_MASK
-    if who >> 63 == 0:
-        return access | ACCESS_USER_MASK
-    return access if addr >> 63 else access | ACCESS_AC_MASK
 
 
 # Write an access of more than 255 bytes as a row of 255, and one row for each further page that it reaches, so that it
@@ -115,6 +103,14 @@ cdef uint64_t map_get(const u64_map *m, uint64_t key, uint64_t missing) noexcept
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
+cdef bint is_unused(dict arrays) except -1:
+    """True if nobody has a view of one of the arrays: they can be filled again, which saves the faults of fresh memory."""
+    for name in arrays:
+        if Py_REFCNT(arrays[name]) != 2:            # the dict's reference, and that of this expression
+            return False
+    return True
+
+
 cdef class Sink:
     """Arrays that a reader fills with rows.
 
@@ -129,6 +125,7 @@ cdef class Sink:
     def __cinit__(self, *, bint vcpu=False, bint gpa=False, bint size=True, bint value=False, size_t rows=ROWS):
         self.with_vcpu, self.with_gpa, self.with_size, self.with_value = vcpu, gpa, size, value
         self.rows.capacity = rows + SLACK
+        self.arrays, self.spare = {}, []
         self.refill()
 
     cdef int refill(self) except -1:
@@ -137,7 +134,16 @@ cdef class Sink:
         cdef uint16_t[::1] vcpu
         names = ["op", "addr", "access", "size", "ip"]
         names += ["vcpu"] * self.with_vcpu + ["gpa"] * self.with_gpa + ["value"] * self.with_value
-        self.arrays = {name: np.empty(self.rows.capacity, _DTYPES[name]) for name in names}
+        if self.arrays:
+            self.spare.append(self.arrays)
+        self.arrays = None
+        for place, arrays in enumerate(self.spare):
+            if is_unused(arrays):
+                self.arrays = self.spare.pop(place)
+                break
+        if self.arrays is None:
+            self.arrays = {name: np.empty(self.rows.capacity, _DTYPES[name]) for name in names}
+            del self.spare[:-SPARE_SETS]
         op, addr, access, size, ip = (self.arrays[name] for name in names[:5])
         self.rows.op, self.rows.addr, self.rows.access = &op[0], &addr[0], &access[0]
         self.rows.size, self.rows.ip = &size[0], &ip[0]

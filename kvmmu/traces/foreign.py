@@ -111,10 +111,15 @@ class ForeignTrace(Trace):
     brings : Brings
     vcpus : int
         More than the highest vCPU; by default 1, or as many as there can be.
+    with_events : callable, optional
+        Takes nothing, returns the same trace with its events.
+    tells_registers : bool
+        There are events, and they tell what registers each vCPU begins with and loads.
 
     Attributes
     ----------
     path : Path
+    tells_registers : bool
     header : Header
     brings : Brings
     notes : Notes
@@ -122,9 +127,15 @@ class ForeignTrace(Trace):
     """
 
     def __init__(self, source: str, path: Path, read: Callable[[Notes], Iterator[Columns]], brings: Brings, *,
-                 vcpus: int | None = None) -> None:
+                 vcpus: int | None = None, with_events: "Callable[[], ForeignTrace] | None" = None,
+                 tells_registers: bool = False) -> None:
         super().__init__(foreign_header(source, path, vcpus or (MAX_VCPUS if brings.vcpu else 1)), ())
         self.path, self._read, self.brings, self.notes = path, read, brings, Notes()
+        self._with_events, self.tells_registers = with_events, tells_registers
+
+    def with_events(self) -> "ForeignTrace":
+        """The trace with the events that its file tells, which need memory and registers to be replayed."""
+        return self if self._with_events is None else self._with_events()
 
     def columns(self) -> Generator[dict[str, Any]]:
         """The chunks as mappings of column names to arrays, not checked."""

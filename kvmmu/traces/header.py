@@ -1,11 +1,14 @@
 """The header of a trace: registers, processor, source; as JSON text and back, checked. `docs/trace-format.md` defines it."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
+from kvmmu.arch._bits import Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_word, check_words
+from kvmmu.arch.words import fields_text, flags_text, hex_text
 
 __all__ = ["Header", "RegisterSet", "Stage", "TraceError"]
 
@@ -26,6 +29,10 @@ class TraceError(ValueError):
 
 
 _WORDS = ("ncr3", "cr4", "efer", "eptp")    # of a stage; its other parts are flags
+
+
+_TEXTS: Mapping[str, Callable[[Any], str]] = dict.fromkeys(("cr3", "ncr3", "eptp", "pkru", "pdptrs"), hex_text) | {
+    "cr0": partial(flags_text, kind=Cr0), "cr4": partial(flags_text, kind=Cr4), "efer": partial(flags_text, kind=Efer)}
 
 
 def _check_word(name: str, value: Any, bits: int) -> int:
@@ -69,6 +76,9 @@ class Stage:
             place = f"second_stage.{name}"
             object.__setattr__(self, name, _check_word(place, value, 64) if name in _WORDS else check_bool(place, value))
 
+    def __repr__(self) -> str:
+        return fields_text(self, _TEXTS)
+
     def given(self) -> dict[str, Any]:
         """What was given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -94,6 +104,9 @@ class RegisterSet:
     pkru: int = 0
     pdptrs: tuple[int, ...] | None = None
     second_stage: Stage | None = None
+
+    def __repr__(self) -> str:
+        return fields_text(self, _TEXTS)
 
     def __post_init__(self) -> None:
         for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32)):

@@ -71,6 +71,9 @@ class Chunk:
     def __len__(self) -> int:
         return self.op.size
 
+    def __repr__(self) -> str:
+        return f"<Chunk: {len(self)} rows{', with events' if self.has_events else ''}>"
+
     @classmethod
     def checked(cls, columns: Mapping[str, Any], header: Header, first: int = 0) -> Self:
         """Check columns and make a chunk of them.

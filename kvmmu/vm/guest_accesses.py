@@ -6,14 +6,14 @@ from typing import TypeVar
 from kvmmu.arch._bits import INVALID_GPA, PAGE_SIZE, RetPf
 from kvmmu.machine._machine import Machine
 from kvmmu.memory._memory import GuestMemory
-from kvmmu.walk.results import Accesses
+from kvmmu.walk.results import OneAccess
 
 _LINEAR = 1 << 64                       # addresses wrap around
 
 _B = TypeVar("_B", bytes, memoryview)
 
 
-def store(machine: Machine, gva: int, data: bytes, access: int, rip: int, *, page_table_writing: bool) -> Accesses:
+def store(machine: Machine, gva: int, data: bytes, access: int, rip: int, *, page_table_writing: bool) -> OneAccess:
     """Write as `Vcpu.store()` does, and return the access to the first byte."""
     parts = _pages_of(gva, data)
     if len(parts) > 1:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GuestState: the registers of one vCPU, and the walks that they make."""
 
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.arch.faults import GuestFault
@@ -15,6 +16,19 @@ from kvmmu.walk.pagewalk import PageWalk, new_walk
 
 _ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
+
+
+@dataclass(frozen=True)
+class SavedGuest:
+    """The registers of a vCPU and its walks at one moment."""
+
+    cpu: CpuModel
+    regs: Regs
+    l1_regs: Regs | None
+    smm: bool
+    second: SecondStage | None
+    pml_index: int | None
+    init_counts: tuple[int, int]
 
 
 class GuestState:
@@ -39,7 +53,7 @@ class GuestState:
     gva_walk, ngpa_walk : PageWalk
     """
 
-    def __init__(self, mem: GuestMemory, smm_mem: GuestMemory, cpu: CpuModel, tdp: str | None) -> None:
+    def __init__(self, mem: GuestMemory, smm_mem: GuestMemory, cpu: CpuModel, tdp: Literal["ept", "npt"] | None) -> None:
         self.spaces = (mem, smm_mem)
         self.cpu, self.tdp = cpu, tdp
         self.smm = False
@@ -109,10 +123,10 @@ class GuestState:
         self.gva_walk._init(smm=self.smm, guest_mode=self.guest_mode)
         return changed
 
-    def enter_nested(self, stage: Stage | None, registers: dict[str, Any]) -> None:
+    def enter_nested(self, stage: Stage | None, registers: Mapping[str, Any]) -> None:
         """Run L2 under a second stage, or without one; on a fault nothing has changed."""
         l1_regs = self.regs if self.l1_regs is None else self.l1_regs
-        l2_regs = replace(l1_regs, **({"pdptrs": None} | known_registers(registers)))
+        l2_regs = replace(l1_regs, **{"pdptrs": None, **known_registers(registers)})
         before = self.second
         second = None
         if stage is not None:
@@ -144,6 +158,27 @@ class GuestState:
             second = self.ngpa_walk._enter(second.stage)
         self.gva_walk._set_second_stage(second)
 
+    def save(self) -> SavedGuest:
+        """Return the present state."""
+        second = self.second
+        return SavedGuest(self.cpu, self.regs, self.l1_regs, self.smm, second, None if second is None else second.pml_index,
+                          (self.gva_walk.init_count, self.ngpa_walk.init_count))
+
+    def put(self, saved: SavedGuest, *, own: bool) -> None:
+        """Put a state of this vCPU (own) or of another one in force. It was legal when it was saved."""
+        self.cpu, self.smm, self.l1_regs = saved.cpu, saved.smm, saved.l1_regs
+        self._use_second(None)
+        for walk in (self.gva_walk, self.ngpa_walk):
+            walk._set_memory(self.mem)
+        self.gva_walk._set_cpu(self.cpu, npt_host=self.tdp == "npt")
+        self.ngpa_walk._set_cpu(self.cpu)
+        if saved.second is not None:
+            second = self.ngpa_walk._enter(saved.second if own else saved.second.stage)
+            second.pml_index = saved.pml_index
+            self.gva_walk._set_second_stage(second)
+        self.load(saved.regs)
+        self.gva_walk.init_count, self.ngpa_walk.init_count = saved.init_counts
+
     def check_walk(self, walk: PageWalk) -> None:
         """Raise ValueError unless the walk is one of the two."""
         if walk is not self.gva_walk and walk is not self.ngpa_walk:
@@ -171,7 +206,7 @@ def changes_roles(before: Regs, after: Regs) -> bool:
     return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
 
 
-def known_registers(registers: dict[str, Any]) -> dict[str, Any]:
+def known_registers(registers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return registers, if all of them are names of registers."""
     known = {register.name for register in fields(Regs)}
     for name in registers:

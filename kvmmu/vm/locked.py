@@ -9,6 +9,7 @@ from kvmmu.arch.arguments import check_bytes
 from kvmmu.memory._lock import MachineLock
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
 __all__ = ["PartOfMachine", "as_bytes", "locked"]
@@ -32,11 +33,11 @@ class PartOfMachine:
     _lock: MachineLock
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: page tables and TLBs that others see hang on it; "
-                        f"make another")
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: page tables and TLBs that "
+                        f"others see hang on it; its method clone() makes another one, with a machine of its own")
 
 
-def as_bytes(data: "Buffer") -> bytes:
+def as_bytes(data: "Buffer | NDArray[Any]") -> bytes:
     """Return the bytes of a buffer; TypeError for anything else, an int above all, of which `bytes()` makes zeros."""
     if type(data) is bytes:
         return data

@@ -66,6 +66,9 @@ class TraceEvent:
         """The fields as the tracepoint prints them."""
         return _text(self.name, self.fields, self.role_bits)
 
+    def __repr__(self) -> str:
+        return f"<TraceEvent {self.number} vCPU {self.vcpu} {self.name}: {self.text}>"
+
     def __str__(self) -> str:
         who = f"kvm-vcpu{self.vcpu}-{self.vcpu} [000] ....."
         return f"{who} {self.number / 1e6:.6f}: {self.name}: {self.text}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,19 @@ from kvmmu.arch._bits import CR3_NOFLUSH, Acc, Access, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_bool, check_choice, check_int, check_name, check_word
 from kvmmu.arch.delivery import ExceptionInjected, ExitToL1, deliver_nested_fault, deliver_page_fault
 from kvmmu.arch.faults import GeneralProtection, GuestFault, NestedFault, PageFault
-from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrmsr_pkrs, after_wrpkru, is_canonical
+from kvmmu.arch.registers import (
+    CpuModel,
+    RegisterValues,
+    Regs,
+    after_mov_cr,
+    after_wrmsr_efer,
+    after_wrmsr_pkrs,
+    after_wrpkru,
+    is_canonical,
+)
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
+from kvmmu.machine._hw_record import hw_walk_record
 from kvmmu.machine._machine import Machine
 from kvmmu.machine._mmus import Mmu, ShadowMmu, TdpMmu
 from kvmmu.memory._lock import MachineLock
@@ -23,10 +33,12 @@ from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
 from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
-from kvmmu.vm.virtual_machine import VirtualMachine
+from kvmmu.vm.snapshot import load_into, take_snapshot
+from kvmmu.vm.virtual_machine import PageSize, VirtualMachine
 from kvmmu.vm.vmx_operands import EPT_CONTEXT, check_invept, check_invvpid, check_vmx
 from kvmmu.walk.pagewalk import PageWalk
-from kvmmu.walk.results import Accesses, check_one_access
+from kvmmu.walk.record import WalkRecord
+from kvmmu.walk.results import Accesses, OneAccess, check_one_access
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,6 +47,7 @@ __all__ = ["Vcpu", "Vm"]
 
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
+_LEVEL_NAMES: dict[int, PageSize] = {1: "4k", 2: "2m", 3: "1g"}
 _FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
 _READ_MAX = 1 << 32
 _WRITE = int(Access.WRITE)
@@ -77,9 +90,45 @@ class Vm(VirtualMachine):
     paging.
     """
 
-    def create_vcpu(self, **options: Any) -> "Vcpu":
-        """Return a new `Vcpu` of this machine; `options` are arguments of its constructor."""
-        return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, **options)
+    def create_vcpu(self, *, tlb: Sequence[tuple[int, int]] | None = None) -> "Vcpu":
+        """Return a new `Vcpu` of this machine.
+
+        Parameters
+        ----------
+        tlb : sequence of (int, int), optional
+            Sets and ways of its TLB for 4K, 2M and 1G pages.
+        """
+        return Vcpu(self.mem, self.cpu, self.host.tdp, smm_mem=self.smm_mem, vm=self, tlb=tlb)
+
+    def clone(self) -> "Vm":
+        """Return another machine in the state of this one, with memory of its own, that goes on exactly as this one would.
+
+        Its vCPUs are new objects, in the order of `vcpus`.
+
+        Raises
+        ------
+        RuntimeError, ValueError
+            As `snapshot()`.
+
+        Notes
+        -----
+        Costs a copy of the page tables, and `GuestMemory.copy()`: a clone of a clone takes the pages that were changed since the
+        first one. Slots over a file that its owner mapped read-only share its bytes.
+        """
+        return self._clone()[0]
+
+    def _clone(self) -> "tuple[Vm, dict[Vcpu, Vcpu]]":
+        """Return a clone, and the counterparts of all vCPUs."""
+        with self._lock:
+            self._lock.check_outermost("clone()")
+            snapshot = take_snapshot(self, memory=False)
+            mem = self.mem.copy()
+            smm_mem = mem if self.smm_mem is self.mem else self.smm_mem.copy()
+        vm = Vm(mem, self.cpu, self.host, smm_mem=smm_mem, backing=_LEVEL_NAMES[self.kvm.backing])
+        counterparts = {saved.vcpu: vm.create_vcpu() for saved in snapshot._vcpus}
+        with vm._lock:
+            load_into(vm, snapshot, counterparts)
+        return vm, counterparts
 
 
 class Vcpu(PartOfMachine):
@@ -116,7 +165,7 @@ class Vcpu(PartOfMachine):
     The vCPUs of a machine share its lock: a second thread that uses one waits until the call of the first ends; see `Vm`.
     """
 
-    def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: str | None = "ept", *,
+    def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, tdp: Literal["ept", "npt"] | None = "ept", *,
                  smm_mem: GuestMemory | None = None, vm: Vm | None = None,
                  tlb: Sequence[tuple[int, int]] | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
@@ -133,6 +182,7 @@ class Vcpu(PartOfMachine):
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
+        self._idle: Machine | None = None           # what `_made` was before `Vm.restore()` to a time when there was none
         self.id = 0
         if vm is not None:
             self.id = vm._join(self)
@@ -143,7 +193,7 @@ class Vcpu(PartOfMachine):
         return self._guest.mem
 
     @property
-    def tdp(self) -> str | None:
+    def tdp(self) -> Literal["ept", "npt"] | None:
         """Two-dimensional paging of the host: "ept", "npt" or None."""
         return self._guest.tdp
 
@@ -201,7 +251,7 @@ class Vcpu(PartOfMachine):
             self._made.reset_context()
 
     @locked
-    def set_regs(self, regs: Regs | None = None, /, **registers: Any) -> None:
+    def set_regs(self, regs: Regs | None = None, /, **registers: Unpack[RegisterValues]) -> None:
         """Load any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, pkrs, or all of a `Regs`, as a VMM does: validated as a
         whole, all or nothing.
 
@@ -216,13 +266,13 @@ class Vcpu(PartOfMachine):
         TypeError
             No such register, or no Regs.
         """
-        if regs is not None:
-            if not isinstance(regs, Regs):
-                raise TypeError(f"regs: want a Regs, got {type(regs).__name__}")
-            registers = {each.name: getattr(regs, each.name) for each in fields(Regs)} | registers
-        stale = {"pdptrs": None} if known_registers(registers).keys() & {"cr0", "cr3", "cr4", "efer"} else {}
+        if regs is not None and not isinstance(regs, Regs):
+            raise TypeError(f"regs: want a Regs, got {type(regs).__name__}")
+        loaded: dict[str, Any] = {} if regs is None else {each.name: getattr(regs, each.name) for each in fields(Regs)}
+        loaded |= known_registers(registers)
+        stale: dict[str, Any] = {"pdptrs": None} if loaded.keys() & {"cr0", "cr3", "cr4", "efer"} else {}
         before = self._guest.regs
-        self._guest.load(self._guest.admit(replace(before, **(stale | registers)), self._guest.second))
+        self._guest.load(self._guest.admit(replace(before, **(stale | loaded)), self._guest.second))
         after = self._guest.regs
         changed = replace(before, pkru=after.pkru, pkrs=after.pkrs, rflags=after.rflags) != after
         if self._made is not None and (changed or (stale and after.pdptrs is not None)):
@@ -324,7 +374,7 @@ class Vcpu(PartOfMachine):
             self._made.invpcid(type, pcid, gva)
 
     @locked
-    def invalidate_addr(self, walk: PageWalk, addr: int, roots: str = "current") -> None:
+    def invalidate_addr(self, walk: PageWalk, addr: int, roots: Literal["current", "all"] = "current") -> None:
         """Invalidate translations of an address of a walk, as KVM does when it delivers a fault or emulates INVLPG.
 
         Parameters
@@ -361,11 +411,15 @@ class Vcpu(PartOfMachine):
             self._vm = vm
         return self._vm
 
+    def clone(self) -> "Vcpu":
+        """Return the counterpart of this vCPU in `Vm.clone()` of its machine."""
+        return self.vm._clone()[1][self]
+
     @locked
     def _machine(self) -> Machine:
         """Return this vCPU on its host, made at the first use."""
         if self._made is None:
-            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+            self._made = self._idle or Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
 
     @property
@@ -418,6 +472,10 @@ class Vcpu(PartOfMachine):
         if self._made is not None:
             self._made.drain_pml()
 
+    def _logged(self) -> set[tuple[int, int]]:
+        """Return what the processor logged and no exit has drained: (address space, guest frame)."""
+        return set() if self._made is None else self._made.logged()
+
     @locked
     def audit_tlb(self) -> list[str]:
         """Return one line for each TLB entry whose host page, or whose right to write it, was taken away without a flush."""
@@ -425,7 +483,16 @@ class Vcpu(PartOfMachine):
 
     # ---- accesses ----------------------------------------------------------------------------------------------------
 
-    def access(self, gva: "int | NDArray[np.uint64]", access: Any = 0, *, out: Accesses | None = None) -> Accesses:
+    @overload
+    def access(self, gva: NDArray[np.uint64], access: int | NDArray[np.uint8] = 0, *, out: Accesses | None = None) -> Accesses:
+        ...
+
+    @overload
+    def access(self, gva: int, access: int = 0) -> OneAccess:
+        ...
+
+    def access(self, gva: int | NDArray[np.uint64], access: int | NDArray[np.uint8] = 0, *,
+               out: Accesses | None = None) -> Accesses | OneAccess:
         """Access memory as the guest does: by the TLB, the processor's walk, exits, and KVM's handling of them.
 
         Parameters
@@ -457,13 +524,42 @@ class Vcpu(PartOfMachine):
         if not isinstance(gva, np.ndarray):
             if out is not None:
                 raise ValueError("out: is for arrays")
-            return (self._made or self._machine()).access_one(gva, access, self.rip)
+            return (self._made or self._machine()).access_one(gva, access, self.rip)  # type: ignore[arg-type]  # checked there
         columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
         self._machine().access(gva, access, columns.arrays())
         return columns
 
+    def hw_walk_record(self, gva: int, access: int = 0) -> WalkRecord:
+        """Return the processor's own walk of one address through the SPTEs, level by level. Nothing changes by it.
+
+        Under two-dimensional paging these are the guest's tables, each entry reached through the SPTEs, and the SPTEs of the
+        address behind them; without, the SPTEs that shadow the guest's tables. Faults are part of the record: an exit, or a #PF.
+
+        Parameters
+        ----------
+        gva : int
+            Linear address (bytes).
+        access : Access
+            EFLAGS.AC of the vCPU is added.
+
+        Returns
+        -------
+        WalkRecord
+            Its `gpa` is a host-physical address. `plot_walk()` draws it.
+
+        Raises
+        ------
+        RuntimeError
+            The processor has no root: before the first access or `vm_enter()`, or after an operation of the host took it away.
+
+        Notes
+        -----
+        The TLB is not asked. What the processor finds depends on accesses before: the SPTEs are made by the exits of these.
+        """
+        return hw_walk_record(self._machine(), gva, access)
+
     @locked
-    def store(self, gva: int, data: "Buffer", access: int = 0, *, page_table_writing: bool = True) -> Accesses:
+    def store(self, gva: int, data: "Buffer | NDArray[Any]", access: int = 0, *, page_table_writing: bool = True) -> OneAccess:
         """Write memory as the guest does, with the bytes.
 
         Parameters
@@ -494,7 +590,7 @@ class Vcpu(PartOfMachine):
         return store(self._machine(), gva, as_bytes(data), access, self.rip, page_table_writing=page_table_writing)
 
     @locked
-    def write_guest(self, gva: int, data: "Buffer", access: int = 0) -> int:
+    def write_guest(self, gva: int, data: "Buffer | NDArray[Any]", access: int = 0) -> int:
         """Write memory as an instruction that KVM emulates: by KVM's own walk of the guest's tables, not through the host's.
 
         Parameters
@@ -546,7 +642,7 @@ class Vcpu(PartOfMachine):
         return self._guest.second is not None
 
     @locked
-    def enter_nested(self, stage: Stage | None, **registers: Any) -> None:
+    def enter_nested(self, stage: Stage | None, **registers: Unpack[RegisterValues]) -> None:
         """Run L2: under L1's second stage (`Ept` or `Npt`), or without nested paging (None).
 
         Parameters
@@ -720,7 +816,8 @@ class Vcpu(PartOfMachine):
         return deliver_nested_fault(fault, None if second is None else second.stage, from_hardware)
 
     def __repr__(self) -> str:
-        return f"<Vcpu {self.gva_walk.cpu_role!r}>"
+        nested = f" in L2 under {self._guest.second.stage!r}" if self._guest.second is not None else ""
+        return f"<Vcpu {self.id}: {self.regs!r}, level {self.gva_walk.cpu_role.level}{nested}, tdp {self.tdp}>"
 
 
 def _check_vm(vm: Vm | None, mem: GuestMemory, smm_mem: GuestMemory, tdp: str | None) -> None:

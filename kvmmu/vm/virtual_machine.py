@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from kvmmu.mmu.host import Host
 from kvmmu.mmu.kvm._inspect import clear_stats, pages, set_trace, stats
 from kvmmu.mmu.kvm._state import Kvm
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
+from kvmmu.vm.snapshot import Snapshot, load_into, take_snapshot
 from kvmmu.vm.tracepoints import Tracepoints
 from kvmmu.walk.results import check_array
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VirtualMachine"]
 
+PageSize = Literal["4k", "2m", "1g"]
 _LEVELS = {"4k": 1, "2m": 2, "1g": 3}
 _COUNT_MAX = (1 << 32) - 1              # KVM takes both counts as 32 bits
 
@@ -33,11 +36,11 @@ class VirtualMachine(PartOfMachine):
     """One virtual machine without a way to make vCPUs. `Vm`, which makes them, describes parameters and attributes."""
 
     def __init__(self, mem: GuestMemory, cpu: CpuModel | None = None, host: Host | None = None, *,
-                 smm_mem: GuestMemory | None = None, backing: str | None = None, slot_zap_all: bool = True) -> None:
+                 smm_mem: GuestMemory | None = None, backing: PageSize | None = None, slot_zap_all: bool = True) -> None:
         self._make(mem, cpu, host, smm_mem, backing=backing, slot_zap_all=slot_zap_all)
 
     def _make(self, mem: GuestMemory, cpu: CpuModel | None, host: Host | None, smm_mem: GuestMemory | None, *,
-              backing: str | None = None, slot_zap_all: bool = True, lock: MachineLock | None = None) -> None:
+              backing: PageSize | None = None, slot_zap_all: bool = True, lock: MachineLock | None = None) -> None:
         for name, memory in (("mem", mem), ("smm_mem", mem if smm_mem is None else smm_mem)):
             if not isinstance(memory, GuestMemory):
                 raise TypeError(f"{name}: want a GuestMemory, got {type(memory).__name__}")
@@ -54,6 +57,7 @@ class VirtualMachine(PartOfMachine):
         self._lock = self.kvm.lock
         self.vcpus: list[Any] = []
         self._made_vcpus = 0
+        self._joined: WeakSet[Any] = WeakSet()      # every vCPU that lives, those that were taken from `vcpus`, too
         self._trace: Tracepoints | None = None
 
     @locked
@@ -61,7 +65,59 @@ class VirtualMachine(PartOfMachine):
         """Take a vCPU; returns its number."""
         number, self._made_vcpus = self._made_vcpus, self._made_vcpus + 1
         self.vcpus.append(vcpu)
+        self._joined.add(vcpu)
         return number
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Return the present state, all of it, for `restore()`.
+
+        Memory with its slots, page tables of the host, vCPUs with their registers, nested guests and TLBs, statistics, dirty
+        logs and tracepoints are in it. Page-table builders and replays that use the machine are not.
+
+        Raises
+        ------
+        RuntimeError
+            Within another call on the machine, or within `invalidation()`.
+        ValueError
+            A state in which the machine cannot run: the host cannot back the slots, or has no protection keys for the guest.
+
+        Notes
+        -----
+        Takes a copy of the page tables and of the pages of memory that were written, as `GuestMemory.copy()` does.
+        """
+        with self._lock:
+            self._lock.check_outermost("snapshot()")
+            return take_snapshot(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot of this machine in force: it goes on exactly as it did then.
+
+        vCPUs and MMUs are the same objects. A vCPU that was made since leaves `vcpus`; whoever holds it has it as if it had not
+        run. The bytes of read-only buffers are their owners', and stay. An interrupted restore (Ctrl-C) has to be repeated.
+
+        Raises
+        ------
+        TypeError
+            No Snapshot.
+        ValueError
+            A snapshot of another machine.
+        RuntimeError
+            Within another call on the machine, or within `invalidation()`.
+
+        Notes
+        -----
+        Costs a copy of the page tables, and a comparison of the pages of memory that were written before or since; those that
+        differ are stored.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot: want a Snapshot, got {type(snapshot).__name__}")
+        if snapshot.vm is not self:
+            raise ValueError("snapshot: it is of another machine; restore() of that one takes it")
+        with self._lock:
+            self._lock.check_outermost("restore()")
+            load_into(self, snapshot)
 
     # ---- inspection --------------------------------------------------------------------------------------------------
 
@@ -101,7 +157,8 @@ class VirtualMachine(PartOfMachine):
             without KVM, as `host_write()` does, or under PAE a write of four bytes over the edge
             of two entries.
         """
-        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables))
+        logged = {page for vcpu in self.vcpus for page in vcpu._logged()}
+        wrong = audit(self.kvm, check_bool("guest_tables", guest_tables), logged)
         for vcpu in self.vcpus:
             wrong += vcpu.audit_tlb()
         return wrong
@@ -126,7 +183,8 @@ class VirtualMachine(PartOfMachine):
         return self.kvm.slots()
 
     @locked
-    def add_slot(self, gpa: int, size_or_buffer: "int | Buffer", readonly: bool = False, dirty_log: bool = False) -> None:
+    def add_slot(self, gpa: int, size_or_buffer: "int | Buffer | NDArray[Any]", readonly: bool = False,
+                 dirty_log: bool = False) -> None:
         """Create a memslot; as `GuestMemory.add_slot()`.
 
         Raises
@@ -187,7 +245,7 @@ class VirtualMachine(PartOfMachine):
                 self.kvm.set_dirty_log(at, True, created=True, dirty=dirty)
 
     @locked
-    def write_guest_physical(self, gpa: int, data: "Buffer") -> None:
+    def write_guest_physical(self, gpa: int, data: "Buffer | NDArray[Any]") -> None:
         """Write guest memory as KVM does on behalf of the guest: the frames are dirty then.
 
         Raises
@@ -206,7 +264,7 @@ class VirtualMachine(PartOfMachine):
             self.kvm.track_write(gpa, size)
 
     @locked
-    def host_write(self, gpa: int, data: "Buffer") -> None:
+    def host_write(self, gpa: int, data: "Buffer | NDArray[Any]") -> None:
         """Write guest memory as the VMM's own process does: KVM is notified only if the host has to give the page a copy.
 
         Raises
@@ -274,11 +332,11 @@ class VirtualMachine(PartOfMachine):
 
     # ---- the host ----------------------------------------------------------------------------------------------------
 
-    def set_backing(self, gpa: int, size: int, level: str) -> None:
+    def set_backing(self, gpa: int, size: int, level: PageSize) -> None:
         """Let the host have pages of another size ("4k", "2m", "1g") behind [gpa, gpa + size)."""
         self.kvm.set_backing(*_range(gpa, size), _level("level", level))
 
-    def invalidate(self, gpa: int, size: int, how: str = "unmap") -> None:
+    def invalidate(self, gpa: int, size: int, how: Literal["unmap", "move", "protect"] = "unmap") -> None:
         """Take pages away, as the host does, with a notification of KVM by its mmu notifier.
 
         Parameters
@@ -318,7 +376,7 @@ class VirtualMachine(PartOfMachine):
         """Run one period of the recovery worker: zap the oldest 1/ratio of the tables of the NX mitigation; returns how many."""
         return self.kvm.recover_nx_huge_pages(check_int("ratio", ratio, 1, _COUNT_MAX))
 
-    def split_huge_pages(self, gpa: int, size: int, level: str = "4k") -> None:
+    def split_huge_pages(self, gpa: int, size: int, level: PageSize = "4k") -> None:
         """Split huge mappings of [gpa, gpa + size) down to a level."""
         self.kvm.split_huge_pages(*_range(gpa, size), _level("level", level))
 

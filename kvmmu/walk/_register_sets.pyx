@@ -108,6 +108,9 @@ cdef class RegisterSets:
     def __len__(self):
         return self.count
 
+    def __repr__(self):
+        return f"<RegisterSets: {self.count} sets>"
+
     cdef RegisterSetWalks walks_over(self, SlotTable table):
         if self.walks.table != table.number:
             self.own_walks().use_table(table)

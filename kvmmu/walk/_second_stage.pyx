@@ -16,6 +16,7 @@ from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport GuestMemory, SlotTable
 from kvmmu.walk._setup cimport fill_ept_format, fill_format, init_ept_pagewalk, init_npt_pagewalk
 
+from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import nested_fault_of
 from kvmmu.arch.second_stages import Ept, Npt
 
@@ -41,6 +42,11 @@ cdef class SecondStage:
     def pml_index(self):
         """Next entry of the page-modification log, counting down; beyond 511: full. None without a log."""
         return int(self.pml.index) if self.n.pml is not NULL else None
+
+    @pml_index.setter
+    def pml_index(self, index):
+        if index is not None:
+            self.pml.index = check_int("index", index, 0, 0xFFFF)
 
     cdef int use_memory(self, GuestMemory mem) except -1:
         cdef SlotTable table = mem.current()
@@ -82,8 +88,8 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps):
     cdef uint64_t role
     if isinstance(stage, Ept):
         if caps.kvm and (stage.supervisor_shadow_stack or stage.spptp is not None or stage.ve is not None):
-            raise ValueError(f"stage: KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE, got {stage}; "
-                             f"want conformance 'sdm', or EPTP bit 7 clear, spptp=None and ve=None")
+            raise ValueError(f"stage: KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE, got "
+                             f"{stage}; want conformance 'sdm', or EPTP bit 7 clear, spptp=None and ve=None")
         role = ept_role(stage)
         fill_ept_format(second.fmt, role, caps, stage.huge_page_level(bool(caps.gbpages)))
         init_ept_pagewalk(&second.n, role, caps, stage.advanced_info)

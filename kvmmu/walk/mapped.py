@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from kvmmu.arch._bits import Acc
 from kvmmu.arch.arguments import check_bool, check_choice, check_gpa, check_int
+from kvmmu.arch.words import rights_text
+from kvmmu.walk.html import HTML_ROWS, table_html
 
 __all__ = ["MAPPING", "Lookup", "Mapping", "Mappings"]
 
@@ -34,6 +36,9 @@ class Lookup(NamedTuple):
     global_: bool
     pkey: int
 
+    def __repr__(self) -> str:
+        return _row_text(self)
+
 
 class Mapping(NamedTuple):
     """One row of `Mappings`."""
@@ -51,6 +56,25 @@ class Mapping(NamedTuple):
     ngpa: int
     second_access: int
     rights: str
+
+    def __repr__(self) -> str:
+        return _row_text(self)
+
+
+_HEXADECIMAL = {"gva", "gpa", "ngpa", "size", "pte_gpa"}
+_RIGHTS = {"pte_access", "second_access"}
+
+
+def _cell_text(name: str, value: object) -> str:
+    if isinstance(value, int):
+        return hex(value) if name in _HEXADECIMAL else rights_text(value) if name in _RIGHTS else str(value)
+    return str(value)
+
+
+def _row_text(row: Lookup | Mapping) -> str:
+    """Return a row with addresses and sizes in hexadecimal, and rights in letters."""
+    cells = ", ".join(f"{name}={_cell_text(name, value)}" for name, value in row._asdict().items())
+    return f"{type(row).__name__}({cells})"
 
 
 class Mappings:
@@ -166,6 +190,13 @@ class Mappings:
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """Return the columns by name, and `rights` in letters."""
         return {name: getattr(self, name) for name in _NAMES} | {"rights": self.rights}
+
+    def _repr_html_(self) -> str:
+        names = ("gva", "size", "gpa", "level", "rights", "accessed", "dirty", "global_", "pkey", "pte_gpa")
+        first = (self[i]._asdict() for i in range(min(len(self), HTML_ROWS)))
+        rows = [[_cell_text(name, row[name]) for name in names] for row in first]
+        return table_html(f"Mappings: {len(self):,} rows, {int(self.size.sum()) if len(self) else 0:#x} bytes", names, rows,
+                          len(self) - HTML_ROWS)
 
     def __repr__(self) -> str:
         return f"<Mappings: {len(self)} rows, {int(self.size.sum()) if len(self) else 0:#x} bytes>"

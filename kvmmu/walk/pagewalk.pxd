@@ -25,7 +25,7 @@ cdef class PageWalk(TableQueries):
     cdef object deliver
     cdef readonly SecondStage second    # of a nested guest: under this walk, or this walk itself
     cdef PageFormat format
-    cdef readonly uint64_t init_count
+    cdef public uint64_t init_count
     # The walk as it is now, over a table of its memory. RuntimeError if it is not in use
     cdef WalkCopy now(self, SlotTable table)
     cdef int changed(self) except -1

@@ -29,9 +29,7 @@ _PAGE = int(PAGE_SIZE)
 
 
 def new_walk(GuestMemory mem not None, VcpuArch vcpu not None, admit not None):
-    """Return a walk of a vCPU. IN admit: maps (Regs, SecondStage or None) to a `Regs` that is legal, with PDPTEs loaded, or
-    raises
-    GeneralProtection."""
+    """Return a walk of a vCPU. IN admit: maps (Regs, SecondStage or None) to a legal `Regs`, with PDPTEs loaded, or raises."""
     cdef PageWalk walk = PageWalk.__new__(PageWalk, maker())
     walk.mem, walk.vcpu, walk.admit = mem, vcpu, admit
     walk.w.vcpu = walk.registers = &vcpu.arch
@@ -114,17 +112,17 @@ cdef class PageWalk(TableQueries):
         return self.changed()
 
     def _enter(self, stage not None):
-        """Become the second stage that L1 describes (`Ept` or `Npt`); no work if it is the one in force.
+        """Become the second stage that L1 describes (`Ept` or `Npt`), or a SecondStage made before; no work if it is in force.
 
         Returns
         -------
         SecondStage
         """
-        if not isinstance(stage, (Ept, Npt)):
+        if not isinstance(stage, (Ept, Npt, SecondStage)):
             raise TypeError(f"stage: want an Ept or an Npt, got {type(stage).__name__}")
         if self.second is not None and stage == self.second.stage and self.w.cpu_role:
             return self.second
-        cdef SecondStage second = second_stage(stage, &self.caps)
+        cdef SecondStage second = stage if isinstance(stage, SecondStage) else second_stage(stage, &self.caps)
         self.init_count += self.second is None or second.n.cpu_role != self.w.cpu_role
         init_second_stage_walk(&self.w, &second.n)
         self.format = second.fmt

@@ -1,23 +1,19 @@
 """The record of one walk: every entry that was read, what rights it gives, and the rule that failed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kvmmu.arch._bits import PAGE_SIZE, PT32_INDEX_BITS, PT64_INDEX_BITS, Acc, Access, EptPte, Pte, Status
+from kvmmu.arch._bits import PAGE_SIZE, PT32_INDEX_BITS, PT64_INDEX_BITS, Access, EptPte, Pte, Status
 from kvmmu.arch.faults import access_text, entry_name, error_code_text, nested_title, rule_text
+from kvmmu.arch.words import rights_text
+from kvmmu.walk.html import table_html
 
-__all__ = ["WalkRecord", "WalkStep"]
+__all__ = ["WalkRecord", "WalkStep", "in_host"]
 
 _FLAGS = ((Pte.ACCESSED, "A"), (Pte.DIRTY, "D"), (Pte.GLOBAL, "G"))
 _EPT_FLAGS = ((EptPte.ACCESSED, "A"), (EptPte.DIRTY, "D"))
 _BIT7 = {1: "PAT"}                      # of a PTE, in the place of PS
-
-
-def rights_text(acc: int) -> str:
-    """Rights as four letters, a dash where one is missing: rwxu."""
-    letters = ((Acc.READ, "r"), (Acc.WRITE, "w"), (Acc.EXEC, "x"), (Acc.USER, "u"))
-    return "".join(letter if acc & right else "-" for right, letter in letters)
 
 
 def size_text(size: int | None) -> str:
@@ -78,6 +74,9 @@ class WalkStep:
         rights = f"{rights_text(self.pte_access)} {self.flags}".rstrip()
         return f"{self.name:<5} [{self.index:4}] at {place}: {self.entry:#018x} {rights}"
 
+    def __repr__(self) -> str:
+        return f"<WalkStep {' '.join(str(self).split())}>"
+
 
 @dataclass(frozen=True)
 class WalkRecord:
@@ -101,6 +100,8 @@ class WalkRecord:
         That address, under a second stage.
     exit_qualification : int
         Of a fault of the second stage: the exit qualification, or EXITINFO1.
+    host : bool
+        It is the processor's walk on its host: `gpa` is a host-physical address, and `ngpa` a guest-physical one.
     status : Status
     gpa : int or None
         Where it ends; None on a fault.
@@ -125,6 +126,17 @@ class WalkRecord:
     final: "WalkRecord | None" = None
     ngpa: int | None = None
     exit_qualification: int = 0
+    host: bool = False
+
+    @property
+    def space(self) -> str:
+        """The space of `gpa`, and of where entries of this stage lie: "gpa" or "hpa"."""
+        return "hpa" if self.host else "gpa"
+
+    @property
+    def first_space(self) -> str:
+        """The space of what the second stage translates: "nGPA" or "GPA"."""
+        return "GPA" if self.host else "nGPA"
 
     @property
     def page_size(self) -> int | None:
@@ -143,6 +155,8 @@ class WalkRecord:
         }
         if self.final is not None and self.ngpa is not None:
             plain |= {"ngpa": hex(self.ngpa), "final": self.final.to_dict()}
+        if self.host:
+            plain["host"] = True
         if self.exit_qualification:
             plain["exit_qualification"] = hex(self.exit_qualification)
         return plain
@@ -150,7 +164,7 @@ class WalkRecord:
     def outcome(self) -> str:
         """Return the last line: where the walk ends, or why it does not."""
         if self.status == Status.OK:
-            return f"-> gpa {self.gpa:#x} ({size_text(self.page_size)})"
+            return f"-> {self.space} {self.gpa:#x} ({size_text(self.page_size)})"
         if self.status in (Status.NON_CANONICAL, Status.LASS_VIOLATION):
             return f"-> #GP: {rule_text(str(self.rule))}"
         if self.status == Status.PAGE_FAULT:
@@ -161,18 +175,51 @@ class WalkRecord:
         """Return the walk as text lines; each second-stage walk is indented under the address that it translates."""
         for step in self.steps:
             if step.nested is not None:
-                yield f"{indent}    nGPA {step.gpa:#x}, {access_text(step.nested.access)} of a table"
+                yield f"{indent}    {self.first_space} {step.gpa:#x}, {access_text(step.nested.access)} of a table"
                 yield from step.nested.lines(indent + "      ")
                 yield f"{indent}      {step.nested.outcome()}"
                 if step.nested.status:
                     return
             yield f"{indent}  {step}"
         if self.final is not None:
-            yield f"{indent}    nGPA {self.ngpa:#x}, final {access_text(self.final.access)}"
+            yield f"{indent}    {self.first_space} {self.ngpa:#x}, final {access_text(self.final.access)}"
             yield from self.final.lines(indent + "      ")
 
     def __str__(self) -> str:
         return "\n".join([f"{access_text(self.access)} of {self.gva:#x}", *self.lines(), f"  {self.outcome()}"])
+
+    def __repr__(self) -> str:
+        return f"<WalkRecord: {access_text(self.access)} of {self.gva:#x}, {len(self.steps)} steps {self.outcome()}>"
+
+    def _repr_html_(self) -> str:
+        return table_html(f"{access_text(self.access)} of {self.gva:#x} {self.outcome()}",
+                          ("entry", "index", "at gpa", "value", "rights", "rights so far", "flags"), self._html_rows())
+
+    def _html_rows(self, indent: str = "") -> Iterator[tuple[str, ...]]:
+        """Yield a row for each entry, those of a second stage indented before the entry that they lead to."""
+        for step in self.steps:
+            if step.nested is not None:
+                yield from step.nested._html_rows(f"{indent}  ")
+                if step.nested.status:
+                    yield _html_outcome(step.nested, indent)
+                    return
+            place = "register" if step.gpa is None else f"{step.gpa:#x}"
+            yield (f"{indent}{step.name}", str(step.index), place, f"{step.entry:#018x}", rights_text(step.access),
+                   rights_text(step.pte_access), step.flags)
+        if self.final is not None:
+            yield from self.final._html_rows(f"{indent}  ")
+            yield _html_outcome(self.final, indent)
+
+
+def _html_outcome(record: WalkRecord, indent: str) -> tuple[str, ...]:
+    """Return the row in which a walk of the second stage ends."""
+    return (f"{indent}  nGPA {record.gva:#x}", "", record.outcome(), "", "", "", "")
+
+
+def in_host(record: WalkRecord) -> WalkRecord:
+    """Return a record, with all records in it, as one of the processor's walk on its host."""
+    steps = tuple(step if step.nested is None else replace(step, nested=in_host(step.nested)) for step in record.steps)
+    return replace(record, steps=steps, final=None if record.final is None else in_host(record.final), host=True)
 
 
 def _step_dict(step: WalkStep) -> dict[str, Any]:

@@ -1,20 +1,24 @@
 """Columns of batch translations, and the checks of what callers pass as columns."""
 
-from collections.abc import Iterable
-from typing import Any, Self
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import Access
+from kvmmu.arch._bits import INVALID_GPA, Access, RetPf, Status
 from kvmmu.arch.arguments import check_int, refuse_masked
+from kvmmu.arch.faults import error_code_text
+from kvmmu.arch.words import hex_text, name_text, rights_text
 from kvmmu.walk._columns import COLUMNS
+from kvmmu.walk.html import HTML_ROWS, table_html
 
-__all__ = ["COLUMNS", "Accesses", "Span", "Translation"]
+__all__ = ["COLUMNS", "Accesses", "OneAccess", "Span", "Translation"]
 
 ACCESS_VALID = int(Access.WRITE | Access.USER | Access.AC | Access.FETCH | Access.IMPLICIT | Access.SHADOW_STACK | Access.PROBE)
 SPAN_MAX = 4096
 ROWS_MAX = 1 << 48
+_ADDRESSES = ("gpa", "gpa_next", "hpa", "ngpa", "pte_gpa", "fault_gpa")
 
 
 class Translation:
@@ -72,9 +76,14 @@ class Translation:
         return cls(**{name: np.empty(n, COLUMNS[name]) for name in check_fields(fields)})
 
     def __repr__(self) -> str:
-        present = [name for name in COLUMNS if getattr(self, name) is not None]
-        n = getattr(self, present[0]).size if present else 0
-        return f"Translation({n} rows: {', '.join(present)})"
+        columns = self._present()
+        return f"Translation({_rows(columns)}: {', '.join(columns)})"
+
+    def _repr_html_(self) -> str:
+        return _columns_html("Translation", self._present())
+
+    def _present(self) -> dict[str, NDArray[Any]]:
+        return {name: column for name in COLUMNS if (column := getattr(self, name)) is not None}
 
 
 class Span:
@@ -103,7 +112,13 @@ class Span:
         self.error_code, self.address = error_code, address
 
     def __repr__(self) -> str:
-        return f"Span({self.gpa.size} rows)"
+        return f"Span({_rows(self._columns())})"
+
+    def _repr_html_(self) -> str:
+        return _columns_html("Span", self._columns())
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return {name: getattr(self, name) for name in ("gpa", "gpa_next", "status", "error_code", "address")}
 
 
 class Accesses:
@@ -126,6 +141,13 @@ class Accesses:
     """
 
     __slots__ = ("error_code", "exits", "gpa", "hpa", "ret", "status")
+
+    gpa: NDArray[np.uint64]
+    hpa: NDArray[np.uint64]
+    status: NDArray[np.uint8]
+    error_code: NDArray[np.uint32]
+    ret: NDArray[np.uint8]
+    exits: NDArray[np.uint8]
 
     def __init__(self, gpa: Any, hpa: Any, status: Any, error_code: Any, ret: Any, exits: Any) -> None:
         self.gpa, self.hpa, self.status = gpa, hpa, status
@@ -152,9 +174,56 @@ class Accesses:
 
     def __repr__(self) -> str:
         if not isinstance(self.gpa, np.ndarray):
-            return (f"Accesses(gpa={self.gpa:#x}, hpa={self.hpa:#x}, status={self.status}, error_code={self.error_code:#x}, "
-                    f"ret={self.ret}, exits={self.exits})")
-        return f"Accesses({self.gpa.size} rows)"
+            return f"Accesses({', '.join(f'{name}={_TEXTS[name](getattr(self, name))}' for name in _ACCESSES)})"
+        return f"Accesses({_rows(self.arrays())})"
+
+    def _repr_html_(self) -> str:
+        columns = self.arrays() if isinstance(self.gpa, np.ndarray) else {
+            name: np.array([getattr(self, name)]) for name in self.__slots__}
+        return _columns_html("Accesses", {name: columns[name] for name in _ACCESSES})
+
+
+class OneAccess(Protocol):
+    """What type checkers know of the `Accesses` of a single access: its columns are integers."""
+
+    @property
+    def gpa(self) -> int: ...
+    @property
+    def hpa(self) -> int: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def error_code(self) -> int: ...
+    @property
+    def ret(self) -> int: ...
+    @property
+    def exits(self) -> int: ...
+
+
+def _address_text(address: int) -> str:
+    return "INVALID_GPA" if address == INVALID_GPA else hex(address)
+
+
+_ACCESSES = ("gpa", "hpa", "status", "error_code", "ret", "exits")
+_TEXTS: dict[str, Callable[[int], str]] = dict.fromkeys(_ADDRESSES, _address_text) | {
+    "status": lambda status: name_text(status, Status), "error_code": error_code_text, "level": str, "pte": hex_text,
+    "pte_access": rights_text, "refs": str, "exit_qualification": hex_text, "address": hex_text,
+    "ret": lambda ret: name_text(ret, RetPf), "exits": str}
+
+
+def _rows(columns: dict[str, NDArray[Any]]) -> str:
+    """Return how many rows columns have, and of which status."""
+    n = next(iter(columns.values())).size if columns else 0
+    counts = np.bincount(columns["status"], minlength=1).tolist() if "status" in columns else []
+    found = ", ".join(f"{count} {name_text(status, Status)}" for status, count in enumerate(counts) if count)
+    return f"{n} rows" + (f", {found}" if found else "")
+
+
+def _columns_html(title: str, columns: dict[str, NDArray[Any]]) -> str:
+    """Return the first rows of columns as a table."""
+    n = next(iter(columns.values())).size if columns else 0
+    rows = zip(*(map(_TEXTS[name], column[:HTML_ROWS].tolist()) for name, column in columns.items()), strict=True)
+    return table_html(f"{title}: {_rows(columns)}", tuple(columns), rows, n - HTML_ROWS)
 
 
 def check_fields(fields: str | Iterable[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import format_files
 import image_files
 import numpy as np
 import pytest
@@ -394,6 +395,8 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
     shutil.copy(bundled("lackey"), "sort.lackey.xz")
     Path("dump.elf").write_bytes(image_files.qemu_core(image_files.Guest()))
     Path("trace.csv").write_text("va,type\n0x1000,R\n")
+    load = (0x40_0000, 0x3000, 3, format_files.LOAD, 0)
+    Path("boot.qtrace").write_bytes(format_files.qemu_header(vcpus=1) + format_files.qemu_block(0, [load]))
     lines = examples()
     assert len(lines) >= 10
     for args in lines:

@@ -6,7 +6,6 @@ p32 in the layout of tests/data/linux); without it the tests run on the clips an
 """
 
 import os
-import sys
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -19,9 +18,11 @@ from test_recording import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu
-from kvmmu.replay.replay import recording_vcpu
-from kvmmu.traces import Recording, RecordingError, Trace, bundled
-from kvmmu.traces.conversion import recording_chunks, recording_header
+from kvmmu.replay import trace_replay
+from kvmmu.replay._replay import new_row_loop
+from kvmmu.replay.trace_replay import recording_vcpu
+from kvmmu.traces import Op, Recording, RecordingError, bundled
+from kvmmu.traces._recorded_rows import RecordedRows
 
 CLIPS = DATA / "linux"
 FULL = os.environ.get("KVMMU_LINUX_DATA")
@@ -399,7 +400,8 @@ def test_an_empty_trace():
 def test_a_table_write_into_a_hole_names_the_address():
     recording = opened(CLIPS / "l5")
     writes = recording.writes._replace(gpa=flipped(recording.writes.gpa, 5, 1 << 45))
-    with pytest.raises(ValueError, match=f"table write 5 goes to gpa {int(writes.gpa[5]):#x}"):
+    place, gpa = int(writes.pos[5]) + 1, int(writes.gpa[5])
+    with pytest.raises(RecordingError, match=f"{recording.path}: before access {place}: GUEST_WRITE: goes to gpa {gpa:#x}"):
         kvmmu.replay(replace(recording, writes=writes))
 
 
@@ -427,58 +429,64 @@ def test_kvm_translate_of_the_nested_guest():
 
 # -- a replay that is stopped -------------------------------------------------------------------------------------------
 
+class Stopping:
+    """A loop of rows that is interrupted behind some stretches of a few rows."""
+
+    def __init__(self, loop, stretch, left):
+        self.__dict__.update(loop=loop, stretch=stretch, left=left)
+
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.loop, name, value)
+
+    def run(self, *stop):
+        before = self.loop.row
+        why = self.loop.run(min((before + self.stretch, *stop)))
+        self.__dict__["left"] -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return why
+
+
+def stopped(source, stretch, after, monkeypatch):
+    """The report of a replay that is interrupted, and how many rows its loop has done."""
+    loops = []
+
+    def make(*arguments):
+        loops.append(Stopping(new_row_loop(*arguments), stretch, after))
+        return loops[-1]
+    monkeypatch.setattr(trace_replay, "new_row_loop", make)
+    with pytest.raises(kvmmu.ReplayInterrupted) as caught:
+        kvmmu.replay(source)
+    assert not caught.value.report.complete
+    return caught.value.report, loops[-1].row
+
+
 @pytest.mark.parametrize("after", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("name", ["l4", "l5", "ndyn"])
 def test_the_report_of_a_stopped_replay_counts_what_was_walked(name, after, monkeypatch):
     """A Ctrl-C behind any block: what the loop walked is in all counters, and nothing else is."""
-    make, left = sys.modules["kvmmu.replay.replay"].new_replayer, after
-
-    class Stopping:
-        def __init__(self, *arguments):
-            self.loop = make(*arguments)
-
-        def __getattr__(self, name):
-            return getattr(self.loop, name)
-
-        def run(self, start, stop):
-            nonlocal left
-            row = self.loop.run(start, min(start + 5000, stop))
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-            return row
-    monkeypatch.setattr(sys.modules["kvmmu.replay.replay"], "new_replayer", Stopping)
     recording = opened(CLIPS / name)
-    with pytest.raises(kvmmu.ReplayInterrupted) as caught:
-        kvmmu.replay(recording)
-    report = caught.value.report
+    report, _ = stopped(recording, 5000, after, monkeypatch)
     assert 0 < report.accesses == report.verified == sum(report.kinds.values()) == sum(report.page_sizes.values()) <= 5000 * after
     kinds = np.bincount(recording.kind[:report.accesses], minlength=3)
     assert list(report.kinds.values()) == kinds.tolist()
     assert report.mmio == recording.pages_io[recording.pidx[:report.accesses]].sum()
-    assert not report.complete
 
 
-@pytest.mark.parametrize("trace", [False, True])
-@pytest.mark.parametrize("after", [1, 2, 10])
-def test_a_fault_is_counted_once_and_for_all(trace, after, monkeypatch):
-    """A Ctrl-C while a fault is checked: it is in no counter, and those before it are in all."""
-    module = sys.modules[f"kvmmu.replay.{'trace_replay' if trace else 'replay'}"]
-    judge, left = module.page_fault_reproduced, [after]
-
-    def stopping(*args):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return judge(*args)
-    monkeypatch.setattr(module, "page_fault_reproduced", stopping)
-    recording = opened(CLIPS / "l5")
-    source = Trace(recording_header(recording), recording_chunks(recording)) if trace else recording
-    with pytest.raises(kvmmu.ReplayInterrupted) as caught:
-        kvmmu.replay(source)
-    report = caught.value.report
+@pytest.mark.parametrize(("stretch", "after"), [(1, 1), (1, 30_000), (7, 1000), (1000, 40), (5000, 20)])
+@pytest.mark.parametrize("name", ["l5", "ndyn"])
+def test_a_fault_is_counted_once_and_for_all(name, stretch, after, monkeypatch):
+    """A Ctrl-C anywhere: the faults in the rows that are done are in all counters, and no other is."""
+    recording = opened(CLIPS / name)
+    report, rows = stopped(recording, stretch, after, monkeypatch)
+    op = RecordedRows(recording).columns(rows)["op"]
     assert report.faults == report.faults_reproduced
-    assert sum(report.faults.values()) == after - 1
+    assert sum(report.faults.values()) == np.isin(op, (Op.PAGE_FAULT, Op.NPT_FAULT)).sum()
+    assert report.accesses == (op < Op.MOV_CR3).sum()
+    assert report.table_writes == (op == Op.GUEST_WRITE).sum()
 
 
 @pytest.mark.parametrize("page", [2**64 - 4096, 2**64 - 1, 2**64 - 65536 + 1])

@@ -334,7 +334,7 @@ def test_writes_of_a_trace_go_to_the_given_memory():
     (([],), ValueError, "vm: .*want a Vcpu"), ((5,), TypeError, "trace: .*int"), (([], 5), TypeError, "vm: .*int"),
     ((CLIPS / "l4", machine()), ValueError, "vm: .*its own memory"),
     (([], machine(), {"mode": "machine"}), ValueError, "mode: .*'machine'"),
-    (([], machine(), {"tlb": 5}), ValueError, "tlb: .*5"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
+    (([], machine(), {"tlb": 5}), TypeError, "tlb: .*int"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
     (([5], machine()), TraceError, "chunk is a int"), (([memory_rows(tables())], machine()), TraceError, "MEMORY")])
 def test_bad_arguments_of_replay(arguments, error, words):
     *arguments, named = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
@@ -391,14 +391,14 @@ def test_the_command_stops_on_sigint_with_its_report(tmp_path):
         import sys, time
         from kvmmu import cli
         from kvmmu.replay import trace_replay
-        walk, chunks = trace_replay._TraceRun.chunk, []
+        walk, chunks = trace_replay.RowRun.chunk, []
         def chunk(run, rows):
             walk(run, rows)
             chunks.append(rows)
             if len(chunks) == 9:
                 print("nine", file=sys.stderr, flush=True)
                 time.sleep(60)
-        trace_replay._TraceRun.chunk = chunk
+        trace_replay.RowRun.chunk = chunk
         sys.exit(cli.main(sys.argv[1:]))
     """
     process = subprocess.Popen([sys.executable, "-P", "-c", program, "replay", str(out), "--json"], text=True,

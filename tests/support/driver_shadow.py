@@ -177,6 +177,8 @@ class ShadowDriver(SharedTables, Driver):
         allowed = {outcomes[i] for outcomes in self.seen[self.pcid][gva]}
         assert got in allowed, f"{gva:#x} {ACCESSES[i]!r}: got {got}, the tables allow {allowed}"
         changed, now = now is not None, now or self.outcomes()[gva][i]
+        if got[0] == Status.OK and ret == RetPf.EMULATE and self.slot_of(got[1]) is None:
+            return                                                          # KVM keeps in mind what page was MMIO last
         if got[0] != Status.OK or ret in (RetPf.FIXED, RetPf.EMULATE):
             assert got == now, f"{gva:#x} {ACCESSES[i]!r}: a walk of now came to {got}, the tables say {now}"
         if got[0] != Status.OK:

@@ -212,7 +212,8 @@ SUFFIXES = {"none": "", "gzip": ".gz", "xz": ".xz", "bzip2": ".bz2", "zstd": ".z
 
 # ---- kvmmu's plugin for QEMU -------------------------------------------------------------------------------------------
 
-VALUE_KIND, CR3_KIND = 3, 4
+VALUE_KIND, CR3_KIND, CPL_KIND = 3, 4, 8
+REGISTER_OPS = {CR3_KIND: 16, 5: 17, 6: 18, 7: 19}       # MOV_CR3, MOV_CR0, MOV_CR4, WRMSR_EFER
 NO_GPA = 2**52 - 1
 
 
@@ -229,13 +230,13 @@ def qemu_block(vcpu, records):
 
 
 def qemu_file(blocks=40, seed=10, events=False):
-    """A file, and its rows; with `events` those of values and of CR3 too."""
+    """A file, and its rows; with `events` those of values and of registers too."""
     rng = random.Random(seed)
     data, rows, ips = qemu_header(), [], {}
     for _ in range(blocks):
         vcpu, records = rng.randrange(4), []
         for _ in range(rng.randrange(1, 80)):
-            kind = rng.choice((LOAD, STORE, FETCH, FETCH, CR3_KIND))
+            kind = rng.choice((LOAD, STORE, FETCH, FETCH, rng.choice(tuple(REGISTER_OPS))))
             address = rng.choice((0x40_0000, KERNEL)) + rng.randrange(1 << 16)
             gpa = rng.choice((None, rng.randrange(1 << 40) & ~63))
             more = {"vcpu": vcpu, "gpa": gpa, "value": 0}
@@ -245,10 +246,11 @@ def qemu_file(blocks=40, seed=10, events=False):
                 records.append((address, gpa, length, kind, 0))
                 rows.append(row(FETCH, address, length, address, **more))
                 continue
-            if kind == CR3_KIND:
+            if kind in REGISTER_OPS:
                 records.append((address & ~0xFFF, 0, 0, kind, 0))
                 if events:
-                    rows.append({"op": 16, "addr": 0, "access": 0, "size": 1, "ip": 0, "value": address & ~0xFFF, "vcpu": vcpu})
+                    rows.append({"op": REGISTER_OPS[kind], "addr": 0, "access": 0, "size": 1, "ip": 0, "value": address & ~0xFFF,
+                                 "vcpu": vcpu})
                 continue
             log, io = rng.randrange(7), int(gpa is not None and rng.random() < 0.1)
             records.append((address, gpa, log, kind, io))

@@ -14,6 +14,7 @@ import scenarios
 from live_sequences import OPERATIONS, sequence
 
 from kvmmu.oracles import live_machine, run_scenario
+from kvmmu.oracles.comparison import SEEN_BY_THE_GUEST
 
 AROUND = 4                  # operations printed before a difference
 RUNS = 5
@@ -26,7 +27,7 @@ def settle(scenario, records):
         for i, what, *_ in scenarios.differences(scenario["ops"], records, live_machine.run_live(scenario)):
             if what == "records":
                 raise ValueError(f"{scenario['name']}: two live runs do not come to the same end")
-            key = "nondet" if what in scenarios.WHAT_THE_GUEST_SAW else "nondet_counters"
+            key = "nondet" if what in SEEN_BY_THE_GUEST else "nondet_counters"
             records[i].setdefault(key, set()).add(what)
     return records
 

@@ -492,8 +492,6 @@ class Driver:
         getattr(self, name)()
         self.steps += 1
         if audit:
-            for vcpu in self.vm.vcpus:
-                vcpu.drain_pml()
             wrong = self.audit()
             assert wrong == [], f"after {name}: {wrong[:5]}"
 

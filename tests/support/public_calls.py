@@ -101,6 +101,12 @@ def used_hierarchy():
     return tlb
 
 
+def some_details():
+    tlb = TlbHierarchy([], details=True)
+    tlb.access([PAGE, 0x5000, 0x9000], ip=[1, 2, 3])
+    return tlb.stats().details
+
+
 def hierarchy_state(tlb):
     """What it holds once it has seen some pages more."""
     tlb.access([0x9000, 0xD000, 0x11000])
@@ -334,8 +340,11 @@ CALLS = {
     "Tlb.invpcid": Call(method(filled_tlb, "invpcid"), {"type": (0, 0, 3), "pcid": (2, 0, 4095), "gva": (PAGE, 0, U64)},
                         state=tlb_state),
     "TlbLevel": Call(lambda: functools.partial(TlbLevel, "a"), {"sets": (3, 1, 1 << 24), "ways": (1, 1, 1 << 24)}),
-    "TlbHierarchy": Call(lambda: lambda seed: hierarchy_state(TlbHierarchy([TlbLevel("a", 1, 2, "random")], seed=seed)),
-                         {"seed": (5, 0, U64)}),
+    "TlbDetails.top_pages": Call(lambda: some_details().top_pages, {"count": (2, 0, 1 << 48)}),
+    "TlbDetails.top_ips": Call(lambda: some_details().top_ips, {"count": (2, 0, 1 << 48)}),
+    "TlbHierarchy": Call(lambda: lambda **given: hierarchy_state(TlbHierarchy([TlbLevel("a", 1, 2, "random")], **given)),
+                         {"seed": (5, 0, U64)}, {"details": True, "curve": True}),
+    "TlbHierarchy.page_fault": Call(method(used_hierarchy, "page_fault"), {"gva": (PAGE, 0, U64)}, state=hierarchy_state),
     "TlbHierarchy.use": Call(method(used_hierarchy, "use"), {"space": (3, 0, U64), "pcid": (2, 0, 4095)}, state=hierarchy_state),
     "TlbHierarchy.mov_cr3": Call(method(used_hierarchy, "mov_cr3"), {"pcid": (2, 0, 4095)}, {"keep": True},
                                  state=hierarchy_state),
@@ -344,9 +353,9 @@ CALLS = {
                                  {"type": (0, 0, 3), "pcid": (2, 0, 4095), "gva": (PAGE, 0, U64)}, state=hierarchy_state),
     "TlbHierarchy.flush_space": Call(method(used_hierarchy, "flush_space"), {"space": (3, 0, U64)}, state=hierarchy_state),
     "TlbHierarchy.access": Call(method(used_hierarchy, "access"),
-                                {"gva": (PAGE, 0, U64), "access": (4, 0, 255), "level": (2, 0, 255)}, {"is_global": True},
-                                state=hierarchy_state, arrays=("gva", "access", "level", "is_global"),
-                                optional=("is_global",)),
+                                {"gva": (PAGE, 0, U64), "access": (4, 0, 255), "level": (2, 0, 255), "ip": (0x400000, 0, U64)},
+                                {"is_global": True}, state=hierarchy_state, arrays=("gva", "access", "level", "is_global", "ip"),
+                                optional=("is_global", "ip")),
     "Tracepoints": Call(lambda: Tracepoints, {"capacity": (8, 1, 1 << 32)}),
     "Vcpu.smm": Call(lambda: set_smm(paging_off()), flags={"smm": True}),
     "Vcpu.set_regs": Call(method(paging_off, "set_regs"), REGISTERS | {"pkru": (3, 0, U32), "pkrs": (3, 0, U32),
@@ -442,8 +451,8 @@ CALLS = {
         "fmt": PageFormat(), "spte": BITS}),
 }
 # Records that the package makes and callers read. Faults may be made by hand: deliver_page_fault() and its kin check them.
-RECORDS = ("Chunk", "ExceptionInjected", "ExitToL1", "GuestFault", "NestedFault", "Recording", "Report", "SvmExit", "TlbStats",
-           "TraceEvent", "VmFail", "VmxExit", "WalkRecord", "WalkStep")
+RECORDS = ("Chunk", "Comparison", "ExceptionInjected", "ExitToL1", "GuestFault", "NestedFault", "Recording", "Report", "SvmExit",
+           "TlbDetails", "TlbStats", "TraceEvent", "VmFail", "VmxExit", "WalkRecord", "WalkStep")
 ELSEWHERE = {"convert", "ParquetTrace", "replay"}                   # tests of their own, below
 
 

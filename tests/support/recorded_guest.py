@@ -10,7 +10,7 @@ import pytest
 from paths import DATA
 
 from kvmmu import GuestMemory, Regs, Vm
-from kvmmu.replay.recorded_faults import use_context
+from kvmmu.replay.register_events import use_context
 from kvmmu.replay.replay import recording_vcpu
 from kvmmu.traces import Recording, RecordingError
 

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from misuse import run_misuse
 from paths import ROOT
 from random_guests import EDGE_GVAS, MODES, PAGE, random_accesses, random_gvas, random_memory, random_regs, random_stage
 
@@ -36,6 +37,7 @@ ROWS = (1, 2, 3, 17, 256, 2048, 8192, 8192, 20000)
 REFERENCE_ROWS = 7                      # so few rows are walked one by one
 SCALARS = 12
 WILD_MACHINES = 20
+MISUSES = 20
 RECORDINGS_PER_MILLION = 40
 MACHINE_ACCESSES_PER_MILLION = 300_000
 
@@ -292,6 +294,8 @@ def campaign(walks, seed):
     counts = Counter()
     started = time.monotonic()
     number = 0
+    run_misuse(SANITIZERS, MISUSES)
+    counts["runs of a careless C program"] = MISUSES
     while counts["walks"] < walks:
         try:
             walk_batches(kvmmu, np.random.default_rng((seed, number)), counts)

@@ -4,7 +4,8 @@
 
 Builds into build/tsan, then runs itself there: batches and scalar walks of several threads over the same tables, with updates
 of accessed and dirty bits, while another thread writes the entries; machines of two vCPUs in threads of their own, while a third
-thread flushes, loads registers, invalidates, and adds, moves and removes slots. CPython and NumPy are not built for it: the run
+thread flushes, loads registers, invalidates, and adds, moves and removes slots; a C program whose threads use the vCPUs of each
+other. CPython and NumPy are not built for it: the run
 sees their locks, and memory that they copy. A finding ends the run at once with its report and a non-zero status.
 """
 
@@ -18,12 +19,14 @@ import threading
 import time
 
 import numpy as np
+from misuse import run_misuse
 from paths import ROOT
 
 IN_CHILD = "KVMMU_THREAD_SANITIZE_CHILD"
 PAGE = 4096
 PAGES = 256
 ROUND = 4096                            # rows of a batch
+MISUSES = 5                             # runs of a careless C program
 
 
 def build():
@@ -198,7 +201,10 @@ def main():
         return run_child(sys.argv[1:])
 
     import kvmmu
+    from kvmmu.walk.batch._job import set_rows_of_thread
+    set_rows_of_thread(1)
 
+    run_misuse("thread", MISUSES)
     rng, begin, walks, operations = np.random.default_rng(options.seed), time.time(), 0, 0
     for mode in MODES:
         walks += shared_walks(kvmmu, rng, mode, options.walks // len(MODES))

@@ -80,6 +80,28 @@ class Entries:
         self.drop_if(lambda entry: entry == wanted)
 
 
+class Seen:
+    """What a level was asked for, and a fully associative LRU list of as many entries that is asked for the same."""
+
+    def __init__(self, entries):
+        self.entries, self.held, self.removed, self.ever = entries, [], set(), set()
+
+    def ask(self, entry):
+        """Why a miss would be one."""
+        why = ("compulsory" if entry not in self.ever else "removed" if entry in self.removed
+               else "conflict" if entry in self.held else "capacity")
+        if entry in self.held:
+            self.held.remove(entry)
+        self.held = [entry, *self.held][:self.entries]
+        self.ever.add(entry)
+        self.removed.discard(entry)
+        return why
+
+    def drop_if(self, condition):
+        self.removed |= {entry for entry in self.ever if condition(entry)}
+        self.held = [entry for entry in self.held if not condition(entry)]
+
+
 class Model:
     """A hierarchy, as TlbHierarchy documents it."""
 
@@ -87,7 +109,9 @@ class Model:
         self.levels = [Entries(level, (seed + i) % 2**64) for i, level in enumerate(levels)]
         self.psc = {number: Entries(cache, (seed + 16 + number) % 2**64) for number, cache in (psc or {}).items()}
         self.hits, self.walks, self.psc_hits, self.replaced = Counter(), Counter(), Counter(), Counter()
-        self.refs = self.unmapped = 0
+        self.refs = self.cached_refs = self.unmapped = 0
+        self.seen = [Seen(level.sets * level.ways) for level in levels]
+        self.misses, self.walks_by_refs, self.pages, self.ips = Counter(), Counter(), Counter(), Counter()
         self.space = self.pcid = 0
         self.mode = "4l"
 
@@ -109,7 +133,7 @@ class Model:
         if behind and self.levels[behind[0]].level.inclusion == "exclusive" and not self.levels[behind[0]].use(victim):
             self.fill(behind[0], victim)
 
-    def access(self, gva, kind, user, page, is_global):
+    def access(self, gva, kind, user, page, is_global, ip=0):
         """(number of the level or None, references)."""
         if page is None:
             self.unmapped += 1
@@ -123,6 +147,10 @@ class Model:
                 hit = i
                 break
         missed = asked if hit is None else asked[:asked.index(hit)]
+        for i in asked[:len(missed) + 1]:
+            why = self.seen[i].ask(entry)
+            if i in missed:
+                self.misses[i, why] += 1
         if hit is not None and missed and self.levels[hit].level.inclusion == "exclusive":
             self.levels[hit].drop(entry)
         for i in reversed(missed):
@@ -134,6 +162,10 @@ class Model:
         self.walks[kind, user, page] += 1
         read = self.walk(gva, PAGES.index(page) + 1)
         self.refs += read
+        self.cached_refs += ROOT[self.mode] - PAGES.index(page) - read if page != "1g" or ROOT[self.mode] > 2 else 0
+        self.walks_by_refs[read] += 1
+        self.pages[entry[0], page] += 1
+        self.ips[ip] += 1
         return None, read
 
     def walk(self, gva, leaf):
@@ -153,12 +185,12 @@ class Model:
     # ---- invalidation ---------------------------------------------------------------------------------------------------
 
     def drop_if(self, condition):
-        for level in [*self.levels, *self.psc.values()]:
+        for level in [*self.levels, *self.psc.values(), *self.seen]:
             level.drop_if(condition)
 
     def drop_page(self, gva, pcid):
         gva %= 2**57
-        for level in self.levels:
+        for level in [*self.levels, *self.seen]:
             level.drop_if(lambda entry: entry[2:] == (self.space, pcid) and entry[0] == gva >> shift_of(entry[1], self.mode))
 
     def drop_upper(self, pcid):
@@ -183,6 +215,12 @@ class Model:
             self.drop_if(lambda entry: entry[2:] == (self.space, pcid))
         else:
             self.drop_if(lambda entry: entry[2] == self.space and (type == 2 or entry[3] is not None))
+
+    def page_fault(self, gva):
+        self.drop_page(gva, self.pcid)
+        bits = 10 if self.mode == "32" else 9
+        for level, cache in self.psc.items():
+            cache.drop((gva % 2**57 >> (12 + bits * (level - 1)), "4k", self.space, self.pcid))
 
     def flush_space(self, space):
         self.drop_if(lambda entry: entry[2] == space)

@@ -11,6 +11,7 @@ from tlb_model import KINDS, PAGES, Model
 
 from kvmmu import Access, TlbHierarchy, TlbLevel
 from kvmmu.tlb._hierarchy import TlbLevels
+from kvmmu.tlb.counters import MISS_CLASSES
 
 HIERARCHIES = int(os.environ.get("KVMMU_TLB_HIERARCHIES", "300"))
 ACCESS = {"load": Access.READ, "store": Access.WRITE, "fetch": Access.FETCH}
@@ -39,7 +40,7 @@ def random_hierarchy(rng):
     psc = {number: TlbLevel("psc", rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice(["lru", "fifo", "plru", "random"]))
            for number in (2, 3, 4, 5) if rng.random() < 0.5}
     seed = rng.getrandbits(64)
-    return TlbHierarchy(levels, psc=psc, seed=seed), Model(levels, psc, seed)
+    return TlbHierarchy(levels, psc=psc, seed=seed, details=rng.random() < 0.5), Model(levels, psc, seed)
 
 
 def some_rows(rng, count, space, globals_are):
@@ -49,7 +50,7 @@ def some_rows(rng, count, space, globals_are):
     for _ in range(count):
         page = rng.choice([*PAGES, *PAGES, *PAGES, None])
         gva = (rng.choice(bases) + rng.randrange(space) * 4096 * rng.choice([1, 1, 1, 512, 1 << 18])) % 2**64
-        rows.append((gva, rng.choice(kinds), rng.random() < 0.5, page, rng.random() < globals_are))
+        rows.append((gva, rng.choice(kinds), rng.random() < 0.5, page, rng.random() < globals_are, rng.randrange(4)))
         while rng.random() < 0.4:                       # the same page again, and again
             rows.append(((rows[-1][0] & ~0xFFF) + rng.randrange(4096), *rows[-1][1:]))
     return rows
@@ -62,10 +63,11 @@ def run(tlb, rows, how):
     level = np.array([0 if row[3] is None else PAGES.index(row[3]) + 1 for row in rows], np.uint8)
     out = {"level": np.empty(len(rows), np.uint8), "refs": np.empty(len(rows), np.uint8)}
     is_global = np.array([row[4] for row in rows], bool)
+    ip = np.array([row[5] for row in rows], np.uint64)
     if how is not None:
-        tlb._core.run(gva, access, level, is_global.view(np.uint8), out["level"], out["refs"], how)
+        tlb._core.run(gva, access, level, is_global.view(np.uint8), out["level"], out["refs"], how, ip)
     else:
-        tlb.access(gva, access, level, is_global=is_global if is_global.any() else None, out=out)
+        tlb.access(gva, access, level, is_global=is_global if is_global.any() else None, ip=ip, out=out)
     return list(zip((None if number == 255 else number for number in out["level"].tolist()), out["refs"].tolist(), strict=True))
 
 
@@ -77,9 +79,25 @@ def check_counters(tlb, model):
                 for p, page in enumerate(PAGES):
                     assert model.hits[number, kind, user, page] == stats.hits[number, k, int(user), p]
                     assert model.walks[kind, user, page] == stats.walks[k, int(user), p]
-    assert (model.refs, model.unmapped) == (stats.guest_refs, stats.unmapped)
+    assert (model.refs, model.cached_refs, model.unmapped) == (stats.guest_refs, stats.cached_refs, stats.unmapped)
+    if stats.details is not None:
+        check_details(stats.details, model)
     assert {number: model.psc_hits[number] for number in tlb.psc} == stats.psc_hits
     assert tuple(model.replaced[number] for number in range(len(tlb.levels))) == stats.replaced
+
+
+def check_details(details, model):
+    for number in range(len(model.levels)):
+        assert {why: model.misses[number, why] for why in MISS_CLASSES} == dict(zip(
+            MISS_CLASSES, details.misses[number].tolist(), strict=True))
+    assert [model.walks_by_refs[read] for read in range(6)] == details.walks_by_refs.tolist()
+    assert sorted(count for (_, _), count in model.pages.items()) == sorted(details.pages[:, 2].tolist())
+    assert sorted(PAGES.index(page) for (_, page) in model.pages) == sorted(details.pages[:, 1].tolist())
+    if details.ips is not None:
+        assert model.ips == dict(details.ips.tolist())
+        assert details.ips[:, 1].tolist() == sorted(details.ips[:, 1].tolist(), reverse=True)
+    else:
+        assert not model.ips
 
 
 def invalidate(rng, both, rows):

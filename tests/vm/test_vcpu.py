@@ -395,7 +395,7 @@ def test_errors_name_the_value_and_what_is_wanted(call, words):
     assert re.search(words, str(refused(vcpu, call, vcpu, error=(TypeError, ValueError))))
 
 
-def test_repr_tells_the_role():
+def test_repr_tells_registers_and_level():
     vcpu = machine(LONG)
-    assert re.fullmatch(r"<Vcpu CpuRole\(0x[0-9a-f]{16}: level 4, .*efer_lma.*\)>", repr(vcpu))
+    assert re.fullmatch(r"<Vcpu 0: Regs\(cr0=0x80000011 \(PE ET PG\), .*efer=0x500 \(LME LMA\)\), level 4, tdp ept>", repr(vcpu))
     assert repr(vcpu.gva_walk).startswith("<PageWalk level 4 of GuestMemory(")

@@ -100,15 +100,16 @@ cdef size_t audit_tdp(_Findings f, SpteFormat sptes):
     return roots
 
 
-def audit(Kvm machine not None, guest_tables=False):
+def audit(Kvm machine not None, guest_tables=False, logged=frozenset()):
     """Return the faults of the page tables of a machine: one line each.
 
-    guest_tables: compare shadow pages with the guest's tables, too (see `_guest.pxd`).
+    guest_tables: compare shadow pages with the guest's tables, too (see `_guest.pxd`). logged: (address space, guest frame) of
+    what processors have in their logs of dirty pages, and the dirty log does not have yet.
     """
     cdef _Findings f = _Findings()
     cdef kvm *k = machine.k
     cdef size_t roots, pages
-    f.k, f.errors, f.synced = k, [], set()
+    f.k, f.errors, f.synced, f.logged = k, [], set(), logged
     with machine.lock:
         machine.sync()
         pages = audit_shadow(f, machine.fmt, bool(guest_tables))

@@ -16,6 +16,7 @@ cdef class _Findings:
     cdef size_t tdp_pages
     cdef size_t nx[2]               # pages of the NX mitigation, by kind of MMU
     cdef set synced                 # (slot, gfn) of guest tables whose shadow is taken to be true: none may write there unseen
+    cdef object logged              # (address space, gfn) that processors have logged: as good as in the dirty log
     cdef report(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, text)
     cdef check(self, name, want, have)
     # Check an entry by itself. IN fmt: of its MMU

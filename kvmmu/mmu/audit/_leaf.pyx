@@ -91,7 +91,8 @@ cdef class _Findings:
             return
         dirty = is_slot_dirty(slot, gfn)
         if k.spte.pml and not spte_ad_need_write_protect(spte):
-            if spte & k.spte.dirty_mask and not dirty:
+            if spte & k.spte.dirty_mask and not dirty and (
+                    k.pages[sp].role >> ROLE_SMM_SHIFT, gfn) not in self.logged:
                 self.report(sp, gfn, level, spte, "dirty, and not in the dirty log")
         elif is_writable_pte(spte) and not dirty:
             self.report(sp, gfn, level, spte, "writable, and not in the dirty log")

@@ -8,6 +8,7 @@
 `_page`    shadow pages: the arena, the hash, the lists, parents.
 `_rmap`    the reverse map: the leaf SPTEs of a frame.
 `_unsync`  shadow pages whose tables the guest may write to: which may become unsync, and the marks in their parents.
+`_copy`    copies of all of it but the vCPUs.
 `_fault`   one page fault: its arguments, host look-up, huge-page adjustment, the leaf SPTE, MMIO.
 """
-# Order: _spte, _slots, _pte_list, _trace, _kvm, _page, _rmap, _unsync, _fault
+# Order: _spte, _slots, _pte_list, _trace, _kvm, _page, _rmap, _unsync, _copy, _fault

@@ -241,7 +241,7 @@ cdef void cache_mmio(kvm_vcpu *vcpu, uint64_t gva, uint64_t gfn, uint32_t access
     if vcpu.kvm.memslot_gen & MEMSLOT_GEN_UPDATE_IN_PROGRESS:
         return
     vcpu.mmio_cached = True
-    vcpu.mmio_gva = gva >> PAGE_SHIFT << PAGE_SHIFT
+    vcpu.mmio_gva = 0 if vcpu.mmu == &vcpu.guest_mmu else gva >> PAGE_SHIFT << PAGE_SHIFT     # an nGPA is no linear address
     vcpu.mmio_gfn, vcpu.mmio_gen = gfn, vcpu.kvm.memslot_gen
     vcpu.mmio_access = <uint32_t>((access & vcpu.kvm.spte.mmio_access_mask) | ACC_READ_MASK)
 

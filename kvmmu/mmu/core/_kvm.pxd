@@ -204,5 +204,8 @@ cdef void flush_remote_tlbs(kvm *k) noexcept nogil
 cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil
 # NULL for want of memory
 cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil
+# Take a vCPU that holds no pages out of the virtual machine; the caller has it then. `return_vcpu()`: 0, or -1 for want of memory
+cdef void withdraw_vcpu(kvm *k, const kvm_vcpu *vcpu) noexcept nogil
+cdef int return_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil
 # IN i: its place in k.vcpus; it holds no pages any more
 cdef void remove_vcpu(kvm *k, size_t i) noexcept nogil

@@ -58,20 +58,34 @@ cdef void count_leaf(kvm *k, int level, int64_t count) noexcept nogil:
 
 cdef kvm_vcpu *add_vcpu(kvm *k, uint32_t id) noexcept nogil:
     cdef kvm_vcpu *vcpu = <kvm_vcpu *>calloc(1, sizeof(kvm_vcpu))
-    cdef kvm_vcpu **grown = <kvm_vcpu **>kvmmu_grow_array(k.vcpus, k.nr_vcpus + 1, sizeof(kvm_vcpu *))
-    if grown is not NULL:
-        k.vcpus = grown
-    if grown is NULL or vcpu is NULL:
+    if vcpu is NULL or return_vcpu(k, vcpu):
         free(vcpu)
         return NULL
     vcpu.kvm, vcpu.id = k, id
     vcpu.mmu = &vcpu.root_mmu
-    k.vcpus[k.nr_vcpus] = vcpu
-    k.nr_vcpus += 1
     return vcpu
 
 
+cdef int return_vcpu(kvm *k, kvm_vcpu *vcpu) noexcept nogil:
+    cdef kvm_vcpu **grown = <kvm_vcpu **>kvmmu_grow_array(k.vcpus, k.nr_vcpus + 1, sizeof(kvm_vcpu *))
+    if grown is NULL:
+        return -1
+    k.vcpus = grown
+    k.vcpus[k.nr_vcpus] = vcpu
+    k.nr_vcpus += 1
+    return 0
+
+
+cdef void withdraw_vcpu(kvm *k, const kvm_vcpu *vcpu) noexcept nogil:
+    cdef size_t i = 0
+    while i < k.nr_vcpus and k.vcpus[i] != vcpu:
+        i += 1
+    if i < k.nr_vcpus:
+        k.nr_vcpus -= 1
+        memmove(&k.vcpus[i], &k.vcpus[i + 1], (k.nr_vcpus - i) * sizeof(kvm_vcpu *))
+
+
 cdef void remove_vcpu(kvm *k, size_t i) noexcept nogil:
-    free(k.vcpus[i])
-    k.nr_vcpus -= 1
-    memmove(&k.vcpus[i], &k.vcpus[i + 1], (k.nr_vcpus - i) * sizeof(kvm_vcpu *))
+    cdef kvm_vcpu *vcpu = k.vcpus[i]
+    withdraw_vcpu(k, vcpu)
+    free(vcpu)

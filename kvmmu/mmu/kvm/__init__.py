@@ -4,6 +4,7 @@
 `_gfns`    guest frames in the tables of both MMUs: zap, write protection.
 `_memslots`  Memslots: the memslots that follow a GuestMemory, and the host-physical memory behind them.
 `_state`   Kvm: a virtual machine's state as a Python object: notifiers, dirty log, maintenance.
+`_saved`   the state of a Kvm at one moment.
 `_inspect` counters, events and pages as arrays.
 """
-# Order: _entry, _gfns, _memslots, _state, _inspect
+# Order: _entry, _gfns, _memslots, _state, _saved, _inspect

@@ -1,5 +1,7 @@
 """One batch from Python; see `_job.pxd`."""
 
+import os
+
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -24,6 +26,9 @@ cdef enum:
     # other's time.
     PIECES = 8
     MOST_THREADS = 64               # more count as so many
+    # Rows for each thread below which one thread does it all: the fastest rows (1 ns each) of as many take the time in which
+    # another thread is woken and waited for.
+    FEW_ROWS_OF_THREAD = 16384
     # Rows between two looks at the clock: a tenth of a second or so at first if every row is of the slowest kind (200 ns);
     # enough later that looks are rare in batches of the fastest kind (2 ns).
     FIRST_SLICE = 524288
@@ -37,6 +42,43 @@ cdef enum:
 
 # Workspaces that no batch uses.
 cdef list spare = []
+cdef Py_ssize_t rows_of_thread = FEW_ROWS_OF_THREAD
+# Threads that wait for parts of batches, as many as a batch ever asked for; None: none was needed yet in this process.
+cdef object pool = None
+cdef Py_ssize_t pool_size = 0
+
+
+def _forget_pool():
+    """Forget the threads of the process that forked: this one does not have them."""
+    global pool, pool_size
+    pool, pool_size = None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def set_rows_of_thread(Py_ssize_t rows=FEW_ROWS_OF_THREAD):
+    """Set the rows for each thread below which one thread does it all, so that tests see threads in small batches."""
+    global rows_of_thread
+    rows_of_thread = max(rows, <Py_ssize_t>KVMMU_BLOCK_ROWS)
+
+
+cdef list submit(run, Py_ssize_t count):
+    """Have threads of the pool call run(), so many of them; fewer, if Python is shutting down. Returns their futures."""
+    global pool, pool_size
+    cdef list futures = []
+    try:
+        if count > pool_size:
+            from concurrent.futures import ThreadPoolExecutor
+            if pool is not None:
+                pool.shutdown(wait=False)               # its threads end when they have done what they have
+            pool, pool_size = ThreadPoolExecutor(count, "kvmmu"), count
+        for _ in range(count):
+            futures.append(pool.submit(run))
+    except RuntimeError:                                # no thread can be started: the caller's does it alone
+        pass
+    return futures
 
 
 cdef uint64_t now() noexcept nogil:
@@ -180,19 +222,22 @@ cdef class Job:
         cdef Py_ssize_t block = KVMMU_BLOCK_ROWS
         threads = min(threads, MOST_THREADS)
         self.piece = self.rows
-        if threads == 1 or <Py_ssize_t>self.rows < threads * block:
+        threads = min(threads, <Py_ssize_t>self.rows // rows_of_thread)
+        if threads <= 1:
             self.run_pieces()
             return 0
         # whole blocks: no two threads write one line of the cache
         self.piece = -(-<Py_ssize_t>self.rows // (threads * PIECES) // block) * block
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(threads - 1) as pool:
-            try:
-                others = [pool.submit(self.run) for _ in range(threads - 1)]
-                self.run_pieces()
-                for other in others:
+        others = submit(self.run, threads - 1)
+        try:
+            self.run_pieces()
+            for other in others:
+                if not other.cancel():                  # one that has not begun would find no rows
                     other.result()
-            except BaseException:
-                kvmmu_store32(&self.stopped, 1)         # they stop soon, whether somebody waits for them or not
-                raise
+        except BaseException:
+            kvmmu_store32(&self.stopped, 1)             # they stop soon, whether somebody waits for them or not
+            for other in others:
+                if not other.cancel():
+                    other.exception()
+            raise
         return 0

@@ -1,0 +1,8 @@
+"""What a walk tells besides its end. Nothing here takes the GIL."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmmu.embed._structs cimport kvmmu_mapping, kvmmu_record, kvmmu_vcpu
+
+cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil
+cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record *out) noexcept nogil

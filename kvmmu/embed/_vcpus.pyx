@@ -1,0 +1,392 @@
+"""vCPUs by their handles; see `_vcpus.pxd` for the contract and `_structs.pxd` for who may touch what."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc
+from libc.string cimport memset
+
+from kvmmu._walk cimport walk_result, walk_step
+from kvmmu.arch._bits cimport ACCESS_PLAIN_MASK, INVALID_GPA, PG_LEVEL_512G, PT_MAX_LEVELS
+from kvmmu.arch._format cimport resolved_access
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, KVMMU_FORMAT_64
+from kvmmu.embed._page_cache cimport cache_clear, cache_fetch, cache_forget, cache_free, cache_make_room
+from kvmmu.embed._structs cimport (
+    COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_E_ARGUMENT, KVMMU_E_BUSY, KVMMU_E_CALLBACK,
+    KVMMU_E_HANDLE, KVMMU_E_NULL, KVMMU_E_THREAD, KVMMU_E_VERSION, KVMMU_OK, KVMMU_TABLE_LOAD, KVMMU_TABLE_STORE, MAX_HANDLES,
+    c_memory, c_vcpu, kvmmu_let_go, kvmmu_owner, kvmmu_registers, kvmmu_result, kvmmu_take, kvmmu_this_thread, kvmmu_vcpu,
+)
+from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_lock, kvmmu_read64, kvmmu_unlock
+from kvmmu.walk._fast cimport kvmmu_fast_walk, kvmmu_translation, translate_fast, use_fast_memory
+
+cdef enum:
+    MOST_ATTEMPTS = 64                  # of one walk behind callbacks, each of which reads a page at least
+
+cdef uint32_t handles_lock
+cdef uint64_t handles_made
+cdef size_t vcpus_made                  # indices below 1 + vcpus_made have a vCPU, free or not
+cdef void *vcpu_table[MAX_HANDLES]      # of c_vcpu
+cdef c_vcpu NO_VCPU                     # where there is none: it has no owner, and no handle has its id
+
+ctypedef int (*translate_fn)(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil
+
+
+cdef void empty_table() noexcept:
+    cdef size_t i
+    for i in range(MAX_HANDLES):
+        vcpu_table[i] = &NO_VCPU
+
+
+empty_table()
+
+
+# ---- handles -----------------------------------------------------------------------------------------------------------
+
+cdef void lock_handles() noexcept nogil:
+    kvmmu_lock(&handles_lock)
+
+
+cdef void unlock_handles() noexcept nogil:
+    kvmmu_unlock(&handles_lock)
+
+
+cdef uint64_t new_handle(uint64_t kind, size_t index) noexcept nogil:
+    global handles_made
+    handles_made += 1
+    return handles_made << COUNT_SHIFT | kind << KIND_SHIFT | index
+
+
+cdef c_vcpu *take_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
+    """Return the vCPU of a handle, after taking it if it belongs to nobody; or NULL and KVMMU_E_*."""
+    cdef c_vcpu *v = <c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
+    cdef uintptr_t self = kvmmu_this_thread()
+    cdef bint taken = False
+    code[0] = KVMMU_E_HANDLE
+    if v == &NO_VCPU:
+        return NULL
+    if kvmmu_owner(&v.owner) != self:
+        if not kvmmu_take(&v.owner, self):
+            code[0] = KVMMU_E_THREAD                # or of a vCPU that was freed, whose place another one has
+            return NULL
+        taken = True
+    if v.id == handle:                              # not 0: handles have a kind
+        code[0] = KVMMU_OK
+        return v
+    if taken:
+        kvmmu_let_go(&v.owner)
+    return NULL
+
+
+cdef inline c_vcpu *find_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
+    """The same, short for the vCPU of this thread."""
+    cdef c_vcpu *v = <c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
+    if kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle:
+        return v
+    return take_vcpu(handle, code)
+
+
+cdef c_vcpu *own_vcpu(kvmmu_vcpu handle, bint idle, int *code) noexcept nogil:
+    cdef c_vcpu *v = find_vcpu(handle, code)
+    code[0] = code[0] if v is NULL else KVMMU_OK
+    if v is not NULL and idle and v.busy:
+        code[0] = KVMMU_E_BUSY
+        return NULL
+    return v
+
+
+cdef c_vcpu *take_free_vcpu() noexcept nogil:
+    global vcpus_made
+    cdef c_vcpu *v
+    cdef size_t i
+    cdef uintptr_t self = kvmmu_this_thread()
+    for i in range(1, vcpus_made + 1):
+        v = <c_vcpu *>vcpu_table[i]
+        if not v.id and kvmmu_take(&v.owner, self):
+            if not v.id:
+                return v
+            kvmmu_let_go(&v.owner)
+    if vcpus_made + 1 == MAX_HANDLES:
+        return NULL
+    v = <c_vcpu *>calloc(1, sizeof(c_vcpu))
+    if v is NULL:
+        return NULL
+    kvmmu_take(&v.owner, self)
+    vcpus_made += 1
+    v.index = vcpus_made
+    KVMMU_TABLE_STORE(&vcpu_table[vcpus_made], v)
+    return v
+
+
+cdef kvmmu_vcpu open_vcpu(c_vcpu *v) noexcept nogil:
+    v.id = new_handle(KIND_VCPU, v.index)
+    v.memory.vcpus += 1
+    return v.id
+
+
+cdef int c_vcpu_release(kvmmu_vcpu handle) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    if v is NULL:
+        return code
+    kvmmu_let_go(&v.owner)
+    return KVMMU_OK
+
+
+cdef int c_vcpu_free(kvmmu_vcpu handle) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    if v is NULL:
+        return code
+    lock_handles()
+    v.memory.vcpus -= 1
+    v.memory, v.id = NULL, 0
+    unlock_handles()
+    cache_free(v.cache)
+    v.cache = NULL
+    kvmmu_let_go(&v.owner)
+    return KVMMU_OK
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+cdef void use_memory(c_vcpu *v) noexcept nogil:
+    if v.cache is not NULL:
+        v.mem = v.cache.mem
+    else:
+        memset(&v.mem, 0, sizeof(v.mem))
+        v.mem.slots, v.mem.count = v.memory.slots, max(v.memory.count, <size_t>1)
+    v.w.mem = &v.mem
+    use_fast_memory(&v.fast, &v.mem)
+
+
+cdef int take_vcpus(const c_memory *memory) noexcept nogil:
+    cdef c_vcpu *v
+    cdef size_t i
+    cdef uintptr_t self = kvmmu_this_thread()
+    for i in range(1, vcpus_made + 1):
+        v = <c_vcpu *>vcpu_table[i]
+        if v.memory != memory:                      # changes under the lock alone
+            continue
+        if kvmmu_owner(&v.owner) == self:
+            if v.busy:
+                return KVMMU_E_BUSY
+        elif kvmmu_take(&v.owner, self):
+            v.borrowed = True
+        else:
+            return KVMMU_E_THREAD
+    return KVMMU_OK
+
+
+cdef void give_back_vcpus(const c_memory *memory) noexcept nogil:
+    cdef c_vcpu *v
+    cdef size_t i
+    for i in range(1, vcpus_made + 1):
+        v = <c_vcpu *>vcpu_table[i]
+        if v.memory == memory and kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.borrowed:
+            v.borrowed = False
+            kvmmu_let_go(&v.owner)
+
+
+cdef void use_slots(const c_memory *memory) noexcept nogil:
+    cdef c_vcpu *v
+    cdef size_t i
+    for i in range(1, vcpus_made + 1):
+        v = <c_vcpu *>vcpu_table[i]
+        if v.memory == memory:
+            use_memory(v)
+
+
+cdef int c_invalidate(kvmmu_vcpu handle, uint64_t gpa, uint64_t size) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    if v is NULL:
+        return code
+    if v.cache is NULL:
+        return KVMMU_OK
+    if not size:
+        cache_clear(v.cache)
+    elif size - 1 > ~<uint64_t>0 - gpa:
+        return KVMMU_E_ARGUMENT
+    else:
+        cache_forget(v.cache, gpa, size)
+    return KVMMU_OK
+
+
+# ---- walks -------------------------------------------------------------------------------------------------------------
+
+cdef int enter(c_vcpu *v) noexcept nogil:
+    if v.cache is NULL:
+        return KVMMU_OK
+    if v.busy:
+        return KVMMU_E_BUSY
+    v.busy = True
+    cache_make_room(v.cache)
+    return KVMMU_OK
+
+
+cdef int fetch_again(c_vcpu *v, int attempt) noexcept nogil:
+    if v.cache is NULL:
+        return KVMMU_OK
+    return KVMMU_E_CALLBACK if attempt == MOST_ATTEMPTS else cache_fetch(v.cache)
+
+
+cdef void leave(c_vcpu *v) noexcept nogil:
+    if v.cache is not NULL:
+        v.busy = False
+
+
+cdef int store_entries(c_vcpu *v, const walk_step *steps, int n) noexcept nogil:
+    """Give the entries in which a walk has set bits to the write callback. If that fails, all pages are forgotten."""
+    cdef uint32_t half
+    cdef int i, answer
+    for i in range(n):
+        if not steps[i].sets_accessed and not steps[i].sets_dirty:
+            continue
+        half = <uint32_t>steps[i].pte
+        if v.w.format == KVMMU_FORMAT_32:
+            answer = v.cache.callbacks.write(v.cache.callbacks.opaque, steps[i].pte_gpa, &half, sizeof(uint32_t))
+        else:
+            answer = v.cache.callbacks.write(v.cache.callbacks.opaque, steps[i].pte_gpa, &steps[i].pte, sizeof(uint64_t))
+        if answer:
+            cache_clear(v.cache)
+            return KVMMU_E_CALLBACK
+    return KVMMU_OK
+
+
+cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    cdef walk_step steps[PT_MAX_LEVELS]
+    cdef int n = 0, attempt = 0, code = enter(v)
+    if code != KVMMU_OK:
+        return code
+    set_ad = set_ad and v.cache.callbacks.write is not NULL
+    while True:
+        if set_ad:
+            n = v.w.walk_addr(&v.w, gva, access, r, steps)
+        else:
+            v.w.gva_to_gpa(&v.w, gva, access, False, r)
+        code = fetch_again(v, attempt)
+        if code != 1:
+            break
+        attempt += 1
+    if code == KVMMU_OK:
+        code = store_entries(v, steps, n)
+    leave(v)
+    return code
+
+
+cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil:
+    cdef uint32_t explicit = resolved_access((access | v.ac) & <uint32_t>ACCESS_PLAIN_MASK)
+    cdef bint set_ad = not access & KVMMU_ACCESS_NO_AD
+    if v.cache is not NULL:
+        return walk_behind_callbacks(v, gva, explicit, set_ad, r)
+    v.w.gva_to_gpa(&v.w, gva, explicit, set_ad, r)
+    return KVMMU_OK
+
+
+cdef int translate_slowly(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
+    cdef walk_result r
+    cdef int code = walk_row(v, gva, access, &r)
+    if code == KVMMU_OK:
+        out.gpa, out.error_code, out.status, out.level = r.gpa, r.error_code, r.status, r.level
+        out.reserved = 0
+    return code
+
+
+cdef inline int translate_row(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
+    cdef kvmmu_translation t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>ACCESS_PLAIN_MASK)
+    if t.gpa == INVALID_GPA:
+        return translate_slowly(v, gva, access, out)
+    out.gpa, out.error_code, out.status, out.level = t.gpa, t.error_code, t.status, t.level
+    out.reserved = 0
+    return KVMMU_OK
+
+
+cdef int translate_checked(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = take_vcpu(handle, &code)
+    if v is NULL:
+        return code
+    if out is NULL:
+        return KVMMU_E_NULL
+    if not is_access(access):
+        return KVMMU_E_ARGUMENT
+    return translate_row(v, gva, access, out)
+
+
+cdef translate_fn the_rest = translate_checked      # by a pointer, lest it be inlined
+
+
+cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
+    """Translate by the short cut where the handle is good and its mode is that of most guests. All else is
+    left to `translate_checked()`, whose calls would cost this function the saving of registers."""
+    cdef const c_vcpu *v = <const c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
+    cdef kvmmu_translation t
+    if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
+            is_access(access)):
+        t = kvmmu_fast_walk(KVMMU_FORMAT_64, PG_LEVEL_512G, &v.fast.p, v.arch.cr3, v.arch.keys, gva,
+                            (access | v.ac) & <uint32_t>ACCESS_PLAIN_MASK)
+        if t.gpa != INVALID_GPA:
+            out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0
+            return KVMMU_OK
+    return the_rest(handle, gva, access, out)
+
+
+cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, const uint8_t *accesses, uint32_t access,
+                          kvmmu_result *out, size_t *done) noexcept nogil:
+    cdef int code
+    cdef uint32_t every = access
+    cdef size_t i
+    cdef c_vcpu *v
+    if done is not NULL:
+        done[0] = 0
+    v = own_vcpu(handle, True, &code)
+    if v is NULL:
+        return code
+    if n and (gva is NULL or out is NULL):
+        return KVMMU_E_NULL
+    if accesses is not NULL:
+        for i in range(n):
+            every |= accesses[i]
+    if not is_access(every):
+        return KVMMU_E_ARGUMENT
+    for i in range(n):
+        if accesses is not NULL:                    # somebody may have changed it meanwhile
+            every = access | (accesses[i] & <uint32_t>ACCESS_PLAIN_MASK)
+        code = translate_row(v, gva[i], every, &out[i])
+        if code != KVMMU_OK:
+            return code
+        if done is not NULL:
+            done[0] = i + 1
+    return KVMMU_OK
+
+
+cdef int read_words(c_vcpu *v, uint64_t gpa, uint64_t *words, int n) noexcept nogil:
+    cdef int code = enter(v), attempt = 0, i
+    cdef bint readonly = False, whole
+    cdef const uint8_t *hva
+    if code != KVMMU_OK:
+        return code
+    while True:
+        whole = True
+        for i in range(n):
+            hva = gpa_to_hva(&v.mem, gpa + i * sizeof(uint64_t), &readonly)
+            whole = whole and hva is not NULL
+            words[i] = 0 if hva is NULL else kvmmu_read64(hva)
+        code = fetch_again(v, attempt)
+        if code != 1:
+            break
+        attempt += 1
+    leave(v)
+    return code if code != KVMMU_OK else whole
+
+
+cdef int c_get_registers(kvmmu_vcpu handle, kvmmu_registers *out) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = own_vcpu(handle, False, &code)
+    if v is NULL:
+        return code
+    if out is NULL:
+        return KVMMU_E_NULL
+    if out.size != sizeof(kvmmu_registers):
+        return KVMMU_E_VERSION
+    out[0] = v.registers
+    return KVMMU_OK

@@ -1,0 +1,19 @@
+from kvmmu.machine._machine import Machine
+from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.kvm._saved import SavedKvm
+from kvmmu.mmu.kvm._state import Kvm
+from kvmmu.tlb._tlb import Tlb
+
+class SavedMachine: ...
+
+def save_kvm(kvm: Kvm) -> SavedKvm: ...
+def save_machine(machine: Machine) -> SavedMachine: ...
+def ready(saved: SavedKvm, mem: GuestMemory | None = None, smm_mem: GuestMemory | None = None) -> SavedKvm: ...
+def ready_machine(saved: SavedMachine) -> SavedMachine: ...
+def put_machines(
+    kvm: Kvm,
+    fresh: SavedKvm,
+    loads: list[tuple[Machine, SavedMachine]],
+    idle: list[Machine],
+    tlbs: list[tuple[Tlb, Tlb]],
+) -> None: ...

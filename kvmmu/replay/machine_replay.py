@@ -1,0 +1,346 @@
+"""Replay of a trace with page tables on a whole machine: exits, faults, and what the host builds below."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu.arch._bits import CR3_NOFLUSH, CR3_PAE_PDPT, INVALID_GPA, Cr4, Op, RetPf, Status
+from kvmmu.arch.arguments import check_name
+from kvmmu.arch.faults import GuestFault
+from kvmmu.arch.registers import Regs
+from kvmmu.memory._memory import GuestMemory
+from kvmmu.mmu.host import Host
+from kvmmu.replay.recorded_machine import trace_start
+from kvmmu.replay.register_events import Context, pdptrs_at, registers_of
+from kvmmu.replay.result import Report
+from kvmmu.replay.trace_memory import reserve
+from kvmmu.traces import Chunk, Trace, TraceError
+from kvmmu.vm.vcpu import Vcpu, Vm
+from kvmmu.walk.results import Accesses
+
+__all__ = ["BACKINGS", "TDP_OF", "Backing", "HostKind", "MachineReport", "replay_machine"]
+
+Backing = Literal["4k", "2m", "1g"]
+HostKind = Literal["ept", "npt", "shadow"]
+BACKINGS: tuple[Backing, ...] = get_args(Backing)
+TDP_OF: dict[str, Literal["ept", "npt"] | None] = {"ept": "ept", "npt": "npt", "shadow": None}
+_MEMORY_UNIT, _MEMORY_LIMIT = 1 << 21, 1 << 40
+_HOST_MAXPHYADDR = 46
+_SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
+_SAMPLES = 256                                  # of dirty pages over time
+_EXITS_TO_L1 = (Status.EPT_VIOLATION, Status.EPT_MISCONFIG, Status.NESTED_PAGE_FAULT, Status.PML_FULL)
+_FLUSHES = ("tlb_flush", "remote_tlb_flush", "remote_tlb_flush_requests")
+Progress = Callable[[int, int], object]
+
+
+@dataclass
+class MachineReport(Report):
+    """The result of a replay on a machine.
+
+    Attributes
+    ----------
+    host, backing : str
+        "ept", "npt" or "shadow", and the pages that back guest memory.
+    exits : dict of str to int
+        By reason: faults of the host's page tables, MMIO, and under shadow paging what the guest does to its own tables and TLBs.
+    exits_to_l1 : int
+        Accesses of a nested guest that its hypervisor's second stage does not let through.
+    by_ret : dict of str to int
+        Accesses that took exits, by the RET_PF code of the last one.
+    sptes : dict of str to int
+        SPTEs that map pages, by size.
+    shadow_pages, table_bytes : int
+        Pages of SPTEs, and the memory that they take (bytes).
+    flushes : dict of str to int
+        KVM's counters of TLB flushes.
+    stats : dict of str to int
+        All of KVM's counters.
+    exit_position, exit_count : ndarray of uint64
+        Of each access that took exits: its number, and how many.
+    dirty_over_time : list of (int, int)
+        Number of the access, and pages written until then.
+    """
+
+    host: str = "ept"
+    backing: str = "2m"
+    exits: dict[str, int] = field(default_factory=dict)
+    exits_to_l1: int = 0
+    by_ret: dict[str, int] = field(default_factory=dict)
+    sptes: dict[str, int] = field(default_factory=dict)
+    shadow_pages: int = 0
+    table_bytes: int = 0
+    flushes: dict[str, int] = field(default_factory=dict)
+    stats: dict[str, int] = field(default_factory=dict)
+    exit_position: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64), repr=False)
+    exit_count: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64), repr=False)
+    dirty_over_time: list[tuple[int, int]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain = super().to_dict()
+        del plain["exit_position"], plain["exit_count"]
+        total = np.cumsum(self.exit_count)
+        at = np.unique(np.linspace(0, total.size - 1, min(total.size, _SAMPLES)).astype(np.int64))
+        return plain | {"exits_over_time": [[int(self.exit_position[i]), int(total[i])] for i in at.tolist()]}
+
+
+def replay_machine(opened: Callable[[], Trace], *, host: HostKind = "ept", backing: Backing = "2m",
+                   progress: Progress | None = None) -> MachineReport:
+    """Run every access of a trace with page tables on a machine, in order, with its register loads and table writes.
+
+    Parameters
+    ----------
+    opened : callable
+        Returns the trace from its beginning; it is read twice, first for the memory that it reaches.
+    host : {"ept", "npt", "shadow"}
+    backing : {"4k", "2m", "1g"}
+        Pages of the host.
+    progress : callable, optional
+        Called with (accesses done, accesses in all or 0) after each chunk.
+
+    Raises
+    ------
+    TraceError
+        The trace is damaged, brings no memory, or reaches beyond 1 TiB of it.
+    """
+    check_name("host", host, ("ept", "npt", "shadow"))
+    check_name("backing", backing, BACKINGS)
+    run = _MachineRun(opened(), host, backing)
+    done = 0
+    with closing(opened().chunks()) as chunks:
+        for chunk in chunks:
+            run.take(chunk)
+            done = run.accesses
+            if progress:
+                progress(done, run.header.accesses or 0)
+    return run.report()
+
+
+class _MachineRun:
+    """One replay on a machine under way."""
+
+    def __init__(self, trace: Trace, host: HostKind, backing: Backing) -> None:
+        self.header, self.host, self.backing = trace.header, host, backing
+        self.started = time.perf_counter()
+        start = trace_start(trace, touched=True)
+        if start.end > _MEMORY_LIMIT:
+            raise TraceError(f"its memory reaches to gpa {start.end - 1:#x}; allowed here is below {_MEMORY_LIMIT:#x}")
+        block, self._mapping = reserve(-(-start.end // _MEMORY_UNIT) * _MEMORY_UNIT)
+        addr, values = start.memory.words
+        block.view("<u8")[addr >> np.uint64(3)] = values
+        self._words = addr, values
+        self._block = block
+        self.mem = GuestMemory(block)
+        self.vm = Vm(self.mem, start.vcpu.cpu, Host(tdp=TDP_OF[host], maxphyaddr=_HOST_MAXPHYADDR),
+                     backing=backing)
+        self.contexts = start.contexts
+        self.told = host == "shadow" or any(isinstance(context, tuple) for context in self.contexts)
+        if host == "shadow" and any(isinstance(context, tuple) for context in self.contexts):
+            raise ValueError("host: a nested guest with a second stage runs in the trace; want 'ept' or 'npt', got 'shadow'")
+        self.first = [self._loaded(context) for context in self._start_contexts(start.contexts)]
+        self.vcpus: list[Vcpu] = [self.vm.create_vcpu() for _ in range(self.header.vcpus)]
+        self.states = list(self.first)
+        for vcpu in range(self.header.vcpus):
+            self._use(vcpu, self.states[vcpu])
+        self.accesses = self.verified = self.unchecked = self.mismatches = self.writes = self.to_l1 = 0
+        self.kinds, self.rets = np.zeros(3, np.int64), np.zeros(256, np.int64)
+        self.events: Counter[Op] = Counter()
+        self.pieces: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
+        self.mmio = 0
+        self.host_exits = 0
+        self.dirty: set[int] = set()
+        self.dirty_over_time: list[tuple[int, int]] = []
+
+    def _start_contexts(self, contexts: list[Context]) -> list[Context]:
+        made: list[Context] = []
+        for regs in self.header.registers:
+            if regs.second_stage is not None:
+                made.append(next(context for context, given in zip(contexts, self.header.contexts, strict=True) if given == regs))
+            else:
+                made.append(Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs))
+        return made
+
+    # ---- rows ----------------------------------------------------------------------------------------------------------
+
+    def take(self, chunk: Chunk) -> None:
+        """Run the rows of a chunk."""
+        row = 0
+        stops = np.flatnonzero(chunk.op >= Op.MOV_CR3).tolist() if chunk.has_events else []
+        addr, access = np.ascontiguousarray(chunk.addr), np.ascontiguousarray(chunk.access)
+        pieces: list[Accesses] = []
+        for stop in [*stops, len(chunk)]:
+            if row < stop:
+                for vcpu, start, end in self._by_vcpu(chunk, row, stop):
+                    pieces.append(self.vcpus[vcpu].access(addr[start:end], access[start:end]))
+            if stop < len(chunk):
+                self._event(chunk, stop)
+            row = stop + 1
+        if pieces:
+            self._count(chunk, pieces)
+        self.dirty_over_time.append((self.accesses, len(self.dirty)))
+
+    def _by_vcpu(self, chunk: Chunk, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Return (vCPU, start, stop) of runs of rows of one vCPU, in order: exits of one vCPU spare another's."""
+        if chunk.vcpu is None or len(self.vcpus) == 1:
+            return [(0, start, stop)]
+        vcpu = chunk.vcpu[start:stop]
+        cuts = [start, *(np.flatnonzero(np.diff(vcpu)) + start + 1).tolist(), stop]
+        return [(int(chunk.vcpu[first]), first, last) for first, last in pairwise(cuts)]
+
+    def _count(self, chunk: Chunk, pieces: list[Accesses]) -> None:
+        """Count what the accesses of a chunk met. IN pieces: their results, in order."""
+        is_access = chunk.op < Op.MOV_CR3
+        op, recorded = chunk.op[is_access], chunk.gpa[is_access]
+        gpa, hpa, status, ret, exits = (np.concatenate([getattr(piece, name) for piece in pieces])
+                                        for name in ("gpa", "hpa", "status", "ret", "exits"))
+        known = recorded != np.uint64(INVALID_GPA)
+        good = known & (gpa == recorded)
+        self.verified += int(np.count_nonzero(good))
+        self.mismatches += int(np.count_nonzero(known & ~good))
+        self.unchecked += int(np.count_nonzero(~known))
+        self.kinds += np.bincount(op & np.uint8(3), minlength=4)[:3]
+        self.mmio += int(np.count_nonzero(op & np.uint8(4)))
+        took = np.flatnonzero(exits)
+        if took.size:
+            self.pieces.append((took.astype(np.uint64) + np.uint64(self.accesses), exits[took].astype(np.uint64)))
+            self.rets += np.bincount(ret[took], minlength=256)
+        self.to_l1 += int(np.count_nonzero(np.isin(status, _EXITS_TO_L1)))
+        stores = (op == Op.STORE) & (hpa != np.uint64(INVALID_GPA))
+        if stores.any():
+            self.dirty.update(np.unique(gpa[stores] >> np.uint64(12)).tolist())
+        self.accesses += op.size
+
+    def _event(self, chunk: Chunk, row: int) -> None:
+        """Carry out the event of a row."""
+        assert chunk.value is not None
+        assert chunk.size is not None
+        op, vcpu = Op(chunk.op[row]), 0 if chunk.vcpu is None else int(chunk.vcpu[row])
+        addr, value = int(chunk.addr[row]), int(chunk.value[row])
+        if op in (Op.MEMORY, Op.MEMORY_WORD):
+            return
+        self.events[op] += 1
+        try:
+            if op == Op.GUEST_WRITE:
+                self._write(addr, value, int(chunk.size[row]))
+            elif op == Op.INVLPG:
+                self.vcpus[vcpu].invlpg(addr)
+            elif op == Op.INVPCID:
+                self.vcpus[vcpu].invpcid(value & 0xF, value >> 4 & 0xFFF, addr)
+            elif op == Op.RESTART:
+                self._restart()
+            elif op in (Op.SET_REGS, Op.VMENTER, Op.VMEXIT):
+                self._use(vcpu, self._loaded(self.contexts[value]))
+            elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU):
+                self._load(vcpu, op, value)
+        except (GuestFault, ValueError) as error:
+            raise TraceError(f"{op.name} in row {row} of the chunk behind access {self.accesses}: {error}") from error
+
+    def _write(self, gpa: int, value: int, size: int) -> None:
+        """Store into guest memory. KVM learns of it where it shadows tables, as it write-protects them."""
+        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        if self.told:
+            self.vm.write_guest_physical(gpa, data)
+        else:
+            self.mem.write(gpa, data)
+        self.writes += 1
+        self.dirty.add(gpa >> 12)
+
+    def _restart(self) -> None:
+        """Memory and registers as at the start."""
+        addr, values = self._words
+        self._block[:] = 0
+        self._block.view("<u8")[addr >> np.uint64(3)] = values
+        for vcpu, context in enumerate(self.first):
+            self._use(vcpu, context)
+
+    # ---- registers -----------------------------------------------------------------------------------------------------
+
+    def _loaded(self, context: Context) -> Context:
+        """A context of L1 under PAE paging with the PDPTEs that are in memory now."""
+        if isinstance(context, tuple) or not context.is_pae_paging:
+            return context
+        return replace(context, pdptrs=pdptrs_at(self.mem, self.vm.cpu, context.cr3, self.header.pdpte_clear))
+
+    def _use(self, vcpu: int, context: Context) -> None:
+        """Load a context on a vCPU; as on a real one, that drops what its TLB has unless the trace says otherwise."""
+        one = self.vcpus[vcpu]
+        one.leave_nested()
+        if isinstance(context, tuple):
+            one.enter_nested(context[1], **registers_of(context[0]))
+        else:
+            registers = registers_of(context)
+            if self.host == "shadow":
+                del registers["pkru"]                   # shadow paging has no protection keys
+            for i, pdpte in enumerate(context.pdptrs or ()):        # an NPT host takes them from memory
+                self.mem.write_u64((context.cr3 & CR3_PAE_PDPT) + 8 * i, pdpte)
+            one.set_regs(**registers)
+        self.states[vcpu] = context
+
+    def _load(self, vcpu: int, op: Op, value: int) -> None:
+        """A register load by the guest, whose legality the recorded CPU has checked."""
+        context = self.states[vcpu]
+        one = self.vcpus[vcpu]
+        if isinstance(context, tuple):
+            regs, stage = context
+            self._use(vcpu, (self._changed(regs, op, value), stage))
+            return
+        after = self._changed(context, op, value)
+        if op == Op.WRPKRU:
+            if self.host != "shadow":
+                one.wrpkru(value)
+            self.states[vcpu] = after
+        elif op == Op.MOV_CR3 and not after.is_pae_paging:
+            one.mov_cr(3, value)
+            self.states[vcpu] = replace(after, cr3=value & ~CR3_NOFLUSH if after.cr4 & Cr4.PCIDE else value)
+        else:
+            self._use(vcpu, self._loaded(after))
+
+    @staticmethod
+    def _changed(regs: Regs, op: Op, value: int) -> Regs:
+        if op == Op.MOV_CR3:
+            return replace(regs, cr3=value & ~CR3_NOFLUSH if regs.cr4 & Cr4.PCIDE else value, pdptrs=None)
+        if op == Op.WRMSR_EFER:
+            return replace(regs, efer=value | regs.efer & 0x400)        # EFER.LMA is the processor's
+        if op == Op.WRPKRU:
+            return replace(regs, pkru=value)
+        return replace(regs, cr0=value, pdptrs=None) if op == Op.MOV_CR0 else replace(regs, cr4=value, pdptrs=None)
+
+    # ---- what was found ------------------------------------------------------------------------------------------------
+
+    def report(self) -> MachineReport:
+        """Return what the replay found."""
+        header, stats = self.header, self.vm.stats
+        pages = len(self.vm.sptes()["sp"])
+        found = MachineReport(
+            name=header.name, phase=header.phase, mode=header.mode, accesses=self.accesses, verified=self.verified,
+            kinds=dict(zip(("load", "store", "fetch"), self.kinds.tolist(), strict=True)), mismatches=self.mismatches,
+            table_writes=self.writes, contexts=len(header.contexts), unchecked=self.unchecked, mmio=self.mmio,
+            host=self.host, backing=self.backing, exits=self._exits(stats), exits_to_l1=self.to_l1, stats=stats,
+            shadow_pages=pages, table_bytes=4096 * pages,
+            sptes={size: stats[f"pages_{size}"] for size in BACKINGS},
+            flushes={name: stats[name] for name in _FLUSHES if name in stats},
+            faults_checked=False, dirty_over_time=self._samples(), seconds=time.perf_counter() - self.started)
+        found.faults = {"recorded": self.events[Op.PAGE_FAULT]} if self.events[Op.PAGE_FAULT] else {}
+        found.by_ret = {RetPf(code).name: int(count) for code, count in enumerate(self.rets.tolist()) if count}
+        if self.pieces:
+            found.exit_position, found.exit_count = (np.concatenate(column) for column in zip(*self.pieces, strict=True))
+        return found
+
+    def _exits(self, stats: dict[str, int]) -> dict[str, int]:
+        reason = {"ept": "EPT violations", "npt": "nested page faults"}.get(self.host, "shadow page faults")
+        total = sum(int(count.sum()) for _, count in self.pieces)
+        exits = {reason: total - stats.get("mmio_exits", 0), "MMIO": stats.get("mmio_exits", 0)}
+        if self.host == "shadow":
+            exits |= {name: self.events[op] for op, name in _SHADOW_EXITS.items()}
+        return {name: count for name, count in exits.items() if count}
+
+    def _samples(self) -> list[tuple[int, int]]:
+        step = -(-len(self.dirty_over_time) // _SAMPLES) or 1
+        return self.dirty_over_time[::step][:-1] + self.dirty_over_time[-1:] if self.dirty_over_time else []

@@ -1,0 +1,13 @@
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmmu.tlb._hierarchy import TlbLevels
+
+class TlbStream:
+    def __init__(self, hierarchies: Iterable[tuple[Sequence[TlbLevels], Sequence[TlbLevels] | None, int]] = ...,
+                 vcpus: int = ...) -> None: ...
+    def use_global(self, vcpu: int, has_global: bool) -> None: ...
+    def use_ips(self, ip: NDArray[np.uint64] | None, rows: int) -> None: ...
+    def walks_by_refs(self, hierarchy: int) -> NDArray[np.uint64]: ...

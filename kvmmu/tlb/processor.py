@@ -1,0 +1,127 @@
+"""The TLBs of the processors of a trace: they follow its registers and its events, and are asked for its accesses."""
+
+from collections.abc import Sequence
+
+from kvmmu.arch._bits import CR3_NOFLUSH, Cr0, Cr4, Efer, Op
+from kvmmu.arch.registers import Regs
+from kvmmu.arch.second_stages import Stage
+from kvmmu.tlb._stream import TlbStream
+from kvmmu.tlb.counters import TlbStats, sum_of
+from kvmmu.tlb.hierarchy import PAGE_LEVELS, TlbHierarchy
+
+__all__ = ["ProcessorTlbs", "TlbOfHost"]
+
+_PCID = 0xFFF
+_INVPCID_TYPE, _INVPCID_PCID_SHIFT = 0xF, 4
+Context = Regs | tuple[Regs, Stage]
+
+
+class TlbOfHost:
+    """A hierarchy, and the pages that the host maps guest memory with; None: one stage, no host."""
+
+    def __init__(self, hierarchy: TlbHierarchy, host_page: str | None = None) -> None:
+        self.hierarchy, self.host_page = hierarchy, host_page
+
+
+class ProcessorTlbs:
+    """Hierarchies that the same accesses go through, each once per vCPU.
+
+    Invalidations are those of the SDM, vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches". Nested guests have
+    a VPID (ASID) for each second stage, and entry and exit drop nothing. A register load that the trace does not tell as an
+    event (SET_REGS) drops what MOV to CR3, CR4 and CR0 to the same values would.
+
+    Parameters
+    ----------
+    designs : sequence of TlbOfHost
+    vcpus : int
+
+    Attributes
+    ----------
+    stream : TlbStream
+        For the loop of a replay.
+    """
+
+    def __init__(self, designs: Sequence[TlbOfHost], vcpus: int = 1) -> None:
+        self._designs = list(designs)
+        self._tlbs = [[design.hierarchy._another() for _ in range(vcpus)] for design in self._designs]
+        self._hosts = [None if design.host_page is None else
+                       [design.hierarchy._nested_or_none()._another() for _ in range(vcpus)] for design in self._designs]
+        self._of_vcpu = [[tlbs[vcpu] for tlbs in self._tlbs] for vcpu in range(vcpus)]
+        self._spaces: dict[Stage, int] = {}
+        self.stream = TlbStream([
+            ([tlb._core for tlb in tlbs], None if hosts is None else [host._core for host in hosts],
+             PAGE_LEVELS[design.host_page or "4k"])
+            for design, tlbs, hosts in zip(self._designs, self._tlbs, self._hosts, strict=True)], vcpus)
+
+    # ---- registers and events --------------------------------------------------------------------------------------------
+
+    def follow(self, vcpu: int, context: Context) -> None:
+        """Put registers in force on a vCPU; nothing is dropped."""
+        regs, stage = context if isinstance(context, tuple) else (context, None)
+        space = 0 if stage is None else self._spaces.setdefault(stage, len(self._spaces) + 1)
+        for tlb in self._of_vcpu[vcpu]:
+            tlb.use(space, _pcid_of(regs), _mode_of(regs))
+        self.stream.use_global(vcpu, bool(regs.cr4 & Cr4.PGE))
+
+    def event(self, op: Op, vcpu: int, addr: int, value: int, before: Context, after: Context) -> None:
+        """Carry out an event of the trace. IN before, after: the registers of the vCPU."""
+        tlbs = self._of_vcpu[vcpu]
+        if op == Op.INVLPG:
+            for tlb in tlbs:
+                tlb.invlpg(addr)
+        elif op == Op.INVPCID:
+            if value & _INVPCID_TYPE <= 3:
+                for tlb in tlbs:
+                    tlb.invpcid(value & _INVPCID_TYPE, value >> _INVPCID_PCID_SHIFT & _PCID, addr)
+        elif op == Op.PAGE_FAULT:
+            for tlb in tlbs:
+                tlb.page_fault(addr)
+        elif op in (Op.HOST_INVALIDATE, Op.RESTART):
+            self.flush()
+        elif after is not before or op == Op.MOV_CR3:
+            self._load(op, vcpu, value, before, after)
+
+    def flush(self) -> None:
+        """Drop everything on all vCPUs."""
+        for tlbs in (*self._tlbs, *(hosts for hosts in self._hosts if hosts is not None)):
+            for tlb in tlbs:
+                tlb.flush()
+
+    def _load(self, op: Op, vcpu: int, value: int, before: Context, after: Context) -> None:
+        self.follow(vcpu, after)
+        if op in (Op.VMENTER, Op.VMEXIT) or isinstance(before, tuple) != isinstance(after, tuple):
+            return
+        old, new = (context[0] if isinstance(context, tuple) else context for context in (before, after))
+        cr4 = old.cr4 ^ new.cr4
+        for tlb in self._of_vcpu[vcpu]:
+            if old.cr0 & ~new.cr0 & Cr0.PG or cr4 & Cr4.PGE or old.cr4 & ~new.cr4 & Cr4.PCIDE:
+                tlb.flush_in_force()
+            elif cr4 & Cr4.PAE or new.cr4 & ~old.cr4 & Cr4.SMEP or (op == Op.SET_REGS and old.cr3 != new.cr3):
+                tlb.mov_cr3(_pcid_of(new))
+            elif op == Op.MOV_CR3:
+                tlb.mov_cr3(_pcid_of(new), keep=bool(new.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH))
+
+    # ---- what was counted ------------------------------------------------------------------------------------------------
+
+    def stats(self, design: int = 0) -> TlbStats:
+        """Return the counters of a hierarchy, of all vCPUs together, with those of the host's translations."""
+        stats = sum_of([tlb.stats() for tlb in self._tlbs[design]])
+        hosts = self._hosts[design]
+        if hosts is None:
+            return stats
+        return stats.under_host(sum_of([host.stats() for host in hosts]), self.stream.walks_by_refs(design))
+
+
+def _pcid_of(regs: Regs) -> int:
+    return regs.cr3 & _PCID if regs.cr4 & Cr4.PCIDE else 0
+
+
+def _mode_of(regs: Regs) -> str:
+    """Return the paging mode, that of 4 levels with paging off: no access is to a page then."""
+    if not regs.cr0 & Cr0.PG:
+        return "4l"
+    if not regs.cr4 & Cr4.PAE:
+        return "32"
+    if not regs.efer & Efer.LMA:
+        return "pae"
+    return "5l" if regs.cr4 & Cr4.LA57 else "4l"
