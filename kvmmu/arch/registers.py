@@ -199,6 +199,7 @@ class RegisterValues(TypedDict, total=False):
     pkrs: SupportsIndex
     rflags: SupportsIndex
     pdptrs: Sequence[SupportsIndex] | None
+    pkrs: SupportsIndex
 
 
 def _gp(rule: str, message: str) -> GeneralProtection:

@@ -132,7 +132,7 @@ class Ept:
             raise ValueError(f"pml: needs accessed and dirty bits, eptp {self.eptp:#x} has bit 6 clear")
 
     def __repr__(self) -> str:
-        return fields_text(self, {"eptp": self._eptp_text})
+        return fields_text(self, {"eptp": self._eptp_text, "spptp": hex_text, "ve": hex_text})
 
     def _eptp_text(self, eptp: int) -> str:
         return f"{eptp:#x} ({'WB' if eptp & EPTP_MT == EPTP_MT_WB else 'UC'}, {self.level} levels{', AD' if self.ad else ''})"

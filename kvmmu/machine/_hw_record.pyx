@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmmu.machine._access cimport machine_linear_address
 from kvmmu.machine._machine cimport Machine
 from kvmmu.machine._modes cimport Modes
 from kvmmu.machine._state cimport machine as machine_state
@@ -30,6 +31,7 @@ def hw_walk_record(Machine machine not None, gva, access):
         if not m.mmu.root.valid or m.root_hpa != sp_hpa(m.k, m.mmu.root.sp):
             raise RuntimeError("the processor has no root of page tables now; vm_enter() loads one, and so does an access")
         use_arena(m)
+        addr = machine_linear_address(m, addr, a)
         return in_host(record_of(copy_of(modes), addr, a | rflags_ac(m.arch)))
 
 

@@ -88,8 +88,8 @@ cdef SecondStage second_stage(stage, const cpu_caps *caps):
     cdef uint64_t role
     if isinstance(stage, Ept):
         if caps.kvm and (stage.supervisor_shadow_stack or stage.spptp is not None or stage.ve is not None):
-            raise ValueError(f"stage: KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE, got {stage}; "
-                             f"want conformance 'sdm', or EPTP bit 7 clear, spptp=None and ve=None")
+            raise ValueError(f"stage: KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE, got "
+                             f"{stage}; want conformance 'sdm', or EPTP bit 7 clear, spptp=None and ve=None")
         role = ept_role(stage)
         fill_ept_format(second.fmt, role, caps, stage.huge_page_level(bool(caps.gbpages)))
         init_ept_pagewalk(&second.n, role, caps, stage.advanced_info)
