@@ -199,7 +199,6 @@ class RegisterValues(TypedDict, total=False):
     pkrs: SupportsIndex
     rflags: SupportsIndex
     pdptrs: Sequence[SupportsIndex] | None
-    pkrs: SupportsIndex
 
 
 def _gp(rule: str, message: str) -> GeneralProtection:
