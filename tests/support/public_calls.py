@@ -64,6 +64,12 @@ def paging_off(tdp="ept"):
     return vcpu
 
 
+def entered():
+    vcpu = paging_off()
+    vcpu.vm_enter()
+    return vcpu
+
+
 def walk():
     return paging_off().gva_walk
 
@@ -377,6 +383,7 @@ CALLS = {
         "fault": EptViolation("by hand", fault_gpa=PAGE)}),
     "Vcpu.access": Call(method(paging_off, "access"), {"gva": (64, 0, U64), "access": (2, 0, 255)}, state=vcpu_state,
                         arrays=("gva", "access")),
+    "Vcpu.hw_walk_record": Call(method(entered, "hw_walk_record"), {"gva": (64, 0, U64), "access": (2, 0, 255)}, state=vcpu_state),
     "Vcpu.store": Call(method(paging_off, "store"), {"gva": (64, 0, U64), "access": (0, 0, 255)}, {"page_table_writing": True},
                        state=vcpu_state, others={"data": b"8 bytes."}),
     "Vcpu.write_guest": Call(method(paging_off, "write_guest"), {"gva": (64, 0, U64), "access": (0, 0, 255)}, state=vcpu_state,
