@@ -219,11 +219,20 @@ KVMMU_INLINE void check_any(int format, struct kvmmu_leaf_block *l, const struct
 /* IN out: may be gva */
 KVMMU_INLINE void pre_process_body(const struct kvmmu_linear_rules *rules, const uint64_t *gva, const uint8_t *access, uint64_t *out)
 {
-    uint64_t refused = 0;
+    uint64_t refused = 0, seen = 0;
     if (rules->has_lass)
         for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
             refused |= (uint64_t)kvmmu_lass_violated(rules, gva[i], access[i]) << i;
-    EACH_VECTOR(i)
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += sizeof(word64))
+        seen |= *(const word64 *)&access[i];
+    /* the seldom halves of the rule left out, as of most blocks: accesses without tags, and tags in the upper half */
+    if (!(seen & rules->untagged * UINT64_C(0x0101010101010101)) && !rules->tag[1]) {
+        EACH_VECTOR(i)
+        {
+            const vec addr = CVEC(gva), tag = rules->tag[0] & WHERE((addr >> 63) == 0);
+            VEC(out) = (addr & ~tag) | (WHERE((addr & rules->sign[0]) != 0) & tag);
+        }
+    } else EACH_VECTOR(i)
     {
         const vec addr = CVEC(gva), upper = WHERE((addr >> 63) != 0), bytes = WIDE(byte_vec, access);
         const vec tagged = WHERE((bytes & rules->untagged) == 0);
