@@ -1,7 +1,7 @@
 """One access of one vCPU. The steps are listed in `_access.pxd`."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
@@ -12,6 +12,7 @@ from kvmmu.arch._bits cimport (
     ROLE_EXT_EFER_LMA_MASK, ROLE_HAS_4_BYTE_GPTE_MASK, SPTE_ENT_PER_PAGE, STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.arch._format cimport explicit_access
+from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.arch._linear cimport kvmmu_untagged
 from kvmmu.machine._access cimport access_columns
 from kvmmu.machine._emulation cimport machine_emulate, repeats_write
@@ -217,7 +218,7 @@ cdef int machine_access(machine *m, uint64_t gva, uint32_t access, access_result
     if access & ACCESS_SHADOW_STACK_MASK:
         t.misses += 1
         return slow_access(m, addr, access, out)
-    if not m.vcpu.requests and <uint64_t>(<int64_t>(addr << m.hw.canonical_shift) >> m.hw.canonical_shift) == addr:
+    if not m.vcpu.requests and kvmmu_is_canonical(addr, m.hw.canonical_shift):
         entry = tlb_lookup(t, addr, &level)
         if entry is not NULL:
             if entry.epoch != m.rights.epoch:

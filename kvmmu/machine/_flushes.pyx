@@ -1,8 +1,9 @@
 """Invalidations by the guest, as `_flushes.pxd` describes them."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport CR3_PCID_MASK, CR4_PCIDE_MASK, PT64_BASE_ADDR_MASK, ROLE_GUEST_MODE_MASK
+from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.machine._mmus cimport mmu_width
 from kvmmu.machine._modes cimport Modes
 from kvmmu.machine._state cimport machine
@@ -38,7 +39,7 @@ cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots
     cdef machine *m = &modes.m
     cdef uint64_t addr = gva & m.hw.gva_mask
     cdef int shift = modes.widest_shift if m.hw.canonical_shift else 0
-    if <uint64_t>(<int64_t>(addr << shift) >> shift) != addr:
+    if not kvmmu_is_canonical(addr, shift):
         return 0
     tlb_invlpg(m.tlb, addr)
     m.vcpu.mmio_cached = False

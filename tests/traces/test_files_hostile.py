@@ -455,5 +455,5 @@ def test_an_npt_fault_without_a_nested_guest_names_the_recording(toy):
     events = {name: array[:0] for name, array in trace.items() if name.startswith("ev_")}
     np.savez(toy / "dyn_trace.npz", **trace | events)
     np.savez(toy / "dyn_tables.npz", **toy_tables())
-    with pytest.raises(RecordingError, match=f"{toy}: npf_pos.0.: is 3; no nested guest has run before that"):
+    with pytest.raises(RecordingError, match=f"{toy}: before access 3: NPT_FAULT: no nested guest under an NPT has run"):
         kvmmu.replay(toy, phase="dyn")

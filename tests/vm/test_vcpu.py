@@ -101,7 +101,7 @@ def test_set_regs_takes_exactly_the_legal_combinations():
     ({"cr0": PG | PE}, {"cr0": PG}, "cr0-pg-without-pe", "PE"),
     ({"cr0": NW | CD}, {"cr0": NW}, "cr0-nw-without-cd", "CD"),
     ({"cr0": 0xFFFFFFFF & ~PG}, {"cr0": 1 << 32}, "cr0-reserved", "63:32"),
-    ({"cr4": PAE}, {"cr4": 1 << 24}, "cr4-reserved", "0x1000000"),
+    ({"cr4": PAE}, {"cr4": 1 << 26}, "cr4-reserved", "0x4000000"),
     ({"cr4": 1 << 14}, {"cr4": 1 << 15}, "cr4-reserved", "0x8000"),
     ({"cr4": 1 << 25}, {"cr4": 1 << 63}, "cr4-reserved", "0x8000000000000000"),
     ({"efer": NXE | 1}, {"efer": 1 << 9}, "efer-reserved", "0x200"),
@@ -121,7 +121,7 @@ def test_a_refusal_names_its_rule(good, bad, rule, word):
 @pytest.mark.parametrize("mode", ["4l", "5l"])
 def test_cr3_bits_from_maxphyaddr_up_are_reserved(mode, maxphyaddr):
     """CR3 holds a physical address: each bit from MAXPHYADDR up is refused, by set_regs and by MOV to CR3 alike."""
-    vcpu = machine(MODES[mode], maxphyaddr=maxphyaddr)
+    vcpu = machine(MODES[mode], maxphyaddr=maxphyaddr, lam=False)
     for bit in range(12, 64):
         for load in (lambda value: vcpu.set_regs(cr3=value), lambda value: vcpu.mov_cr(3, value)):
             if bit < maxphyaddr:
@@ -243,7 +243,7 @@ def test_enabling_pcide_needs_pcid_0_and_long_mode():
 
 def test_cr3_bit_63():
     """With PCIDE it says "no flush" and is not stored; without, it is reserved; a VMM never sets it."""
-    vcpu = machine(LONG)
+    vcpu = machine(LONG, lam=False)
     assert refused(vcpu, vcpu.mov_cr, 3, NOFLUSH | ROOT).rule == "cr3-reserved"
     vcpu.mov_cr(4, PAE | PCIDE)
     vcpu.mov_cr(3, NOFLUSH | 0x5003)

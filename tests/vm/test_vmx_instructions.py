@@ -162,7 +162,7 @@ def test_operands(running):
     _, vcpu = machine(la57=False, maxphyaddr=40)
     if running:
         visit(vcpu, ROOTS[0])
-    bad = [(0, 0), (3, 0), (1, 0), (1, eptp(ROOTS[0]) | 1), (1, eptp(ROOTS[0]) | 0x80), (1, eptp(1 << 40)), (1, ROOTS[0] | 0x16)]
+    bad = [(0, 0), (3, 0), (1, 0), (1, eptp(ROOTS[0]) | 1), (1, eptp(ROOTS[0]) | 0x100), (1, eptp(1 << 40)), (1, ROOTS[0] | 0x16)]
     for type, operand in bad:
         with pytest.raises(VmFail, match="INVEPT") as failed:
             vcpu.invept(type, operand)
