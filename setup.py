@@ -18,17 +18,18 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
         "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api", "embed._tlb_fill", "memory._mapping",
         "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record"]
-KERNEL = ["_vmx_memory", "_walk", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf", "walk.batch._psc",
-          "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule", "walk.batch._job",
-          "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows", "tables._edit",
-          "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "tlb._structure", "tlb._recency", "tlb._counts",
-          "tlb._details", "tlb._levels", "tlb._hierarchy", "tlb._stream", "machine._exits", "machine._access", "machine._modes",
-          "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace", "mmu.core._kvm",
-          "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range", "mmu.shadow._zap",
-          "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync", "mmu.shadow._shadow",
-          "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain", "machine._rights", "machine._roots",
-          "machine._emulation", "machine._flushes", "machine._mmus", "mmu.core._pte_list", "mmu.kvm._gfns", "walk._scan",
-          "mmu.core._copy", "embed._page_cache", "embed._vcpus", "embed._memories", "embed._lookups"]
+KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf",
+          "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule",
+          "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows",
+          "tables._edit", "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "tlb._structure", "tlb._recency",
+          "tlb._counts", "tlb._details", "tlb._levels", "tlb._hierarchy", "tlb._stream", "machine._exits", "machine._access",
+          "machine._modes", "machine._machine", "mmu.core._spte", "mmu.core._slots", "mmu.core._rmap", "mmu.core._trace",
+          "mmu.core._kvm", "mmu.core._page", "mmu.core._unsync", "mmu.core._fault", "mmu.tdp._tdp", "mmu.tdp._range",
+          "mmu.shadow._zap", "mmu.shadow._range", "mmu.shadow._guest_tables", "mmu.shadow._leaf", "mmu.shadow._sync",
+          "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain",
+          "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._mmus", "mmu.core._pte_list",
+          "mmu.kvm._gfns", "walk._scan", "mmu.core._copy", "embed._page_cache", "embed._vcpus", "embed._memories",
+          "embed._lookups"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows",
           "replay._replay"]

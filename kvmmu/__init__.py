@@ -1,5 +1,5 @@
 """kvmmu: an x86 MMU emulation engine that models the KVM x86 MMU, with its hot paths in compiled Cython."""
-# Order: arch, memory, _vmx_memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report,
+# Order: arch, memory, _walk, walk, walker, tables, tlb, mmu, machine, vm, traces, images, replay, report,
 #     comparison, spt, oracles, embed, cli
 
 from typing import TYPE_CHECKING, Any

@@ -19,7 +19,6 @@ Protection", "Nested Paging".
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmmu._vmx_memory cimport take_ve_area
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK,
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, CR0_PE_MASK,
@@ -35,6 +34,7 @@ from kvmmu.arch._format cimport kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.arch._linear cimport kvmmu_lass_violated, kvmmu_linear_rules, kvmmu_untagged
 from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_write64
+from kvmmu.memory._vmx_memory cimport take_ve_area
 
 # Registers of a vCPU that translation looks at. The PDPTEs are the vCPU's, not a walk's.
 cdef struct vcpu_arch:

@@ -2,7 +2,6 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._vmx_memory cimport SUB_PAGE_ALLOWS, SUB_PAGE_EVENT, sub_page_verdict
 from kvmmu._walk cimport (
     WALK_DIRECT, WALK_SECOND_STAGE, convert_ept_violation, get_guest_pgd, is_sub_page_write, kvm_pagewalk, log_dirty,
     pre_process, second_stage_access, second_stage_fault, set_no_walk, table_access, walk_result, walk_step,
@@ -20,6 +19,7 @@ from kvmmu.arch._gpte cimport (
     kvmmu_is_canonical, kvmmu_pdpte_gpa, kvmmu_pdpte_index, leaf_gpa, read_gpte,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, guest_mem, kvmmu_lock, kvmmu_read64, kvmmu_unlock
+from kvmmu.memory._vmx_memory cimport SUB_PAGE_ALLOWS, SUB_PAGE_EVENT, sub_page_verdict
 
 # The result of an attempt, beside STATUS_*.
 cdef enum:
