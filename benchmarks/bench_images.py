@@ -1,4 +1,4 @@
-"""What a memory image costs: opening a file of each format, and listing everything that page tables map."""
+"""Time to open a memory image of each format, and to list everything that page tables map."""
 
 import struct
 

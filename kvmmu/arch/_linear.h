@@ -12,7 +12,7 @@
 _Static_assert(ACCESS_SHADOW_STACK_MASK >> KVMMU_SHADOW_STACK_TO_LASS_SHIFT == PERMISSIONS_COUNT,
                "accesses to shadow stacks follow the others in lass[]");
 
-/* What registers ask of addresses; the index is bit 63. */
+/* The rules that registers set for linear addresses; the index is bit 63. */
 struct kvmmu_linear_rules {
     uint64_t tag[2];   /* bits of a data address that become copies of the bit below them */
     uint64_t sign[2];  /* that bit */

@@ -219,7 +219,7 @@ _CR4_FEATURES = {"la57": Cr4.LA57, "pcid": Cr4.PCIDE, "smep": Cr4.SMEP, "smap": 
                  "pks": Cr4.PKS, "lass": Cr4.LASS, "lam": Cr4.LAM_SUP}
 _EFER_FEATURES = {"nx": Efer.NX, "uai": Efer.UAIE}
 _LAM_BITS = CR3_LAM_U48 | CR3_LAM_U57
-# What every processor has, and what a model may have. CET is also a name of FEATURES: strict models have it by that.
+# Bits that every processor has or a model may have. CET is also a name of FEATURES: strict models have it by that.
 _CR4_DEFINED = int(Cr4.COMMON) | sum(int(bit) for name, bit in _CR4_FEATURES.items() if name != "shstk")
 _EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA) | sum(map(int, _EFER_FEATURES.values()))
 

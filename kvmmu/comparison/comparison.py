@@ -12,6 +12,7 @@ from kvmmu.comparison.design import Design
 from kvmmu.comparison.machines import HostRun
 from kvmmu.report.tables import Table, plain_text
 from kvmmu.tlb.counters import MISS_CLASSES, TlbStats
+from kvmmu.traces._arrow import pyarrow
 
 __all__ = ["Comparison", "DesignResult"]
 
@@ -20,7 +21,7 @@ _CURVE_POINTS = 400
 
 @dataclass(frozen=True, eq=False)
 class DesignResult:
-    """What the trace met under one design.
+    """The results of a trace under one design.
 
     Attributes
     ----------
@@ -105,7 +106,7 @@ class DesignResult:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What one trace met under several designs.
+    """The results of one trace under several designs.
 
     Attributes
     ----------
@@ -210,12 +211,8 @@ class Comparison:
         ImportError
             PyArrow is missing.
         """
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise ImportError("Parquet needs pyarrow; install kvmmu[arrow]") from None
-        pyarrow.parquet.write_table(pyarrow.table(self.columns()), path)
+        arrow = pyarrow()
+        arrow.parquet.write_table(arrow.table(self.columns()), path)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Draw the comparison: misses over TLB size, references, walks by references, exits over time, the address space.

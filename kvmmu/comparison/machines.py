@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import Op, RetPf, Status
+from kvmmu.arch._bits import RetPf, Status
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.arch.second_stages import Ept, Npt
 from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.spaces import MadeSpaces
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
-from kvmmu.replay.machine_replay import TDP_OF, Backing, HostKind, replay_machine
+from kvmmu.replay.machine_replay import SHADOW_EXITS, TDP_OF, Backing, HostKind, replay_machine
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.traces import Trace
 from kvmmu.vm.vcpu import Vcpu, Vm
@@ -23,8 +23,6 @@ __all__ = ["HostRun", "run_first_touches", "run_own"]
 
 _MAXPHYADDR = 46
 _PAGES = {"4k": 1 << 12, "2m": 1 << 21, "1g": 1 << 30}
-# What a host with shadow paging intercepts, and one with two-dimensional paging does not
-SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import CR3_NOFLUSH, CR3_PAE_PDPT, INVALID_GPA, Cr4, Op, RetPf, Status
+from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, Cr4, Efer, Op, RetPf, Status
 from kvmmu.arch.arguments import check_name
 from kvmmu.arch.faults import GuestFault
-from kvmmu.arch.registers import Regs
+from kvmmu.arch.registers import Regs, pdpte_gpas
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.recorded_machine import trace_start
@@ -23,17 +23,19 @@ from kvmmu.replay.result import Report
 from kvmmu.replay.trace_memory import reserve
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
+from kvmmu.vm.virtual_machine import PageSize
 from kvmmu.walk.results import Accesses
 
-__all__ = ["BACKINGS", "TDP_OF", "Backing", "HostKind", "MachineReport", "replay_machine"]
+__all__ = ["BACKINGS", "SHADOW_EXITS", "TDP_OF", "Backing", "HostKind", "MachineReport", "replay_machine"]
 
-Backing = Literal["4k", "2m", "1g"]
+Backing = PageSize
 HostKind = Literal["ept", "npt", "shadow"]
 BACKINGS: tuple[Backing, ...] = get_args(Backing)
 TDP_OF: dict[str, Literal["ept", "npt"] | None] = {"ept": "ept", "npt": "npt", "shadow": None}
 _MEMORY_UNIT, _MEMORY_LIMIT = 1 << 21, 1 << 40
 _HOST_MAXPHYADDR = 46
-_SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
+# Instructions and events that a host with shadow paging intercepts, and one with two-dimensional paging does not
+SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
 _SAMPLES = 256                                  # of dirty pages over time
 _EXITS_TO_L1 = (Status.EPT_VIOLATION, Status.EPT_MISCONFIG, Status.NESTED_PAGE_FAULT, Status.PML_FULL)
 _FLUSHES = ("tlb_flush", "remote_tlb_flush", "remote_tlb_flush_requests")
@@ -278,8 +280,9 @@ class _MachineRun:
             registers = registers_of(context)
             if self.host == "shadow":
                 del registers["pkru"]                   # shadow paging has no protection keys
-            for i, pdpte in enumerate(context.pdptrs or ()):        # an NPT host takes them from memory
-                self.mem.write_u64((context.cr3 & CR3_PAE_PDPT) + 8 * i, pdpte)
+            if context.pdptrs is not None:              # an NPT host takes them from memory
+                for gpa, pdpte in zip(pdpte_gpas(context.cr3), context.pdptrs, strict=True):
+                    self.mem.write_u64(gpa, pdpte)
             one.set_regs(**registers)
         self.states[vcpu] = context
 
@@ -307,7 +310,7 @@ class _MachineRun:
         if op == Op.MOV_CR3:
             return replace(regs, cr3=value & ~CR3_NOFLUSH if regs.cr4 & Cr4.PCIDE else value, pdptrs=None)
         if op == Op.WRMSR_EFER:
-            return replace(regs, efer=value | regs.efer & 0x400)        # EFER.LMA is the processor's
+            return replace(regs, efer=value | regs.efer & int(Efer.LMA))     # that bit is the processor's
         if op == Op.WRPKRU:
             return replace(regs, pkru=value)
         return replace(regs, cr0=value, pdptrs=None) if op == Op.MOV_CR0 else replace(regs, cr4=value, pdptrs=None)
@@ -323,7 +326,7 @@ class _MachineRun:
             kinds=dict(zip(("load", "store", "fetch"), self.kinds.tolist(), strict=True)), mismatches=self.mismatches,
             table_writes=self.writes, contexts=len(header.contexts), unchecked=self.unchecked, mmio=self.mmio,
             host=self.host, backing=self.backing, exits=self._exits(stats), exits_to_l1=self.to_l1, stats=stats,
-            shadow_pages=pages, table_bytes=4096 * pages,
+            shadow_pages=pages, table_bytes=PAGE_SIZE * pages,
             sptes={size: stats[f"pages_{size}"] for size in BACKINGS},
             flushes={name: stats[name] for name in _FLUSHES if name in stats},
             faults_checked=False, dirty_over_time=self._samples(), seconds=time.perf_counter() - self.started)
@@ -338,7 +341,7 @@ class _MachineRun:
         total = sum(int(count.sum()) for _, count in self.pieces)
         exits = {reason: total - stats.get("mmio_exits", 0), "MMIO": stats.get("mmio_exits", 0)}
         if self.host == "shadow":
-            exits |= {name: self.events[op] for op, name in _SHADOW_EXITS.items()}
+            exits |= {name: self.events[op] for op, name in SHADOW_EXITS.items()}
         return {name: count for name, count in exits.items() if count}
 
     def _samples(self) -> list[tuple[int, int]]:

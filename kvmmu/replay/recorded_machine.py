@@ -15,6 +15,7 @@ from kvmmu.replay.trace_memory import TraceMemory, reserve
 from kvmmu.replay.trace_replay import RowRun, recording_vcpu, with_file
 from kvmmu.traces import Chunk, Header, ParquetTrace, Recording, RecordingError, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
+from kvmmu.vm.virtual_machine import PageSize
 
 __all__ = ["TraceStart", "touched_machine", "trace_start"]
 
@@ -26,7 +27,7 @@ _STOPS = (*REGISTER_EVENTS, Op.RESTART)
 
 
 def touched_machine(source: Recording | ParquetTrace, *, tdp: Literal["ept", "npt"] | None = "ept",
-                    backing: Literal["4k", "2m", "1g"] = "2m", nx_huge_pages: bool = False) -> Vm:
+                    backing: PageSize = "2m", nx_huge_pages: bool = False) -> Vm:
     """A machine whose guest has read every page that a recording or a trace touches, each once.
 
     Parameters

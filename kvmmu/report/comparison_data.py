@@ -2,11 +2,13 @@
 
 from typing import Any
 
-__all__ = ["KIND_NAMES", "PAGE_HEIGHTS", "cost_bars", "curves", "exits_over_time", "groups_of", "kind_of", "refs_bars",
+__all__ = ["COLOURS", "KIND_NAMES", "PAGE_HEIGHTS", "cost_bars", "curves", "exits_over_time", "groups_of", "kind_of", "refs_bars",
            "refs_shares"]
 
 Points = list[list[float]]
 Series = list[tuple[str, Points]]
+# Okabe and Ito's palette, darker where a colour is faint on white
+COLOURS = ("#0072b2", "#c24e00", "#00795a", "#a34a80", "#7a6a00", "#2a7fb8", "#8a2be2", "#404040")
 KIND_NAMES = ("loads", "stores (and loads)", "fetches", "fetches and stores")
 PAGE_HEIGHTS = {0: 0.25, 1: 0.4, 2: 0.7, 3: 1.0}        # of a range, by the level of its pages
 _GAP = 1 << 26                                          # bytes between ranges that are drawn in rows of their own

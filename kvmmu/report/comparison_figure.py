@@ -5,6 +5,7 @@ from typing import Any
 
 from kvmmu.report.address_space import bytes_text
 from kvmmu.report.comparison_data import (
+    COLOURS,
     KIND_NAMES,
     PAGE_HEIGHTS,
     cost_bars,
@@ -19,8 +20,7 @@ from kvmmu.report.figure import matplotlib_or_error
 
 __all__ = ["plot_comparison"]
 
-# Okabe and Ito's palette, and line styles for who sees no colours
-_COLOURS = ("#0072b2", "#c24e00", "#00795a", "#a34a80", "#7a6a00", "#2a7fb8", "#8a2be2", "#404040")
+# Line styles for who sees no colours
 _STYLES = ("-", "--", ":", "-.", (0, (4, 4)), (0, (1, 3)), (0, (12, 3)), (0, (6, 2, 2, 2, 2, 2)))
 _ROW = 0.24                                     # inches per bar
 
@@ -74,7 +74,7 @@ def plot_comparison(data: dict[str, Any], path: str | PathLike[str] | None = Non
 def _bars(axes: Any, title: str, label: str, names: list[str], stacks: list[tuple[str, list[float]]]) -> None:
     start = [0.0] * len(names)
     for place, (name, values) in enumerate(stacks):
-        axes.barh(range(len(names)), values, left=start, color=_COLOURS[place], label=name, height=0.7)
+        axes.barh(range(len(names)), values, left=start, color=COLOURS[place], label=name, height=0.7)
         start = [one + value for one, value in zip(start, values, strict=True)]
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
@@ -88,7 +88,7 @@ def _bars(axes: Any, title: str, label: str, names: list[str], stacks: list[tupl
 def _lines(axes: Any, title: str, x_label: str, y_label: str, series: list[tuple[str, list[list[float]]]]) -> None:
     for place, (name, points) in enumerate(series):
         axes.step([point[0] for point in points], [point[1] for point in points], where="post", label=name,
-                  color=_COLOURS[place % len(_COLOURS)], linestyle=_STYLES[place % len(_STYLES)])
+                  color=COLOURS[place % len(COLOURS)], linestyle=_STYLES[place % len(_STYLES)])
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -104,7 +104,7 @@ def _map(axes: Any, page: str, groups: list[list[list[int]]], left_out: int, mat
         for place, size, level, kinds in group:
             height = 0.9 * PAGE_HEIGHTS[level]
             axes.broken_barh([((place - start) / span, max(size / span, 0.001))], (at + 0.45 - height, height),
-                             facecolor=_COLOURS[kind_of(kinds)], linewidth=0)
+                             facecolor=COLOURS[kind_of(kinds)], linewidth=0)
     names = [f"{group[0][0]:#x}, {bytes_text(group[-1][0] + group[-1][1] - group[0][0])}" for group in groups]
     axes.set_yticks(range(len(groups)), names, fontsize=7, family="monospace")
     axes.set_xlim(0, 1)
@@ -112,5 +112,5 @@ def _map(axes: Any, page: str, groups: list[list[list[int]]], left_out: int, mat
     axes.set_xticks([0.05, 0.95], ["first address", "last address"], fontsize=8)
     axes.set_title(f"Address space, {page} pages; taller: larger pages"
                    + (f" ({left_out} smaller parts left out)" if left_out else ""), fontsize=10)
-    axes.legend(handles=[matplotlib.patches.Patch(color=_COLOURS[place], label=name) for place, name in enumerate(KIND_NAMES)],
+    axes.legend(handles=[matplotlib.patches.Patch(color=COLOURS[place], label=name) for place, name in enumerate(KIND_NAMES)],
                 fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12 if len(groups) > 6 else -0.3), frameon=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvmmu.report.address_space import bytes_text
 from kvmmu.report.comparison_data import (
+    COLOURS,
     KIND_NAMES,
     PAGE_HEIGHTS,
     cost_bars,
@@ -21,8 +22,7 @@ from kvmmu.report.tables import Table
 
 __all__ = ["comparison_page", "table_of"]
 
-# Okabe and Ito's palette, darker where a colour is faint on white, and lighter for a dark page
-_LIGHT = ("#0072b2", "#c24e00", "#00795a", "#a34a80", "#7a6a00", "#2a7fb8", "#8a2be2", "#404040")
+# The same colours, lighter, for a dark page
 _DARK = ("#56b4e9", "#ff9e4a", "#3fd0a4", "#e59ac4", "#f0e442", "#9ad0f5", "#c9a2ff", "#d0d0d0")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --faint: #555; --paper: #fff; --line: #d4d4d4; --band: #f3f5f7; LIGHT }
@@ -51,8 +51,8 @@ SERIES
 
 def comparison_page(data: dict[str, Any]) -> str:
     """Return the page. IN data: of `Comparison.data()`."""
-    light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)) for colours in (_LIGHT, _DARK))
-    series = "\n".join(f".line.s{i} {{ stroke: var(--s{i}); }} .fill.s{i} {{ fill: var(--s{i}); }}" for i in range(len(_LIGHT)))
+    light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)) for colours in (COLOURS, _DARK))
+    series = "\n".join(f".line.s{i} {{ stroke: var(--s{i}); }} .fill.s{i} {{ fill: var(--s{i}); }}" for i in range(len(COLOURS)))
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("SERIES", series)
     plain = {key: value for key, value in data.items() if key not in ("tables", "regions", "exits_over_time")}
     text = json.dumps(plain).replace("<", "\\u003c")
