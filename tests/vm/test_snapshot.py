@@ -26,8 +26,8 @@ from machine_driver import CONFIGURATIONS, Driver
 import kvmmu
 from kvmmu import Access, Ept, GuestMemory, Host, PageTables, Pml, Tracepoints, Vcpu, Vm
 
-OPERATIONS = int(os.environ.get("KVMMU_SNAPSHOT_OPERATIONS", "60"))
-ROUNDS = int(os.environ.get("KVMMU_SNAPSHOT_ROUNDS", "2"))
+OPERATIONS = int(os.environ.get("KVMMU_SNAPSHOT_OPERATIONS", "40"))
+ROUNDS = int(os.environ.get("KVMMU_SNAPSHOT_ROUNDS", "1"))
 PAGE = 4096
 DRIVERS = [(Driver, name, value) for name, value in CONFIGURATIONS.items()]
 DRIVERS += [(L2Driver, name, value) for name, value in L2_CONFIGURATIONS.items()]
