@@ -111,6 +111,9 @@ class Guest:
             return
         assert outcome in outcomes, f"{int(gva[0]):#x}, access {access:#x}: exits {int(r.exits[0])}, {self.machine.regs}"
         self.differ |= outcomes[0] != outcomes[1]
+        # KVM emulates an access of the last MMIO page without a walk, which would set D
+        if self.tdp is None and access & Access.WRITE and outcome[0] == 0 and not self.mems[0].is_backed(outcome[1], 1):
+            self.differ = True
         # what a fault leaves in L1's tables is KVM's choice
         self.differ |= outcome[0] != 0 and self.machine.mmu_is_nested
 
@@ -143,5 +146,5 @@ def test_garbage(part):
             raise
         assert guest.vm.stats["bugs"] == 0
     assert counts["accesses"] > 100 * (GUESTS // 4)
-    assert counts["rounds with equal memory"] > GUESTS // 4
+    assert counts["rounds with equal memory"] > GUESTS // 5
     assert counts["endless"] < counts["accesses"] // 50
