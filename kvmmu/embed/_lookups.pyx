@@ -11,10 +11,10 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._format cimport resolved_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_leaf_gpa, kvmmu_level_shift
 from kvmmu.embed._structs cimport (
-    KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_record,
+    KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_record,
     kvmmu_step, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport PLAIN_ACCESS, enter, fetch_again, is_access, leave, own_vcpu, walk_row
+from kvmmu.embed._vcpus cimport PLAIN_ACCESS, enter, fetch_again, is_access, leave, vcpu_asked, walk_row
 
 
 cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out) noexcept nogil:
@@ -49,11 +49,9 @@ cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mappin
     cdef int code
     cdef bint probe = access == KVMMU_ACCESS_PROBE
     cdef walk_result r
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if not probe and not is_access(access):
         return KVMMU_E_ARGUMENT
     code = walk_row(v, gva, KVMMU_ACCESS_NO_AD if probe else access, &r)
@@ -84,11 +82,9 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
     cdef walk_result r
     cdef walk_step steps[PT_MAX_LEVELS]
     cdef uint32_t resolved
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
     resolved = resolved_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)

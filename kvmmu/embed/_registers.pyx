@@ -23,7 +23,7 @@ from kvmmu.embed._structs cimport (
     KVMMU_E_MEMORY, KVMMU_E_NULL, KVMMU_E_PYTHON, KVMMU_E_REGISTERS, KVMMU_E_VERSION, KVMMU_OK, KVMMU_REGISTERS_PDPTRS,
     c_memory, c_vcpu, kvmmu_cpu, kvmmu_let_go, kvmmu_memory, kvmmu_registers, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport lock_handles, open_vcpu, own_vcpu, read_words, take_free_vcpu, unlock_handles, use_memory
+from kvmmu.embed._vcpus cimport lock_handles, open_vcpu, read_words, take_free_vcpu, unlock_handles, use_memory, vcpu_asked
 from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.walk._fast cimport init_fast_walk
 from kvmmu.walk._register_sets cimport WalkCopy
@@ -112,11 +112,9 @@ cdef int load_with_gil(c_vcpu *v, const kvmmu_registers *registers) noexcept wit
 cdef int c_set_registers(kvmmu_vcpu handle, const kvmmu_registers *registers) noexcept nogil:
     cdef int code
     cdef kvmmu_registers loaded
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, registers, &code)
     if v is NULL:
         return code
-    if registers is NULL:
-        return KVMMU_E_NULL
     if registers.size != sizeof(kvmmu_registers):
         return KVMMU_E_VERSION
     if registers.flags & ~<uint32_t>KVMMU_REGISTERS_PDPTRS:

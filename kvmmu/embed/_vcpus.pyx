@@ -93,6 +93,14 @@ cdef c_vcpu *own_vcpu(kvmmu_vcpu handle, bint idle, int *code) noexcept nogil:
     return v
 
 
+cdef c_vcpu *vcpu_asked(kvmmu_vcpu handle, const void *argument, int *code) noexcept nogil:
+    cdef c_vcpu *v = own_vcpu(handle, True, code)
+    if v is not NULL and argument is NULL:
+        code[0] = KVMMU_E_NULL
+        return NULL
+    return v
+
+
 cdef c_vcpu *take_free_vcpu() noexcept nogil:
     global vcpus_made
     cdef c_vcpu *v

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, Cr4, Efer, Op, RetPf, Status
+from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, OP_KIND, OP_MMIO, PAGE_SHIFT, PAGE_SIZE, Cr4, Efer, Op, RetPf, Status
 from kvmmu.arch.arguments import check_name
 from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import Regs, pdpte_gpas
@@ -21,6 +21,7 @@ from kvmmu.replay.recorded_machine import trace_start
 from kvmmu.replay.register_events import Context, pdptrs_at, registers_of
 from kvmmu.replay.result import Report
 from kvmmu.replay.trace_memory import reserve
+from kvmmu.tlb.processor import invpcid_operands
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.vm.virtual_machine import PageSize
@@ -207,8 +208,8 @@ class _MachineRun:
         self.verified += int(np.count_nonzero(good))
         self.mismatches += int(np.count_nonzero(known & ~good))
         self.unchecked += int(np.count_nonzero(~known))
-        self.kinds += np.bincount(op & np.uint8(3), minlength=4)[:3]
-        self.mmio += int(np.count_nonzero(op & np.uint8(4)))
+        self.kinds += np.bincount(op & np.uint8(OP_KIND), minlength=4)[:3]
+        self.mmio += int(np.count_nonzero(op & np.uint8(OP_MMIO)))
         took = np.flatnonzero(exits)
         if took.size:
             self.pieces.append((took.astype(np.uint64) + np.uint64(self.accesses), exits[took].astype(np.uint64)))
@@ -216,7 +217,7 @@ class _MachineRun:
         self.to_l1 += int(np.count_nonzero(np.isin(status, _EXITS_TO_L1)))
         stores = (op == Op.STORE) & (hpa != np.uint64(INVALID_GPA))
         if stores.any():
-            self.dirty.update(np.unique(gpa[stores] >> np.uint64(12)).tolist())
+            self.dirty.update(np.unique(gpa[stores] >> np.uint64(PAGE_SHIFT)).tolist())
         self.accesses += op.size
 
     def _event(self, chunk: Chunk, row: int) -> None:
@@ -234,7 +235,7 @@ class _MachineRun:
             elif op == Op.INVLPG:
                 self.vcpus[vcpu].invlpg(addr)
             elif op == Op.INVPCID:
-                self.vcpus[vcpu].invpcid(value & 0xF, value >> 4 & 0xFFF, addr)
+                self.vcpus[vcpu].invpcid(*invpcid_operands(value), addr)
             elif op == Op.RESTART:
                 self._restart()
             elif op in (Op.SET_REGS, Op.VMENTER, Op.VMEXIT):
@@ -252,7 +253,7 @@ class _MachineRun:
         else:
             self.mem.write(gpa, data)
         self.writes += 1
-        self.dirty.add(gpa >> 12)
+        self.dirty.add(gpa >> PAGE_SHIFT)
 
     def _restart(self) -> None:
         """Memory and registers as at the start."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, Access, Op
+from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, OP_KIND, Access, Op
 from kvmmu.traces._sink import MODIFY, Sink, add_rows
 from kvmmu.traces.header import MAX_VCPUS, TraceError
 
@@ -176,7 +176,7 @@ class Rows:
             stop = int(np.argmax(bad))
             reason = (f"{self._place(self.row + stop)}: access is {access[stop]}; "
                       "allowed is a sum of WRITE 2, USER 4, AC 8, FETCH 16, IMPLICIT 32")
-        kind = op & np.uint8(3)
+        kind = op & np.uint8(OP_KIND)
         ready["access"] = ((access & given) | np.where((kind == 1) | (kind == 3), np.uint8(int(Access.WRITE)), np.uint8(0))
                            | np.where(kind == 2, np.uint8(int(Access.FETCH)), np.uint8(0)))
         return stop, reason
