@@ -1,4 +1,7 @@
-"""Image: guest memory from a file, and the registers that came with it."""
+"""Image: guest memory from a file, and the registers that came with it.
+
+`regs_of()` infers EFER where a file does not have it; `Image.vcpu()` does so again for registers that its caller changes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
