@@ -123,12 +123,12 @@ def check_integers(name: str, values: Any, low: int, high: int, dtype: type[np.u
             numbers = [check_int(name, value, low, high) for value in items.flat]
             array = np.array(numbers, dtype).reshape(items.shape)
     else:
-        array = np.array(check_int(name, values, low, high), dtype)
+        return np.array(check_int(name, values, low, high), dtype)
     limits = np.iinfo(array.dtype)
-    fits = low <= limits.min and limits.max <= high     # whatever the values
-    if array.size and not fits and (int(array.min()) < low or int(array.max()) > high):
-        bad = int(array.min()) if int(array.min()) < low else int(array.max())
-        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(bad)}")
+    if array.size and low > limits.min and int(array.min()) < low:
+        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(int(array.min()))}")
+    if array.size and high < limits.max and int(array.max()) > high:
+        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(int(array.max()))}")
     return array.astype(dtype, copy=copy)
 
 
