@@ -64,7 +64,7 @@ def check_threads(name: str, value: Any) -> int:
 
 def check_choice(name: str, value: Any, choices: tuple[int, ...]) -> int:
     """Return value as an int if it is one of some integers."""
-    number = _index(name, value)
+    number: int = value if type(value) is int else _index(name, value)
     if number not in choices:
         raise ValueError(f"{name}: want {', '.join(map(str, choices[:-1]))} or {choices[-1]}, got {_text(number)}")
     return number
@@ -82,7 +82,9 @@ def check_name(name: str, value: Any, names: Iterable[str | None]) -> Any:
 
 def check_bool(name: str, value: Any) -> bool:
     """Return value as a bool if it is one, or the integer 0 or 1."""
-    if isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
         return bool(value)
     try:
         number = _index(name, value)
