@@ -323,6 +323,23 @@ def test_words_of_zero_take_no_memory(tmp_path):
     assert peak < 300
 
 
+def test_pages_of_zeros_take_no_memory(tmp_path):
+    """512 MiB of an archive, and guest memory of them, with one byte that is not 0 in the middle and one at the end."""
+    pages = np.zeros((1 << 17, 4096), U8)
+    pages[70_000, 5], pages[-1, -1] = 7, 9
+    gpas = np.arange(1 << 17, dtype=U64)[::-1] << U64(12)
+    np.savez_compressed(tmp_path / "zeros.npz", pages=pages, gpas=gpas)
+    code = ("from kvmmu.traces._npz import open_npz\n"
+            "arrays = open_npz(sys.argv[1])\n"
+            "mem = kvmmu.GuestMemory.from_pages(arrays['gpas'], arrays['pages'])\n"
+            "import numpy as np\n"
+            "place = int(arrays['gpas'][70_000]) + 5\n"
+            "print(mem.read(place - 1, 3), mem.read(4095, 2), np.count_nonzero(arrays['pages']), mem.slots[0][1] >> 20)")
+    text, peak, _ = in_limits(code, tmp_path / "zeros.npz", megabytes=None)
+    assert text == "b'\\x00\\x07\\x00' b'\\t\\x00' 2 512"
+    assert peak < 300
+
+
 @pytest.mark.parametrize("value", [0, 1])
 @pytest.mark.parametrize("first", [False, True])
 def test_words_beyond_all_regions(value, first):
