@@ -10,7 +10,7 @@ from driver_l2 import L2_CONFIGURATIONS, L2Driver
 from driver_nested import NESTED_CONFIGURATIONS, NestedDriver
 from driver_shadow import SHADOW_CONFIGURATIONS, ShadowDriver
 from machine_driver import ACCESSES, CONFIGURATIONS, Driver
-from test_snapshot import GVA, check_equal, machine, state
+from machine_states import GVA, check_equal, machine, state
 
 from kvmmu import Access, Host, Status, plot_walk
 
