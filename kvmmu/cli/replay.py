@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from kvmmu.cli.image_target import add_registers, image_vcpu
-from kvmmu.cli.output import MISMATCH, OK
+from kvmmu.cli.output import MISMATCH, OK, Deadly, flush, stopping
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.cli.synthetic import synthetic_tables
@@ -34,11 +34,12 @@ def add(commands: Commands) -> None:
                   "Walk every access of a recording or trace. Where it brings page tables, hold each access against the recorded "
                   "physical address; exit status 1 on a mismatch. Where it brings none, as the traces of other tools, make "
                   "tables for it and tell footprint, faults, page sizes and references; or walk it on the tables of a memory "
-                  "image. Ctrl-C reports what was done so far.",
+                  "image. Ctrl-C and SIGTERM report what was done so far.",
                   "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json", "replay sort.lackey.xz",
                   "replay sort.lackey.xz --page thp --pager", "replay bundled --tlb skylake",
                   "replay trace.csv --columns addr=va,op=type --page 2m --frames random",
-                  "replay boot.qtrace --image dump.elf")
+                  "replay boot.qtrace --image dump.elf",
+                  "replay sort.lackey.xz --tlb zen3 --checkpoint sort.state")
     run.add_argument("recording", nargs="?", metavar="TRACE", help=f"{WHAT}; default: the bundled recording")
     add_format(run)
     tables = run.add_argument_group("page tables for a trace that brings none")
@@ -57,6 +58,10 @@ def add(commands: Commands) -> None:
     run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables on a whole machine with "
                      "this host, and tell exits and what the host builds")
     run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
+    keep = run.add_argument_group("a long replay")
+    keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
+    keep.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how often (default: 60)")
+    keep.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same trace and options")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -68,13 +73,19 @@ def _replay(args: argparse.Namespace) -> int:
                          "allowed with traces")
     order = _order(args, isinstance(source, Recording) or bool(source.header.registers))
     titled = source if isinstance(source, Recording) else source.header
-    try:
-        with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-            report = replay(source, progress=progress or False, tlb=args.tlb, **order, **_machine(args))
-    except (ReplayInterrupted, TraceError) as stop:
-        if stop.report is not None and stop.report.accesses:
-            _show(stop.report, args.json)
-        raise
+    with stopping() as ended_by:
+        try:
+            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
+                report = replay(source, progress=progress or False, tlb=args.tlb, checkpoint=args.checkpoint,
+                                checkpoint_every=args.checkpoint_every, resume=args.resume, **order, **_machine(args))
+        except (ReplayInterrupted, TraceError) as stop:
+            if stop.report is not None and stop.report.accesses:
+                _show(stop.report, args.json)
+            if ended_by:
+                warn(f"kvmmu: {stop}")
+                flush()
+                raise Deadly(ended_by[0]) from None
+            raise
     if isinstance(report, SyntheticReport) and not report.accesses and report.skipped:
         passed_over = ", ".join(f"{count:,} {kind}" for kind, count in report.skipped.items())
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from kvmmu.replay.checkpoint import Checkpoints, check_seconds
 from kvmmu.replay.machine_replay import Backing, HostKind, replay_machine
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.register_events import use_context
@@ -30,7 +31,8 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
            tlb: TlbHierarchy | StrPath | None = None,
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            host: HostKind | None = None, backing: Backing | None = None, phase: str | None = None,
-           progress: bool | Progress = False) -> Report:
+           progress: bool | Progress = False, checkpoint: StrPath | None = None, checkpoint_every: float = 60.0,
+           resume: StrPath | None = None) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
 
     A trace without registers (those of other tools) is walked on page tables that are made for it.
@@ -68,6 +70,14 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     progress : bool or callable
         True shows a bar on a terminal. A callable is called with (accesses done, accesses in all; 0 if unknown) about every
         million accesses or oftener.
+    checkpoint : str or path-like, optional
+        A file that the state of the replay goes to, every so often and at Ctrl-C or SIGTERM, in place of the one before. Not of
+        mode "machine", and not with `vm`: their memory is not kept in a file.
+    checkpoint_every : float
+        Seconds between two of them.
+    resume : str or path-like, optional
+        A checkpoint to go on from, of the same trace and the same other arguments: the report is that of a replay that was never
+        stopped, but for `seconds`.
 
     Returns
     -------
@@ -83,10 +93,12 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         A file cannot be opened or read; FileNotFoundError if it is not there.
     ImportError
         A file is `.zst` or Parquet, and what reads it is not installed.
+    CheckpointError
+        `resume` is no whole checkpoint, or one of another trace or other arguments: a ValueError.
     ValueError, TypeError
         An argument is not what is allowed.
     ReplayInterrupted
-        Ctrl-C, a KeyboardInterrupt that has what was done until then as `report`.
+        Ctrl-C, and SIGTERM if there is a `checkpoint`: a KeyboardInterrupt that has what was done until then as `report`.
 
     Notes
     -----
@@ -103,34 +115,51 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
     order = _order(paging, page, frames, pager)
     source = _source(trace, vm, phase, order)
+    every = check_seconds("checkpoint_every", checkpoint_every)
+    kept = [name for name, given in (("checkpoint", checkpoint), ("resume", resume)) if given is not None]
+    if kept and (mode == "machine" or vm is not None):
+        raise ValueError(f"{kept[0]}: the state of a whole machine cannot be kept in a file; want None, or mode 'walk'"
+                         if mode == "machine" else f"{kept[0]}: the memory of a vm is not kept in a file; want None, or a trace "
+                         "that brings its memory, or none")
     if mode == "machine":
         return _machine(source, vm, order, tlb, host, backing, progress)
     for name, given in (("host", host), ("backing", backing)):
         if given is not None:
             raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
+    checkpoints = None
+    if kept:
+        made = order if isinstance(source, Recording) or source.header.registers else order or TablesToOrder()
+        checkpoints = Checkpoints(source, _settings(made, tlbs), checkpoint, every, resume)
     if callable(progress):
-        return _replay(source, vm, order, progress, tlbs)
+        return _replay(source, vm, order, progress, tlbs, checkpoints)
     if not isinstance(progress, bool):
         raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
-        return _replay(source, vm, order, None, tlbs)
+        return _replay(source, vm, order, None, tlbs, checkpoints)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}") as bar:
-        return _replay(source, vm, order, bar, tlbs)
+        return _replay(source, vm, order, bar, tlbs, checkpoints)
 
 
 def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None,
-            tlbs: Callable[[int], ProcessorTlbs] | None) -> Report:
+            tlbs: Callable[[int], ProcessorTlbs] | None, checkpoints: Checkpoints | None) -> Report:
     if isinstance(source, Recording):
-        return replay_recording(source, progress, tlbs)
+        return replay_recording(source, progress, tlbs, checkpoints)
     if source.header.registers:
-        return replay_trace(source, vm, progress, tlbs)
+        return replay_trace(source, vm, progress, tlbs, checkpoints)
     if vm is not None:
         on_vcpu = TraceOnMemory(source, _header_of(vm).registers[0], vm.mem.slots)
         report = replay_trace(on_vcpu, vm, progress, tlbs)
         report.skipped = on_vcpu.notes.skipped
         return report
-    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
+    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs, checkpoints)
+
+
+def _settings(order: TablesToOrder | None, tlbs: Callable[[int], ProcessorTlbs] | None) -> dict[str, Any]:
+    """Return the arguments that a state depends on, as plain data for JSON."""
+    pager = None if order is None else order.pager
+    return {"tlb": None if tlbs is None else tlbs(1).shape(), "tables": None if order is None else list(order[:3]),
+            "pager": None if pager is None else pager._shape_and_state()}
 
 
 def _machine(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, tlb: Any, host: HostKind | None,
