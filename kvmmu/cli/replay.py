@@ -10,7 +10,9 @@ from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.cli.synthetic import synthetic_tables
 from kvmmu.images import open_image
+from kvmmu.mmu.host import Host
 from kvmmu.replay.machine_replay import MachineReport
+from kvmmu.replay.machine_start import TDP_OF
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
@@ -21,7 +23,7 @@ from kvmmu.report.tlb import tlb_tables
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.hierarchy import TlbHierarchy
 from kvmmu.traces import Recording, TraceError
-from kvmmu.vm.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu, Vm
 
 __all__ = ["add"]
 
@@ -55,8 +57,8 @@ def add(commands: Commands) -> None:
                                                        "stores and register loads that the trace tells are carried out")
     image.add_argument("--image-format", metavar="F", help="format of the image (default: told by its content)")
     add_registers(run, image)
-    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables on a whole machine with "
-                     "this host, and tell exits and what the host builds")
+    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables, or on those of an "
+                     "image, on a whole machine with this host, and tell exits and what the host builds")
     run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
     keep = run.add_argument_group("a long replay")
     keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
@@ -99,7 +101,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
         if args.backing is not None:
             raise ValueError("--backing: is of a machine; want --machine, too")
         return {}
-    return {"mode": "machine", "host": args.machine, "backing": args.backing}
+    return {"mode": "machine"} | ({} if args.image is not None else {"host": args.machine, "backing": args.backing})
 
 
 def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
     if args.image is not None:
         if given:
             raise ValueError(f"{', '.join(given)}: page tables are those of --image {args.image}; allowed without --image")
-        return {"vm": _vcpu_of_image(args)}
+        vcpu = _vcpu_of_image(args)
+        return {"vm": vcpu if args.machine is None else _machine_of(vcpu, args)}
     for name in _OF_IMAGES:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: is about a memory image; allowed with --image FILE")
@@ -117,6 +120,13 @@ def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
     if not args.pager:
         return {"paging": args.mode, "page": args.page, "frames": args.frames}
     return {"pager": Pager(args.page or "4k", args.frames or "linear", mode=args.mode or "4l")}
+
+
+def _machine_of(vcpu: Vcpu, args: argparse.Namespace) -> Vm:
+    """The machine that the arguments ask for, with the memory and the registers of a vCPU."""
+    vm = Vm(vcpu.mem, vcpu.cpu, Host(tdp=TDP_OF[args.machine]), backing=args.backing or "2m")
+    vm.create_vcpu().set_regs(vcpu.regs)
+    return vm
 
 
 def _vcpu_of_image(args: argparse.Namespace) -> Vcpu:

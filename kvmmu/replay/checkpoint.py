@@ -158,7 +158,8 @@ class Checkpoints:
 
     In the block of a `with` statement, SIGINT and SIGTERM stop the replay by a KeyboardInterrupt where its state is whole: at
     once outside of `busy()`, else at its end. A second signal stops it there and then. What was installed for a signal is called
-    first; a signal that is ignored stays so. All of that is so in the main thread, and if there is a path.
+    first; a signal that is ignored stays so. All of that is so in the main thread, and if there is a path. Without one it is
+    so of SIGINT alone, if `waits` is set.
 
     Parameters
     ----------
@@ -171,6 +172,7 @@ class Checkpoints:
         Seconds between two checkpoints, 0 or more.
     resume : str or path-like, optional
         A checkpoint to go on from.
+    waits : bool
 
     Attributes
     ----------
@@ -186,8 +188,8 @@ class Checkpoints:
     """
 
     def __init__(self, source: Recording | Trace, settings: dict[str, Any], path: StrPath | None = None, every: float = 60.0,
-                 resume: StrPath | None = None) -> None:
-        self._path, self._every = path, every
+                 resume: StrPath | None = None, waits: bool = False) -> None:
+        self._path, self._every, self._waits = path, every, waits or path is not None
         self.saved: Saved | None = None
         self._resting, self._pending, self._number = True, False, 0
         self._handlers: dict[int, Any] = {}
@@ -219,11 +221,12 @@ class Checkpoints:
     # ---- signals -------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self._path is None:
+        if not self._waits:
             return self
         import signal
         try:
-            for number in [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]:
+            names = ("SIGINT",) if self._path is None else ("SIGINT", "SIGTERM")
+            for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
                 before = signal.getsignal(number)
                 if before is not None and before is not signal.SIG_IGN:
                     signal.signal(number, self._signalled)
