@@ -18,7 +18,7 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
         "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api", "embed._tlb_fill", "memory._mapping",
-        "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record"]
+        "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record", "tlb._saved"]
 KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf",
           "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule",
           "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows",
