@@ -29,7 +29,7 @@ replay: $(VENV)/.kvmmu
 	@$(BIN)/kvmmu replay $(ARGS)
 
 test: $(VENV)/.kvmmu $(VENV)/.test
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(VENV)/.kvmmu $(VENV)/.bench
 	@mkdir -p build

@@ -407,6 +407,23 @@ def test_a_machine_and_its_snapshots_go_when_nobody_holds_them():
     assert clone.vcpus[0].access(0).gpa == 0
 
 
+def test_a_call_that_is_under_way_while_its_vcpu_is_taken_back():
+    """A thread has the vCPU on its host, another one restores to a time before it ran: it runs again, and all know of it."""
+    vm, gva = machine(vcpus=2), int(GVA[0])
+    vcpu, snapshot = vm.vcpus[1], vm.snapshot()
+    vcpu.access(gva)
+    for _ in range(2):
+        taken = vcpu._made
+        vm.restore(snapshot)
+        assert vm.snapshot()._vcpus[1].machine is None
+        taken.access_one(gva, 0, 0)
+        assert vm.snapshot()._vcpus[1].machine is not None
+        assert vcpu.tlb.lookup(gva) is not None
+        vcpu.invlpg(gva)
+        assert vcpu.tlb.lookup(gva) is None
+        assert vm.audit(True) == []
+
+
 def test_threads_that_run_meanwhile():
     """Accesses, walks, slots and invalidations of other threads wait, or see a state of before or behind."""
     vm = machine(vcpus=2)
