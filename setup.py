@@ -17,8 +17,8 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walk._vcpu_arch", "walk._second_stage", "walk._register_sets", "walk._arguments", "walk._explain", "walk.pagewalk",
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
-        "memory._callbacks", "walk._mappings", "embed._registers", "embed.c_api", "embed._tlb_fill", "memory._mapping",
-        "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record"]
+        "memory._callbacks", "walk._mappings", "embed._models", "embed._registers", "embed.c_api", "embed._tlb_fill",
+        "memory._mapping", "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record", "tlb._saved"]
 KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf",
           "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule",
           "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows",
@@ -31,7 +31,7 @@ KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batc
           "mmu.shadow._shadow", "mmu.shadow._roots", "mmu.shadow._track", "mmu.kvm._entry", "machine._explain",
           "machine._rights", "machine._roots", "machine._emulation", "machine._flushes", "machine._mmus", "mmu.core._pte_list",
           "mmu.kvm._gfns", "walk._scan", "mmu.core._copy", "embed._page_cache", "embed._vcpus", "embed._memories",
-          "embed._lookups"]
+          "embed._lookups", "embed._nested_walk"]
 # Parsers: kernels whose loops call methods of objects, which are no None, without the GIL.
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows",
           "replay._replay"]

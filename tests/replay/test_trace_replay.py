@@ -285,7 +285,6 @@ def test_writes_of_a_trace_go_to_the_given_memory():
 @pytest.mark.parametrize(("arguments", "error", "words"), [
     (([],), ValueError, "vm: .*want a Vcpu"), ((5,), TypeError, "trace: .*int"), (([], 5), TypeError, "vm: .*int"),
     ((CLIPS / "l4", machine()), ValueError, "vm: .*its own memory"),
-    (([], machine(), {"mode": "machine"}), ValueError, "vm: .*'machine'"),
     (([], machine(), {"tlb": 5}), TypeError, "tlb: .*int"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
     (([5], machine()), TraceError, "chunk is a int"), (([memory_rows(tables())], machine()), TraceError, "MEMORY")])
 def test_bad_arguments_of_replay(arguments, error, words):
