@@ -1,4 +1,4 @@
-"""Which words of its memory a walk of two stages changes; see `_nested_walk.pxd`."""
+"""The words of its memory that a walk of two stages changes; see `_nested_walk.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 

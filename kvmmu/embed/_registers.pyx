@@ -1,6 +1,6 @@
-"""From the registers of a C program to a walk; see `_registers.pxd`.
+"""Make walks from the registers of a C program; see `_registers.pxd`.
 
-Each vCPU has a `kvmmu.Vcpu` beside it, whose `set_regs()` judges the registers and makes the walk. The walk is copied from there,
+Each vCPU has a `kvmmu.Vcpu` beside it, whose `set_regs()` checks the registers and makes the walk. The walk is copied from there,
 and reads the memory of the C program. A second stage is copied in the same way.
 """
 

@@ -1,4 +1,4 @@
-"""What stands behind the handles of `kvmmu.h`: the public structures, memories and vCPUs.
+"""The structures behind the handles of `kvmmu.h`: the public structures, memories and vCPUs.
 
 A handle is a number: an index in bits 15:0, a kind in bits 23:16, and above them a count that never repeats. The structures of
 vCPUs and memories are never given back to the allocator, only used again, so that a thread with a stale handle may look into one.

@@ -79,7 +79,7 @@ cdef c_vcpu *take_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
 
 
 cdef inline c_vcpu *find_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
-    """The same, short for the vCPU of this thread."""
+    """Return the vCPU of a handle, as `take_vcpu()` does. Short if it belongs to this thread."""
     cdef c_vcpu *v = <c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
     if kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle:
         return v

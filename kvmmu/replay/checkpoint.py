@@ -41,7 +41,7 @@ class Saved(NamedTuple):
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """In the block, whatever does not fit into a replay is a CheckpointError."""
+    """Turn whatever does not fit into a replay, in the block, into a CheckpointError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:

@@ -81,7 +81,7 @@ class MachineReport(Report):
     dirty_over_time: list[tuple[int, int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         plain = super().to_dict()
         del plain["exit_position"], plain["exit_count"]
         total = np.cumsum(self.exit_count)
@@ -270,7 +270,7 @@ class _MachineRun:
         self.dirty.add(gpa >> PAGE_SHIFT)
 
     def _restart(self) -> None:
-        """Memory and registers as at the start."""
+        """Put memory and registers back to what they were at the start."""
         if self.start.restart is None:
             raise TraceError("needs memory that the trace brings itself, and it has none")
         self.start.restart()
@@ -280,7 +280,7 @@ class _MachineRun:
     # ---- registers -----------------------------------------------------------------------------------------------------
 
     def _loaded(self, context: Context) -> Context:
-        """A context of L1 under PAE paging with the PDPTEs that are in memory now."""
+        """Return a context of L1 under PAE paging with the PDPTEs that are in memory now."""
         if isinstance(context, tuple) or not context.is_pae_paging:
             return context
         return replace(context, pdptrs=pdptrs_at(self.mem, self.vm.cpu, context.cr3, self.header.pdpte_clear))
@@ -302,7 +302,7 @@ class _MachineRun:
         self.states[vcpu] = context
 
     def _load(self, vcpu: int, op: Op, value: int) -> None:
-        """A register load by the guest, whose legality the recorded CPU has checked."""
+        """Carry out a register load by the guest, whose legality the recorded CPU has checked."""
         context = self.states[vcpu]
         one = self.vcpus[vcpu]
         if isinstance(context, tuple):

@@ -15,7 +15,7 @@ _PLAIN_WIDTH = 32
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A callable (done, total) that shows share, rate and time left on stderr if that is a terminal; None if it is not.
+    """Yield a callable (done, total) that shows share, rate and time left on stderr if that is a terminal; None if it is not.
 
     A total of 0 is unknown: then only what was done and the rate are shown.
     """

@@ -26,7 +26,7 @@ _SETS = 1024                            # kept ready
 
 
 def registers_of(regs: Regs) -> dict[str, Any]:
-    """The registers that a context sets, by name."""
+    """Return the registers that a context sets, by name."""
     return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
 
 
@@ -41,7 +41,7 @@ def use_context(vcpu: Vcpu, context: Context) -> None:
 
 
 def context_of(regs: RegisterSet) -> Context:
-    """The context that a register set of a header describes.
+    """Return the context that a register set of a header describes.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def context_of(regs: RegisterSet) -> Context:
 
 
 def _stage_of(stage: TraceStage) -> Stage:
-    """A second stage of a header as the walks take it."""
+    """Return a second stage of a header as the walks take it."""
     given = stage.given()
     try:
         return Npt(**given) if "ncr3" in given else Ept(**given)
@@ -79,7 +79,7 @@ def contexts_of(text: str) -> list[Context]:
 
 
 def pdptrs_at(mem: GuestMemory, cpu: CpuModel, cr3: int, clear: int) -> tuple[int, ...]:
-    """The PDPTEs at CR3 as the recorded CPU took them, without the bits `clear` that it ignored.
+    """Return the PDPTEs at CR3 as the recorded CPU took them, without the bits `clear` that it ignored.
 
     None is present where there is no legal PDPT (yet): the recorded CPU loaded none then.
     """
@@ -121,16 +121,16 @@ class RegisterEvents:
         self.seen: set[Context] = set()                 # contexts so far, up to a number of them
 
     def context(self, vcpu: int) -> Context:
-        """The registers of a vCPU."""
+        """Return the registers of a vCPU."""
         number = self._registers.in_force(vcpu)
         return self.context_at(0 if number is None else number)
 
     def context_at(self, number: int) -> Context:
-        """The register set with a number of the loop's."""
+        """Return the register set with a number of the loop's."""
         return self._by_number[number][0]
 
     def nested_stage(self, vcpu: int) -> Stage | None:
-        """The second stage of the nested guest that ran last on a vCPU."""
+        """Return the second stage of the nested guest that ran last on a vCPU."""
         number = self._registers.nested_last(vcpu)
         context = None if number is None else self.context_at(number)
         return context[1] if isinstance(context, tuple) else None
@@ -195,7 +195,7 @@ class RegisterEvents:
         self.seen = {contexts[number] for number in plain["seen"]}
 
     def with_pdptrs(self, context: Context, before: Context | None = None) -> Context:
-        """A context of L1 under PAE paging with its PDPTEs: those in force if CR3 stays, else from memory now."""
+        """Return a context of L1 under PAE paging with its PDPTEs: those in force if CR3 stays, else from memory now."""
         if isinstance(context, tuple) or not lacks_pdptrs(context):
             return context
         if isinstance(before, Regs) and before.is_pae_paging and before.cr3 == context.cr3:
@@ -204,7 +204,7 @@ class RegisterEvents:
         return replace(context, pdptrs=pdptrs_at(self._mem, self._cpu, context.cr3, self._clear))
 
     def _loaded(self, context: Context, op: Op, value: int) -> Context:
-        """A context after a register load by the guest."""
+        """Return a context after a register load by the guest."""
         regs, stage = context if isinstance(context, tuple) else (context, None)
         if op == Op.WRMSR_EFER:
             after = after_wrmsr_efer(self._cpu, regs, value)
@@ -220,7 +220,7 @@ class RegisterEvents:
         return (after, stage) if stage is not None else self.with_pdptrs(after)
 
     def _number_of(self, context: Context) -> int:
-        """The number of a context in the loop, where it is prepared now if it is not there yet."""
+        """Return the number of a context in the loop, where it is prepared now if it is not there yet."""
         number = self._numbers.get(context) if _lasts(context) else None
         if number is None:
             number = self._add(context, self._walk.prepare([context]))

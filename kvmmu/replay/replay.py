@@ -200,7 +200,7 @@ def trace_of(recording: Recording) -> Trace:
 
 
 def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | None:
-    """The tables that a caller asks for; None if it says nothing about them."""
+    """Return the tables that a caller asks for; None if it says nothing about them."""
     given = {name: value for name, value in (("paging", paging), ("page", page), ("frames", frames)) if value is not None}
     if pager is None:
         return TablesToOrder(**given) if given else None
@@ -225,7 +225,7 @@ def _machine_and_vcpu(vm: Any) -> tuple[Vm | None, Vcpu | None]:
 
 
 def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder | None, mode: str) -> Recording | Trace:
-    """What to replay: a Recording or a Trace."""
+    """Return what to replay: a Recording or a Trace."""
     if isinstance(trace, (Recording, Trace)):
         source: Recording | Trace = trace
     elif isinstance(trace, str) or hasattr(trace, "__fspath__"):

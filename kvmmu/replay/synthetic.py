@@ -156,7 +156,8 @@ class _Run:
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
     def _chunks(self, total: int) -> Generator[Chunk]:
-        """The chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses. A pager has to see all of them."""
+        """Yield the chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses. A pager has to see all of
+        them."""
         self.done = 0
         with closing(self._read_chunks()) as chunks:
             while True:
@@ -183,7 +184,7 @@ class _Run:
         self.skipped = 0
 
     def _read_chunks(self) -> Generator[Chunk]:
-        """The chunks, without row groups that need not be seen again."""
+        """Return the chunks, without row groups that need not be seen again."""
         if isinstance(self.trace, ParquetTrace) and self.skipped and self.order.pager is None:
             self.done = self.trace._group_start(self.skipped)
             return self.trace._chunks_from(self.done)
@@ -237,7 +238,7 @@ class _Run:
     # ---- tables --------------------------------------------------------------------------------------------------------
 
     def _pages(self) -> NDArray[np.uint64]:
-        """Numbers of the 4K pages that are touched and can be mapped, ascending."""
+        """Return numbers of the 4K pages that are touched and can be mapped, ascending."""
         pages, bits = self.touched.pages(), self.shape.addr_bits - PAGE_SHIFT
         if not self.shape.signed:
             return np.unique(pages & np.uint64((1 << bits) - 1))            # the last page is followed by the first

@@ -1,4 +1,4 @@
-"""What the pictures of a comparison show: series that are alike are drawn once, and long maps are cut."""
+"""The data of a comparison's pictures: series that are alike are drawn once, and long maps are cut."""
 
 from typing import Any
 

@@ -71,7 +71,7 @@ cdef void scan_rows(const uint8_t *op, const uint8_t *access, size_t n, bint *ev
 
 
 cdef int scan_gpa(const uint8_t *op, const uint64_t *gpa, size_t n) noexcept nogil:
-    """1 if an access has none, 2 if an access has one beyond 52 bits."""
+    """Return 1 if an access has none, 2 if an access has one beyond 52 bits."""
     cdef uint64_t seen = 0
     cdef int found = 0
     cdef size_t i

@@ -80,7 +80,7 @@ class Stage:
         return fields_text(self, _TEXTS)
 
     def given(self) -> dict[str, Any]:
-        """What was given, by name."""
+        """Return by name what was given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -120,7 +120,7 @@ class RegisterSet:
 
 @dataclass(frozen=True)
 class Header:
-    """What goes for a whole trace.
+    """The header of a trace: what holds for all of it.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ class Header:
                 object.__setattr__(self, name, _check_word(name, getattr(self, name), 63))
 
     def to_json(self) -> str:
-        """The header as text: registers and addresses are hexadecimal strings."""
+        """Return the header as text: registers and addresses are hexadecimal strings."""
         import json
         plain = {"version": VERSION, **{name: getattr(self, name) for name in ("name", "phase", "mode", "source", "tables_at")},
                  "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
@@ -216,7 +216,7 @@ class Header:
 
 
 def _number(name: str, value: Any) -> int:
-    """A number of 64 bits, as JSON number or hexadecimal string."""
+    """Return a number of 64 bits, as JSON number or hexadecimal string."""
     try:
         return _check_word(name, int(value, 16) if isinstance(value, str) else value, 64)
     except (TypeError, ValueError):
@@ -234,7 +234,7 @@ def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
 
 
 def _part_of_stage(place: str, name: str, value: Any) -> Any:
-    """A part of a second stage as JSON has it; null is the same as none."""
+    """Return a part of a second stage as JSON has it; null is the same as none."""
     if value is None:
         return None
     if name in _WORDS:
@@ -270,10 +270,10 @@ def _registers_of(place: str, plain: Any) -> RegisterSet:
 
 
 def checksum(text: bytes) -> str:
-    """CRC-32 of a header's text."""
+    """Return the CRC-32 of a header's text."""
     return f"{zlib.crc32(text):08x}"
 
 
 def with_totals(header: Header, accesses: int, rows: int, vcpus: int) -> Header:
-    """The header of a trace that is complete. IN vcpus: one more than the highest that has rows."""
+    """Return the header of a trace that is complete. IN vcpus: one more than the highest that has rows."""
     return replace(header, accesses=accesses, rows=rows, vcpus=vcpus)

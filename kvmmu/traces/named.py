@@ -51,7 +51,7 @@ def parse_columns(columns: Mapping[str, str | int] | str | None) -> dict[str, st
 
 
 class Naming:
-    """Which columns of a file are which of the format.
+    """The names that columns of the format have in a file.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class Rows:
         self._sink = Sink(vcpu="vcpu" in fields, gpa="gpa" in fields, size="size" in fields)
 
     def add(self, columns: Mapping[str, NDArray[Any]], spelled: Callable[[int], str] = str) -> Iterator[dict[str, NDArray[Any]]]:
-        """Chunks of some rows.
+        """Yield chunks of some rows.
 
         Parameters
         ----------
@@ -214,5 +214,5 @@ class Rows:
 
 
 def kinds_of(words: list[str]) -> NDArray[np.uint8]:
-    """The kinds of accesses that words name; 255 for those that name none."""
+    """Return the kinds of accesses that words name; 255 for those that name none."""
     return np.array([KINDS.get(word.strip().lower(), 255) for word in words], np.uint8)

@@ -285,14 +285,14 @@ def bundled(name: str = "recording") -> Path:
 
 
 def recording_files(path: StrPath) -> list[Path]:
-    """The files of a recording that are there, those included that no phase reads. IN path: as for `Recording.open()`."""
+    """Return the files of a recording that are there, those included that no phase reads. IN path: as for `Recording.open()`."""
     path = Path(path)
     root = path if path.is_dir() else path.parent
     return all_there(root / name for name in (META, *(f"{stem}.npz{zst}" for stem in ARCHIVES for zst in ("", ".zst"))))
 
 
 def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
-    """The directory of the recording, and the phase asked for by argument or by the name of a trace file."""
+    """Return the directory of the recording, and the phase asked for by argument or by the name of a trace file."""
     if phase not in (None, *PHASES):
         raise ValueError(f"phase must be one of {PHASES}, not {phase!r}")
     if path.is_dir():
@@ -378,7 +378,7 @@ class _Meta:
             raise RecordingError(f"{file}: is a {type(self._values).__name__}; allowed is an object")
 
     def _number(self, values: dict[str, Any], key: str) -> int:
-        """The integer under `key`: JSON number or hexadecimal string."""
+        """Return the integer under `key`: JSON number or hexadecimal string."""
         value = values.get(key)
         try:
             number = int(value, 16) if isinstance(value, str) else value
@@ -418,7 +418,7 @@ class _Meta:
         return bits
 
     def fields(self) -> dict[str, Any]:
-        """The attributes of a Recording that come from here."""
+        """Return the attributes of a Recording that come from here."""
         vmcb = self._vmcb
         return {"name": str(self._values.get("scenario", self._file.parent.name)), "meta": self._values,
                 "mode": self._mode, "nested": vmcb is not None, "maxphyaddr": self._maxphyaddr, "vmcb": vmcb,

@@ -241,12 +241,13 @@ class Trace:
         self._chunks = chunks
 
     def chunks(self) -> Generator[Chunk]:
-        """The chunks, checked."""
+        """Return the chunks, checked."""
         return checked_chunks(self._chunks, self.header)
 
 
 def checked_chunks(chunks: Iterable[Any], header: Header) -> Generator[Chunk]:
-    """Chunks of what an iterable gives: checked Chunks as they are; other Chunks, Arrow record batches and mappings checked."""
+    """Yield chunks of what an iterable gives: checked Chunks as they are; other Chunks, Arrow record batches and mappings
+    checked."""
     first = 0
     for item in chunks:
         whole = isinstance(item, Chunk) and item.is_checked(header)
@@ -269,5 +270,5 @@ def columns_of(item: Any) -> Mapping[str, Any]:
 
 
 def count_accesses(op: NDArray[np.uint8]) -> int:
-    """Rows that are accesses."""
+    """Return how many rows are accesses."""
     return int(np.count_nonzero(op < _FIRST_EVENT))
