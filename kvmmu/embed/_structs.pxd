@@ -235,7 +235,7 @@ cdef enum:
 # The pages that one vCPU has read by callbacks. It belongs to the vCPU: nobody else reads or changes it.
 cdef struct page_cache:
     guest_mem mem
-    missing_pages misses                # that a walk came to
+    missing_pages misses                # that a walk found missing
     const kvmmu_callbacks *callbacks
     guest_slot *slots                   # slots[0] has no bytes, page i is slots[i + 1]
     guest_page *pages

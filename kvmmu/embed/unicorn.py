@@ -218,7 +218,7 @@ class Emulator:
         self._fill.release()
 
     def _run_once(self, rip: int, until: int, timeout: float) -> _Fault | None:
-        """Run until something happens: an exception of the guest, or None."""
+        """Run until the guest raises an exception, which is returned; None if it stopped for something else."""
         self._fill.begin()
         self._interrupt = None
         try:
@@ -306,7 +306,7 @@ class Emulator:
     # ---- exceptions ----------------------------------------------------------------------------------------------------
 
     def _deliver(self, event: _Fault, rip: int) -> bool:
-        """Deliver an exception, or what comes of the attempt. Returns False for a triple fault."""
+        """Deliver an exception, or the one that its delivery raises. Returns False for a triple fault."""
         length = self._length_of_interrupt(event.vector, rip) if event.from_hook else 0
         while True:
             try:
@@ -326,7 +326,7 @@ class Emulator:
         return 1 if vector == _BP and before[1:] == bytes((_INT3,)) else 0
 
     def _enter_handler(self, event: _Fault, rip: int, software: bool) -> None:
-        """Make what a processor makes of an exception: read the gate, switch stacks, push, jump. _Fault: it cannot."""
+        """Deliver an exception as a processor does: read the gate, switch stacks, push, jump. _Fault: it cannot."""
         read, vector = self.uc.reg_read, event.vector
         cpl = read(x86.UC_X86_REG_SS) & _RPL
         if event.cr2 is not None:

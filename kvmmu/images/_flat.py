@@ -24,7 +24,7 @@ class FlatFile:
     ----------
     path : str
     size : int
-        Of what they make up, in bytes.
+        Of the file that they make up, in bytes.
     damage : list of str
     """
 

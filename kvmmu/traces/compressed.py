@@ -16,7 +16,7 @@ from kvmmu.traces.header import TraceError
 
 __all__ = ["BLOCK_BYTES", "ByteStream", "compression_of", "open_bytes"]
 
-BLOCK_BYTES = 4 << 20               # of a block, decompressed; the fastest of 1, 2, 4, 8 MiB for .gz by a hair
+BLOCK_BYTES = 4 << 20               # of a block, decompressed; the fastest of 1, 2, 4, 8 MiB for .gz, by little
 HEAD_BYTES = 1 << 16                # what formats are told by
 _INPUT_BYTES = 1 << 18              # compressed bytes that are read at a time
 _XZ_MEMORY = 1 << 29                # a dictionary of `xz -9` takes 65 MiB; a file can ask for 1.5 GiB and more

@@ -297,7 +297,7 @@ class ParquetTrace(Trace):
         except TraceError as error:
             text = str(error)
             raise TraceError(text if text.startswith(str(self.path)) else f"{self.path}: row group {group}: {text}") from None
-        except Exception as error:  # PyArrow's own, OSError, MemoryError of a length that is a lie
+        except Exception as error:  # PyArrow's own, OSError, MemoryError of a length that is wrong
             raise TraceError(f"{self.path}: row group {group} (rows {start} to {stop}) is damaged "
                              f"({_described(error)})") from error
 

@@ -1,4 +1,4 @@
-"""The kvmmmu tracepoints: what the MMU of the host did, in KVM's words and as ftrace prints it."""
+"""The kvmmmu tracepoints: events of the host's MMU, in KVM's words and as ftrace prints them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
