@@ -120,7 +120,7 @@ class Status(IntEnum):
 
 
 class RetPf(IntEnum):
-    """What became of a fault of the host's page tables, in KVM's words."""
+    """The outcome of a fault of the host's page tables, in KVM's words."""
 
     CONTINUE = RET_PF_CONTINUE
     RETRY = RET_PF_RETRY
@@ -199,7 +199,7 @@ class Efer(IntFlag):
 
 
 class Op(IntEnum):
-    """What a row of a trace is: an access, of which MMIO may be added, or an event (from 16 on)."""
+    """The kind of a row of a trace: an access, of which MMIO may be added, or an event (from 16 on)."""
 
     LOAD = OP_LOAD
     STORE = OP_STORE
