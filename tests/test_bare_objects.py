@@ -280,7 +280,8 @@ def test_the_package_is_found():
     "SlotTable", "Job", "Workspace", "WalkCache", "VcpuArch", "SecondStage", "WalkCopy", "RegisterSetWalks", "RegisterSets",
     "PageWalk",
     "BlockWalker", "ReplayRegisters", "RowLoop"])
-@pytest.mark.parametrize("arguments", [(), (None,), (object(),), (1, 2, 3), (None,) * 6], ids=repr)
+@pytest.mark.parametrize("arguments", [(), (None,), (object(),), (1, 2, 3), (None,) * 6],
+                         ids=["nothing", "None", "an object", "three numbers", "six times None"])
 def test_what_only_the_package_makes(name, arguments):
     """TypeError says who makes such an object; a class derived from it makes none either."""
     cls = next(cls for cls in CLASSES if cls.__name__ == name)

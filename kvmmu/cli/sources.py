@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from kvmmu.traces.recording import recording_files
 from kvmmu.traces.source import is_recording, open_source
 
 __all__ = ["BUNDLED", "WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of"]
+
+_BOOLEANS = {"yes": True, "no": False, "true": True, "false": False}
 
 BUNDLED = {"bundled": "recording", "bundled-lackey": "lackey"}
 WHAT = ("directory of a recording, a trace file in it, or a trace of any format (docs/formats.md), compressed or not; 'bundled' "
@@ -23,6 +26,9 @@ def add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--columns", metavar="NAME=COLUMN,...",
                          help="of CSV, Parquet and numpy: which columns are addr, op, size, ip, vcpu, gpa, access; for example "
                               "addr=va,op=type")
+    command.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], dest="options",
+                         help="an option of the format (docs/formats.md), for example base=16 of CSV, or fetch=no of lackey; may "
+                              "be given more than once")
 
 
 def path_of(args: argparse.Namespace) -> Path:
@@ -44,20 +50,41 @@ def files_of(path: Path) -> list[Path]:
 
 def format_options(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """The options of `open_trace()` that the arguments give; those that do not go with the file are refused."""
-    format, columns = getattr(args, "format", None), getattr(args, "columns", None)
+    format, columns, given = getattr(args, "format", None), getattr(args, "columns", None), getattr(args, "options", [])
     if format is not None and format not in formats():
         raise ValueError(f"--format {format}: there is no such format; allowed is {', '.join(sorted(formats()))}")
-    if columns is None:
+    if (columns is None and not given) or not path.exists():        # a path of nothing is refused by who opens it
         return {"format": format}
-    if path.exists() and not (format is None and is_recording(path)):
-        found = find_format(path, format)
-        if "columns" in inspect.signature(found.open).parameters:
-            return {"format": format, "columns": columns}
+    if format is None and is_recording(path):
+        what = "--columns" if columns is not None else f"--option {given[0]}"
+        raise ValueError(f"{what}: {path} is a recording, whose columns are known")
+    found = find_format(path, format)
+    allowed = inspect.signature(found.open).parameters
+    if columns is not None and "columns" not in allowed:
         raise ValueError(f"--columns: {path} has the format {found.name}, whose columns have no names; allowed with "
                          "csv, parquet and numpy")
-    if path.exists():
-        raise ValueError(f"--columns: {path} is a recording, whose columns are known")
-    return {"format": format}                       # there is nothing to open
+    options = {} if columns is None else {"columns": columns}
+    return {"format": format} | options | dict(_option(text, found.name, allowed) for text in given)
+
+
+def _option(text: str, format: str, allowed: Mapping[str, inspect.Parameter]) -> tuple[str, Any]:
+    """The name and the value of an `--option`: of the type that the reader of the format declares."""
+    name, equals, value = text.partition("=")
+    names = sorted(each.name for each in allowed.values() if each.kind is each.KEYWORD_ONLY)
+    if not equals or name not in names:
+        raise ValueError(f"--option {text}: want NAME=VALUE; the options of the format {format} are "
+                         f"{', '.join(names) or 'none'}")
+    kind = str(allowed[name].annotation)
+    if "bool" in kind:
+        if value not in _BOOLEANS:
+            raise ValueError(f"--option {text}: {name} is one of {', '.join(_BOOLEANS)}")
+        return name, _BOOLEANS[value]
+    if "int" in kind and "str" not in kind:
+        try:
+            return name, int(value, 0)
+        except ValueError:
+            raise ValueError(f"--option {text}: {name} is a number, 8 or 0x8") from None
+    return name, value
 
 
 def open_any(args: argparse.Namespace) -> Recording | Trace:

@@ -62,6 +62,11 @@ cdef class Machine:
     def __reduce__(self):
         raise TypeError("a Machine cannot be copied or pickled")
 
+    @property
+    def joined(self):
+        """True if it is one of the vCPUs of its host: from the start or its next use on, until a restore to a time before it."""
+        return self.modes.joined
+
     def set_cpu(self):
         """Take the processor model of the walks, which is a new one: every walk, root and shadow page is made anew."""
         with self.kvm.lock:

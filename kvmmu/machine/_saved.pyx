@@ -155,8 +155,9 @@ def put_machines(Kvm kvm not None, SavedKvm fresh not None, list loads not None,
     for machine in idle:
         if machine.modes.kvm is not kvm:
             raise ValueError("idle: want vCPUs of this machine")
-        kept += parts_of(machine.modes)
-        attached += machine.modes.joined
+        if machine.modes.joined:
+            kept += parts_of(machine.modes)
+            attached += 1
     for tlb, other in tlbs:
         if tlb is other:
             raise ValueError("tlbs: want a copy beside each TLB")
@@ -165,7 +166,8 @@ def put_machines(Kvm kvm not None, SavedKvm fresh not None, list loads not None,
     # from here on nothing fails, and no Python code runs
     put_kvm(kvm, fresh)
     for machine in idle:
-        machine.modes.leave()
+        if machine.modes.joined:
+            machine.modes.leave()
     for machine, saved in loads:
         saved.put(machine.modes, kvm.memslots.smm_table if saved.vcpu.as_id else kvm.memslots.table)
     for tlb, other in tlbs:

@@ -12,7 +12,7 @@ from kvmmu.memory._memory import GuestMemory
 from kvmmu.traces import Chunk, TraceError
 from kvmmu.traces._files import limit_of
 
-__all__ = ["SetUp", "TraceMemory", "memory_limit", "reserve"]
+__all__ = ["SetUp", "TraceMemory", "check_pages", "memory_limit", "pages_at", "put_pages", "reserve"]
 
 LIMIT_VARIABLE = "KVMMU_TRACE_MEMORY_LIMIT"
 _LIMIT = 4 << 30                        # bytes that the set-up rows and the writes of a trace may take here
@@ -214,7 +214,8 @@ class TraceMemory:
     def __init__(self, slots: list[tuple[int, int]], size: int, addr: U64, offsets: U64, values: U64, limit: int) -> None:
         self.words = addr, values
         self._where = offsets >> _WORD_SHIFT
-        self._pages = self._pages_at_start = pages = _pages_of(addr)
+        self._pages = self._pages_at_start = self._written = pages = _pages_of(addr)
+        self.keeps_pages = False                        # for `changed()`: note all pages that rows write
         self._limit = limit
         self._bounded = size <= limit                   # whatever is written
         self._area: Any = None
@@ -251,9 +252,61 @@ class TraceMemory:
 
     def note_writes(self, chunk: Chunk) -> None:
         """Raise TraceError if what the writes of a chunk touch goes beyond the limit."""
-        if self._bounded or not chunk.has_events:
+        if self._bounded and not self.keeps_pages or not chunk.has_events:
             return
         pages = np.unique(chunk.addr[chunk.op == Op.GUEST_WRITE] >> _PAGE_SHIFT)
         if pages.size:
             self._pages = np.union1d(self._pages, pages)
+            if self.keeps_pages:
+                self._written = np.union1d(self._written, pages)
             check_room(self._pages.size * PAGE_SIZE, "GUEST_WRITE rows", self._limit)
+
+    def changed(self) -> tuple[U64, NDArray[np.uint8]]:
+        """Return the pages that are not as at the start: their guest-physical addresses, ascending, and bytes.
+
+        `keeps_pages` is set since then.
+        """
+        backed = [page for page in self._written.tolist() if self.guest.is_backed(page << PAGE_SHIFT, PAGE_SIZE)]
+        pages = np.array(backed, np.uint64)
+        now = pages_at(self.guest, pages << _PAGE_SHIFT)
+        start = np.zeros((pages.size, PAGE_SIZE // 8), np.uint64)
+        addr, values = self.words
+        start[np.searchsorted(pages, addr >> _PAGE_SHIFT), (addr >> _WORD_SHIFT & np.uint64(PAGE_SIZE // 8 - 1)).astype(np.intp)
+              ] = values
+        other = (now.view(np.uint64) != start).any(axis=1)
+        return pages[other] << _PAGE_SHIFT, now[other]
+
+    def restore(self, gpa: U64, data: NDArray[np.uint8]) -> None:
+        """Put pages that `changed()` returned in place of those of the start."""
+        put_pages(self.guest, gpa, data)
+        pages = gpa >> _PAGE_SHIFT
+        self._pages, self._written = np.union1d(self._pages, pages), np.union1d(self._written, pages)
+
+
+def pages_at(mem: GuestMemory, gpa: U64) -> NDArray[np.uint8]:
+    """Return the bytes of pages, a row each."""
+    found = np.empty((gpa.size, PAGE_SIZE), np.uint8)
+    for row, start in enumerate(gpa.tolist()):
+        found[row] = np.frombuffer(mem.read(start, PAGE_SIZE), np.uint8)
+    return found
+
+
+def check_pages(gpa: Any, data: Any) -> None:
+    """Raise ValueError unless these are addresses and bytes of pages."""
+    if gpa.dtype != np.uint64 or gpa.ndim != 1 or data.dtype != np.uint8 or data.shape != (gpa.size, PAGE_SIZE):
+        raise ValueError(f"pages: {gpa.dtype} of shape {gpa.shape}, {data.dtype} of shape {data.shape}")
+
+
+def put_pages(mem: GuestMemory, gpa: U64, data: NDArray[np.uint8]) -> None:
+    """Store pages, all of which there are.
+
+    Raises
+    ------
+    ValueError
+        The memory has no such pages.
+    """
+    for start in gpa.tolist():
+        if start % PAGE_SIZE or not mem.is_backed(start, PAGE_SIZE):
+            raise ValueError(f"gpa {start:#x}: there is no page of memory")
+    for start, page in zip(gpa.tolist(), data, strict=True):
+        mem.write(start, page.tobytes())

@@ -71,7 +71,7 @@ def take_snapshot(vm: Any, *, memory: bool = True) -> Snapshot:
     """Return the present state of a machine. The caller has the lock. IN memory: the bytes, too."""
     snapshot = Snapshot.__new__(Snapshot)
     vcpus = sorted(vm._joined, key=lambda vcpu: vcpu.id)
-    machines = [None if vcpu._made is None else save_machine(vcpu._made) for vcpu in vcpus]
+    machines = [None if running is None else save_machine(running) for running in (vcpu._running() for vcpu in vcpus)]
     snapshot._kvm = save_kvm(vm.kvm)
     if memory:
         spaces = (vm.mem,) if vm.smm_mem is vm.mem else (vm.mem, vm.smm_mem)
@@ -96,17 +96,14 @@ def load_into(vm: Any, snapshot: Snapshot, counterparts: dict[Any, Any] | None =
     fresh = ready(snapshot._kvm) if own else ready(snapshot._kvm, vm.mem, vm.smm_mem)
     tlbs = [(of[saved.vcpu]._tlb, saved.tlb.copy()) for saved in snapshot._vcpus]
     loads = [(of[saved.vcpu]._machine(), ready_machine(saved.machine)) for saved in snapshot._vcpus if saved.machine is not None]
-    running = [machine for machine, _ in loads]
-    idle = [vcpu for vcpu in vm._joined if vcpu._made is not None and vcpu._made not in running]
+    idle = {vcpu._made for vcpu in vm._joined if vcpu._made is not None}.difference(machine for machine, _ in loads)
     for memory in snapshot._memories:
         memory.restore()
     for saved in snapshot._vcpus:
         vcpu = of[saved.vcpu]
         vcpu._guest.put(saved.guest, own=own)
         vcpu.id, vcpu.cr2, vcpu.rip = saved.number, saved.cr2, saved.rip
-    put_machines(vm.kvm, fresh, loads, [vcpu._made for vcpu in idle], tlbs)
-    for vcpu in idle:
-        vcpu._idle, vcpu._made = vcpu._made, None
+    put_machines(vm.kvm, fresh, loads, list(idle), tlbs)
     for vcpu in vm._joined - set(of.values()):          # made since: without translations
         vcpu._tlb.flush()
     vm.vcpus[:] = [of[vcpu] for vcpu in snapshot._listed]

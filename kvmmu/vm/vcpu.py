@@ -188,7 +188,6 @@ class Vcpu(PartOfMachine):
         self.rip = 0
         self._vm, self._tlb = vm, Tlb() if tlb is None else Tlb(tlb)
         self._made: Machine | None = None           # made at the first use: walks alone need none
-        self._idle: Machine | None = None           # what `_made` was before `Vm.restore()` to a time when there was none
         self.id = 0
         if vm is not None:
             self.id = vm._join(self)
@@ -237,8 +236,8 @@ class Vcpu(PartOfMachine):
     @locked
     def cpu(self, cpu: CpuModel) -> None:
         self._guest.set_cpu(_check_cpu(cpu))
-        if self._made is not None:
-            self._made.set_cpu()
+        if (running := self._running()) is not None:
+            running.set_cpu()
             self._flush_guest()
 
     @property
@@ -253,8 +252,8 @@ class Vcpu(PartOfMachine):
     @smm.setter
     @locked
     def smm(self, smm: bool) -> None:
-        if self._guest.set_smm(check_bool("smm", smm)) and self._made is not None:
-            self._made.reset_context()
+        if self._guest.set_smm(check_bool("smm", smm)) and (running := self._running()) is not None:
+            running.reset_context()
 
     @locked
     def set_regs(self, regs: Regs | None = None, /, **registers: Unpack[RegisterValues]) -> None:
@@ -280,8 +279,9 @@ class Vcpu(PartOfMachine):
         guest, before = self._guest, self._guest.regs
         after = guest.admit(with_registers(before, **(stale | loaded)), guest.second)
         guest.load(after)
-        if self._made is not None and ((stale and after.pdptrs is not None) or _of_tables(before) != _of_tables(after)):
-            self._made.reset_context()
+        running = self._running()
+        if running is not None and ((stale and after.pdptrs is not None) or _of_tables(before) != _of_tables(after)):
+            running.reset_context()
             self._flush_guest()
 
     @locked
@@ -303,15 +303,15 @@ class Vcpu(PartOfMachine):
         guest, before = self._guest, self._guest.regs
         after = after_mov_cr(guest.cpu, before, n, value, guest.table_space(guest.second))
         guest.load(after)
-        if self._made is None:
+        if (running := self._running()) is None:
             return
         if n == 3:
-            self._made.mov_cr3(before.cr3, bool(after.cr4 & _PCIDE and value & CR3_NOFLUSH), before.pdptrs != after.pdptrs)
+            running.mov_cr3(before.cr3, bool(after.cr4 & _PCIDE and value & CR3_NOFLUSH), before.pdptrs != after.pdptrs)
             return
         if changes_roles(before, after) or after.cr4 & ~before.cr4 & _PCIDE:
-            self._made.reset_context()
+            running.reset_context()
         elif before.pdptrs != after.pdptrs:                 # the same CR3, and another root
-            self._made.mov_cr3(before.cr3, True, True)
+            running.mov_cr3(before.cr3, True, True)
         if (before.cr0 ^ after.cr0) & _PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & _SMEP:
             self._flush_guest()
 
@@ -326,8 +326,8 @@ class Vcpu(PartOfMachine):
         """
         before = self._guest.regs
         self._guest.load(after_wrmsr_efer(self._guest.cpu, before, check_word("value", value)))
-        if (before.efer ^ self._guest.regs.efer) & (Efer.NX | Efer.LME) and self._made is not None:
-            self._made.reset_context()
+        if (before.efer ^ self._guest.regs.efer) & (Efer.NX | Efer.LME) and (running := self._running()) is not None:
+            running.reset_context()
             self._flush_guest()
 
     @locked
@@ -359,8 +359,8 @@ class Vcpu(PartOfMachine):
         An address that is not canonical for the widest paging that the processor has does nothing.
         """
         gva = check_word("gva", gva)
-        if self._made is not None:
-            self._made.invlpg(gva)
+        if (running := self._running()) is not None:
+            running.invlpg(gva)
 
     @locked
     def invpcid(self, type: int, pcid: int = 0, gva: int = 0) -> None:
@@ -376,8 +376,8 @@ class Vcpu(PartOfMachine):
         if type > 3 or (pcid and type < 2 and not self._guest.regs.cr4 & Cr4.PCIDE) or (
                 type == 0 and not is_canonical(self._guest.cpu, gva)):
             raise GeneralProtection(f"#GP: INVPCID type {type}, PCID {pcid:#x}, address {gva:#x}", rule="invpcid")
-        if self._made is not None:
-            self._made.invpcid(type, pcid, gva)
+        if (running := self._running()) is not None:
+            running.invpcid(type, pcid, gva)
 
     @locked
     def invalidate_addr(self, walk: PageWalk, addr: int, roots: Literal["current", "all"] = "current") -> None:
@@ -397,12 +397,12 @@ class Vcpu(PartOfMachine):
         check_name("roots", roots, ("current", "all"))
         self._guest.check_walk(walk)
         addr = check_word("addr", addr)
-        if self._made is None:
+        if (running := self._running()) is None:
             return
         if walk is self.gva_walk:
-            self._made.invalidate_addr(addr, True, roots == "all")
+            running.invalidate_addr(addr, True, roots == "all")
         else:
-            self._made.invalidate_ngpa(addr, True, roots == "all")
+            running.invalidate_ngpa(addr, True, roots == "all")
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -425,8 +425,13 @@ class Vcpu(PartOfMachine):
     def _machine(self) -> Machine:
         """Return this vCPU on its host, made at the first use."""
         if self._made is None:
-            self._made = self._idle or Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
+            self._made = Machine(self.vm.kvm, self.id, self._tlb, self.gva_walk, self.ngpa_walk)
         return self._made
+
+    def _running(self) -> Machine | None:
+        """Return this vCPU on its host; None before the first use, and after `Vm.restore()` to a time before it."""
+        made = self._made
+        return made if made is not None and made.joined else None
 
     @property
     def tlb(self) -> Tlb:
@@ -469,23 +474,23 @@ class Vcpu(PartOfMachine):
         self._machine().vm_enter()
 
     def _flush_guest(self) -> None:
-        if self._made is not None:
-            self._made.flush_guest()
+        if (running := self._running()) is not None:
+            running.flush_guest()
 
     @locked
     def drain_pml(self) -> None:
         """Take what the processor logged so far into the dirty log, as each exit does."""
-        if self._made is not None:
-            self._made.drain_pml()
+        if (running := self._running()) is not None:
+            running.drain_pml()
 
     def _logged(self) -> set[tuple[int, int]]:
         """Return what the processor logged and no exit has drained: (address space, guest frame)."""
-        return set() if self._made is None else self._made.logged()
+        return set() if (running := self._running()) is None else running.logged()
 
     @locked
     def audit_tlb(self) -> list[str]:
         """Return one line for each TLB entry whose host page, or whose right to write it, was taken away without a flush."""
-        return [] if self._made is None else audit_tlb(self._made)
+        return [] if (running := self._running()) is None else audit_tlb(running)
 
     # ---- accesses ----------------------------------------------------------------------------------------------------
 
@@ -710,8 +715,8 @@ class Vcpu(PartOfMachine):
         type, eptp = check_word("type", type), check_word("eptp", eptp)
         check_vmx(self.cpu, "INVEPT", l2_runs=self._guest.guest_mode, has_it=self.tdp is not None)
         check_invept(self.cpu, type, eptp)
-        if self._made is not None:
-            self._made.invept(eptp if type == EPT_CONTEXT else None)
+        if (running := self._running()) is not None:
+            running.invept(eptp if type == EPT_CONTEXT else None)
 
     @locked
     def invvpid(self, type: int, vpid: int, gva: int = 0) -> None:
@@ -745,8 +750,8 @@ class Vcpu(PartOfMachine):
         type, vpid, gva = check_word("type", type), check_word("vpid", vpid), check_word("gva", gva)
         check_vmx(self.cpu, "INVVPID", l2_runs=self._guest.guest_mode, has_it=True)
         check_invvpid(self.cpu, type, vpid, gva)
-        if self._made is not None:
-            self._made.invvpid(type, gva)
+        if (running := self._running()) is not None:
+            running.invvpid(type, gva)
 
     @locked
     def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:

@@ -15,7 +15,7 @@ import image_files
 import numpy as np
 import pytest
 from paths import DATA, ROOT
-from test_recording import NEEDS_ZSTD
+from toy_recordings import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import cli
@@ -665,3 +665,37 @@ def test_a_trace_without_memory(capsys, tmp_path, command):
     status, out, err = run(capsys, command, tmp_path / "x.parquet", *(["0x0"] if command == "walk" else []))
     assert (status, out) == (2, "")
     assert err.startswith(f"kvmmu: {tmp_path / 'x.parquet'}: the trace brings no memory")
+
+
+def test_options_of_a_format(capsys, tmp_path):
+    """--option gives every option of a reader, of the type that the reader declares."""
+    table = tmp_path / "hexadecimal.csv"
+    table.write_text("va;op\n10000;R\n1ffff;W\n")
+    options = [part for text in ("base=16", "header=yes", "delimiter=;") for part in ("--option", text)]
+    status, out, err = run(capsys, "info", table, "--columns", "addr=va", *options, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["kinds"] == {"load": 1, "store": 1, "fetch": 0}
+    assert json.loads(out)["pages_touched"] == 2
+    lackey = tmp_path / "lackey"
+    lackey.write_text("I  04001090,3\n L 1ffeffe7e8,8\n" * 4)
+    kinds = [json.loads(run(capsys, "replay", lackey, "--option", f"fetch={value}", "--json")[1])["kinds"]
+             for value in ("yes", "false")]
+    assert kinds == [{"load": 4, "store": 0, "fetch": 4}, {"load": 4, "store": 0, "fetch": 0}]
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("base", "want NAME=VALUE; the options of the format csv are base, columns, delimiter, header, vcpus"),
+    ("colour=red", "want NAME=VALUE; the options of the format csv are"), ("base=ten", "base is a number"),
+    ("header=maybe", "header is one of yes, no, true, false"), ("base=8", "allowed for csv is 10 or 16")])
+def test_options_that_a_format_does_not_have(capsys, tmp_path, option, message):
+    table = tmp_path / "table.csv"
+    table.write_text("addr,op\n4096,R\n")
+    status, out, err = run(capsys, "replay", table, "--option", option)
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_a_recording_has_no_options(capsys):
+    status, _, err = run(capsys, "replay", L4, "--option", "base=16")
+    assert status == 2
+    assert "is a recording" in err

@@ -18,7 +18,8 @@ R, W, X, XU, PS = 1 << 0, 1 << 1, 1 << 2, 1 << 10, 1 << 7
 WRITE_BACK = 6 << 3
 L1_REGISTERS = {"cr0": 0x21, "cr3": 0, "cr4": 0, "efer": 0}
 ADVANCED = 7 << 9                                       # of an exit qualification: from the hardware's alone
-L2_TABLES = 0x1C00000                                   # in L2's memory, and in L1's
+L2_TABLES, L2_FRAMES = 0xC0000000, 0x1C00000            # where L2 has its tables, and where they are in L1's memory
+L2_TABLE_PAGES = 160
 
 NESTED_CONFIGURATIONS = {
     "nested ept": (Host(tdp="ept", maxphyaddr=46), {}),
@@ -104,14 +105,30 @@ class NestedDriver(ShadowDriver):
             self.entries = [gpa for gpa in self.entries if gpa & -PAGE not in tops]
             self.frames = [gpa for gpa in self.frames if gpa not in tops]
             self.windows = [gva for gva in self.windows if gva not in self.top_windows]
+        if "l2" in self.options:
+            self.map_l2_tables()
+
+    def map_l2_tables(self):
+        """L1 maps L2's tables in each of its own, by entries that stay: nobody flushes what lies behind L2's tables."""
+        fixed = set()
+        for tables in self.tables:
+            for i in range(L2_TABLE_PAGES):
+                gva = L2_TABLES + i * PAGE
+                tables.map(gva, L2_FRAMES + i * PAGE, "p w u")
+                tables.set_bits(gva, 1, self.accessed | self.dirtied)
+            path = [tables.entry_gpa(L2_TABLES, level) for level in range(1, LEVELS[self.mode] + 1)]
+            fixed |= {*path[1:], *range(path[0] & -PAGE, (path[0] & -PAGE) + PAGE, self.entry_size)}
+            self.original |= tables.words()
+        self.entries = [gpa for gpa in self.entries if gpa not in fixed]
 
     def add_l2_tables(self, mode):
         """L2's own tables: every page where it is."""
         tables = PageTables(mode, base=L2_TABLES)
         for gva in self.gva + [SPREAD + i * SPREAD_STEP for i in range(SPREAD_PAGES)]:
             tables.map(gva, gva, "p w u a d", upper="p w u a")
+        assert max(tables.tables()) < L2_TABLES + L2_TABLE_PAGES * PAGE
         for gpa, value in tables.words().items():
-            self.mem.write_u64(gpa, value)
+            self.mem.write_u64(gpa - L2_TABLES + L2_FRAMES, value)
         self.registers = tables.regs()
 
     # ---- what L1 and L2 may see ------------------------------------------------------------------------------------------

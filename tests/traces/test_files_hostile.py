@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import DATA, ROOT
-from test_recording import NEEDS_ZSTD, npy, toy_tables, toy_trace, write_toy, zip_of
-from test_trace_replay import memory_rows, rows_of, tables
+from toy_recordings import NEEDS_ZSTD, npy, toy_tables, toy_trace, write_toy, zip_of
+from toy_traces import memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import cli

@@ -27,7 +27,7 @@ from batch_machines import (
 )
 from builders import LEVELS, PageTables, random_tables, words_to_pages
 from machines import WP, A, D, snapshot
-from test_differential import random_registers
+from random_guests import random_registers
 
 from kvmmu import Access, CpuModel, GeneralProtection, Pml, Regs, Status, Translation
 from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
