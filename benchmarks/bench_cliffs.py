@@ -9,6 +9,7 @@ from tables import RESERVED, WARM, A, Guest, Mix, P, U, accesses
 from kvmmu import Regs, Status, Translation
 
 BAR = ("at most", 2.0)
+WP, SMEP, SMAP = 1 << 16, 1 << 20, 1 << 21
 PAGES = [SMALL] if QUICK else [SMALL, MIDDLE]
 
 
@@ -113,3 +114,24 @@ def bench_mixed_contexts(race, rng, pages):
         guest(pages).chill()
 
     against_plain(race, rng, "8 register sets, one per row", tables, pages, translate=translate, between=between)
+
+
+@pytest.mark.parametrize("pages", PAGES)
+def bench_many_contexts(race, rng, pages):
+    """512 register sets of eight roles, with other protection keys and CR3 flags: a random one for each row."""
+    tables = Guest(pages)
+    own, walk = tables.vcpu.regs, tables.vcpu.gva_walk
+    contexts = walk.prepare([
+        Regs(own.cr0 & ~(WP * (i & 1)), own.cr3 | (i >> 3 & 3) << 3, own.cr4 & ~(SMAP * (i >> 1 & 1) | SMEP * (i >> 2 & 1)),
+             own.efer, pkru=i >> 5 << 2) for i in range(512)])
+    ctx = rng.integers(0, 512, ROWS, np.uint32)
+    out = Translation.empty(ROWS)
+
+    def translate(gva, access):
+        walk.translate(gva, access, regs=contexts, ctx=ctx, out=out)
+
+    def between():
+        tables.chill()
+        guest(pages).chill()
+
+    against_plain(race, rng, "512 register sets, one per row", tables, pages, translate=translate, between=between)

@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import builders
+from conftest import QUICK
 
 from kvmmu import Access, Accesses, CpuModel, Ept, GuestMemory, Host, Npt, Vm
 
@@ -120,6 +122,50 @@ CASES = {
     "TLB hit, shadow 4l": partial(tlb_hits, SHADOW),
     "numpy copy of two columns": copy,
 }
+
+
+# ---- make bench ----------------------------------------------------------------------------------------------------------
+
+COPY = "copying the addresses into two columns"
+
+
+def race_accesses(race, case, fresh, rows, bar):
+    """Race an array of accesses. fresh() returns (vcpu, addresses, accesses, columns)."""
+    copies = np.ones((2, rows), np.uint64)
+
+    def check(vcpu, gva, access, out):
+        assert (out.gpa == gva).all()
+        vcpu.access(gva, access, out=out)
+        assert (out.exits == 0).all()
+
+    race("Machine", case, COPY, lambda vcpu, gva, access, out: vcpu.access(gva, access, out=out),
+         lambda vcpu, gva, access, out: np.copyto(copies, gva), fresh, rows=rows, bars=[("rate", bar)], rounds=3 if QUICK else 7,
+         check=check)
+
+
+@pytest.mark.parametrize(("name", "guest"), [
+    ("EPT", {"host": EPT}), ("NPT", {"host": NPT}), ("shadow, 4-level", {"host": SHADOW, "leaf": COLD}),
+    ("shadow, 4-level, A bits set", {"host": SHADOW})])
+def bench_first_touch(race, name, guest):
+    """One write to every page of a machine that has mapped nothing yet."""
+    def fresh():
+        _, vcpu, gva = machine(**guest)
+        return vcpu, gva, np.full(gva.size, Access.WRITE, np.uint8), Accesses.empty(gva.size)
+
+    race_accesses(race, f"first touch, {name}", fresh, PAGES, 4)
+
+
+@pytest.mark.parametrize(("name", "host"), [("EPT", EPT), ("NPT", NPT), ("shadow, 4-level", SHADOW)])
+def bench_tlb_hits(race, rng, name, host):
+    """Random reads of pages that the TLB holds."""
+    rows = HITS // 4 if QUICK else HITS
+    _, vcpu, gva = machine(host, pages=4096)
+    out = Accesses.empty(rows)
+
+    def fresh():
+        return vcpu, gva[rng.integers(0, HOT, rows)] + rng.integers(0, 4096, rows, np.uint64), 0, out
+
+    race_accesses(race, f"TLB hits, {name}", fresh, rows, 200)
 
 
 def main():

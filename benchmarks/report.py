@@ -12,8 +12,8 @@ import platform
 import sys
 from pathlib import Path
 
-GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Embedding", "Images", "Mappings",
-          "Copies", "Peers", "Footprint", "Batch size")
+GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Calls", "Machine", "Embedding",
+          "Images", "Mappings", "Copies", "Peers", "Footprint", "Batch size")
 HEADINGS = ("", "case", "against", "ours ns", "theirs ns", "ratio", "quartiles", "bar", "")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 COMMAND = "make bench"
@@ -40,7 +40,7 @@ class Row:
 
     def bar_text(self, bar):
         kind, value = bar
-        return f"at least {value:g} M/s ({self.rate:.0f})" if kind == "rate" else f"{kind} {value:g}"
+        return f"at least {value:.3g} M/s ({self.rate:.3g})" if kind == "rate" else f"{kind} {value:g}"
 
     def cells(self):
         """The texts of the columns."""

@@ -2,6 +2,7 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
@@ -28,13 +29,14 @@ from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot
 from kvmmu.mmu.core._spte cimport is_last_spte, pages_per_hpage, spte_access, spte_ad_enabled
 from kvmmu.mmu.tdp._tdp cimport tdp_page_fault
 from kvmmu.tlb._tlb cimport (
-    TLB_HINTS, tlb, tlb_array, tlb_drop, tlb_entry, tlb_fill, tlb_invlpg, tlb_lookup, tlb_page, tlb_remember_split,
+    TLB_HINTS, TLB_LEVELS, tlb, tlb_drop, tlb_entry, tlb_fill, tlb_invlpg, tlb_lookup, tlb_page, tlb_remember_split,
 )
 
 cdef enum:
     MAX_EXITS = 64              # of one access: more means that the host never lets it through
     GPA_ENTRIES = 512
     SHIFT_MASK = 31
+    CLEARED_ROWS = 256          # at a time: columns of so many rows stay in a first-level cache
     ROWS_BETWEEN_CLOCKS = 4096  # 10 us of TLB hits, of which a look at the clock is 0.3%; 10 ms of the slowest exits
 
 
@@ -136,7 +138,10 @@ cdef struct hit_context:
     uint64_t canonical_offset, canonical_limit      # an address is canonical if offset + address is at most limit
     uint32_t rights_epoch
     bint usable                     # no request is pending
-    tlb_array arrays[3]
+    # of the arrays of the TLB
+    int shift[TLB_LEVELS]
+    const uint64_t *keys[TLB_LEVELS]
+    tlb_entry *entries[TLB_LEVELS]
 
 
 cdef void load_context(machine *m, hit_context *c) noexcept nogil:
@@ -149,15 +154,15 @@ cdef void load_context(machine *m, hit_context *c) noexcept nogil:
         c.canonical_offset = (c.canonical_limit >> 1) + 1
     c.rights_epoch = m.rights.epoch
     c.usable = not m.vcpu.requests
-    for i in range(3):
-        c.arrays[i] = m.tlb.arrays[i]
+    for i in range(<int>TLB_LEVELS):
+        c.shift[i], c.keys[i], c.entries[i] = m.tlb.arrays[i].shift, m.tlb.arrays[i].keys, m.tlb.arrays[i].entries
 
 
 cdef inline tlb_entry *quick_hit(const hit_context *c, uint32_t hint, uint64_t addr, uint32_t access) noexcept nogil:
-    """Return the entry that the hint names, if it translates the address and allows the access."""
-    cdef const tlb_array *a = &c.arrays[hint & 3]
-    cdef uint64_t page = tlb_page(a, addr), key = a.keys[hint >> 2]
-    cdef tlb_entry *entry = &a.entries[hint >> 2]
+    """Return the entry that the hint names, if it translates the address and allows the access, which is no implicit one."""
+    cdef uint32_t array = hint & 3
+    cdef uint64_t page = tlb_page(c.shift[array], addr), key = c.keys[array][hint >> 2]
+    cdef tlb_entry *entry = &c.entries[array][hint >> 2]
     if key != (page | c.local_tag) and key != (page | c.global_tag):
         return NULL
     if addr + c.canonical_offset > c.canonical_limit or entry.epoch != c.rights_epoch:
@@ -257,38 +262,42 @@ cdef int machine_run(machine *m, const uint64_t *gva, const uint8_t *access, siz
     cdef uint8_t *rets = out.ret
     cdef uint8_t *exits = out.exits
     cdef uint32_t a, hint, clock
-    cdef uint64_t addr, offset, hits = 0
-    cdef size_t i
+    cdef uint64_t addr, offset
+    cdef size_t i, rows, others = 0
     cdef int ret
     load_context(m, &c)
     clock = m.tlb.clock
     for i in range(n):
+        if i % CLEARED_ROWS == 0:                               # what a hit leaves in these columns: STATUS_OK, RET_PF_CONTINUE
+            rows = min(n - i, <size_t>CLEARED_ROWS)
+            memset(&status[i], 0, rows)
+            memset(&rets[i], 0, rows)
+            memset(&exits[i], 0, rows)
+            memset(&error_code[i], 0, rows * sizeof(uint32_t))
         addr = gva[i] & c.gva_mask
-        a = explicit_access(access[i * stride])
+        a = access[i * stride]
         hint = hints[(addr >> PAGE_SHIFT) & (TLB_HINTS - 1)]
         entry = quick_hit(&c, hint, addr, a) if c.usable else NULL
         if entry is not NULL:
             clock += 1
-            hits += 1
             entry.stamp = clock
-            offset = addr & ((<uint64_t>1 << c.arrays[hint & 3].shift) - 1)
+            offset = addr & ((<uint64_t>1 << c.shift[hint & 3]) - 1)
             gpa[i], hpa[i] = entry.gpa | offset, entry.hpa | offset
-            status[i], error_code[i] = STATUS_OK, 0
-            rets[i], exits[i] = RET_PF_CONTINUE, 0
             continue
+        others += 1
         m.tlb.clock = clock
-        ret = machine_access(m, gva[i], a & <uint32_t>ACCESS_PLAIN_MASK, &r)       # another thread may have changed it
+        ret = machine_access(m, gva[i], explicit_access(a & <uint32_t>ACCESS_PLAIN_MASK), &r)      # changed by another thread?
         clock = m.tlb.clock
         c.usable = not m.vcpu.requests
         if ret < 0:
             row[0] = i
-            m.tlb.hits += hits
+            m.tlb.hits += i + 1 - others
             return ret
         gpa[i], hpa[i] = r.gpa, r.hpa
         status[i], error_code[i] = r.status, r.error_code
         rets[i], exits[i] = r.ret, r.exits
     m.tlb.clock = clock
-    m.tlb.hits += hits
+    m.tlb.hits += n - others
     return 0
 
 

@@ -132,8 +132,15 @@ cdef class Machine:
             raise ValueError(f"arrays: want {n} rows in each column")
         out.gpa, out.hpa, out.status = &gpa[0], &hpa[0], &status[0]
         out.error_code, out.ret, out.exits = &error_code[0], &ret[0], &exits[0]
-        self.run(<const uint64_t *><uintptr_t>gva.ctypes.data, <const uint8_t *><uintptr_t>access.ctypes.data,
-                 1 if access.size > 1 else 0, n, &out, seen & ACCESS_SHADOW_STACK_MASK != 0)
+        cdef uintptr_t rows = gva.ctypes.data, accesses = access.ctypes.data
+        if is_cleared(rows, n * sizeof(uint64_t), &out, n):
+            gva = gva.copy()
+            rows = gva.ctypes.data
+        if is_cleared(accesses, access.size, &out, n):
+            access = access.copy()
+            accesses = access.ctypes.data
+        self.run(<const uint64_t *>rows, <const uint8_t *>accesses, 1 if access.size > 1 else 0, n, &out,
+                 seen & ACCESS_SHADOW_STACK_MASK != 0)
 
     cdef int check_access_bits(self, uint32_t access) except -1:
         """Raise ValueError for accesses that the processor of a guest does not make."""
@@ -289,6 +296,16 @@ cdef class Machine:
             return set()
         return {(self.m.vcpu.as_id, self.m.k.sptes[first_spte(self.m.vcpu.pml_page) + i] >> PAGE_SHIFT)
                 for i in range(<uint16_t>(self.m.pml.index + 1), PML_ENTITY_NUM)}
+
+
+cdef bint share_bytes(uintptr_t one, size_t n, const void *other, size_t m) noexcept:
+    return one < <uintptr_t>other + m and <uintptr_t>other < one + n
+
+
+cdef bint is_cleared(uintptr_t data, size_t size, const access_columns *out, size_t rows) noexcept:
+    """True if an argument shares memory with a column that machine_run() clears before it comes to its rows."""
+    return (share_bytes(data, size, out.status, rows) or share_bytes(data, size, out.ret, rows) or
+            share_bytes(data, size, out.exits, rows) or share_bytes(data, size, out.error_code, rows * sizeof(uint32_t)))
 
 
 cdef uint8_t NO_DATA[1]

@@ -131,7 +131,7 @@ class SetUp:
         addr, value = self._words.sorted(last_only=True)
         zero = value == 0
         if zero.any():
-            told = np.union1d(self._zeros, addr[zero])
+            told = _merged(self._zeros, addr[zero])
             self._zeros = told[_is_first_of_page(told)]
             addr, value = addr[~zero], value[~zero]
             self._words.replace(addr, value)
@@ -150,7 +150,7 @@ class SetUp:
         if overlap.any():
             raise TraceError(f"MEMORY: two regions overlap at gpa {int(starts[1:][overlap][0]):#x}")
         addr, value = self._settle_words()
-        told = np.union1d(addr, self._zeros)
+        told = _merged(addr, self._zeros)
         at = np.searchsorted(starts, told, side="right") - 1
         outside = (at < 0) | (told >= ends[np.maximum(at, 0)])
         if outside.any():
@@ -162,6 +162,11 @@ class SetUp:
         first = np.flatnonzero(np.append(True, ~joined))
         slots = list(zip(starts[first].tolist(), places[first].tolist(), strict=True))
         return TraceMemory(slots, self._declared, addr, offsets, value, self._limit)
+
+
+def _merged(one: U64, other: U64) -> U64:
+    """All of two ascending arrays, ascending."""
+    return np.sort(np.concatenate((one, other)), kind="stable")       # which finds the two runs
 
 
 def _is_first_of_page(addr: U64) -> NDArray[np.bool_]:

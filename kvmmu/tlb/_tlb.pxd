@@ -63,8 +63,8 @@ cdef struct tlb:
     uint64_t split[3]               # bit of a hash of the page: entries smaller than it were made; by size
 
 
-cdef inline uint64_t tlb_page(const tlb_array *a, uint64_t gva) noexcept nogil:
-    return (gva >> a.shift) & ((<uint64_t>1 << TLB_VPN_BITS) - 1)
+cdef inline uint64_t tlb_page(int shift, uint64_t gva) noexcept nogil:
+    return (gva >> shift) & ((<uint64_t>1 << TLB_VPN_BITS) - 1)
 
 
 cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nogil:
@@ -78,7 +78,7 @@ cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nog
     cdef uint32_t *hint = &t.hints[(gva >> PAGE_SHIFT) & (TLB_HINTS - 1)]
     a = &t.arrays[hint[0] & 3]
     base = hint[0] >> 2
-    page = tlb_page(a, gva)
+    page = tlb_page(a.shift, gva)
     if a.keys[base] == (page | t.local_tag) or a.keys[base] == (page | t.global_tag):
         level[0] = <int>(hint[0] & 3) + 1
         t.clock += 1
@@ -88,7 +88,7 @@ cdef inline tlb_entry *tlb_lookup(tlb *t, uint64_t gva, int *level) noexcept nog
         a = &t.arrays[i]
         if a.valid == 0:
             continue
-        page = tlb_page(a, gva)
+        page = tlb_page(a.shift, gva)
         mine, common = page | t.local_tag, page | t.global_tag
         base = (page & (a.sets - 1)) * a.ways
         keys = a.keys + base

@@ -106,7 +106,7 @@ cdef inline uint64_t split_bit(uint64_t gva, int shift) noexcept nogil:
 
 cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil:
     cdef tlb_array *a = &t.arrays[level - 1]
-    cdef uint64_t page = tlb_page(a, gva), key = page | (t.global_tag if is_global else t.local_tag)
+    cdef uint64_t page = tlb_page(a.shift, gva), key = page | (t.global_tag if is_global else t.local_tag)
     cdef size_t base = (page & (a.sets - 1)) * a.ways, way, victim = 0
     cdef uint32_t age, oldest = 0
     for way in range(a.ways):
@@ -140,7 +140,7 @@ cdef void drop_key(tlb *t, uint64_t gva, uint64_t tag) noexcept nogil:
     cdef int i
     for i in range(TLB_LEVELS):
         a = &t.arrays[i]
-        page = tlb_page(a, gva)
+        page = tlb_page(a.shift, gva)
         base = (page & (a.sets - 1)) * a.ways
         for way in range(a.ways):
             if a.keys[base + way] == (page | tag):
@@ -159,7 +159,7 @@ cdef void drop_pieces(tlb *t, uint64_t gva, int shift, uint64_t tag) noexcept no
         if a.valid == 0 or a.shift >= shift:
             continue
         pages = <uint64_t>1 << (shift - a.shift)
-        first = tlb_page(a, gva) & ~(pages - 1)
+        first = tlb_page(a.shift, gva) & ~(pages - 1)
         for j in range(a.sets * a.ways):
             if (a.keys[j] & ~(pages - 1)) == (first | tag) and a.entries[j].page_shift == shift:
                 a.keys[j] = 0

@@ -1,6 +1,6 @@
 """Walks of one moment: a copy of one walk, and the walks of many register sets prepared for batches."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu._walk cimport cpu_caps, kvm_pagewalk, vcpu_arch
 from kvmmu.arch._format cimport PageFormat
@@ -34,6 +34,7 @@ cdef class RegisterSetWalks:
     cdef vcpu_arch *arches
     cdef kvm_pagewalk *walks        # one per register set
     cdef kvm_pagewalk *stages       # their second stages, each once
+    cdef uint32_t *alike            # for each walk the first one that reads the same tables by the same rules, rights aside
     cdef Py_ssize_t count, stage_count
     cdef list formats, seconds      # PageFormat; SecondStage or None, by the number in `second` of a walk
     cdef uint64_t table

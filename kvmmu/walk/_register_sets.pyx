@@ -7,8 +7,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmmu._walk cimport cpu_caps, kvm_pagewalk, linear_address, vcpu_arch
-from kvmmu.arch._bits cimport ROLE_DIRECT_MASK
+from kvmmu._walk cimport WALK_TABLES, cpu_caps, kvm_pagewalk, linear_address, vcpu_arch
+from kvmmu.arch._bits cimport PG_LEVEL_1G, PKRU_AD_MASK, PKRU_SHIFT, PKRU_WD_MASK, ROLE_DIRECT_MASK
 from kvmmu.arch._format cimport PageFormat
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport NEVER_SEEN, SlotTable
@@ -61,13 +61,15 @@ cdef class RegisterSetWalks:
         self.arches = <vcpu_arch *>calloc(max(count, 1), sizeof(vcpu_arch))
         self.walks = <kvm_pagewalk *>calloc(max(count, 1), sizeof(kvm_pagewalk))
         self.stages = <kvm_pagewalk *>calloc(max(stage_count, 1), sizeof(kvm_pagewalk))
-        if self.arches is NULL or self.walks is NULL or self.stages is NULL:
+        self.alike = <uint32_t *>calloc(max(count, 1), sizeof(uint32_t))
+        if self.arches is NULL or self.walks is NULL or self.stages is NULL or self.alike is NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.arches)
         free(self.walks)
         free(self.stages)
+        free(self.alike)
 
     cdef RegisterSetWalks copy(self):
         cdef RegisterSetWalks other = RegisterSetWalks.__new__(RegisterSetWalks, maker(), self.count, self.stage_count)
@@ -76,6 +78,7 @@ cdef class RegisterSetWalks:
         memcpy(other.arches, self.arches, self.count * sizeof(vcpu_arch))
         memcpy(other.walks, self.walks, self.count * sizeof(kvm_pagewalk))
         memcpy(other.stages, self.stages, self.stage_count * sizeof(kvm_pagewalk))
+        memcpy(other.alike, self.alike, self.count * sizeof(uint32_t))
         for i in range(self.count):
             other.walks[i].vcpu = &other.arches[i]
             if other.walks[i].ngpa is not NULL:
@@ -175,10 +178,25 @@ cdef list rows_with_seconds(list rows, admit, const cpu_caps *caps, SecondStage 
     return checked
 
 
+cdef object tables_of(const kvm_pagewalk *w):
+    """Return what a walk reads of memory, and the rules for it, rights aside: equal ones find the same last entries.
+
+    None: blocks of several walks do not take this one.
+    """
+    cdef uint64_t keys = w.vcpu.keys
+    if w.kind != WALK_TABLES or w.ngpa is not NULL or w.pre_processes or w.level == PG_LEVEL_1G:
+        return None
+    if w.fmt.pkru_mask and (keys | keys >> PKRU_SHIFT) & (PKRU_AD_MASK | PKRU_WD_MASK):     # key 0 has nearly all pages
+        return None
+    return (w.format, w.level, w.canonical_shift, w.gva_mask, w.present_mask, w.base_mask, w.address_mask, w.page_size_mask,
+            w.pse36_mask, w.accessed_mask, w.vcpu.cr3 & w.base_mask, w.fmt.bad_mt_xwr,
+            (<const char *>w.fmt.rsvd_bits_mask)[:sizeof(w.fmt.rsvd_bits_mask)])
+
+
 cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *caps, SecondStage second):
     """Check and prepare register sets. Equal roles share a format, equal second stages a walk."""
     cdef list checked = rows_with_seconds(rows, admit, caps, second)
-    cdef dict formats = {}, numbers = {}
+    cdef dict formats = {}, numbers = {}, firsts = {}
     cdef RegisterSetWalks walks
     cdef kvm_pagewalk *w
     cdef Py_ssize_t i
@@ -211,6 +229,8 @@ cdef RegisterSets prepare_register_sets(list rows, admit, cpu, const cpu_caps *c
         w.second = numbers[under]
         use_second_stage(w, &walks.stages[w.second] if under is not None else NULL,
                          is_npt(under) if under is not None else caps.npt_host)
+        tables = tables_of(w)
+        walks.alike[i] = firsts.setdefault(tables, i) if tables is not None else i
     return contexts
 
 

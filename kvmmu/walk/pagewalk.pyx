@@ -358,10 +358,10 @@ cdef class PageWalk(TableQueries):
         if contexts is not None:
             job.take_contexts(ctx, contexts.count)
             many = contexts.walks_over(table)
-            job.take_walks(many, many.walks, many.count, table, sets_ad)
+            job.take_walks(many, many.walks, many.alike, many.count, table, sets_ad)
         else:
             one = self.now(table)
-            job.take_walks(one, &one.w, 1, table, sets_ad)
+            job.take_walks(one, &one.w, NULL, 1, table, sets_ad)
         job.take_columns(names, arrays, fresh)
         if n:
             job.run_all(threads)

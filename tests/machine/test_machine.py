@@ -9,12 +9,13 @@ from builders import PageTables
 from internals import hit_rights
 
 import kvmmu
-from kvmmu import Access, CpuModel, GuestMemory, Host, PageFormat, RetPf, Status, Tlb, Tracepoints, Vcpu, Vm
+from kvmmu import Access, Accesses, CpuModel, GuestMemory, Host, PageFormat, RetPf, Status, Tlb, Tracepoints, Vcpu, Vm
 
 PAGE, MB2, GB1 = 0x1000, 0x200000, 0x40000000
 INVALID = 2**64 - 1
 P, W, U, RSVD, F = 1, 2, 4, 8, 16
 FINAL, TABLE = 1 << 32, 1 << 33
+ACCESSES = ("gpa", "hpa", "status", "error_code", "ret", "exits")
 EPT = Host(tdp="ept", maxphyaddr=46)
 NPT = Host(tdp="npt", maxphyaddr=48)
 each_tdp = pytest.mark.parametrize("host", [EPT, NPT], ids=["ept", "npt"])
@@ -760,6 +761,43 @@ def test_a_tlb_with_one_entry_changes_no_answer():
         r = vcpu.access(gva, access)
         results.append((r.gpa.tolist(), r.hpa.tolist(), r.status.tolist(), r.error_code.tolist(), vm.mem.read(15 * MB2, MB2)))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
+def test_rows_of_an_array_are_single_accesses(n):
+    """Hits, faults and exits in any order, implicit accesses among them: the columns, and what the TLB and KVM count."""
+    maps = tuple((0x1000 * i, 0x1000 * (i % 7 + 1), "p w u" if i % 3 else "p") for i in range(1, 60))
+    rng = np.random.default_rng(n)
+    gva = rng.integers(0, 0x40000, n, np.uint64)
+    access = rng.choice(np.array([0, 2, 4, 6, 16, 20, 32, 34, 36], np.uint8), n)
+    (vm, vcpu), (other_vm, other) = (machine(maps=maps) for _ in range(2))
+    out = Accesses(*(np.full(n, 77, column.dtype) for column in (getattr(Accesses.empty(1), name) for name in ACCESSES)))
+
+    vcpu.access(gva, access, out=out)
+
+    for i in range(n):
+        one = other.access(gva[i:i + 1], access[i:i + 1])
+        assert [getattr(one, name)[0] for name in ACCESSES] == [getattr(out, name)[i] for name in ACCESSES], f"row {i}"
+    assert (vcpu.tlb.hits, vcpu.tlb.misses, vm.stats) == (other.tlb.hits, other.tlb.misses, other_vm.stats)
+
+
+@pytest.mark.parametrize("column", ["status", "ret", "exits"])
+def test_columns_that_share_memory_with_the_accesses(column):
+    """An access is read before its row is written."""
+    _, vcpu = machine(maps=((0x1000, 0x2000), (0x3000, 0x4000, "p")))
+    gva = np.resize(np.array([0x1000, 0x3000], np.uint64), 600)
+    access = np.resize(np.array([0, 2, 4, 6, 16], np.uint8), 600)
+    expected, out = vcpu.access(gva, access), Accesses.empty(600)
+    setattr(out, column, access)
+    vcpu.access(gva, access, out=out)
+    for name in ("gpa", "hpa", "status", "error_code"):
+        if name != column:
+            np.testing.assert_array_equal(getattr(expected, name), getattr(out, name))
+    out.error_code = gva.view(np.uint32)[600:]
+    rows, second = gva.copy(), Accesses.empty(600)
+    vcpu.access(rows, 4, out=second)
+    vcpu.access(gva, 4, out=out)
+    np.testing.assert_array_equal(second.gpa, out.gpa)
 
 
 # ---- tracepoints and refusals --------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from libc.stddef cimport size_t
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._rows cimport batch
 
+# True if each stage decides by itself what passes, and the order of rows does not matter
+cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil
 # Translate rows of one walk in uniform blocks, from first on, as far as they go. Returns how many rows
 cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil
 # Start a block of up to 64 rows of one walk, from first on; few rows are walked one by one

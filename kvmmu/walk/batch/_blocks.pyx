@@ -38,7 +38,6 @@ cdef enum:
 # ---- uniform blocks ----------------------------------------------------------------------------------------------------
 
 cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil:
-    """True if each stage decides by itself what passes, and the order of rows does not matter."""
     if order_shows(w):
         return False
     return w.kind == WALK_TABLES if w.ngpa is NULL else not rights_count(w.ngpa)
@@ -104,7 +103,7 @@ cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexce
     if b.more or stop - first < KVMMU_BLOCK_ROWS or (b.ctx is not NULL and not of_one_context(&b.ctx[first])):
         return 0
     m = cached_walks_of(b, walk_of(b, first), True)
-    if not m.first.found + m.second.found or is_backing_off(&m.uniform_backoff):        # the first block fills the cache
+    if not m.begun or is_backing_off(&m.uniform_backoff):
         return 0
     while m.first.found <= MAX_CACHED_TABLES_UNIFORM and m.second.found <= MAX_CACHED_TABLES_UNIFORM:
         if not can_be_uniform(m.w) or not translate_uniform_block(b, m, row):
@@ -138,6 +137,7 @@ cdef void start_block(batch *b, block *k) noexcept nogil:
     cdef const kvm_pagewalk *w = k.w
     cdef size_t lane
     k.cached = cached_walks_of(b, w, True)
+    k.cached.begun = True
     k.halfway = False
     k.bits_deferred = k.failed = k.unknown = 0
     k.held = 0 if k.count == KVMMU_BLOCK_ROWS else ~<uint64_t>0 << k.count

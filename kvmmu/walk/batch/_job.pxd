@@ -36,8 +36,10 @@ cdef class Job:
     cdef int take_columns(self, tuple names, list arrays, bint apart) except -1
     # Check and take the number of the walk of each row, below count. IN ctx: of exact_column(), or None
     cdef int take_contexts(self, ctx, uint64_t count) except -1
-    # IN walks: owner of `first`, the walk of context 0, and of those that follow; table: the table of slots that they are over
-    cdef void take_walks(self, walks, const kvm_pagewalk *first, uint64_t count, SlotTable table, bint set_ad)
+    # IN walks: owner of `first`, the walk of context 0, and of those that follow; alike: of batch; table: the table of slots
+    # that they are over
+    cdef void take_walks(self, walks, const kvm_pagewalk *first, const uint32_t *alike, uint64_t count, SlotTable table,
+                         bint set_ad)
     # Translate the rows by so many threads. KeyboardInterrupt ends it in between.
     cdef int run_all(self, threads) except -1
     cdef size_t take_piece(self) noexcept nogil

@@ -154,9 +154,10 @@ cdef class Job:
         self.ctx = ctx
         return 0
 
-    cdef void take_walks(self, walks, const kvm_pagewalk *first, uint64_t count, SlotTable table, bint set_ad):
+    cdef void take_walks(self, walks, const kvm_pagewalk *first, const uint32_t *alike, uint64_t count, SlotTable table,
+                         bint set_ad):
         self.walks, self.table = walks, table
-        self.whole.walks, self.whole.count, self.whole.set_ad = first, count, set_ad
+        self.whole.walks, self.whole.alike, self.whole.count, self.whole.set_ad = first, alike, count, set_ad
 
     cdef size_t take_piece(self) noexcept nogil:
         """Take a piece that no thread has; returns its first row."""

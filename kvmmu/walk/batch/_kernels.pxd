@@ -103,6 +103,7 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
     uint64_t kvmmu_psc_slot_of(const kvmmu_leaf_checker *s, uint64_t addr)
     bint kvmmu_make_accept_masks(int format, kvmmu_leaf_checker *s, const kvmmu_leaf_rules *w, uint64_t sample,
                                  const uint8_t *seconds)
+    bint kvmmu_narrow_accept_masks(int format, kvmmu_leaf_checker *s, const kvmmu_leaf_rules *w)
     uint64_t kvmmu_addr_tag(int format, uint64_t addr)
     uint64_t kvmmu_psc_slot(uint64_t addr_tag, uint32_t walk_id)
     uint64_t kvmmu_psc_tag(uint64_t addr_tag, uint32_t walk_id)

@@ -1,8 +1,9 @@
 """May these leaves be used: the last entries of 64 rows of one stage, and their accessed and dirty bits."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._kernels cimport kvmmu_kernels, kvmmu_leaf_block
 from kvmmu.walk.batch._psc cimport cached_walk
 
@@ -22,6 +23,9 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
                       bint far) noexcept nogil
 # Make the accept masks of this stage: s.has_masks. False: it has none now. IN gva: one of its addresses
 cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil
+# Make the accept masks of all walks that are alike: what they accept passes by each of them. IN gva: as above; alike: of batch
+cdef bint make_common_masks(cached_walk *s, uint64_t gva, const kvm_pagewalk *walks, const uint32_t *alike,
+                            uint64_t count) noexcept nogil
 # Check the leaves of 64 lanes. OUT l.fault, l.slow; gpa, of the lanes that are in neither. IN held: lanes that do not count;
 # access: of each lane; whole: pte, pte_access and so on of all lanes are wanted
 cdef void check_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, uint64_t held, const uint64_t *gva,

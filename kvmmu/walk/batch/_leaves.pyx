@@ -3,19 +3,23 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvmmu._walk cimport second_stage_access
+from kvmmu._walk cimport kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PG_LEVEL_4K
-from kvmmu.arch._format cimport access_info_of
+from kvmmu.arch._format cimport access_info_of, kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
     PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
-    kvmmu_make_accept_masks, kvmmu_psce_level, kvmmu_read_entry, kvmmu_set_psce, kvmmu_use_tables,
+    kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_psce_level, kvmmu_read_entry, kvmmu_set_psce,
+    kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, rights_count, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport (
     back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of,
 )
+
+cdef enum:
+    MOST_FORMATS = 16               # of walks that are alike: there are fewer combinations of WP, SMEP, SMAP and so on in a trace
 
 
 cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,
@@ -66,6 +70,40 @@ cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil:
     pte = kvmmu_read_entry(s.w.format, kvmmu_entry_hva(s.w.format, psce, addr))
     s.has_masks = kvmmu_make_accept_masks(s.w.format, &s.checker, &s.rules, pte, asked)
     return s.has_masks
+
+
+cdef bint make_common_masks(cached_walk *s, uint64_t gva, const kvm_pagewalk *walks, const uint32_t *alike,
+                            uint64_t count) noexcept nogil:
+    cdef kvmmu_leaf_rules rules = s.rules
+    cdef const kvm_page_format *formats[MOST_FORMATS]
+    cdef const kvm_page_format *fmt
+    cdef uint32_t group = alike[s.w - walks]
+    cdef size_t found = 0, i, k
+    cdef bint known
+    if not make_accept_masks(s, gva):
+        return False
+    s.has_masks = False
+    rules.keys = 0
+    for i in range(count):
+        if alike[i] == group:
+            rules.keys |= walks[i].vcpu.keys            # what none of them denies
+    for i in range(count):
+        fmt = walks[i].fmt
+        if alike[i] != group or (found and fmt is formats[found - 1]):
+            continue
+        known = False
+        for k in range(found):
+            known = known or formats[k] is fmt
+        if known:
+            continue
+        if found == MOST_FORMATS:
+            return False
+        formats[found] = rules.fmt = fmt
+        found += 1
+        if not kvmmu_narrow_accept_masks(s.w.format, &s.checker, &rules):
+            return False
+    s.has_masks = True
+    return True
 
 
 cdef void check_own_leaf(cached_walk *s, kvmmu_leaf_block *l, size_t lane, const uint64_t *gva, const uint8_t *access,

@@ -45,13 +45,15 @@ cdef struct cached_walks:
     cached_walk first
     cached_walk second
     backoff uniform_backoff         # from uniform blocks
+    bint begun                      # a block was translated, which cached what it found
 
 cdef enum:
     BLOCKS = 3                      # under way at a time: one for each of the three points in `_blocks.pxd`
     # Walks that stay cached. Of blocks: some more than there are blocks; of single rows: as many as contexts that are deferred.
     BLOCK_WALKS = 16
     ROW_WALKS = 64
-    CACHED_WALKS = BLOCK_WALKS + ROW_WALKS
+    MIXED_WALK = BLOCK_WALKS + ROW_WALKS        # of blocks of several contexts
+    CACHED_WALKS = MIXED_WALK + 1
 
 # Up to 64 rows of one walk that are translated side by side: first stage in a, second stage in b.
 cdef struct block:
@@ -84,10 +86,12 @@ cdef struct deferred_rows:
     uint32_t count
     size_t rows[64]
 
-# One batch, or a thread's part of it. IN walks: one, or one per context; ctx: NULL, or the context of each row (checked by
-# the caller); access: one value (access_stride 0) or one per row (access_stride 1). begin_batch() sets the others.
+# One batch, or a thread's part of it. IN walks: one, or one per context; alike: NULL, or for each walk the first one that reads
+# the same tables by the same rules, rights aside; ctx: NULL, or the context of each row (checked by the caller); access: one
+# value (access_stride 0) or one per row (access_stride 1). begin_batch() sets the others.
 cdef struct batch:
     const kvm_pagewalk *walks
+    const uint32_t *alike
     const uint32_t *ctx
     const uint64_t *gva
     const uint8_t *access
@@ -117,6 +121,7 @@ cdef struct batch:
     bint has_deferred
     cached_walks *cached            # CACHED_WALKS, of the walks used last
     size_t last_cached, next_cached
+    backoff mixed_backoff           # from blocks of several contexts
 
 # Write the columns of row i beside gpa, status, error_code and level
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
@@ -133,6 +138,8 @@ cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t
                     leaf_result *leaf) noexcept nogil
 # Return what is cached of a walk. IN for_block: it stays as long as a block has it; else until the next row
 cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil
+# The same for blocks of several contexts, whose walks read the same tables as w
+cdef cached_walks *mixed_walks_of(batch *b, const kvm_pagewalk *w) noexcept nogil
 
 
 cdef inline uint32_t context_of(const batch *b, size_t i) noexcept nogil:

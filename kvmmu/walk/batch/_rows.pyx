@@ -20,7 +20,8 @@ from kvmmu.walk.batch._psc cimport (
     find_psce, forget_all, forget_upper, init_cached_walk, mark_word, psce_of, reset_backoff,
 )
 from kvmmu.walk.batch._rows cimport (
-    BLOCK_WALKS, CACHED_WALKS, ROW_WALKS, batch, batch_columns, cached_walks, context_of, more_column, walk_of, write_row,
+    BLOCK_WALKS, CACHED_WALKS, MIXED_WALK, ROW_WALKS, batch, batch_columns, cached_walks, context_of, more_column, walk_of,
+    write_row,
 )
 
 
@@ -116,7 +117,6 @@ cdef cached_walks *next_cached_walks(batch *b) noexcept nogil:
 
 cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_block) noexcept nogil:
     cdef cached_walks *m = &b.cached[b.last_cached]
-    cdef uint32_t walk_id = b.walk_id
     cdef size_t i
     if m.w is w:
         return m
@@ -130,9 +130,24 @@ cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_blo
         m = &b.cached[BLOCK_WALKS + <size_t>(w - b.walks) % ROW_WALKS]
         if m.w is w:
             return m
+    init_cached_walks(b, m, w)
+    return m
+
+
+cdef cached_walks *mixed_walks_of(batch *b, const kvm_pagewalk *w) noexcept nogil:
+    cdef cached_walks *m = &b.cached[<size_t>MIXED_WALK]
+    if m.w is not w:
+        init_cached_walks(b, m, w)
+    return m
+
+
+cdef void init_cached_walks(batch *b, cached_walks *m, const kvm_pagewalk *w) noexcept nogil:
+    """Begin with nothing cached but what walks of the same tables have in the paging-structure cache."""
+    cdef uint32_t walk_id = b.walk_id
     m.w = w
     if b.ctx is not NULL:
-        walk_id += <uint32_t>(w - b.walks)
+        walk_id += b.alike[w - b.walks] if b.alike is not NULL else <uint32_t>(w - b.walks)
+    m.begun = False
     m.second.found = 0
     if w.ngpa is not NULL:
         init_cached_walk(&m.second, w.ngpa, b.tables, 1, NULL, b.walk_id + <uint32_t>(b.count + w.second), b.set_ad,
@@ -140,7 +155,6 @@ cdef cached_walks *cached_walks_of(batch *b, const kvm_pagewalk *w, bint for_blo
     init_cached_walk(&m.first, w, b.tables, 0, &m.second if w.ngpa is not NULL else NULL, walk_id, b.set_ad, b.shadow_stacks,
                      b.touched)
     reset_backoff(&m.uniform_backoff, 0)
-    return m
 
 
 cdef bint check_row(batch *b, cached_walks *m, size_t i, uint64_t psce, uint64_t entry, uint64_t addr, uint32_t access,

@@ -11,7 +11,8 @@ from kvmmu.walk.batch._blocks cimport drain_blocks, enqueue_rows, enqueue_run, t
 from kvmmu.walk.batch._kernels cimport (
     KVMMU_BLOCK_ALIGNMENT, KVMMU_BLOCK_ROWS, kernels_in_use, kvmmu_count_bits, kvmmu_first_bit,
 )
-from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache
+from kvmmu.walk.batch._mixed cimport translate_mixed_blocks
+from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache, reset_backoff
 from kvmmu.walk.batch._rows cimport (
     BLOCKS, CACHED_WALKS, DEFERRED_CONTEXTS, accesses_from, batch, block, cached_walks, columns_from,
     common_columns, deferred_rows, fast_row, of_one_context, order_shows, recall_row, walk_of, walk_row,
@@ -174,6 +175,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     for i in range(<size_t>CACHED_WALKS):
         b.cached[i].w = NULL
     b.tried = b.missed = b.recall_after = b.next_block = 0
+    reset_backoff(&b.mixed_backoff, 0)
     b.recall_backoff = FIRST_REST
     if rows >= FEW_ROWS:
         b.walk_id = work.cache.take_walk_ids(2 * count)
@@ -209,6 +211,8 @@ cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
             if b.may_recall:
                 last = min(stop, i + b.recall_after * KVMMU_BLOCK_ROWS)
             done = translate_uniform_blocks(b, i, last)
+            if not done:
+                done = translate_mixed_blocks(b, i, last)
             if done:
                 count = done
             elif count < KVMMU_BLOCK_ROWS or b.ctx is NULL or not defer_rows(b, i):

@@ -189,3 +189,31 @@ def test_contexts_that_change_from_row_to_row():
                 use_instruction_set(name)
                 access = random_access(rng, rows.size, "mostly")
                 compare(machine, rows, access, ctx, fields=COLUMNS[:4], why=f"{few}, {run}, {name}", any_order=True)
+
+
+@pytest.mark.parametrize("mode", ["4l", "5l", "32", "pae"])
+@pytest.mark.parametrize("what", ODD)
+def test_contexts_that_read_the_same_tables(mode, what):
+    """Blocks of several contexts: what passes in one of them and not in another, by WP, SMEP, SMAP, NXE and keys."""
+    rng = np.random.default_rng(17)
+    level, change = ODD[what]
+    pages, root = dense_tables(rng, mode, odd=0, upper_odd=0)
+    with_odd(rng, pages, mode, level, change, 0.02)
+    regs = mode_regs(mode, root << 12)
+    pdptrs = tuple(int(word) for word in pages[root][:4]) if mode == "pae" else None
+    sets = []
+    for number in range(40):
+        off = {"cr0": regs["cr0"] & ~(0x10000 * (number & 1)), "efer": regs["efer"] & ~(0x800 * (number % 20 == 7)),
+               "cr3": regs["cr3"] | 8 * (number >> 1 & 1),
+               "cr4": regs["cr4"] | SMEP * (number >> 2 & 1) | SMAP * (number >> 3 & 1) | PKE * (number >> 4 & 1)}
+        pkru = 0xFFFFFFFF if number == 30 else int(rng.integers(1 << 30)) << 2      # key 0 denies nothing, but in one of them
+        sets.append((Regs(**regs | off, pkru=pkru, pdptrs=pdptrs), None))
+    sets.append((Regs(cr0=0x11, cr3=0, cr4=0, efer=0), None))
+    machine = Machine(Image(pages), CPU, sets)
+    rows = random_rows(rng, ROWS, mode, pages=900, stray=0.002, regions=20)
+    ctx = rng.integers(0, 41, ROWS, np.uint32)
+    ctx[ROWS // 2:] = rng.integers(0, 2, ROWS - ROWS // 2, np.uint32)               # an end that nearly always passes
+    for name in SETS:
+        use_instruction_set(name)
+        for access in (4, random_access(rng, ROWS, "any"), rng.choice(np.array(ACCESSES[:4], np.uint8), ROWS)):
+            compare(machine, rows, access, ctx, fields=COLUMNS[:4], why=f"{what}, {name}", any_order=True)

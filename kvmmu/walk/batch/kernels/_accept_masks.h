@@ -64,4 +64,19 @@ static int kvmmu_make_accept_masks(int format, struct kvmmu_leaf_checker *s, con
     return 1;
 }
 
+/* Accept only what another walk of the same tables accepts, too. Returns 0 if that is not a matter of single bits. IN w: its rules. */
+static int kvmmu_narrow_accept_masks(int format, struct kvmmu_leaf_checker *s, const struct kvmmu_leaf_rules *w)
+{
+    struct kvmmu_leaf_checker other = *s;
+    if (!kvmmu_make_accept_masks(format, &other, w, s->want, NULL))
+        return 0;
+    for (size_t kind = 0; kind < LEAF_KINDS; kind++)
+        s->care[kind] |= other.care[kind];
+    for (size_t acc = 0; acc < sizeof s->denied[0]; acc++) {
+        s->denied[0][acc] |= other.denied[0][acc];
+        s->denied[1][acc] |= other.denied[1][acc];
+    }
+    return 1;
+}
+
 #endif /* KVMMU_ACCEPT_MASKS_H */
