@@ -79,11 +79,13 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     curves: dict[str, NDArray[np.uint64]] = {}
     mapped: dict[str, dict[str, int]] = {}
     regions: dict[str, NDArray[np.uint64]] = {}
+    faults: dict[str, NDArray[np.uint64]] = {}
     accesses, kinds, complete = 0, {}, True
     if made:
         run = _run_made(opened, made, progress)
         complete = run.passes.complete
         accesses, kinds = run.passes.accesses, run.passes.kinds
+        faults = _faults(run.passes)
         for number, design in made.items():
             results[number] = run.result(design)
         for page, spaces in run.passes.spaces.items():
@@ -96,7 +98,7 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
         results |= found
     in_order = tuple(results[number] for number in sorted(results))
     return Comparison(header.name or "trace", accesses, kinds, in_order, curves, mapped, regions, model,
-                      time.perf_counter() - started, complete)
+                      time.perf_counter() - started, complete, faults)
 
 
 def _elsewhere(trace: Any, designs: list[Design], model: CostModel | None, phase: str | None, progress: Progress | None,
@@ -109,14 +111,16 @@ def _elsewhere(trace: Any, designs: list[Design], model: CostModel | None, phase
     curves: dict[str, NDArray[np.uint64]] = {}
     mapped: dict[str, dict[str, int]] = {}
     regions: dict[str, NDArray[np.uint64]] = {}
+    faults: dict[str, NDArray[np.uint64]] = {}
     for task, numbers in zip(done, groups, strict=True):
         for number, (stats, host) in zip(numbers, task.results, strict=True):
             results[number] = DesignResult(designs[number], task.accesses, stats, host)
         curves |= task.curves
         mapped |= task.mapped
         regions |= task.regions
+        faults |= task.faults
     return Comparison(done[0].name, done[0].accesses, done[0].kinds, tuple(results[number] for number in sorted(results)), curves,
-                      mapped, regions, model, time.perf_counter() - started, True)
+                      mapped, regions, model, time.perf_counter() - started, True, faults)
 
 
 def _checked(designs: Iterable[Design]) -> list[Design]:
@@ -196,6 +200,18 @@ def _run_made(opened: Callable[[], Trace], designs: dict[int, Design], progress:
     passes = MadePasses(opened, pages, tlbs, any(design.two_stages for design in designs.values()), progress)
     passes.run()
     return _MadeRun(passes, hierarchies)
+
+
+def _faults(passes: MadePasses) -> dict[str, NDArray[np.uint64]]:
+    """Return the accesses that touch pages for the first time, and those before which the trace tells page faults."""
+    position, gva, _, space = passes.first.columns()
+    order = np.lexsort((position, gva >> np.uint64(12), space))
+    page, where = gva[order] >> np.uint64(12), space[order]
+    first = np.ones(order.size, bool)
+    first[1:] = (page[1:] != page[:-1]) | (where[1:] != where[:-1])
+    told = np.concatenate(passes.fault_positions) if passes.fault_positions else np.empty(0, np.uint64)
+    found = {"first touches of 4K pages": np.sort(position[order[first]]), "page faults of the trace": told}
+    return {name: positions for name, positions in found.items() if positions.size}
 
 
 def _curve_only() -> TlbHierarchy:

@@ -30,6 +30,7 @@ class TaskResult(NamedTuple):
     curves: dict[str, NDArray[np.uint64]]
     mapped: dict[str, dict[str, int]]
     regions: dict[str, NDArray[np.uint64]]
+    faults: dict[str, NDArray[np.uint64]]
 
 
 def place_of(trace: Any, phase: str | None) -> tuple[str, str | None]:
@@ -67,4 +68,4 @@ def _compare_some(compare: Compare, path: str, phase: str | None, plain: Sequenc
     designs = [Design(name, host, page, hierarchy, tlb_name) for name, host, page, tlb_name in plain]
     found = compare(path, designs, phase=phase)
     return TaskResult(found.name, found.accesses, found.kinds, [(result.stats, result.host) for result in found.results],
-                      found.curves, found.mapped, found.regions)
+                      found.curves, found.mapped, found.regions, found.faults)

@@ -187,6 +187,7 @@ def test_comparisons_on_a_cluster(trace, cluster):
         assert without_times(one.to_dict()) == without_times(two.to_dict())
         assert {page: curve.tolist() for page, curve in one.curves.items()} == {
             page: curve.tolist() for page, curve in two.curves.items()}
+        assert one.data()["faults_over_time"] == two.data()["faults_over_time"]
     with pytest.raises(ValueError, match="trace: a Trace cannot go to another process; want a path"):
         kvmmu.compare(Trace(Header(registers=()), []), [Design()], scheduler="threads")
     with pytest.raises(ValueError, match="progress: is of one process"):
