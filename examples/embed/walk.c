@@ -8,6 +8,7 @@
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <string.h>
 
 #include <kvmmu/kvmmu.h>
 
@@ -71,6 +72,41 @@ static void show(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access)
         printf("%#" PRIx64 " -> status %u, error code %#" PRIx32 "\n", gva, (unsigned)result.status, result.error_code);
 }
 
+/* The same guest under an EPT: its page 0x4000 lies at host-physical 0x84000, and the next one is read-only there. */
+static int run_nested(kvmmu_vcpu vcpu)
+{
+    static const uint64_t addresses[2] = { 0x400123, 0x401123 };
+    kvmmu_second_stage stage;
+    kvmmu_nested_result result;
+    uint64_t page;
+    int i;
+
+    memset(&stage, 0, sizeof stage);
+    stage.size = sizeof stage;
+    stage.flags = KVMMU_STAGE_EPT;
+    stage.root = 0x8000 | 3 << 3 | 6; /* four levels, write-back */
+    ram[0x8000 / 8] = 0x9007;
+    ram[0x9000 / 8] = 0xA007;
+    ram[0xA000 / 8] = 0xB007;
+    for (page = 0; page < 8; page++)
+        ram[0xB000 / 8 + page] = page << 12 | 0x37;
+    ram[0xB000 / 8 + 4] = 0x84037;
+    ram[0xB000 / 8 + 5] &= ~UINT64_C(2);
+    ram[0x6000 / 8 + 1] |= 2; /* the guest itself may write there */
+    if (check("set_second_stage", kvmmu_set_second_stage(vcpu, &stage)))
+        return 1;
+    for (i = 0; i < 2; i++) {
+        if (check("translate_nested", kvmmu_translate_nested(vcpu, addresses[i], KVMMU_ACCESS_WRITE | KVMMU_ACCESS_USER, &result)))
+            return 1;
+        if (result.exit_reason == KVMMU_EXIT_NONE)
+            printf("%#" PRIx64 " -> %#" PRIx64 " -> %#" PRIx64 "\n", addresses[i], result.ngpa, result.gpa);
+        else
+            printf("%#" PRIx64 " -> exit reason %" PRIu32 ", qualification %#" PRIx64 ", guest-physical address %#" PRIx64 "\n",
+                   addresses[i], result.exit_reason, result.exit_qualification, result.fault_gpa);
+    }
+    return check("set_second_stage", kvmmu_set_second_stage(vcpu, NULL));
+}
+
 static int run(void)
 {
     static const uint64_t addresses[3] = { 0x400010, 0x401010, 0x402010 };
@@ -107,6 +143,8 @@ static int run(void)
     for (i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
     printf("two threads: %" PRIu64 " translations\n", good[0] + good[1]);
+    if (run_nested(vcpu))
+        return 1;
     return check("vcpu_free", kvmmu_vcpu_free(vcpu));
 }
 

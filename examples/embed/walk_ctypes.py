@@ -20,6 +20,23 @@ class Result(ctypes.Structure):
                 ("reserved", ctypes.c_uint16)]
 
 
+class SecondStage(ctypes.Structure):
+    """kvmmu_second_stage."""
+
+    _fields_ = [("size", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+                *((name, ctypes.c_uint64) for name in ("root", "cr4", "efer", "spptp", "ve_area", "pml_address")),
+                ("pml_index", ctypes.c_uint32), ("reserved", ctypes.c_uint32)]
+
+
+class NestedResult(ctypes.Structure):
+    """kvmmu_nested_result."""
+
+    _fields_ = [*((name, ctypes.c_uint64) for name in ("gpa", "ngpa", "linear", "pte", "pte_gpa", "fault_gpa",
+                                                       "exit_qualification")),
+                ("error_code", ctypes.c_uint32), ("exit_reason", ctypes.c_uint32),
+                *((name, ctypes.c_uint8) for name in ("status", "level", "rights", "reads")), ("reserved", ctypes.c_uint8 * 4)]
+
+
 HANDLE, WORD, FLAGS, POINTER = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
 CODE = ctypes.c_int
 FUNCTIONS = {                               # in the order of kvmmu_api; ctypes lets go of the GIL in each call
@@ -31,7 +48,9 @@ FUNCTIONS = {                               # in the order of kvmmu_api; ctypes 
     "translate": (CODE, HANDLE, WORD, FLAGS, POINTER),
     "translate_many": (CODE, HANDLE, ctypes.c_size_t, POINTER, POINTER, FLAGS, POINTER, POINTER),
     "lookup": (CODE, HANDLE, WORD, FLAGS, POINTER), "record": (CODE, HANDLE, WORD, FLAGS, POINTER),
-    "invalidate": (CODE, HANDLE, WORD, WORD), "error_text": (ctypes.c_char_p, CODE)}
+    "invalidate": (CODE, HANDLE, WORD, WORD), "error_text": (ctypes.c_char_p, CODE),
+    "set_second_stage": (CODE, HANDLE, POINTER), "get_second_stage": (CODE, HANDLE, POINTER),
+    "translate_nested": (CODE, HANDLE, WORD, FLAGS, POINTER)}
 
 
 class Api(ctypes.Structure):
@@ -45,7 +64,7 @@ def load():
     """Return the table of functions."""
     api = Api.from_address(kvmmu.embed.c_api.address)
     if api.version >> 16 != 1 or api.size < ctypes.sizeof(Api):
-        raise ImportError(f"kvmmu has version {api.version:#x} of its function table, this program is for 1.0")
+        raise ImportError(f"kvmmu has version {api.version:#x} of its function table, this program is for 1.1")
     return api
 
 

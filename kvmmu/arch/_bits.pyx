@@ -7,8 +7,9 @@ class Access(IntFlag):
     """An intended access; combine with ``|``. READ is 0.
 
     AC says that EFLAGS.AC is 1 at this access (SMAP does not apply to it); IMPLICIT is an implicit supervisor access
-    (descriptor tables, TSS): it clears AC and USER. SHADOW_STACK is an access to a shadow stack, with WRITE for a write. PROBE
-    is no access: where an address leads to, whatever the rights, without accessed and dirty bits.
+    (descriptor tables, TSS): it clears AC and USER. SHADOW_STACK is an access to a shadow stack, with WRITE for a write; a
+    processor makes it with CR4.CET = 1 alone, and it is judged in the same way without. PROBE is no access: where
+    an address leads to, whatever the rights, without accessed and dirty bits.
     """
 
     READ = 0

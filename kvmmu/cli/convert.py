@@ -12,7 +12,7 @@ from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.terminal import printable, say
 from kvmmu.traces import Recording, convert
 from kvmmu.traces._files import check_output
-from kvmmu.traces.parquet import COMPRESSIONS
+from kvmmu.traces.parquet import COMPRESSIONS, LAYOUTS
 
 __all__ = ["add"]
 
@@ -35,6 +35,8 @@ def add(commands: Commands) -> None:
     conversion.add_argument("--repeat", type=count, default=1, metavar="N",
                             help="of a recording: write the accesses N times, each time from the same registers and, in a dyn "
                                  "phase, memory")
+    conversion.add_argument("--layout", choices=LAYOUTS, default="places",
+                            help="places: replayed faster; plain: the columns addr and gpa, for other tools; default: places")
     conversion.add_argument("--compression", choices=COMPRESSIONS, default="lz4",
                             help="lz4 (default) decodes two to three times as fast as zstd, which takes half the space")
     conversion.add_argument("--json", action="store_true", help="print one JSON object")
@@ -50,7 +52,8 @@ def _convert(args: argparse.Namespace) -> int:
     titled = source if isinstance(source, Recording) else source.header
     name = " ".join(filter(None, (titled.name, titled.phase)))
     with cleaning_up(), progress_bar(f"converting {name}") as progress:
-        accesses = convert(source, args.out, repeat=args.repeat, compression=args.compression, progress=progress)
+        accesses = convert(source, args.out, repeat=args.repeat, compression=args.compression, layout=args.layout,
+                           progress=progress)
     size = os.path.getsize(args.out)
     if args.json:
         say(json.dumps({"path": args.out, "accesses": accesses, "bytes": size}))

@@ -3,18 +3,86 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmmu._walk cimport kvm_pagewalk, walk_result, walk_step
+from kvmmu._walk cimport kvm_pagewalk, linear_address, second_stage_access, walk_result, walk_step
 from kvmmu.arch._bits cimport (
-    ACC_ALL, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK, PT_GLOBAL_MASK,
-    PT_MAX_LEVELS, STATUS_OK,
+    ACC_ALL, ACC_USER_MASK, ACCESS_PROBE_MASK, PAGE_SIZE, PG_LEVEL_1G, PT32_INDEX_MASK, PT64_INDEX_MASK,
+    PT_GLOBAL_MASK, PT_MAX_LEVELS, STATUS_EPT_MISCONFIG, STATUS_EPT_VIOLATION, STATUS_NESTED_PAGE_FAULT, STATUS_OK,
+    STATUS_PML_FULL, STATUS_SPP_EVENT,
 )
 from kvmmu.arch._format cimport resolved_access
-from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_malformed, kvmmu_gpte_pkey, kvmmu_leaf_gpa, kvmmu_level_shift
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_pkey, kvmmu_level_shift
 from kvmmu.embed._structs cimport (
-    KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_record,
-    kvmmu_step, kvmmu_vcpu,
+    KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_E_VERSION, KVMMU_EXIT_EPT_MISCONFIG, KVMMU_EXIT_EPT_VIOLATION, KVMMU_EXIT_NONE,
+    KVMMU_EXIT_NPF, KVMMU_EXIT_PML_FULL, KVMMU_EXIT_SPP_EVENT, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_nested_result,
+    kvmmu_record, kvmmu_second_stage, kvmmu_step, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport PLAIN_ACCESS, enter, fetch_again, is_access, leave, own_vcpu, walk_row
+from kvmmu.embed._vcpus cimport ANY_ACCESS, enter, fetch_again, is_access, leave, own_vcpu, walk_row
+
+
+cdef inline uint32_t resolve(const c_vcpu *v, uint32_t access) noexcept nogil:
+    return resolved_access((access | v.ac) & <uint32_t>ANY_ACCESS)
+
+
+# ---- two stages --------------------------------------------------------------------------------------------------------
+
+cdef uint32_t exit_reason(uint8_t status) noexcept nogil:
+    if status == STATUS_EPT_VIOLATION:
+        return KVMMU_EXIT_EPT_VIOLATION
+    if status == STATUS_EPT_MISCONFIG:
+        return KVMMU_EXIT_EPT_MISCONFIG
+    if status == STATUS_NESTED_PAGE_FAULT:
+        return KVMMU_EXIT_NPF
+    if status == STATUS_PML_FULL:
+        return KVMMU_EXIT_PML_FULL
+    return KVMMU_EXIT_SPP_EVENT if status == STATUS_SPP_EVENT else KVMMU_EXIT_NONE
+
+
+cdef int c_translate_nested(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_nested_result *out) noexcept nogil:
+    cdef int code
+    cdef walk_result r
+    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    if v is NULL:
+        return code
+    if out is NULL:
+        return KVMMU_E_NULL
+    if not is_access(access):
+        return KVMMU_E_ARGUMENT
+    code = walk_row(v, gva, access, &r)
+    if code != KVMMU_OK:
+        return code
+    memset(out, 0, sizeof(kvmmu_nested_result))
+    out.gpa, out.ngpa, out.linear = r.gpa, r.ngpa, linear_address(&v.w, gva, resolve(v, access))
+    out.pte, out.pte_gpa, out.fault_gpa = r.pte, r.pte_gpa, r.fault_gpa
+    out.exit_qualification, out.error_code, out.exit_reason = r.exit_qualification, r.error_code, exit_reason(r.status)
+    out.status, out.level, out.rights, out.reads = r.status, r.level, r.pte_access, r.refs
+    return KVMMU_OK
+
+
+cdef int c_get_second_stage(kvmmu_vcpu handle, kvmmu_second_stage *out) noexcept nogil:
+    cdef int code
+    cdef c_vcpu *v = own_vcpu(handle, False, &code)
+    if v is NULL:
+        return code
+    if out is NULL:
+        return KVMMU_E_NULL
+    if out.size != sizeof(kvmmu_second_stage):
+        return KVMMU_E_VERSION
+    out[0] = v.stage
+    if v.n.pml is not NULL and v.stage.flags:
+        out.pml_index = v.pml.index
+    return KVMMU_OK
+
+
+# ---- one address -------------------------------------------------------------------------------------------------------
+
+cdef void put_second_stage(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out) noexcept nogil:
+    """Narrow a mapping of the first stage to the page and the rights of the second one."""
+    cdef const kvm_pagewalk *n = &v.n
+    cdef walk_result s
+    n.gva_to_gpa(n, r.ngpa, second_stage_access(n, <uint32_t>ACCESS_PROBE_MASK, True, r.pte_access), False, &s)
+    if s.status == STATUS_OK:
+        out.size = min(out.size, <uint64_t>1 << kvmmu_level_shift(n.format, s.level))
+        out.rights &= s.pte_access | <uint8_t>ACC_USER_MASK
 
 
 cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out) noexcept nogil:
@@ -25,47 +93,36 @@ cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out)
     if r.status != STATUS_OK:
         return
     out.size = PAGE_SIZE
-    if not r.level:                                 # paging is off
+    if r.level:                                     # paging is on
+        out.size = <uint64_t>1 << kvmmu_level_shift(w.format, r.level)
+    if v.stage.flags:
+        put_second_stage(v, r, out)
+    if not r.level:
         return
-    out.size = <uint64_t>1 << kvmmu_level_shift(w.format, r.level)
     out.pkey = <uint8_t>kvmmu_gpte_pkey(w.format, r.pte)
     out.accessed = r.pte & w.accessed_mask != 0
     out.dirty = r.pte & (w.accessed_mask << 1) != 0
     out.global_ = r.pte & PT_GLOBAL_MASK != 0
 
 
-cdef void ignore_rights(const kvm_pagewalk *w, uint64_t gva, walk_result *r) noexcept nogil:
-    """Turn a walk that its rights have ended into one that succeeded."""
-    if not r.level or not r.pte & w.present_mask or (r.level != PG_LEVEL_4K and not r.pte & w.page_size_mask):
-        return
-    if kvmmu_gpte_malformed(w.format, w.fmt.rsvd_bits_mask[0][r.level - 1], w.fmt.rsvd_bits_mask[1][r.level - 1],
-                            w.fmt.bad_mt_xwr, r.pte):
-        return
-    r.status, r.error_code = STATUS_OK, 0
-    r.gpa = kvmmu_leaf_gpa(w.format, r.pte, r.level, gva & w.gva_mask, w.pse36_mask)
-
-
 cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil:
     cdef int code
-    cdef bint probe = access == KVMMU_ACCESS_PROBE
     cdef walk_result r
     cdef c_vcpu *v = own_vcpu(handle, True, &code)
     if v is NULL:
         return code
     if out is NULL:
         return KVMMU_E_NULL
-    if not probe and not is_access(access):
+    if not is_access(access):
         return KVMMU_E_ARGUMENT
-    code = walk_row(v, gva, KVMMU_ACCESS_NO_AD if probe else access, &r)
+    code = walk_row(v, gva, access, &r)
     if code != KVMMU_OK:
         return code
-    if probe and r.status != STATUS_OK:
-        ignore_rights(&v.w, gva, &r)
     put_mapping(v, &r, out)
     return KVMMU_OK
 
 
-cdef void put_steps(const c_vcpu *v, uint64_t gva, const walk_step *steps, int n, kvmmu_record *out) noexcept nogil:
+cdef void put_steps(const c_vcpu *v, uint64_t linear, const walk_step *steps, int n, kvmmu_record *out) noexcept nogil:
     cdef kvmmu_step *to
     cdef bint is_pdpte
     cdef int i
@@ -75,7 +132,7 @@ cdef void put_steps(const c_vcpu *v, uint64_t gva, const walk_step *steps, int n
         is_pdpte = v.w.level == PG_LEVEL_1G and steps[i].level == PG_LEVEL_1G       # it gives and takes no rights
         to.entry, to.entry_gpa, to.level = steps[i].pte, steps[i].pte_gpa, <uint8_t>steps[i].level
         to.rights = <uint8_t>(ACC_ALL if is_pdpte and steps[i].access else steps[i].access)
-        to.index = <uint16_t>((gva & v.w.gva_mask) >> kvmmu_level_shift(v.w.format, steps[i].level) & (
+        to.index = <uint16_t>(linear >> kvmmu_level_shift(v.w.format, steps[i].level) & (
             PT32_INDEX_MASK if v.w.format == KVMMU_FORMAT_32 else PT64_INDEX_MASK))
 
 
@@ -91,7 +148,7 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
         return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
-    resolved = resolved_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
+    resolved = resolve(v, access)
     code = enter(v)
     if code != KVMMU_OK:
         return code
@@ -107,5 +164,5 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
         return code
     memset(out, 0, sizeof(kvmmu_record))
     put_mapping(v, &r, &out.end)
-    put_steps(v, gva, steps, n, out)
+    put_steps(v, linear_address(&v.w, gva, resolved), steps, n, out)
     return KVMMU_OK

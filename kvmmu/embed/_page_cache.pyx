@@ -14,6 +14,8 @@ from kvmmu.memory._memory cimport guest_page, guest_slot, hash_gfn
 cdef enum:
     DEFAULT_PAGES = 1024
     PAGES_OF_A_WALK = 8                 # no walk of one stage reads more
+    # nor one of two: 5 tables and the address through 5 levels each, 5 tables, 4 of sub-page permissions, a log, a #VE area
+    PAGES_OF_TWO_STAGES = 6 * 5 + 5 + 4 + 2
 
 
 cdef page_cache *cache_new(const kvmmu_callbacks *callbacks) noexcept nogil:
@@ -92,8 +94,8 @@ cdef void cache_forget(page_cache *cache, uint64_t gpa, uint64_t size) noexcept 
     index_all(cache)
 
 
-cdef void cache_make_room(page_cache *cache) noexcept nogil:
-    if cache.count + PAGES_OF_A_WALK > cache.capacity:
+cdef void cache_make_room(page_cache *cache, bint two_stages) noexcept nogil:
+    if cache.count + (PAGES_OF_TWO_STAGES if two_stages else PAGES_OF_A_WALK) > cache.capacity:
         cache_clear(cache)
 
 

@@ -11,7 +11,7 @@ the GIL or runs a callback.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
-from kvmmu._walk cimport kvm_pagewalk, vcpu_arch
+from kvmmu._walk cimport kvm_pagewalk, pml_log, vcpu_arch
 from kvmmu.arch._format cimport kvm_page_format
 from kvmmu.memory._memory cimport guest_mem, guest_page, guest_slot, missing_pages
 from kvmmu.walk._fast cimport fast_walk
@@ -41,6 +41,7 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         KVMMU_ACCESS_AC
         KVMMU_ACCESS_FETCH
         KVMMU_ACCESS_IMPLICIT
+        KVMMU_ACCESS_SHADOW_STACK
         KVMMU_ACCESS_PROBE
         KVMMU_ACCESS_NO_AD
         KVMMU_MEMORY_READONLY
@@ -54,7 +55,46 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         KVMMU_CPU_NO_SMAP
         KVMMU_CPU_NO_PKU
         KVMMU_CPU_NO_PCID
+        KVMMU_CPU_NO_LAM
+        KVMMU_CPU_NO_SHSTK
+        KVMMU_CPU_NO_PKS
+        KVMMU_CPU_NO_LASS
+        KVMMU_CPU_NO_UAI
+        KVMMU_CPU_STRICT
+        KVMMU_FEATURE_UMIP
+        KVMMU_FEATURE_FSGSBASE
+        KVMMU_FEATURE_XSAVE
+        KVMMU_FEATURE_CET
+        KVMMU_FEATURE_FRED
+        KVMMU_FEATURE_VMX
+        KVMMU_FEATURE_SMX
+        KVMMU_FEATURE_KL
+        KVMMU_FEATURE_UINTR
+        KVMMU_FEATURE_SVM
+        KVMMU_FEATURE_LMSLE
+        KVMMU_FEATURE_FFXSR
+        KVMMU_FEATURE_TCE
+        KVMMU_FEATURE_MCOMMIT
+        KVMMU_FEATURE_INTWB
+        KVMMU_FEATURE_AUTOIBRS
         KVMMU_REGISTERS_PDPTRS
+        KVMMU_STAGE_EPT
+        KVMMU_STAGE_NPT
+        KVMMU_STAGE_MBEC
+        KVMMU_STAGE_NO_EXECONLY
+        KVMMU_STAGE_NO_ADVANCED_INFO
+        KVMMU_STAGE_NO_2M
+        KVMMU_STAGE_NO_1G
+        KVMMU_STAGE_PML
+        KVMMU_STAGE_SPP
+        KVMMU_STAGE_VE
+        KVMMU_STAGE_GMET
+        KVMMU_EXIT_NONE
+        KVMMU_EXIT_EPT_VIOLATION
+        KVMMU_EXIT_EPT_MISCONFIG
+        KVMMU_EXIT_PML_FULL
+        KVMMU_EXIT_SPP_EVENT
+        KVMMU_EXIT_NPF
         KVMMU_READ_DONE
         KVMMU_READ_HOLE
         KVMMU_MAX_STEPS
@@ -76,6 +116,8 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         uint32_t size
         uint32_t maxphyaddr
         uint32_t flags
+        uint32_t c_bit
+        uint32_t features
 
     ctypedef struct kvmmu_registers:
         uint32_t size
@@ -89,12 +131,39 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         uint32_t pkru
         uint32_t pkrs
 
+    ctypedef struct kvmmu_second_stage:
+        uint32_t size
+        uint32_t flags
+        uint64_t root
+        uint64_t cr4
+        uint64_t efer
+        uint64_t spptp
+        uint64_t ve_area
+        uint64_t pml_address
+        uint32_t pml_index
+        uint32_t reserved
+
     ctypedef struct kvmmu_result:
         uint64_t gpa
         uint32_t error_code
         uint8_t status
         uint8_t level
         uint16_t reserved
+
+    ctypedef struct kvmmu_nested_result:
+        uint64_t gpa
+        uint64_t ngpa
+        uint64_t linear
+        uint64_t pte
+        uint64_t pte_gpa
+        uint64_t fault_gpa
+        uint64_t exit_qualification
+        uint32_t error_code
+        uint32_t exit_reason
+        uint8_t status
+        uint8_t level
+        uint8_t rights
+        uint8_t reads
 
     ctypedef struct kvmmu_mapping:
         uint64_t gpa
@@ -142,6 +211,9 @@ cdef extern from "kvmmu/include/kvmmu/kvmmu.h" nogil:
         int (*record)(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_record *out) noexcept nogil
         int (*invalidate)(kvmmu_vcpu vcpu, uint64_t gpa, uint64_t size) noexcept nogil
         const char *(*error_text)(int code) noexcept nogil
+        int (*set_second_stage)(kvmmu_vcpu vcpu, const kvmmu_second_stage *stage) noexcept nogil
+        int (*get_second_stage)(kvmmu_vcpu vcpu, kvmmu_second_stage *out) noexcept nogil
+        int (*translate_nested)(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_nested_result *out) noexcept nogil
 
 cdef extern from "kvmmu/embed/_handles.h" nogil:
     uintptr_t kvmmu_this_thread()
@@ -158,6 +230,7 @@ cdef enum:
     KIND_SHIFT = 16
     COUNT_SHIFT = 24
     MAX_HANDLES = 1 << 16               # of each kind, and the index 0, which is none
+    CPU_SIZE_1_0 = 12                   # of the kvmmu_cpu of version 1.0, which ends with its flags
 
 # The pages that one vCPU has read by callbacks. It belongs to the vCPU: nobody else reads or changes it.
 cdef struct page_cache:
@@ -189,6 +262,12 @@ cdef struct c_vcpu:
     kvm_pagewalk w
     vcpu_arch arch
     kvm_page_format fmt
+    # its second stage, if stage.flags is not 0
+    kvmmu_second_stage stage
+    kvm_pagewalk n
+    vcpu_arch narch
+    kvm_page_format nfmt
+    pml_log pml
     guest_mem mem                       # that it walks: the slots of its memory, or its cache
     page_cache *cache                   # NULL without callbacks
     c_memory *memory

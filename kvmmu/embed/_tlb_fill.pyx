@@ -16,7 +16,8 @@ from libc.string cimport memchr, memset
 from kvmmu.arch._bits cimport ACCESS_AC_MASK, PAGE_OFFSET_MASK, PAGE_SIZE, RFLAGS_AC_MASK
 from kvmmu.embed._lookups cimport c_lookup
 from kvmmu.embed._memories cimport c_memory_add, c_memory_create, c_memory_free
-from kvmmu.embed._registers cimport c_set_registers, c_vcpu_create, flags_of_model
+from kvmmu.embed._models cimport fill_cpu
+from kvmmu.embed._registers cimport c_set_registers, c_vcpu_create
 from kvmmu.embed._structs cimport (
     KVMMU_ACCESS_NO_AD, KVMMU_E_MEMORY, KVMMU_OK, kvmmu_cpu, kvmmu_mapping, kvmmu_memory, kvmmu_registers, kvmmu_result,
     kvmmu_vcpu,
@@ -269,7 +270,7 @@ def new_tlb_fill(list slots not None, cpu not None, uintptr_t uc, uintptr_t read
         s.slots[s.slot_count].host = <const uint8_t *>address
         s.slot_count += 1
         check(c_memory_add(fill.memory, gpa, <void *>address, data.nbytes, 0))
-    model.size, model.maxphyaddr, model.flags = sizeof(kvmmu_cpu), cpu.maxphyaddr, flags_of_model(cpu)
+    fill_cpu(&model, cpu)
     check(c_vcpu_create(fill.memory, &model, &s.vcpu))
     s.registers.size = sizeof(kvmmu_registers)
     return fill

@@ -5,13 +5,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport walk_result
 from kvmmu.embed._structs cimport (
-    KVMMU_ACCESS_AC, KVMMU_ACCESS_FETCH, KVMMU_ACCESS_IMPLICIT, KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_USER, KVMMU_ACCESS_WRITE,
-    c_memory, c_vcpu, kvmmu_registers, kvmmu_result, kvmmu_vcpu,
+    KVMMU_ACCESS_AC, KVMMU_ACCESS_FETCH, KVMMU_ACCESS_IMPLICIT, KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE,
+    KVMMU_ACCESS_SHADOW_STACK, KVMMU_ACCESS_USER, KVMMU_ACCESS_WRITE, c_memory, c_vcpu, kvmmu_registers, kvmmu_result, kvmmu_vcpu,
 )
 
-# The accesses that kvmmu.h knows; the short cut knows all of them
+# The accesses that the short cut knows, and those that kvmmu.h knows
 cdef enum:
     PLAIN_ACCESS = (KVMMU_ACCESS_WRITE | KVMMU_ACCESS_USER | KVMMU_ACCESS_AC | KVMMU_ACCESS_FETCH | KVMMU_ACCESS_IMPLICIT)
+    ANY_ACCESS = PLAIN_ACCESS | KVMMU_ACCESS_SHADOW_STACK | KVMMU_ACCESS_PROBE
 
 # The lock of all memories, and of the tables of handles
 cdef void lock_handles() noexcept nogil
@@ -30,7 +31,7 @@ cdef void give_back_vcpus(const c_memory *memory) noexcept nogil
 # Walk the slots of the memory as they are now. The vCPUs are taken, or this one is
 cdef void use_slots(const c_memory *memory) noexcept nogil
 cdef void use_memory(c_vcpu *v) noexcept nogil
-# n words at gpa, which is aligned: 1 if all are memory, 0 if not, or KVMMU_E_*
+# n words at gpa, which is aligned, and which the second stage translates: 1 if all are memory, 0 if not, or KVMMU_E_*
 cdef int read_words(c_vcpu *v, uint64_t gpa, uint64_t *words, int n) noexcept nogil
 
 # Begin and end what may run callbacks: KVMMU_E_BUSY
@@ -42,8 +43,12 @@ cdef int fetch_again(c_vcpu *v, int attempt) noexcept nogil
 cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil
 
 
-cdef inline bint is_access(uint32_t access) noexcept nogil:
+cdef inline bint is_plain_access(uint32_t access) noexcept nogil:
     return not access & ~<uint32_t>(PLAIN_ACCESS | KVMMU_ACCESS_NO_AD)
+
+
+cdef inline bint is_access(uint32_t access) noexcept nogil:
+    return not access & ~<uint32_t>(ANY_ACCESS | KVMMU_ACCESS_NO_AD)
 
 
 cdef int c_vcpu_release(kvmmu_vcpu handle) noexcept nogil

@@ -5,15 +5,17 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc
 from libc.string cimport memset
 
-from kvmmu._walk cimport walk_result, walk_step
-from kvmmu.arch._bits cimport INVALID_GPA, PT_MAX_LEVELS
+from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result, walk_step
+from kvmmu.arch._bits cimport ACCESS_USER_MASK, INVALID_GPA, PT_MAX_LEVELS, STATUS_OK
 from kvmmu.arch._format cimport resolved_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
+from kvmmu.embed._nested_walk cimport store_changes, watch_table, watch_walk, watched_words
 from kvmmu.embed._page_cache cimport cache_clear, cache_fetch, cache_forget, cache_free, cache_make_room
 from kvmmu.embed._structs cimport (
-    COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_E_ARGUMENT, KVMMU_E_BUSY, KVMMU_E_CALLBACK,
-    KVMMU_E_HANDLE, KVMMU_E_NULL, KVMMU_E_THREAD, KVMMU_E_VERSION, KVMMU_OK, KVMMU_TABLE_LOAD, KVMMU_TABLE_STORE, MAX_HANDLES,
-    c_memory, c_vcpu, kvmmu_let_go, kvmmu_owner, kvmmu_registers, kvmmu_result, kvmmu_take, kvmmu_this_thread, kvmmu_vcpu,
+    COUNT_SHIFT, INDEX_MASK, KIND_SHIFT, KIND_VCPU, KVMMU_ACCESS_NO_AD, KVMMU_ACCESS_PROBE, KVMMU_E_ARGUMENT, KVMMU_E_BUSY,
+    KVMMU_E_CALLBACK, KVMMU_E_HANDLE, KVMMU_E_NULL, KVMMU_E_THREAD, KVMMU_E_VERSION, KVMMU_OK, KVMMU_TABLE_LOAD,
+    KVMMU_TABLE_STORE, MAX_HANDLES, c_memory, c_vcpu, kvmmu_let_go, kvmmu_owner, kvmmu_registers, kvmmu_result, kvmmu_take,
+    kvmmu_this_thread, kvmmu_vcpu,
 )
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_lock, kvmmu_read64, kvmmu_unlock
 from kvmmu.walk._fast cimport kvmmu_translation, translate_fast, use_fast_memory
@@ -154,7 +156,7 @@ cdef void use_memory(c_vcpu *v) noexcept nogil:
     else:
         memset(&v.mem, 0, sizeof(v.mem))
         v.mem.slots, v.mem.count = v.memory.slots, max(v.memory.count, <size_t>1)
-    v.w.mem = &v.mem
+    v.w.mem = v.n.mem = &v.mem
     use_fast_memory(&v.fast, &v.mem)
 
 
@@ -219,7 +221,7 @@ cdef int enter(c_vcpu *v) noexcept nogil:
     if v.busy:
         return KVMMU_E_BUSY
     v.busy = True
-    cache_make_room(v.cache)
+    cache_make_room(v.cache, v.stage.flags != 0)
     return KVMMU_OK
 
 
@@ -252,6 +254,30 @@ cdef int store_entries(c_vcpu *v, const walk_step *steps, int n) noexcept nogil:
     return KVMMU_OK
 
 
+cdef int nested_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
+    """Walk without changes until every page is there, and then with them."""
+    cdef watched_words watched
+    cdef int attempt = 0, code = enter(v)
+    if code != KVMMU_OK:
+        return code
+    set_ad = set_ad and v.cache.callbacks.write is not NULL
+    while True:
+        v.w.gva_to_gpa(&v.w, gva, access, False, r)
+        if set_ad:
+            watch_walk(v, gva, access, &watched)
+        code = fetch_again(v, attempt)
+        if code != 1:
+            break
+        attempt += 1
+    if code == KVMMU_OK and set_ad:
+        v.w.gva_to_gpa(&v.w, gva, access, True, r)
+        code = store_changes(v, &watched)
+        if code != KVMMU_OK:
+            cache_clear(v.cache)
+    leave(v)
+    return code
+
+
 cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint set_ad, walk_result *r) noexcept nogil:
     cdef walk_step steps[PT_MAX_LEVELS]
     cdef int n = 0, attempt = 0, code = enter(v)
@@ -274,9 +300,11 @@ cdef int walk_behind_callbacks(c_vcpu *v, uint64_t gva, uint32_t access, bint se
 
 
 cdef int walk_row(c_vcpu *v, uint64_t gva, uint32_t access, walk_result *r) noexcept nogil:
-    cdef uint32_t resolved = resolved_access((access | v.ac) & <uint32_t>PLAIN_ACCESS)
-    cdef bint set_ad = not access & KVMMU_ACCESS_NO_AD
+    cdef uint32_t resolved = resolved_access((access | v.ac) & <uint32_t>ANY_ACCESS)
+    cdef bint set_ad = not access & (KVMMU_ACCESS_NO_AD | KVMMU_ACCESS_PROBE)
     if v.cache is not NULL:
+        if v.stage.flags:
+            return nested_behind_callbacks(v, gva, resolved, set_ad, r)
         return walk_behind_callbacks(v, gva, resolved, set_ad, r)
     v.w.gva_to_gpa(&v.w, gva, resolved, set_ad, r)
     return KVMMU_OK
@@ -292,7 +320,10 @@ cdef int translate_slowly(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result
 
 
 cdef inline int translate_row(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
-    cdef kvmmu_translation t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
+    cdef kvmmu_translation t
+    if not is_plain_access(access):
+        return translate_slowly(v, gva, access, out)
+    t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
     if t.gpa == INVALID_GPA:
         return translate_slowly(v, gva, access, out)
     out.gpa, out.error_code, out.status, out.level = t.gpa, t.error_code, t.status, t.level
@@ -321,7 +352,7 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
     cdef const c_vcpu *v = <const c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
     cdef kvmmu_translation t
     if (kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle and v.fast.four_levels and out is not NULL and
-            is_access(access)):
+            is_plain_access(access)):
         t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
         if t.gpa != INVALID_GPA:
             out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0
@@ -349,7 +380,7 @@ cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, cons
         return KVMMU_E_ARGUMENT
     for i in range(n):
         if accesses is not NULL:                    # somebody may have changed it meanwhile
-            every = access | (accesses[i] & <uint32_t>PLAIN_ACCESS)
+            every = access | (accesses[i] & <uint32_t>ANY_ACCESS)
         code = translate_row(v, gva[i], every, &out[i])
         if code != KVMMU_OK:
             return code
@@ -358,22 +389,52 @@ cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, cons
     return KVMMU_OK
 
 
+cdef bint table_gpa(c_vcpu *v, uint64_t ngpa, bint set_ad, uint64_t *gpa) noexcept nogil:
+    """Translate the address of PDPTEs that are to be loaded. False: the second stage does not let them be read.
+
+    By the manuals that is a read without a linear address under EPT; KVM takes it for an access to a paging-structure entry.
+    """
+    cdef const kvm_pagewalk *n = &v.n
+    cdef walk_result r
+    cdef uint32_t access = 0
+    gpa[0] = ngpa
+    if not v.stage.flags:
+        return True
+    if n.fault_gpa_mask != ~<uint64_t>0:
+        access = n.table_access | <uint32_t>ACCESS_USER_MASK
+    r.refs = 0
+    r.error_code = 0
+    return translate_nested_gpa(n, ngpa, access, False, 0, set_ad, gpa, &r) == STATUS_OK
+
+
 cdef int read_words(c_vcpu *v, uint64_t gpa, uint64_t *words, int n) noexcept nogil:
     cdef int code = enter(v), attempt = 0, i
-    cdef bint readonly = False, whole
+    cdef bint readonly = False, whole, changes = v.stage.flags != 0
     cdef const uint8_t *hva
+    cdef uint64_t first
+    cdef watched_words watched
     if code != KVMMU_OK:
         return code
+    if v.cache is not NULL and v.cache.callbacks.write is NULL:
+        changes = False
     while True:
-        whole = True
+        whole = table_gpa(v, gpa, False, &first)
         for i in range(n):
-            hva = gpa_to_hva(&v.mem, gpa + i * sizeof(uint64_t), &readonly)
+            hva = gpa_to_hva(&v.mem, first + i * sizeof(uint64_t), &readonly) if whole else NULL
             whole = whole and hva is not NULL
             words[i] = 0 if hva is NULL else kvmmu_read64(hva)
+        if changes and v.cache is not NULL:
+            watch_table(v, gpa, 0, &watched)
         code = fetch_again(v, attempt)
         if code != 1:
             break
         attempt += 1
+    if code == KVMMU_OK and changes:
+        table_gpa(v, gpa, True, &first)             # the accessed bits of the second stage
+        if v.cache is not NULL:
+            code = store_changes(v, &watched)
+            if code != KVMMU_OK:
+                cache_clear(v.cache)
     leave(v)
     return code if code != KVMMU_OK else whole
 

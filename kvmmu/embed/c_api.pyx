@@ -3,11 +3,11 @@
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 
-from kvmmu.embed._lookups cimport c_lookup, c_record
+from kvmmu.embed._lookups cimport c_get_second_stage, c_lookup, c_record, c_translate_nested
 from kvmmu.embed._memories cimport (
     c_memory_add, c_memory_create, c_memory_create_callbacks, c_memory_free, c_memory_remove,
 )
-from kvmmu.embed._registers cimport c_set_registers, c_vcpu_create
+from kvmmu.embed._registers cimport c_set_registers, c_set_second_stage, c_vcpu_create
 from kvmmu.embed._structs cimport KVMMU_API_VERSION, KVMMU_CAPSULE_NAME, kvmmu_api
 from kvmmu.embed._vcpus cimport (
     c_get_registers, c_invalidate, c_translate, c_translate_many, c_vcpu_free, c_vcpu_release,
@@ -49,6 +49,7 @@ cdef void fill(kvmmu_api *api) noexcept:
     api.translate, api.translate_many = c_translate, c_translate_many
     api.lookup, api.record, api.invalidate = c_lookup, c_record, c_invalidate
     api.error_text = c_error_text
+    api.set_second_stage, api.get_second_stage, api.translate_nested = c_set_second_stage, c_get_second_stage, c_translate_nested
 
 
 fill(&API)

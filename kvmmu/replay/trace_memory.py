@@ -82,8 +82,12 @@ class _Pairs:
             if last_only:
                 last = np.append(addr[:-1] != addr[1:], True)
                 addr, value = addr[last], value[last]
-        self._parts, self.count = [(addr, value)], addr.size
+        self.replace(addr, value)
         return addr, value
+
+    def replace(self, addr: U64, value: U64) -> None:
+        """Have these pairs alone, which are not copied."""
+        self._parts, self.count = [(addr, value)], addr.size
 
 
 class SetUp:
@@ -92,6 +96,7 @@ class SetUp:
     def __init__(self) -> None:
         self._limit = memory_limit()
         self._regions, self._words = _Pairs(), _Pairs()
+        self._zeros = np.zeros(0, np.uint64)            # the lowest address of a word of 0 in each page that was told of one
         self._declared = 0
         self._settled = 0                               # words, when those of one address became one the last time
 
@@ -122,10 +127,17 @@ class SetUp:
         self._regions.add(gpa, size)
 
     def _settle_words(self) -> tuple[U64, U64]:
-        """The words by address, one for each."""
+        """The words by address, one for each, but for those of 0: the memory is zeros."""
         addr, value = self._words.sorted(last_only=True)
+        zero = value == 0
+        if zero.any():
+            told = np.union1d(self._zeros, addr[zero])
+            self._zeros = told[_is_first_of_page(told)]
+            addr, value = addr[~zero], value[~zero]
+            self._words.replace(addr, value)
         self._settled = addr.size
-        check_room(_pages_of(addr).size * PAGE_SIZE + addr.size * _PAIR_BYTES, "MEMORY_WORD rows", self._limit)
+        room = _pages_of(addr).size * PAGE_SIZE + addr.size * _PAIR_BYTES + self._zeros.nbytes
+        check_room(room, "MEMORY_WORD rows", self._limit)
         return addr, value
 
     def memory(self) -> "TraceMemory":
@@ -138,10 +150,12 @@ class SetUp:
         if overlap.any():
             raise TraceError(f"MEMORY: two regions overlap at gpa {int(starts[1:][overlap][0]):#x}")
         addr, value = self._settle_words()
-        at = np.searchsorted(starts, addr, side="right") - 1
-        outside = (at < 0) | (addr >= ends[np.maximum(at, 0)])
+        told = np.union1d(addr, self._zeros)
+        at = np.searchsorted(starts, told, side="right") - 1
+        outside = (at < 0) | (told >= ends[np.maximum(at, 0)])
         if outside.any():
-            raise TraceError(f"MEMORY_WORD: gpa {int(addr[outside][0]):#x} is in no MEMORY region")
+            raise TraceError(f"MEMORY_WORD: gpa {int(told[outside][0]):#x} is in no MEMORY region")
+        at = np.searchsorted(starts, addr, side="right") - 1
         places = np.cumsum(sizes) - sizes               # of the regions in one block of bytes
         offsets = places[at] + (addr - starts[at])
         joined = ends[:-1] == starts[1:]
@@ -150,10 +164,15 @@ class SetUp:
         return TraceMemory(slots, self._declared, addr, offsets, value, self._limit)
 
 
+def _is_first_of_page(addr: U64) -> NDArray[np.bool_]:
+    """Where ascending addresses come to another page."""
+    pages = addr >> _PAGE_SHIFT
+    return np.append(True, pages[:-1] != pages[1:])[:addr.size]
+
+
 def _pages_of(addr: U64) -> U64:
     """Page numbers of ascending addresses, each once."""
-    pages = addr >> _PAGE_SHIFT
-    return pages[np.append(True, pages[:-1] != pages[1:])] if pages.size else pages
+    return addr[_is_first_of_page(addr)] >> _PAGE_SHIFT
 
 
 def check_room(size: int, what: str, limit: int) -> None:

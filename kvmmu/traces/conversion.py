@@ -114,7 +114,7 @@ def _rounds(recording: Recording, repeat: int) -> Iterator[Arrays]:
         rows = RecordedRows(recording, sizes=True)
 
 
-def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compression: str = "lz4",
+def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compression: str = "lz4", layout: str = "places",
             progress: Progress | None = None) -> int:
     """Write a recording or a trace as a Parquet trace, in memory that depends neither on its length nor on `repeat`.
 
@@ -126,6 +126,8 @@ def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compres
     repeat : int
         How often the accesses of a recording come.
     compression : {"lz4", "zstd", "snappy", "none"}
+    layout : {"places", "plain"}
+        As for `ParquetWriter`: "plain" has the columns `addr` and `gpa`, for other tools.
     progress : callable, optional
         Called with (accesses written, accesses in all; 0 if unknown).
 
@@ -153,7 +155,7 @@ def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compres
         if isinstance(source, ParquetTrace):
             source = ParquetTrace(source.path, lean=False)          # with the columns that a replay leaves out
         chunks, header, total = source.chunks(), source.header, source.header.accesses or 0
-    with ParquetWriter(out, header, compression=compression, inputs=source_files(source)) as writer:
+    with ParquetWriter(out, header, compression=compression, layout=layout, inputs=source_files(source)) as writer:
         for columns in chunks:
             writer.write(columns)
             if progress:

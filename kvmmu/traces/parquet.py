@@ -14,13 +14,14 @@ from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.arch.arguments import check_bool, check_threads
 from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile, StrPath, open_regular
+from kvmmu.traces._places import MAX_PAIRS, addresses_of, find_places
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["COMPRESSIONS", "NoTraceError", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
+__all__ = ["COMPRESSIONS", "LAYOUTS", "NoTraceError", "ParquetTrace", "ParquetWriter", "batch_columns", "is_parquet", "schema"]
 
 KEY = b"kvmmu.trace"
 CHECKSUM_KEY = b"kvmmu.trace.crc32"
@@ -29,17 +30,24 @@ ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the s
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
 _BYTES_PER_ROW, _BYTES_BESIDE = 32, 1 << 20            # of a column, decompressed: what any encoding takes, and more
-_DICTIONARY = ["addr", "vcpu", "value", "gpa", "ip"]   # the others are bytes, which decode faster plain
+_DICTIONARY = ["addr", "page", "frame", "vcpu", "value", "gpa", "ip"]   # the others decode faster plain
+
+# How a file has `addr` and `gpa`: as they are, or as places: a row of the row group that has `page` and `frame`, and an offset.
+LAYOUTS = ("places", "plain")
+_PLACES = {"place": "uint32", "page": "uint64", "frame": "uint64"}
+_PLACED = ("addr", "gpa")
 
 
 class NoTraceError(TraceError):
     """A whole Parquet file that is no trace."""
 
 
-def schema() -> Any:
+def schema(layout: str = "plain") -> Any:
     """The Arrow schema of a trace, without header."""
     pa = pyarrow()
-    return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in NULLABLE) for name, dtype in COLUMNS.items()])
+    columns = COLUMNS if layout == "plain" else (
+        {"op": "uint8"} | _PLACES | {name: dtype for name, dtype in COLUMNS.items() if name not in _PLACED})
+    return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in NULLABLE) for name, dtype in columns.items()])
 
 
 def is_parquet(path: StrPath) -> bool:
@@ -53,8 +61,8 @@ def is_parquet(path: StrPath) -> bool:
         return file.read(4) == _MAGIC
 
 
-def batch_columns(batch: Any) -> dict[str, Any]:
-    """The columns of an Arrow record batch or table as arrays, those with nulls masked.
+def batch_columns(batch: Any, known: Mapping[str, str] = COLUMNS) -> dict[str, Any]:
+    """The columns of an Arrow record batch or table as arrays, those with nulls masked. IN known: their types by name.
 
     Raises
     ------
@@ -64,12 +72,12 @@ def batch_columns(batch: Any) -> dict[str, Any]:
     pa = pyarrow()
     columns: dict[str, Any] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name not in COLUMNS:
-            raise TraceError(f"column {field.name!r} is unknown; allowed are {', '.join(COLUMNS)}")
+        if field.name not in known:
+            raise TraceError(f"column {field.name!r} is unknown; allowed are {', '.join(known)}")
         if field.name in columns:
             raise TraceError(f"column {field.name!r} is there twice")
-        if field.type != getattr(pa, COLUMNS[field.name])():
-            raise TraceError(f"column {field.name!r} is {field.type}; allowed is {COLUMNS[field.name]}")
+        if field.type != getattr(pa, known[field.name])():
+            raise TraceError(f"column {field.name!r} is {field.type}; allowed is {known[field.name]}")
         if isinstance(column, pa.ChunkedArray):
             column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], field.type)])
         if column.null_count and field.name not in NULLABLE:
@@ -173,12 +181,20 @@ class ParquetTrace(Trace):
             if field.name in columns:
                 raise TraceError(f"{self.path}: column {field.name!r} is there twice")
             columns[field.name] = place
-            if field.name in COLUMNS and field.type != getattr(self._pa, COLUMNS[field.name])():
-                raise TraceError(f"{self.path}: column {field.name!r} is {field.type}; allowed is {COLUMNS[field.name]}")
-        for name in NEEDED:
+        self._placed = "place" in columns
+        known = COLUMNS | _PLACES if self._placed else COLUMNS
+        for field in found:
+            if field.name in known and field.type != getattr(self._pa, known[field.name])():
+                raise TraceError(f"{self.path}: column {field.name!r} is {field.type}; allowed is {known[field.name]}")
+        needed = [name for name in NEEDED if name not in _PLACED] + list(_PLACES) if self._placed else NEEDED
+        for name in needed:
             if name not in columns:
                 raise TraceError(f"{self.path}: column {name!r} is missing; there are {', '.join(columns)}")
-        self._names = [name for name in COLUMNS if name in columns]         # others are somebody's own
+        for name in _PLACED if self._placed else ():
+            if name in columns:
+                raise TraceError(f"{self.path}: column {name!r} is there beside places; allowed is one of them")
+        self._names = [name for name in COLUMNS if name in columns or self._placed and name in _PLACED]
+        self._known = known                                                 # others are somebody's own
         try:
             return Header.from_json(text)
         except TraceError as error:
@@ -202,7 +218,7 @@ class ParquetTrace(Trace):
                 for group, rows in enumerate(self._group_rows):
                     if self._starts[group + 1] <= start or (stop is not None and self._starts[group] >= stop):
                         continue
-                    if rows > _WHOLE_GROUP:
+                    if rows > _WHOLE_GROUP and not self._placed:
                         while pending:
                             yield from pending.popleft().result()
                         yield from self._batches(group, self._names)
@@ -224,10 +240,12 @@ class ParquetTrace(Trace):
     def _check_sizes(self, group: int) -> None:
         """Refuse a row group whose columns, decompressed, are larger than its rows can make them."""
         rows = self._metadata.row_group(group)
+        if self._placed and rows.num_rows > MAX_PAIRS:
+            raise TraceError(f"has {rows.num_rows:,} rows; allowed with places are {MAX_PAIRS:,}")
         allowed = rows.num_rows * _BYTES_PER_ROW + _BYTES_BESIDE
         for place in range(rows.num_columns):
             column = rows.column(place)
-            if column.path_in_schema in COLUMNS and column.total_uncompressed_size > allowed:
+            if column.path_in_schema in self._known and column.total_uncompressed_size > allowed:
                 raise TraceError(f"column {column.path_in_schema!r} takes {column.total_uncompressed_size:,} bytes for "
                                  f"{rows.num_rows:,} rows; allowed are {allowed:,}")
 
@@ -238,12 +256,23 @@ class ParquetTrace(Trace):
             names = [name for name in names if name not in self._unneeded]
         columns = self._columns(group, names)
         if len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
-            columns |= self._columns(group, [name for name in self._names if name in ("size", "value") and name not in columns])
+            of_events = ("size", "value") if (columns["op"] == Op.GUEST_WRITE).any() else ("value",)
+            columns |= self._columns(group, [name for name in of_events if name in self._names and name not in columns])
         return [self._guarded(group, lambda: Chunk.checked(columns, self.header, self._starts[group]))]
 
     def _columns(self, group: int, names: list[str]) -> dict[str, Any]:
-        return self._guarded(group, lambda: batch_columns(
-            self._file().read_row_group(group, columns=names, use_threads=False))) if names else {}
+        return self._guarded(group, lambda: self._decoded(group, names)) if names else {}
+
+    def _decoded(self, group: int, names: list[str]) -> dict[str, Any]:
+        if not self._placed or "addr" not in names:
+            return batch_columns(self._file().read_row_group(group, columns=names, use_threads=False))
+        names = [name for name in names if name not in _PLACED] + list(_PLACES)
+        columns = batch_columns(self._file().read_row_group(group, columns=names, use_threads=False), self._known)
+        place, page, frame = (columns.pop(name) for name in _PLACES)
+        # PyArrow's allocator, which keeps pages: those of new arrays would be cleared by the kernel each time
+        addr, gpa = (np.frombuffer(self._pa.allocate_buffer(8 * place.size), np.uint64) for _ in _PLACED)
+        addresses_of(place, page, frame, addr, gpa)
+        return columns | {"addr": addr, "gpa": gpa}
 
     def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
         """A large row group, a part at a time."""
@@ -292,6 +321,8 @@ class ParquetWriter:
         Its totals are counted here.
     compression : {"lz4", "zstd", "snappy", "none"}
         lz4 decodes two to three times as fast as zstd and takes twice the space.
+    layout : {"places", "plain"}
+        How `addr` and `gpa` are stored: "places" is decoded faster, "plain" are the columns as they are, for other tools.
     inputs : iterable of str or path-like
         Files that `path` shall not be, under any name.
 
@@ -306,15 +337,18 @@ class ParquetWriter:
         writer.write(op=op, addr=addr, access=access, gpa=gpa)
     """
 
-    def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4", inputs: Iterable[StrPath] = ()) -> None:
+    def __init__(self, path: StrPath, header: Header, *, compression: str = "lz4", layout: str = "places",
+                 inputs: Iterable[StrPath] = ()) -> None:
         if compression not in COMPRESSIONS:
             raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: want one of {', '.join(LAYOUTS)}, got {layout!r}")
         self._pa = pyarrow()
         self.path = Path(path)
         self.header = header
         self.rows = self.accesses = 0
         self.vcpus = 1
-        self._schema = schema()
+        self._layout, self._schema = layout, schema(layout)
         self._file = NewFile(path, inputs)
         self._writer: Any = None                        # None once it is closed
         try:
@@ -356,22 +390,32 @@ class ParquetWriter:
             raise
 
     def _write_chunk(self, chunk: Chunk) -> None:
-        pa, rows = self._pa, len(chunk)
-        events = chunk.op >= Op.MOV_CR3 if chunk.has_events else None
-        size = np.ones(rows, np.uint8) if chunk.size is None else chunk.size
-        vcpu = np.zeros(rows, np.uint16) if chunk.vcpu is None else chunk.vcpu
-        unknown = None if chunk.all_known else chunk.gpa == np.uint64(INVALID_GPA)
-        if events is not None:
-            unknown = events if unknown is None else unknown | events
-        value = pa.nulls(rows, pa.uint64()) if events is None else pa.array(chunk.value, mask=~events)
-        ip = pa.nulls(rows, pa.uint64()) if chunk.ip is None else pa.array(chunk.ip, mask=chunk.ip == 0)
-        table = pa.Table.from_arrays(
-            [pa.array(chunk.op), pa.array(chunk.addr), pa.array(chunk.access), pa.array(size), pa.array(vcpu), value,
-             pa.array(chunk.gpa, mask=unknown), ip], schema=self._schema)
-        self._writer.write_table(table, row_group_size=max(ROW_GROUP, min(rows, 2 * ROW_GROUP)))
-        self.rows += rows
+        for first in range(0, len(chunk), 2 * ROW_GROUP):
+            self._writer.write_table(self._table(chunk, slice(first, first + 2 * ROW_GROUP)), row_group_size=2 * ROW_GROUP)
+        self.rows += len(chunk)
         self.accesses += count_accesses(chunk.op)
         self.vcpus = max(self.vcpus, chunk.vcpus)
+
+    def _table(self, chunk: Chunk, part: slice) -> Any:
+        """A row group: some rows as Arrow has them."""
+        pa, op, addr, gpa = self._pa, chunk.op[part], chunk.addr[part], chunk.gpa[part]
+        rows, events = op.size, op >= Op.MOV_CR3 if chunk.has_events else None
+        value = None if events is None or chunk.value is None else pa.array(chunk.value[part], mask=~events)
+        columns = {"op": op, "access": chunk.access[part],
+                   "size": np.ones(rows, np.uint8) if chunk.size is None else chunk.size[part],
+                   "vcpu": np.zeros(rows, np.uint16) if chunk.vcpu is None else chunk.vcpu[part],
+                   "value": pa.nulls(rows, pa.uint64()) if value is None else value,
+                   "ip": pa.nulls(rows, pa.uint64()) if chunk.ip is None else pa.array(chunk.ip[part], mask=chunk.ip[part] == 0)}
+        if events is not None and events.any():
+            gpa = np.where(events, np.uint64(INVALID_GPA), gpa)
+        if self._layout == "plain":
+            unknown = None if chunk.all_known and events is None else gpa == np.uint64(INVALID_GPA)
+            columns |= {"addr": addr, "gpa": pa.array(gpa, mask=unknown)}
+        else:
+            place, page, frame = find_places(addr, gpa)
+            columns |= {"place": place} | {name: np.pad(pairs, (0, rows - pairs.size), "edge")          # one run behind them
+                                           for name, pairs in (("page", page), ("frame", frame))}
+        return pa.Table.from_arrays([pa.array(columns[name]) for name in self._schema.names], schema=self._schema)
 
     def close(self) -> None:
         """Write the header and put the file in its place; harmless if it was done before."""

@@ -14,9 +14,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
-from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, translate_nested_gpa, walk_result
+from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, kvm_pagewalk, table_access, translate_nested_gpa, walk_result
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_USER_MASK, CR3_PAE_PDPT_MASK, GVA32_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K,
+    ACC_ALL, ACCESS_PROBE_MASK, CR3_PAE_PDPT_MASK, GVA32_MASK, PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K,
     PT32_INDEX_BITS, PT64_INDEX_BITS, PT_GLOBAL_MASK, PT_PRESENT_MASK, STATUS_OK,
 )
 from kvmmu.arch._gpte cimport (
@@ -157,14 +157,14 @@ cdef inline bint is_leaf(const kvm_pagewalk *w, uint64_t pte, int level) noexcep
 
 
 cdef bint host_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint64_t *gpa) noexcept nogil:
-    """Where a table of the first stage lies; False if the second stage does not let it be read."""
+    """Where a table of the first stage lies; False if the second stage does not map it, with whatever rights."""
     cdef walk_result r
     gpa[0] = ngpa
     if n is NULL:
         return True
     r.refs = 0
     r.error_code = 0
-    return translate_nested_gpa(n, ngpa, n.table_access | <uint32_t>ACCESS_USER_MASK, False, 0, False, gpa, &r) == STATUS_OK
+    return translate_nested_gpa(n, ngpa, table_access(n, <uint32_t>ACCESS_PROBE_MASK), False, 0, False, gpa, &r) == STATUS_OK
 
 
 cdef inline uint64_t entry_at(const kvm_pagewalk *w, const uint8_t *page, uint64_t gpa, int i) noexcept nogil:

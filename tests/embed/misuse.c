@@ -34,6 +34,24 @@ static kvmmu_registers paging(void)
     return registers;
 }
 
+/* An EPT of four levels at 0x8000, which maps the first 2M to themselves. */
+static kvmmu_second_stage ept(void)
+{
+    kvmmu_second_stage stage;
+    memset(&stage, 0, sizeof stage);
+    stage.size = sizeof stage;
+    stage.flags = KVMMU_STAGE_EPT;
+    stage.root = 0x8000 | 6 | 3 << 3;
+    return stage;
+}
+
+static void write_ept(void)
+{
+    ram[0x8000 / 8] = 0x9007;
+    ram[0x9000 / 8] = 0xA007;
+    ram[0xA000 / 8] = 0xB7; /* a page of 2M, write-back */
+}
+
 /* ---- arguments ------------------------------------------------------------------------------------------------------- */
 
 static int null_pointers(kvmmu_memory memory, kvmmu_vcpu vcpu)
@@ -59,15 +77,19 @@ static int null_pointers(kvmmu_memory memory, kvmmu_vcpu vcpu)
     EXPECT(KVMMU_OK, kvmmu_translate_many(vcpu, 0, NULL, NULL, 0, NULL, NULL));
     EXPECT(KVMMU_E_NULL, kvmmu_lookup(vcpu, 0, 0, NULL));
     EXPECT(KVMMU_E_NULL, kvmmu_walk_record(vcpu, 0, 0, NULL));
+    EXPECT(KVMMU_E_NULL, kvmmu_translate_nested(vcpu, 0, 0, NULL));
+    EXPECT(KVMMU_E_NULL, kvmmu_get_second_stage(vcpu, NULL));
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, NULL)); /* there is none */
     return 0;
 }
 
 static int bad_values(kvmmu_memory memory, kvmmu_vcpu vcpu)
 {
     kvmmu_registers registers = paging();
-    kvmmu_cpu cpu = { sizeof(kvmmu_cpu), 0, 0 };
+    kvmmu_cpu cpu = { sizeof(kvmmu_cpu), 0, 0, 0, 0 };
     kvmmu_vcpu other;
     kvmmu_result result;
+    kvmmu_nested_result nested;
     kvmmu_mapping mapping;
     kvmmu_record record;
     uint64_t gva = 0x400000;
@@ -86,10 +108,10 @@ static int bad_values(kvmmu_memory memory, kvmmu_vcpu vcpu)
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_memory_remove(memory, 4096));
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_translate(vcpu, gva, 1, &result));
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_translate(vcpu, gva, 0x80000000u, &result));
-    EXPECT(KVMMU_E_ARGUMENT, kvmmu_translate(vcpu, gva, KVMMU_ACCESS_PROBE, &result));
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_translate_nested(vcpu, gva, 1, &nested));
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_translate_many(vcpu, 1, &gva, &access, 0, &result, &done));
     CHECK(done == 0);
-    EXPECT(KVMMU_E_ARGUMENT, kvmmu_lookup(vcpu, gva, KVMMU_ACCESS_PROBE | KVMMU_ACCESS_WRITE, &mapping));
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_lookup(vcpu, gva, KVMMU_ACCESS_PROBE | 1, &mapping));
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_walk_record(vcpu, gva, 1, &record));
     cpu.maxphyaddr = 31;
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
@@ -98,6 +120,19 @@ static int bad_values(kvmmu_memory memory, kvmmu_vcpu vcpu)
     cpu.maxphyaddr = 48;
     cpu.flags = 1u << 31;
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.flags = 0;
+    cpu.c_bit = 31;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.c_bit = 52;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.c_bit = 0;
+    cpu.features = KVMMU_FEATURE_VMX; /* without KVMMU_CPU_STRICT */
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.flags = KVMMU_CPU_STRICT;
+    cpu.features = 1u << 16;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.features = KVMMU_FEATURE_SVM; /* of another vendor */
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_vcpu_create(memory, &cpu, &other));
     registers.flags = 2;
     EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_registers(vcpu, &registers));
     return 0;
@@ -105,12 +140,14 @@ static int bad_values(kvmmu_memory memory, kvmmu_vcpu vcpu)
 
 static int wrong_versions(kvmmu_memory memory, kvmmu_vcpu vcpu)
 {
-    kvmmu_api table = *kvmmu_table;
+    static kvmmu_api table;
     kvmmu_registers registers = paging();
-    kvmmu_cpu cpu = { sizeof(kvmmu_cpu) + 8, 0, 0 };
+    kvmmu_cpu cpu = { sizeof(kvmmu_cpu) + 8, 0, 0, 0, 0 };
+    kvmmu_second_stage stage = ept();
     kvmmu_callbacks callbacks;
     kvmmu_vcpu other;
 
+    table = *kvmmu_table;
     table.version += 1u << 16;
     EXPECT(KVMMU_E_VERSION, kvmmu_use_table(&table));
     table.version = 0;
@@ -125,6 +162,11 @@ static int wrong_versions(kvmmu_memory memory, kvmmu_vcpu vcpu)
     memset(&callbacks, 0, sizeof callbacks);
     EXPECT(KVMMU_E_VERSION, kvmmu_memory_create_callbacks(&callbacks, &memory));
     EXPECT(KVMMU_E_VERSION, kvmmu_vcpu_create(memory, &cpu, &other));
+    cpu.size = 8;
+    EXPECT(KVMMU_E_VERSION, kvmmu_vcpu_create(memory, &cpu, &other));
+    stage.size -= 8;
+    EXPECT(KVMMU_E_VERSION, kvmmu_set_second_stage(vcpu, &stage));
+    EXPECT(KVMMU_E_VERSION, kvmmu_get_second_stage(vcpu, &stage));
     registers.size = 8;
     EXPECT(KVMMU_E_VERSION, kvmmu_set_registers(vcpu, &registers));
     EXPECT(KVMMU_E_VERSION, kvmmu_get_registers(vcpu, &registers));
@@ -154,15 +196,104 @@ static int illegal_registers(kvmmu_vcpu vcpu)
     return 0;
 }
 
+/* What no second stage may be, and what is left of one that is taken away. */
+static int second_stages(kvmmu_memory memory, kvmmu_vcpu vcpu)
+{
+    static const uint32_t bad_flags[] = { 0, KVMMU_STAGE_EPT | KVMMU_STAGE_NPT, KVMMU_STAGE_EPT | KVMMU_STAGE_GMET,
+                                          KVMMU_STAGE_NPT | KVMMU_STAGE_MBEC, KVMMU_STAGE_EPT | 1u << 31,
+                                          KVMMU_STAGE_EPT | KVMMU_STAGE_NO_2M };
+    kvmmu_second_stage stage = ept(), found;
+    kvmmu_registers registers = paging();
+    kvmmu_nested_result nested;
+    kvmmu_mapping mapping;
+    kvmmu_record record;
+    kvmmu_cpu cpu = { sizeof(kvmmu_cpu), 0, KVMMU_CPU_KVM, 0, 0 };
+    kvmmu_vcpu other;
+    size_t i;
+
+    write_ept();
+    EXPECT(KVMMU_OK, kvmmu_set_registers(vcpu, &registers));
+    for (i = 0; i < sizeof bad_flags / sizeof *bad_flags; i++) {
+        stage.flags = bad_flags[i];
+        if (stage.flags & KVMMU_STAGE_NO_2M)
+            EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, &stage)); /* 1G pages need pages of 2M: there are none either */
+        else
+            EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    }
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, NULL));
+    stage = ept();
+    stage.root = 0x8000; /* no levels */
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    stage.root = UINT64_C(1) << 60 | 6 | 3 << 3;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    stage = ept();
+    stage.reserved = 1;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    stage = ept();
+    stage.flags |= KVMMU_STAGE_PML; /* without accessed and dirty bits */
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    stage = ept();
+    stage.flags |= KVMMU_STAGE_SPP;
+    stage.spptp = 1;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &stage));
+    found.size = sizeof found;
+    EXPECT(KVMMU_OK, kvmmu_get_second_stage(vcpu, &found));
+    CHECK(found.flags == 0);
+
+    stage = ept();
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, &stage));
+    EXPECT(KVMMU_OK, kvmmu_get_second_stage(vcpu, &found));
+    CHECK(found.flags == KVMMU_STAGE_EPT && found.root == stage.root);
+    EXPECT(KVMMU_OK, kvmmu_translate_nested(vcpu, 0x400123, KVMMU_ACCESS_WRITE, &nested));
+    CHECK(nested.gpa == 0x4123 && nested.ngpa == 0x4123 && nested.linear == 0x400123 && nested.exit_reason == KVMMU_EXIT_NONE);
+    ram[0xA000 / 8] &= ~UINT64_C(2);
+    EXPECT(KVMMU_OK, kvmmu_translate_nested(vcpu, 0x400123, KVMMU_ACCESS_WRITE, &nested));
+    CHECK(nested.status == KVMMU_STATUS_EPT_VIOLATION && nested.exit_reason == KVMMU_EXIT_EPT_VIOLATION);
+    CHECK(nested.fault_gpa == 0x4123 && nested.gpa == KVMMU_INVALID_GPA && (nested.exit_qualification & 0x1BF) == 0x1AA);
+    ram[0xA000 / 8] = 0;
+    EXPECT(KVMMU_OK, kvmmu_translate_nested(vcpu, 0x400123, 0, &nested));
+    CHECK(nested.status == KVMMU_STATUS_EPT_VIOLATION && nested.fault_gpa == 0x1000);
+    EXPECT(KVMMU_OK, kvmmu_lookup(vcpu, 0x400123, KVMMU_ACCESS_PROBE, &mapping));
+    CHECK(mapping.status == KVMMU_STATUS_EPT_VIOLATION && mapping.size == 0);
+    EXPECT(KVMMU_OK, kvmmu_walk_record(vcpu, 0x400123, 0, &record));
+    CHECK(record.end.status == KVMMU_STATUS_EPT_VIOLATION && record.count == 1);
+    registers.efer = 0;
+    registers.cr3 = 0x1000; /* PAE, and the second stage does not reach the PDPTEs */
+    EXPECT(KVMMU_E_REGISTERS, kvmmu_set_registers(vcpu, &registers));
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, NULL));
+    EXPECT(KVMMU_OK, kvmmu_translate_nested(vcpu, 0x400123, 0, &nested));
+    CHECK(nested.status == KVMMU_STATUS_OK && nested.fault_gpa == KVMMU_INVALID_GPA);
+
+    EXPECT(KVMMU_OK, kvmmu_vcpu_create(memory, &cpu, &other)); /* KVM offers no sub-page permissions */
+    stage = ept();
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(other, &stage));
+    stage.flags |= KVMMU_STAGE_SPP;
+    stage.spptp = 0xC000;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(other, &stage));
+    EXPECT(KVMMU_OK, kvmmu_vcpu_free(other)); /* with a second stage; a vCPU in its place has none */
+    EXPECT(KVMMU_OK, kvmmu_vcpu_create(memory, NULL, &other));
+    EXPECT(KVMMU_OK, kvmmu_get_second_stage(other, &found));
+    CHECK(found.flags == 0);
+    EXPECT(KVMMU_OK, kvmmu_vcpu_free(other));
+    cpu.size = 12; /* a structure of version 1.0 */
+    cpu.c_bit = cpu.features = ~0u;
+    EXPECT(KVMMU_OK, kvmmu_vcpu_create(memory, &cpu, &other));
+    EXPECT(KVMMU_OK, kvmmu_vcpu_free(other));
+    write_tables();
+    return 0;
+}
+
 /* ---- handles --------------------------------------------------------------------------------------------------------- */
 
 static int freed_handles(kvmmu_memory memory, kvmmu_vcpu vcpu)
 {
     static const uint64_t numbers[] = { 0, 1, 0x10001, 0x20001, 0x20000, ~UINT64_C(0), 0xFFFF, 0x123456789abcdef };
     kvmmu_registers registers = paging();
+    kvmmu_second_stage stage = ept();
     kvmmu_vcpu other, again;
     kvmmu_memory empty;
     kvmmu_result result;
+    kvmmu_nested_result nested;
     kvmmu_mapping mapping;
     kvmmu_record record;
     size_t i;
@@ -186,6 +317,9 @@ static int freed_handles(kvmmu_memory memory, kvmmu_vcpu vcpu)
     EXPECT(KVMMU_E_HANDLE, kvmmu_translate_many(other, 0, NULL, NULL, 0, NULL, NULL));
     EXPECT(KVMMU_E_HANDLE, kvmmu_lookup(other, 0, 0, &mapping));
     EXPECT(KVMMU_E_HANDLE, kvmmu_walk_record(other, 0, 0, &record));
+    EXPECT(KVMMU_E_HANDLE, kvmmu_translate_nested(other, 0, 0, &nested));
+    EXPECT(KVMMU_E_HANDLE, kvmmu_set_second_stage(other, NULL));
+    EXPECT(KVMMU_E_HANDLE, kvmmu_get_second_stage(other, &stage));
     EXPECT(KVMMU_E_HANDLE, kvmmu_set_registers(other, &registers));
     EXPECT(KVMMU_E_HANDLE, kvmmu_get_registers(other, &registers));
     EXPECT(KVMMU_E_HANDLE, kvmmu_invalidate(other, 0, 0));
@@ -239,7 +373,7 @@ struct target {
     int write_answer; /* of write */
     int lies;         /* every read of a page has other bytes */
     int uses;         /* the vCPU, within the callback */
-    int codes[8];
+    int codes[11];
     unsigned reads, writes;
 };
 
@@ -250,6 +384,8 @@ static int read_page(void *opaque, uint64_t gpa, void *page)
     kvmmu_result result;
     kvmmu_mapping mapping;
     kvmmu_record record;
+    kvmmu_nested_result nested;
+    kvmmu_second_stage stage = ept();
     uint64_t gva = 0;
 
     t->reads++;
@@ -262,6 +398,9 @@ static int read_page(void *opaque, uint64_t gpa, void *page)
         t->codes[5] = kvmmu_vcpu_free(t->vcpu);
         t->codes[6] = kvmmu_vcpu_release(t->vcpu);
         t->codes[7] = kvmmu_invalidate(t->vcpu, 0, 0);
+        t->codes[8] = kvmmu_translate_nested(t->vcpu, 0, 0, &nested);
+        t->codes[9] = kvmmu_set_second_stage(t->vcpu, &stage);
+        t->codes[10] = kvmmu_set_second_stage(t->vcpu, NULL);
         if (kvmmu_memory_free(t->memory) != KVMMU_E_BUSY)
             t->codes[0] = 1;
     }
@@ -297,6 +436,8 @@ static int callbacks_that_fail(void)
     uint64_t addresses[3] = { 0x400000, 0x400010, 0x9000000 };
     kvmmu_mapping mapping;
     kvmmu_record record;
+    kvmmu_second_stage stage = ept();
+    kvmmu_nested_result nested;
     size_t done;
     int i;
 
@@ -344,16 +485,40 @@ static int callbacks_that_fail(void)
     t.uses = 1; /* uses what it serves */
     EXPECT(KVMMU_OK, kvmmu_invalidate(t.vcpu, 0, 0));
     EXPECT(KVMMU_OK, kvmmu_translate(t.vcpu, 0x400000, 0, &result));
-    for (i = 0; i < 8; i++)
+    for (i = 0; i < 11; i++)
         CHECK(t.codes[i] == KVMMU_E_BUSY);
     CHECK(result.gpa == 0x4000);
     t.uses = 0;
+    write_ept();
+    stage.root |= 1 << 6; /* accessed and dirty bits */
+    stage.flags |= KVMMU_STAGE_PML | KVMMU_STAGE_VE;
+    stage.pml_address = 0xD000;
+    stage.pml_index = 3;
+    stage.ve_area = 0xE000;
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(t.vcpu, &stage));
+    EXPECT(KVMMU_OK, kvmmu_invalidate(t.vcpu, 0, 0));
+    t.write_answer = 1;
+    EXPECT(KVMMU_E_CALLBACK, kvmmu_translate_nested(t.vcpu, 0x400000, KVMMU_ACCESS_WRITE, &nested));
+    t.write_answer = 0;
+    t.writes = 0;
+    EXPECT(KVMMU_OK, kvmmu_translate_nested(t.vcpu, 0x400000, KVMMU_ACCESS_WRITE, &nested));
+    CHECK(nested.gpa == 0x4000 && nested.ngpa == 0x4000 && nested.exit_reason == KVMMU_EXIT_NONE);
+    CHECK(t.writes >= 3 && (ram[0xA000 / 8] & 0x300) == 0x300 && ram[0x8000 / 8] == 0x9107);
+    t.answer = -1;
+    EXPECT(KVMMU_OK, kvmmu_invalidate(t.vcpu, 0, 0));
+    EXPECT(KVMMU_E_CALLBACK, kvmmu_translate_nested(t.vcpu, 0x400000, 0, &nested));
+    EXPECT(KVMMU_E_CALLBACK, kvmmu_lookup(t.vcpu, 0x400000, 0, &mapping));
+    t.answer = 0;
 
     t.lies = 1; /* garbage that is different each time: some answer, in time */
     for (i = 0; i < 3000; i++) {
         uint64_t gva = (uint64_t)rand() << 16 ^ (uint64_t)rand();
         EXPECT(KVMMU_OK, kvmmu_translate(t.vcpu, gva & UINT64_C(0x7FFFFFFFFFFF), (uint32_t)(i % 2) * 2, &result));
         EXPECT(KVMMU_OK, kvmmu_walk_record(t.vcpu, gva & UINT64_C(0x7FFFFFFFFFFF), 0, &record));
+        if (i == 1500) {
+            EXPECT(KVMMU_OK, kvmmu_set_second_stage(t.vcpu, NULL));
+            EXPECT(KVMMU_OK, kvmmu_set_registers(t.vcpu, &registers));
+        }
     }
     EXPECT(KVMMU_OK, kvmmu_vcpu_free(t.vcpu));
     EXPECT(KVMMU_OK, kvmmu_memory_free(t.memory));
@@ -489,6 +654,7 @@ static int before_import(void)
         return 0;
     EXPECT(KVMMU_E_IMPORT, kvmmu_memory_create(&memory));
     EXPECT(KVMMU_E_IMPORT, kvmmu_translate(1, 0, 0, &result));
+    EXPECT(KVMMU_E_IMPORT, kvmmu_set_second_stage(1, NULL));
     CHECK(kvmmu_error_text(KVMMU_E_NULL) != NULL);
     return 0;
 }
@@ -521,6 +687,7 @@ int misuse(const kvmmu_api *table)
     RUN(null_pointers(memory, vcpu));
     RUN(bad_values(memory, vcpu));
     RUN(illegal_registers(vcpu));
+    RUN(second_stages(memory, vcpu));
     RUN(freed_handles(memory, vcpu));
     RUN(removed_slots(memory, vcpu));
     RUN(callbacks_that_fail());

@@ -14,9 +14,9 @@ from pathlib import Path
 import c_table
 import numpy as np
 import pytest
-from c_table import CallFailed, Cpu, Machine, Registers, Table, bytes_of, copy_of
+from batch_machines import random_machine
+from c_table import WORD, CallFailed, Cpu, Machine, Registers, Table, bytes_of, copy_of
 from paths import ROOT
-from test_batch import random_machine
 
 import kvmmu
 import kvmmu.embed.c_api
@@ -152,7 +152,8 @@ def test_c_program(name, standard, tmp_path):
         "page of 4096 bytes, rights 13, accessed 0",
         "level 4: entry 0 at 0x1000 is 0x2027", "level 3: entry 0 at 0x2000 is 0x3027",
         "level 2: entry 2 at 0x3010 is 0x6027", "level 1: entry 1 at 0x6008 is 0x5005", "status 0", "status 0", "status 1",
-        "two threads: 200000 translations"]
+        "two threads: 200000 translations", "0x400123 -> 0x4123 -> 0x84123",
+        "0x401123 -> exit reason 48, qualification 0x7aa, guest-physical address 0x5123"]
 
 
 def test_the_gil_exceptions_and_the_end_of_the_interpreter(tmp_path):
@@ -202,7 +203,7 @@ def twin(seed, mode, *, callbacks=False, **options):
     """A Python vCPU over random tables, the same behind handles, addresses and accesses."""
     vcpu, gva, access = random_machine(seed, mode)
     regs = {name: getattr(vcpu.regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
-    cpu = Cpu(ctypes.sizeof(Cpu), 40, 0)
+    cpu = Cpu(40, 0)
     return vcpu, Machine(copy_of(vcpu.mem), regs, cpu=cpu, callbacks=callbacks, **options), gva, access
 
 
@@ -312,7 +313,7 @@ def test_processor_models():
     regs = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
     seen = set()
     for flags, width, options in ((0, 0, {}), (1, 0, {"vendor": "amd"}), (4, 0, {"gbpages": False}), (0, 40, {"maxphyaddr": 40})):
-        machine = Machine(copy_of(mem), regs, cpu=Cpu(ctypes.sizeof(Cpu), width, flags))
+        machine = Machine(copy_of(mem), regs, cpu=Cpu(width, flags))
         vcpu = Vcpu(mem, kvmmu.CpuModel(**options))
         vcpu.set_regs(**regs)
         codes = []
@@ -326,10 +327,57 @@ def test_processor_models():
     for flag, bit in ((16, {"cr4": 1 << 12}), (32, {"efer": 0x800}), (64, {"cr4": 1 << 20}), (128, {"cr4": 1 << 21}),
                       (256, {"cr4": 1 << 22}), (512, {"cr4": 1 << 17})):
         registers = {name: regs[name] & ~0x800 if name == "efer" else regs[name] for name in regs}
-        machine = Machine(copy_of(mem), registers, cpu=Cpu(ctypes.sizeof(Cpu), 0, flag))
+        machine = Machine(copy_of(mem), registers, cpu=Cpu(0, flag))
         with pytest.raises(CallFailed, match="-8"):
             machine.load(**{name: registers[name] | bit.get(name, 0) for name in registers})
         machine.close()
+
+
+def test_features_of_processor_models():
+    """Every feature has a flag without which its bit is legal, and a strict model has only what it names."""
+    regs = {"cr0": 0x80010001, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
+    ram = [(0, np.zeros(1 << 16, np.uint8))]
+    for flag, bits in ((1024, {"cr4": 1 << 28}), (1024, {"cr3": 1 << 61}), (1024, {"cr3": 1 << 62}), (2048, {"cr4": 1 << 23}),
+                       (4096, {"cr4": 1 << 24}), (8192, {"cr4": 1 << 27}), (16384, {"efer": 1 << 20})):
+        more = {name: regs[name] | bits.get(name, 0) for name in regs}
+        machine = Machine(ram, more)
+        machine.close()
+        machine = Machine(ram, regs, cpu=Cpu(flags=flag))
+        with pytest.raises(CallFailed, match="-8"):
+            machine.load(**more)
+        machine.close()
+    numbers = numbers_of_header()
+    for name, (vendors, bit) in kvmmu.arch.registers.FEATURES.items():
+        feature = numbers[f"KVMMU_FEATURE_{name.upper()}"]
+        register = "cr4" if isinstance(bit, kvmmu.Cr4) else "efer"
+        more = regs | {register: regs[register] | int(bit)}
+        for vendor in vendors:
+            amd = int(vendor == "amd")
+            machine = Machine(ram, more, cpu=Cpu(flags=amd))
+            machine.close()
+            machine = Machine(ram, more, cpu=Cpu(flags=amd | 32768, features=feature))
+            machine.close()
+            machine = Machine(ram, regs, cpu=Cpu(flags=amd | 32768))
+            with pytest.raises(CallFailed, match="-8"):
+                machine.load(**more)
+            machine.close()
+
+
+def test_a_processor_model_of_version_1_0():
+    """A structure that ends with its flags has neither an encryption bit nor features."""
+    table, memory, vcpu = Table(), WORD(), WORD()
+    table.memory_create(ctypes.byref(memory))
+    cpu = Cpu(40, 0, c_bit=7, features=0xFFFFFFFF)
+    with pytest.raises(CallFailed, match="-2"):
+        table.vcpu_create(memory, ctypes.byref(cpu), ctypes.byref(vcpu))
+    cpu.size = 12
+    table.vcpu_create(memory, ctypes.byref(cpu), ctypes.byref(vcpu))
+    table.vcpu_free(vcpu)
+    for size in (8, 16, 24):
+        cpu.size = size
+        with pytest.raises(CallFailed, match="-10"):
+            table.vcpu_create(memory, ctypes.byref(cpu), ctypes.byref(vcpu))
+    table.memory_free(memory)
 
 
 def test_pages_behind_callbacks_are_kept():

@@ -251,6 +251,18 @@ def test_processor_models():
         assert expected == [e.error_code for e in emulator.events]
 
 
+def test_an_encryption_bit():
+    """It is no address bit of the model that has it, and reserved or an address bit of others."""
+    for c_bit, expected in ((40, []), (None, [9])):
+        _, ram = machine(bytes.fromhex("488b06" "f4"))
+        map_page(ram, 0x100000, 0x100003 | 1 << 40)
+        emulator = embed.Emulator(GuestMemory(ram), CpuModel(maxphyaddr=36, c_bit=c_bit))
+        emulator.load(**REGISTERS, rip=BASE, rsp=STACK + 4096, rflags=2, rsi=0x100000)
+        emulator.load_tables(gdt=(GDT, 71), idt=(IDT, 511))
+        assert "halt" == emulator.run()
+        assert expected == [e.error_code for e in emulator.events]
+
+
 # ---- delivery ------------------------------------------------------------------------------------------------------------
 
 def test_interrupts_of_software():

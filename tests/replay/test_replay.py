@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import DATA
-from test_recording import NEEDS_ZSTD
+from toy_recordings import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu

@@ -12,7 +12,8 @@ from kvmmu.walk.results import Translation
 _spec = importlib.util.spec_from_file_location("walk_ctypes", ROOT / "examples" / "embed" / "walk_ctypes.py")
 walk_ctypes = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(walk_ctypes)
-Registers, Result, load = walk_ctypes.Registers, walk_ctypes.Result, walk_ctypes.load
+Registers, Result, SecondStage, NestedResult, load = (
+    walk_ctypes.Registers, walk_ctypes.Result, walk_ctypes.SecondStage, walk_ctypes.NestedResult, walk_ctypes.load)
 WORD, NARROW, BYTE = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint8
 
 RESULT = np.dtype([("gpa", np.uint64), ("error_code", np.uint32), ("status", np.uint8), ("level", np.uint8),
@@ -22,7 +23,10 @@ RESULT = np.dtype([("gpa", np.uint64), ("error_code", np.uint32), ("status", np.
 class Cpu(ctypes.Structure):
     """kvmmu_cpu."""
 
-    _fields_ = [("size", NARROW), ("maxphyaddr", NARROW), ("flags", NARROW)]
+    _fields_ = [("size", NARROW), ("maxphyaddr", NARROW), ("flags", NARROW), ("c_bit", NARROW), ("features", NARROW)]
+
+    def __init__(self, maxphyaddr=0, flags=0, c_bit=0, features=0):
+        super().__init__(ctypes.sizeof(Cpu), maxphyaddr, flags, c_bit, features)
 
 
 class Mapping(ctypes.Structure):
@@ -58,7 +62,9 @@ class Callbacks(ctypes.Structure):
 
 
 STRUCTURES = {"kvmmu_registers": Registers, "kvmmu_result": Result, "kvmmu_cpu": Cpu, "kvmmu_mapping": Mapping,
-              "kvmmu_step": Step, "kvmmu_record": Record, "kvmmu_callbacks": Callbacks, "kvmmu_api": walk_ctypes.Api}
+              "kvmmu_step": Step, "kvmmu_record": Record, "kvmmu_callbacks": Callbacks, "kvmmu_second_stage": SecondStage,
+              "kvmmu_nested_result": NestedResult, "kvmmu_api": walk_ctypes.Api}
+EPT, NPT, MBEC, NO_EXECONLY, NO_ADVANCED_INFO, NO_2M, NO_1G, PML, SPP, VE, GMET = (1 << bit for bit in range(11))
 
 
 class CallFailed(Exception):
@@ -85,7 +91,7 @@ class Table:
 class Machine:
     """A memory and a vCPU behind handles. IN slots: (gpa, array of bytes); callbacks: these are read and written."""
 
-    def __init__(self, slots, regs, *, cpu=None, callbacks=False, cache_pages=0, write=True):
+    def __init__(self, slots, regs, *, cpu=None, callbacks=False, cache_pages=0, write=True, stage=None):
         self.table, self.slots = Table(), slots
         self.memory, self.vcpu = WORD(), WORD()
         self.reads, self.writes = [], []
@@ -97,9 +103,15 @@ class Machine:
             self.table.memory_create(ctypes.byref(self.memory))
             for gpa, data in slots:
                 self.table.memory_add(self.memory, gpa, data.ctypes.data, data.nbytes, 0)
-        cpu = cpu or Cpu(ctypes.sizeof(Cpu), 0, 0)
+        cpu = cpu or Cpu()
         self.table.vcpu_create(self.memory, ctypes.byref(cpu), ctypes.byref(self.vcpu))
+        if stage is not None:
+            self.enter(stage)
         self.load(**regs)
+
+    def enter(self, stage):
+        """Take the second stage of an Ept or an Npt; None: none."""
+        self.table.set_second_stage(self.vcpu, None if stage is None else ctypes.byref(second_stage(stage)))
 
     def load(self, pdptrs=None, **registers):
         registers = Registers(size=ctypes.sizeof(Registers), **registers)
@@ -143,6 +155,11 @@ class Machine:
         assert gva.size == done.value
         return columns(out)
 
+    def nested(self, gva, access):
+        result = NestedResult()
+        self.table.translate_nested(self.vcpu, gva, access, ctypes.byref(result))
+        return result
+
     def lookup(self, gva, access):
         mapping = Mapping()
         self.table.lookup(self.vcpu, gva, access, ctypes.byref(mapping))
@@ -156,6 +173,23 @@ class Machine:
     def close(self):
         self.table.vcpu_free(self.vcpu)
         self.table.memory_free(self.memory)
+
+
+def second_stage(stage):
+    """The kvmmu_second_stage of an Ept or an Npt."""
+    c = SecondStage(size=ctypes.sizeof(SecondStage), root=stage.root)
+    if hasattr(stage, "ncr3"):
+        c.flags, c.cr4, c.efer = NPT | GMET * stage.gmet, stage.cr4, stage.efer
+        return c
+    c.flags = (EPT | MBEC * stage.mbec | NO_EXECONLY * (not stage.execonly) | NO_ADVANCED_INFO * (not stage.advanced_info) |
+               NO_2M * (not stage.page_2m) | NO_1G * (stage.page_1g is False))
+    if stage.pml is not None:
+        c.flags, c.pml_address, c.pml_index = c.flags | PML, stage.pml.address, stage.pml.index
+    if stage.spptp is not None:
+        c.flags, c.spptp = c.flags | SPP, stage.spptp
+    if stage.ve is not None:
+        c.flags, c.ve_area = c.flags | VE, stage.ve
+    return c
 
 
 def columns(rows):

@@ -2,6 +2,7 @@
 """The trace format: what is written is read, and nothing but a whole and legal trace passes."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
-from test_trace_replay import CLIPS, header, machine, memory_rows, rows_of, tables
+from toy_traces import CLIPS, header, machine, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import INVALID_GPA, Access, cli
 from kvmmu.traces import Chunk, Header, Op, ParquetTrace, ParquetWriter, Recording, RegisterSet, Stage, Trace, TraceError, convert
 from kvmmu.traces.header import checksum
+from kvmmu.traces.parquet import LAYOUTS
 
 pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -74,11 +76,12 @@ def many():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(ACCESS_ROWS, EVENT_ROWS), max_size=40), st.integers(1, 40), st.sampled_from(["lz4", "zstd", "none"]))
-def test_rows_come_back_as_they_were_written(tmp_path_factory, rows, part, compression):
+@given(st.lists(st.one_of(ACCESS_ROWS, EVENT_ROWS), max_size=40), st.integers(1, 40), st.sampled_from(["lz4", "zstd", "none"]),
+       st.sampled_from(LAYOUTS))
+def test_rows_come_back_as_they_were_written(tmp_path_factory, rows, part, compression, layout):
     """Every column of every kind of row, nulls included, in any division into writes; lean or not."""
     path = tmp_path_factory.mktemp("round") / "trace.parquet"
-    with ParquetWriter(path, many(), compression=compression) as writer:
+    with ParquetWriter(path, many(), compression=compression, layout=layout) as writer:
         for start in range(0, len(rows), part):
             writer.write(columns_of(rows[start:start + part]))
     for lean in (False, True):
@@ -95,7 +98,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, rows, part, compr
                 is_event = expected["op"] >= 16
                 if not is_event:
                     assert int(chunk.gpa[row]) == (INVALID_GPA if expected["gpa"] is None else expected["gpa"])
-                if is_event or not lean:
+                if expected["op"] == Op.GUEST_WRITE or not lean:            # nothing depends on that of other events
                     assert int(chunk.size[row]) == expected["size"]
                 if is_event:
                     assert int(chunk.value[row]) == expected["value"]
@@ -103,6 +106,75 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, rows, part, compr
                 at += 1
             assert chunk.all_known or any(row["gpa"] is None for row in rows)
             assert chunk.has_events == any(op >= 16 for op in chunk.op.tolist())
+
+
+def written(path, addr, gpa, layout="places"):
+    """A file of loads."""
+    with ParquetWriter(path, Header(registers=(REGS,)), layout=layout) as writer:
+        for first in range(0, len(addr), 1_000_000):
+            part = slice(first, first + 1_000_000)
+            writer.write(op=np.zeros(len(addr[part]), np.uint8), addr=addr[part], access=np.zeros(len(addr[part]), np.uint8),
+                         gpa=gpa[part])
+    return path
+
+
+@pytest.mark.parametrize("pages", [1, 3000, 1 << 20, 1 << 30])
+def test_addresses_in_either_layout(pages, tmp_path):
+    """Few and many pages, more than one row group; pages with several frames, other offsets, none at all."""
+    rng, n = np.random.default_rng(pages), 700_000
+    addr = rng.integers(0, pages, n, np.uint64) << np.uint64(12) | rng.integers(0, 4096, n, np.uint64)
+    gpa = (addr * np.uint64(77) & np.uint64((1 << 51) - 4096)) + (addr & np.uint64(4095))
+    odd = rng.random(n)
+    gpa[odd < 0.01] ^= np.uint64(1 << 51)
+    gpa[odd < 0.001] ^= np.uint64(0xFFF)
+    gpa[odd < 0.0001] = INVALID_GPA
+    addr[:3], gpa[:3] = [5, 4095, 2**64 - 1], [4, 4094, 0]          # 1 less than the offset, or less than it by far
+    for layout in LAYOUTS:
+        chunks = list(ParquetTrace(written(tmp_path / layout, addr, gpa, layout)).chunks())
+        assert (np.concatenate([chunk.addr for chunk in chunks]) == addr).all()
+        assert (np.concatenate([chunk.gpa for chunk in chunks]) == gpa).all()
+        assert not all(chunk.all_known for chunk in chunks)
+
+
+def test_places_are_what_the_document_says(tmp_path):
+    """Read by PyArrow and NumPy alone."""
+    rng = np.random.default_rng(1)
+    addr = rng.integers(0, 1 << 20, 10_000, np.uint64)
+    table = pq.read_table(written(tmp_path / "places", addr, addr ^ np.uint64(1 << 30)))
+    assert table.schema.names == ["op", "place", "page", "frame", "access", "size", "vcpu", "value", "ip"]
+    place, page, frame = (table[name].to_numpy() for name in ("place", "page", "frame"))
+    assert (page[place >> 12] + (place & 4095) == addr).all()
+    assert (frame[place >> 12] + (place & 4095) == addr ^ np.uint64(1 << 30)).all()
+    plain = pq.read_table(written(tmp_path / "plain", addr, addr, "plain"))
+    assert plain.schema.names == [*DTYPES, "ip"]
+    assert (plain["addr"].to_numpy() == addr).all()
+    with pytest.raises(ValueError, match="layout: want one of places, plain, got 'other'"):
+        ParquetWriter(tmp_path / "x", many(), layout="other")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: t.set_column(1, t.schema.field("place"), pa.array(np.full(len(t), 0xFFFFF000, np.uint32))),
+     "row 0: place is 0xfffff000, of page 1048575; allowed is one of the 100 pages"),
+    (lambda t: t.set_column(1, "place", pa.array(np.zeros(len(t), np.uint64))), "column 'place' is uint64; allowed is uint32"),
+    (lambda t: t.set_column(1, pa.field("place", pa.uint32()), pa.array([None] * len(t), pa.uint32())), "100 nulls"),
+    (lambda t: t.set_column(2, pa.field("page", pa.uint64()), pa.array([None] * len(t), pa.uint64())), "100 nulls"),
+    (lambda t: t.drop_columns(["frame"]), "column 'frame' is missing"),
+    (lambda t: t.append_column("gpa", pa.array(np.zeros(len(t), np.uint64))), "column 'gpa' is there beside places")])
+def test_places_that_are_refused(change, words, tmp_path):
+    addr = np.arange(100, dtype=np.uint64) << np.uint64(12)
+    table = pq.read_table(written(tmp_path / "whole", addr, np.zeros(100, np.uint64)))
+    changed = change(table)
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), tmp_path / "changed.parquet")
+    with pytest.raises(TraceError, match=re.escape(words)):
+        list(ParquetTrace(tmp_path / "changed.parquet").chunks())
+
+
+def test_a_row_group_too_large_for_places(tmp_path):
+    n = (1 << 20) + 1
+    table = pq.read_table(written(tmp_path / "whole", np.zeros(n, np.uint64), np.zeros(n, np.uint64)))
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=n)
+    with pytest.raises(TraceError, match="row group 0: has 1,048,577 rows; allowed with places are 1,048,576"):
+        list(ParquetTrace(tmp_path / "large.parquet").chunks())
 
 
 REGISTER_SETS = st.builds(

@@ -29,6 +29,7 @@ from kvmmu import (
     Vcpu,
     VirtualizationException,
 )
+from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 P, W, U, A, D, NX = 1, 2, 4, 0x20, 0x40, 1 << 63
 R, EW, X, BIT60, BIT61, BIT63 = 1, 2, 4, 1 << 60, 1 << 61, 1 << 63
@@ -142,6 +143,40 @@ def test_1_masking_in_the_fast_paths_and_in_spans():
     for _ in range(2):
         t = walk.translate(np.full(999, tagged | GVA, np.uint64), mixed)
         assert np.array_equal(t.status != 0, mixed != Access.USER)
+
+
+@pytest.mark.usefixtures("same_instruction_set")
+@pytest.mark.parametrize("kernels", instruction_sets())
+@pytest.mark.parametrize("registers", [(LA57 * la57, lam, uai) for la57 in (0, 1) for lam, uai in (
+    (U48, 0), (U57, 0), (LAM_SUP, 0), (LAM_SUP | U48, 0), (LAM_SUP | U57, 0), (0, UAIE))])
+def test_1_masking_in_blocks(registers, kernels):
+    """Blocks of data alone and blocks with fetches, of tagged addresses in either half, are answered as scalar calls are."""
+    la57, lam, uai = registers
+    use_instruction_set(kernels)
+    mem = guest_memory()
+    for table, below in ((0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000), (0x5000, 0x1000)):
+        for index in (0, 511):
+            mem.write_u64(table + 8 * index, below | P | W | U | A)
+    mem.write_u64(0x4000 + 8 * 511, DATA + 0x1000 | P | W | U | A)
+    vcpu = vcpu_of(mem, cr3=(0x5000 if la57 else 0x1000) | lam & ~LAM_SUP, cr4=PAE | la57 | lam & LAM_SUP, efer=LONG | uai)
+    rng = np.random.default_rng(lam & 7 | la57)
+    gva = np.where(rng.random(1024) < 0.5, np.uint64(0x123), np.uint64(2**64 - 0x123))
+    above = np.uint64(57 if la57 else 48)
+    gva ^= np.where(rng.random(1024) < 0.7, rng.integers(0, 1 << 15, 1024, np.uint64) << np.uint64(48), np.uint64(0))
+    gva ^= np.where(rng.random(1024) < 0.1, np.uint64(1) << (above - np.uint64(1)), np.uint64(0))
+    fetches = np.where(np.arange(1024) >= 512, rng.choice(np.array([0, 16, 32, 64, 128], np.uint8), 1024), 0).astype(np.uint8)
+    t = vcpu.gva_walk.translate(gva, fetches, set_ad=False)
+    again = vcpu.gva_walk.translate(gva, fetches, set_ad=False, fields=("gpa", "status", "pte"))
+    assert np.array_equal(t.gpa, again.gpa)
+    for row, (address, access) in enumerate(zip(gva.tolist(), fetches.tolist(), strict=True)):
+        try:
+            assert vcpu.gva_walk.gva_to_gpa(address, access) == t.gpa[row]
+            assert t.status[row] == Status.OK
+        except PageFault as fault:
+            assert (Status.PAGE_FAULT, fault.error_code) == (t.status[row], t.error_code[row])
+        except GeneralProtection:
+            assert t.status[row] == Status.NON_CANONICAL
+    assert len(set(t.status[:512].tolist())) > 1
 
 
 def test_1_what_has_no_tag():

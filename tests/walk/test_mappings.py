@@ -74,7 +74,7 @@ def check_shape(mappings):
         assert not same, f"{a} and {b} are one"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("mode", MODES)
 def test_random_tables(mode, seed):
     """Loops, shared tables, reserved bits, holes, large pages: what is mapped is what some access can reach."""
@@ -107,7 +107,7 @@ def test_columns_are_those_of_the_leaf(mode):
         assert m.second_access == ALL
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("mode", MODES)
 def test_a_part_of_the_address_space(mode, seed):
     """start and stop cut the rows of the whole."""
@@ -346,6 +346,28 @@ def test_lookup_over_two_stages():
     assert found.pte_access == Acc.READ | Acc.USER | Acc.EXEC
     with pytest.raises(kvmmu.EptViolation):
         vcpu.gva_walk.lookup(0x4000_1000, Access.PROBE)
+
+
+@pytest.mark.parametrize("kind", ["ept", "npt"])
+def test_tables_that_the_second_stage_protects_are_read(kind):
+    """A hypervisor that write-protects a guest's tables faults its walks; what they map is told by mappings and probes."""
+    mem = GuestMemory(64 << 20)
+    first = kvmmu.PageTables(mem, "4l", frames=range(1 << 20, 2 << 20, 4096))
+    first.map(0x4000_0000, 8 << 20)
+    stage = kvmmu.PageTables(mem, kind if kind == "ept" else "4l", frames=range(2 << 20, 3 << 20, 4096))
+    for gpa in range(1 << 20, 2 << 20, 4096):
+        stage.map(gpa, gpa, write=False)
+    stage.map(8 << 20, 32 << 20)
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(cr0=0x80010033, cr3=0x1000, cr4=0x20, efer=0xD00)
+    root = Ept(stage.root | 0x5E) if kind == "ept" else Npt(stage.root)
+    vcpu.enter_nested(root, **builders.mode_regs("4l", first.root))
+    walk = vcpu.gva_walk
+    with pytest.raises(kvmmu.NestedFault):
+        walk.gva_to_gpa(0x4000_0123)
+    assert walk.gva_to_gpa(0x4000_0123, Access.PROBE) == walk.lookup(0x4000_0123, Access.PROBE).gpa == (32 << 20) + 0x123
+    (row,) = walk.mappings()
+    assert (row.gva, row.gpa, row.size) == (0x4000_0000, 32 << 20, 4096)
 
 
 def nested_over_empty_tables():

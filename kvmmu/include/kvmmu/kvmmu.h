@@ -20,16 +20,19 @@
  * meantime other threads get KVMMU_E_THREAD. Use one vCPU for each thread; they may share a memory. Accessed and dirty bits in host
  * memory are set by compare-and-set. Functions that change the slots of a memory need all vCPUs of it: released, or the caller's own.
  *
- * The GIL. kvmmu_import() needs it. No other function needs it to be held, and each may be called with it held. Two take it for
- * themselves: kvmmu_vcpu_create(), and kvmmu_set_registers() where CR0, CR4, EFER, or bits of CR3 beyond the physical-address width
- * change, or under PAE paging. A program with threads that call these lets go of it first (PyEval_SaveThread()). After Py_Finalize()
- * these return KVMMU_E_PYTHON, and all others work on.
+ * The GIL. kvmmu_import() needs it. No other function needs it to be held, and each may be called with it held. Three take it for
+ * themselves: kvmmu_vcpu_create(), kvmmu_set_second_stage(), and kvmmu_set_registers() where CR0, CR4, EFER, or bits of CR3 beyond the
+ * physical-address width change, or under PAE paging. A program with threads that call these lets go of it first
+ * (PyEval_SaveThread()). After Py_Finalize() these return KVMMU_E_PYTHON, and all others work on.
  *
  * Callbacks run in the thread that made the call, without the GIL being taken. A callback that uses the vCPU that it serves, or
  * frees it, gets KVMMU_E_BUSY. Callbacks return; they do not longjmp() or throw.
  *
  * Versions. KVMMU_API_VERSION is (major << 16) + minor. Programs go on working with every later minor version without being compiled
- * again; kvmmu_import() refuses another major version, or an older minor one, with KVMMU_E_VERSION.
+ * again; kvmmu_import() refuses another major version, or an older minor one, with KVMMU_E_VERSION. A structure that grows takes the
+ * sizes that it had before. What 1.1 added to 1.0: kvmmu_set_second_stage(), kvmmu_get_second_stage(), kvmmu_translate_nested() and
+ * their structures; KVMMU_ACCESS_SHADOW_STACK, and KVMMU_ACCESS_PROBE in every function; c_bit and features of a kvmmu_cpu, and its
+ * flags from KVMMU_CPU_NO_LAM on.
  */
 #ifndef KVMMU_KVMMU_H
 #define KVMMU_KVMMU_H
@@ -38,7 +41,7 @@
 #include <stdint.h>
 
 #define KVMMU_API_MAJOR 1u
-#define KVMMU_API_MINOR 0u
+#define KVMMU_API_MINOR 1u
 #define KVMMU_API_VERSION (KVMMU_API_MAJOR << 16 | KVMMU_API_MINOR)
 #define KVMMU_CAPSULE_MODULE "kvmmu.embed.c_api"
 #define KVMMU_CAPSULE_ATTRIBUTE "table"
@@ -74,8 +77,8 @@ extern "C" {
 #define KVMMU_ACCESS_AC 8u        /* EFLAGS.AC: SMAP does not apply */
 #define KVMMU_ACCESS_FETCH 16u
 #define KVMMU_ACCESS_IMPLICIT 32u /* a supervisor access whatever the CPL is, as to a descriptor table */
-/* of kvmmu_lookup() alone, and by itself: neither rights nor accessed and dirty bits count */
-#define KVMMU_ACCESS_PROBE 128u
+#define KVMMU_ACCESS_SHADOW_STACK 64u /* to a shadow stack, with WRITE for a write; judged so whatever CR4.CET is */
+#define KVMMU_ACCESS_PROBE 128u       /* no access: neither rights nor accessed and dirty bits count, whatever is beside it */
 /* beside an access: store no accessed and dirty bits */
 #define KVMMU_ACCESS_NO_AD 256u
 
@@ -83,7 +86,22 @@ extern "C" {
 #define KVMMU_STATUS_OK 0u
 #define KVMMU_STATUS_PAGE_FAULT 1u    /* #PF */
 #define KVMMU_STATUS_NON_CANONICAL 2u /* #GP, or #SS of a stack access */
-#define KVMMU_STATUS_LASS_VIOLATION 7u /* likewise, by CR4.LASS */
+/* under a second stage alone: exits, for which kvmmu_translate_nested() has reason, qualification and address */
+#define KVMMU_STATUS_EPT_VIOLATION 3u
+#define KVMMU_STATUS_EPT_MISCONFIG 4u
+#define KVMMU_STATUS_NESTED_PAGE_FAULT 5u /* #NPF */
+#define KVMMU_STATUS_PML_FULL 6u
+#define KVMMU_STATUS_LASS_VIOLATION 7u /* as NON_CANONICAL, by CR4.LASS */
+#define KVMMU_STATUS_SPP_EVENT 8u
+#define KVMMU_STATUS_VIRT_EXCEPTION 9u /* #VE of the guest instead of an exit; the information area is filled */
+
+/* `exit_reason` of a nested result: of VMX, and the exit code of SVM */
+#define KVMMU_EXIT_NONE 0u
+#define KVMMU_EXIT_EPT_VIOLATION 48u
+#define KVMMU_EXIT_EPT_MISCONFIG 49u
+#define KVMMU_EXIT_PML_FULL 62u
+#define KVMMU_EXIT_SPP_EVENT 66u
+#define KVMMU_EXIT_NPF 0x400u
 
 /* `rights` of a mapping or a step */
 #define KVMMU_RIGHT_READ 1u
@@ -105,9 +123,46 @@ extern "C" {
 #define KVMMU_CPU_NO_SMAP 128u
 #define KVMMU_CPU_NO_PKU 256u
 #define KVMMU_CPU_NO_PCID 512u
+#define KVMMU_CPU_NO_LAM 1024u
+#define KVMMU_CPU_NO_SHSTK 2048u
+#define KVMMU_CPU_NO_PKS 4096u
+#define KVMMU_CPU_NO_LASS 8192u
+#define KVMMU_CPU_NO_UAI 16384u
+#define KVMMU_CPU_STRICT 32768u /* control bits without a say in translation are reserved, but for those of `features` */
+
+/* `features` of a kvmmu_cpu: those of the vendor */
+#define KVMMU_FEATURE_UMIP 1u
+#define KVMMU_FEATURE_FSGSBASE 2u
+#define KVMMU_FEATURE_XSAVE 4u
+#define KVMMU_FEATURE_CET 8u
+#define KVMMU_FEATURE_FRED 16u
+#define KVMMU_FEATURE_VMX 32u
+#define KVMMU_FEATURE_SMX 64u
+#define KVMMU_FEATURE_KL 128u
+#define KVMMU_FEATURE_UINTR 256u
+#define KVMMU_FEATURE_SVM 512u
+#define KVMMU_FEATURE_LMSLE 1024u
+#define KVMMU_FEATURE_FFXSR 2048u
+#define KVMMU_FEATURE_TCE 4096u
+#define KVMMU_FEATURE_MCOMMIT 8192u
+#define KVMMU_FEATURE_INTWB 16384u
+#define KVMMU_FEATURE_AUTOIBRS 32768u
 
 /* `flags` of kvmmu_registers */
 #define KVMMU_REGISTERS_PDPTRS 1u /* pdptrs count in PAE paging; without it they are loaded from memory at CR3 */
+
+/* `flags` of a kvmmu_second_stage: EPT or NPT, and what either may have */
+#define KVMMU_STAGE_EPT 1u
+#define KVMMU_STAGE_NPT 2u
+#define KVMMU_STAGE_MBEC 4u              /* EPT: mode-based execute control */
+#define KVMMU_STAGE_NO_EXECONLY 8u       /* EPT: no execute-only translations */
+#define KVMMU_STAGE_NO_ADVANCED_INFO 16u /* EPT: exit qualifications without bits 11:9 */
+#define KVMMU_STAGE_NO_2M 32u            /* EPT: no pages of 2M, which NO_1G goes with */
+#define KVMMU_STAGE_NO_1G 64u            /* EPT: no pages of 1G */
+#define KVMMU_STAGE_PML 128u             /* EPT: pml_address and pml_index count */
+#define KVMMU_STAGE_SPP 256u             /* EPT: spptp counts */
+#define KVMMU_STAGE_VE 512u              /* EPT: ve_area counts */
+#define KVMMU_STAGE_GMET 1024u           /* NPT: guest-mode execute trap */
 
 /* what a read callback returns */
 #define KVMMU_READ_DONE 0
@@ -129,8 +184,8 @@ typedef struct kvmmu_callbacks {
     /* Fill page, 4,096 bytes that are zero, with the guest-physical page at gpa. Returns KVMMU_READ_DONE or KVMMU_READ_HOLE; any other
      * value is a failure. */
     int (*read)(void *opaque, uint64_t gpa, void *page);
-    /* Store an entry of a page table in which accessed or dirty bits were set; n is 4 or 8. Returns 0; any other value is a failure.
-     * NULL: the bits are not stored. */
+    /* Store an entry of a page table in which accessed or dirty bits were set, or a word of a second stage's log or #VE information
+     * area; n is 4 or 8. Returns 0; any other value is a failure. NULL: nothing is stored. */
     int (*write)(void *opaque, uint64_t gpa, const void *data, size_t n);
 } kvmmu_callbacks;
 
@@ -138,6 +193,9 @@ typedef struct kvmmu_cpu {
     uint32_t size;       /* sizeof(kvmmu_cpu) */
     uint32_t maxphyaddr; /* physical-address width, 32 to 52; 0: 48 */
     uint32_t flags;      /* KVMMU_CPU_* */
+    /* since 1.1; a size of 12 is that of a structure without them */
+    uint32_t c_bit;    /* AMD's encryption bit, 32 to 51, no address bit of CR3 and entries; 0: none */
+    uint32_t features; /* KVMMU_FEATURE_*, with KVMMU_CPU_STRICT */
 } kvmmu_cpu;
 
 typedef struct kvmmu_registers {
@@ -153,6 +211,21 @@ typedef struct kvmmu_registers {
     uint32_t pkrs;
 } kvmmu_registers;
 
+/* What translates guest-physical addresses further: its tables, and all that has an address below, lie in the memory of the vCPU, as
+ * the tables and pages of the guest do behind it. */
+typedef struct kvmmu_second_stage {
+    uint32_t size;        /* sizeof(kvmmu_second_stage) */
+    uint32_t flags;       /* KVMMU_STAGE_* */
+    uint64_t root;        /* EPTP, or nested CR3 */
+    uint64_t cr4;         /* NPT: CR4 and EFER of the hypervisor at VMRUN, which choose the format; else 0 */
+    uint64_t efer;
+    uint64_t spptp;       /* root of the sub-page permission table, of a page */
+    uint64_t ve_area;     /* information area of virtualization exceptions, of a page */
+    uint64_t pml_address; /* page-modification log, of a page */
+    uint32_t pml_index;   /* its next entry, counting down from 511; beyond 511: full */
+    uint32_t reserved;    /* 0 */
+} kvmmu_second_stage;
+
 typedef struct kvmmu_result {
     uint64_t gpa;        /* KVMMU_INVALID_GPA on a fault */
     uint32_t error_code; /* of a #PF, as the processor pushes it, else 0 */
@@ -161,15 +234,33 @@ typedef struct kvmmu_result {
     uint16_t reserved;
 } kvmmu_result;
 
+/* The same with all that an exit tells. */
+typedef struct kvmmu_nested_result {
+    uint64_t gpa;                /* KVMMU_INVALID_GPA on a fault */
+    uint64_t ngpa;               /* after the first stage; KVMMU_INVALID_GPA where it failed */
+    uint64_t linear;             /* the linear address that was translated, without a tag: CR2 of a #PF */
+    uint64_t pte;                /* the leaf, or the entry that failed, of the stage that failed */
+    uint64_t pte_gpa;            /* where it lies; KVMMU_INVALID_GPA for a PDPTE register or none */
+    uint64_t fault_gpa;          /* what the second stage did not translate; KVMMU_INVALID_GPA without a fault of it */
+    uint64_t exit_qualification; /* or EXITINFO1; of a #VE what its information area has; 0 without a fault of the second stage */
+    uint32_t error_code;         /* of a #PF, else 0 */
+    uint32_t exit_reason;        /* KVMMU_EXIT_*; none of a #VE */
+    uint8_t status;              /* KVMMU_STATUS_* */
+    uint8_t level;               /* of pte: 1 4K, 2 2M or 4M, 3 1G, 4, 5; 0 without one */
+    uint8_t rights;              /* KVMMU_RIGHT_*: the AND over the walk of that stage */
+    uint8_t reads;               /* entries read, in both stages */
+    uint8_t reserved[4];
+} kvmmu_nested_result;
+
 typedef struct kvmmu_mapping {
     uint64_t gpa;     /* KVMMU_INVALID_GPA on a fault */
-    uint64_t size;    /* bytes of the page; 4,096 with paging off; 0 on a fault */
+    uint64_t size;    /* bytes of the page, the smaller one of both stages; 4,096 with paging off; 0 on a fault */
     uint64_t pte;     /* the leaf, or the entry that failed */
     uint64_t pte_gpa; /* where it lies; KVMMU_INVALID_GPA for a PDPTE register or none */
     uint32_t error_code;
     uint8_t status;
     uint8_t level;
-    uint8_t rights; /* KVMMU_RIGHT_*: the AND over the walk */
+    uint8_t rights; /* KVMMU_RIGHT_*: the AND over the walk, and of the rights of the second stage but for USER */
     uint8_t pkey;
     uint8_t accessed;
     uint8_t dirty;
@@ -217,6 +308,10 @@ typedef struct kvmmu_api {
     int (*record)(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_record *out);
     int (*invalidate)(kvmmu_vcpu vcpu, uint64_t gpa, uint64_t size);
     const char *(*error_text)(int code);
+    /* since 1.1 */
+    int (*set_second_stage)(kvmmu_vcpu vcpu, const kvmmu_second_stage *stage);
+    int (*get_second_stage)(kvmmu_vcpu vcpu, kvmmu_second_stage *out);
+    int (*translate_nested)(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_nested_result *out);
 } kvmmu_api;
 
 #ifdef __cplusplus
@@ -310,7 +405,8 @@ static inline int kvmmu_vcpu_free(kvmmu_vcpu vcpu)
     return kvmmu_table ? kvmmu_table->vcpu_free(vcpu) : KVMMU_E_IMPORT;
 }
 
-/* Load registers, as a whole, without the rules of a transition. KVMMU_E_REGISTERS: they are illegal, and nothing changed. */
+/* Load registers, as a whole, without the rules of a transition. KVMMU_E_REGISTERS: they are illegal, or a second stage does not reach
+ * the PDPTEs, and nothing changed. */
 static inline int kvmmu_set_registers(kvmmu_vcpu vcpu, const kvmmu_registers *registers)
 {
     return kvmmu_table ? kvmmu_table->set_registers(vcpu, registers) : KVMMU_E_IMPORT;
@@ -322,10 +418,30 @@ static inline int kvmmu_get_registers(kvmmu_vcpu vcpu, kvmmu_registers *out)
     return kvmmu_table ? kvmmu_table->get_registers(vcpu, out) : KVMMU_E_IMPORT;
 }
 
+/* Translate guest-physical addresses by a second stage from now on; NULL: by none. The registers stay in force: those of the guest
+ * under it are loaded next. Under NPT there are no PDPTE registers; they are 0 after it, until registers are loaded.
+ * KVMMU_E_ARGUMENT: VM entry, or this processor model, refuses such a stage, and nothing changed. */
+static inline int kvmmu_set_second_stage(kvmmu_vcpu vcpu, const kvmmu_second_stage *stage)
+{
+    return kvmmu_table ? kvmmu_table->set_second_stage(vcpu, stage) : KVMMU_E_IMPORT;
+}
+
+/* OUT: the second stage in force, with pml_index as it is now; flags 0: none. out->size is set by the caller. */
+static inline int kvmmu_get_second_stage(kvmmu_vcpu vcpu, kvmmu_second_stage *out)
+{
+    return kvmmu_table ? kvmmu_table->get_second_stage(vcpu, out) : KVMMU_E_IMPORT;
+}
+
 /* Translate one address, and set accessed and dirty bits as the processor does. */
 static inline int kvmmu_translate(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_result *out)
 {
     return kvmmu_table ? kvmmu_table->translate(vcpu, gva, access, out) : KVMMU_E_IMPORT;
+}
+
+/* The same, with all that an exit tells. It needs no second stage. */
+static inline int kvmmu_translate_nested(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_nested_result *out)
+{
+    return kvmmu_table ? kvmmu_table->translate_nested(vcpu, gva, access, out) : KVMMU_E_IMPORT;
 }
 
 /* Translate n addresses in order. accesses: one for each, or NULL; `access` is added to each of them. done: how many results there
@@ -342,7 +458,7 @@ static inline int kvmmu_lookup(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, k
     return kvmmu_table ? kvmmu_table->lookup(vcpu, gva, access, out) : KVMMU_E_IMPORT;
 }
 
-/* Record the walk of one address, entry by entry. It sets no accessed and dirty bits. */
+/* Record the walk of one address, entry by entry of the guest's tables. It sets no accessed and dirty bits. */
 static inline int kvmmu_walk_record(kvmmu_vcpu vcpu, uint64_t gva, uint32_t access, kvmmu_record *out)
 {
     return kvmmu_table ? kvmmu_table->record(vcpu, gva, access, out) : KVMMU_E_IMPORT;

@@ -226,11 +226,19 @@ KVMMU_INLINE void pre_process_body(const struct kvmmu_linear_rules *rules, const
     for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i += sizeof(word64))
         seen |= *(const word64 *)&access[i];
     /* the seldom halves of the rule left out, as of most blocks: accesses without tags, and tags in the upper half */
-    if (!(seen & rules->untagged * UINT64_C(0x0101010101010101)) && !rules->tag[1]) {
+    seen &= rules->untagged * UINT64_C(0x0101010101010101);
+    if (!seen && !rules->tag[1]) {
         EACH_VECTOR(i)
         {
             const vec addr = CVEC(gva), tag = rules->tag[0] & WHERE((addr >> 63) == 0);
             VEC(out) = (addr & ~tag) | (WHERE((addr & rules->sign[0]) != 0) & tag);
+        }
+    } else if (!seen) {
+        const uint64_t other_tag = rules->tag[0] ^ rules->tag[1], other_sign = rules->sign[0] ^ rules->sign[1];
+        EACH_VECTOR(i)
+        {
+            const vec addr = CVEC(gva), upper = WHERE((addr >> 63) != 0), tag = rules->tag[0] ^ (upper & other_tag);
+            VEC(out) = (addr & ~tag) | (WHERE((addr & (rules->sign[0] ^ (upper & other_sign))) != 0) & tag);
         }
     } else EACH_VECTOR(i)
     {
