@@ -18,9 +18,9 @@ from hashlib import sha256
 import numpy as np
 import pytest
 from paths import DATA
-from test_synthetic_replay import accesses_of, trace_of
-from test_tlb_replay import LEVELS, PSC, Guest, some_rows
-from test_trace_replay import header, memory_rows, rows_of, tables
+from toy_accesses import accesses_of, trace_of
+from toy_guests import LEVELS, PSC, Guest, some_rows
+from toy_traces import header, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import Pager, ReplayInterrupted, TlbHierarchy, TlbLevel

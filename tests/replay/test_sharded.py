@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from paths import DATA
-from test_synthetic_replay import accesses_of
+from toy_accesses import accesses_of
 
 import kvmmu
 from kvmmu import Design, Pager, TlbHierarchy, TlbLevel
