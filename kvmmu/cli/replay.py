@@ -79,7 +79,8 @@ def _replay(args: argparse.Namespace) -> int:
     titled = source if isinstance(source, Recording) else source.header
     with stopping() as ended_by:
         try:
-            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
+            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}",
+                              args.resume is not None) as progress:
                 report = replay(source, progress=_progress(progress, args), tlb=args.tlb, checkpoint=args.checkpoint,
                                 checkpoint_every=args.checkpoint_every, resume=args.resume, scheduler=args.scheduler, **order,
                                 **_machine(args))

@@ -149,7 +149,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     if not progress:
         return _replay(source, vm, order, None, tlbs, checkpoints)
     name = source.name if isinstance(source, Recording) else source.header.name
-    with progress_bar(f"replaying {name}") as bar:
+    with progress_bar(f"replaying {name}", resume is not None) as bar:
         return _replay(source, vm, order, bar, tlbs, checkpoints)
 
 
