@@ -2,10 +2,13 @@
 """What an access costs in each task of a replay in parts, in CPU time: the figures of docs/scale.md.
 
     python benchmarks/bench_scale.py [ROWS [WORKERS ...]]
+    python benchmarks/bench_scale.py stream ROWS
 
-With numbers of workers, the same replay on clusters of this computer as well, in seconds.
+With numbers of workers, the same replay on clusters of this computer as well, in seconds. The second form replays a stream of
+accesses in one process, and tells the peak of its memory.
 """
 
+import resource
 import sys
 import tempfile
 import time
@@ -14,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import kvmmu
-from kvmmu import TlbHierarchy, TlbLevel
+from kvmmu import Pager, TlbHierarchy, TlbLevel
 from kvmmu.replay import sharded
 from kvmmu.replay.synthetic import TablesToOrder
 from kvmmu.traces import Header, ParquetTrace, ParquetWriter
@@ -34,6 +37,31 @@ def write_trace(path, rows):
             op = (rng.random(count) < 0.3).astype(np.uint8)
             writer.write(op=op, addr=(page << np.uint64(12)) + rng.integers(0, 4088, count, np.uint64),
                          access=np.where(op, 6, 4).astype(np.uint8), size=np.full(count, 8, np.uint8))
+
+
+def stream(rows):
+    """Replay a stream with demand paging and TLBs; tell the peak of memory as it goes on."""
+    rng, made = np.random.default_rng(1), []
+    for _ in range(16):
+        page = np.repeat(rng.zipf(1.3, GROUP // 4).astype(np.uint64) % np.uint64(PAGES), 4)
+        op = (rng.random(GROUP) < 0.3).astype(np.uint8)
+        made.append({"op": op, "addr": (page << np.uint64(12)) + rng.integers(0, 4088, GROUP, np.uint64),
+                     "access": np.where(op, 6, 4).astype(np.uint8), "size": np.full(GROUP, 8, np.uint8)})
+    chunks = -(-rows // GROUP)
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    def some():
+        for number in range(chunks):
+            if number in (chunks // 100, chunks // 10, chunks // 2):
+                print(f"{number * GROUP:,} accesses: peak {peak()} MiB", flush=True)
+            yield made[number % len(made)]
+    tlb = TlbHierarchy([TlbLevel("L1", 16, 4), TlbLevel("L2", 128, 12)])
+    started = time.process_time()
+    report = kvmmu.replay(some(), pager=Pager(), tlb=tlb)
+    print(f"{report.accesses:,} accesses, {report.first_touch_faults:,} page faults, {int(report.tlb.walks.sum()):,} page walks: "
+          f"{time.process_time() - started:.0f} s of CPU time, peak {peak()} MiB")
 
 
 def timed(name, rows, function, *arguments):
@@ -78,4 +106,7 @@ def main(rows, workers):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["stream"]:
+        stream(int(float(sys.argv[2])))
+        sys.exit()
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 16 << 20, [int(argument) for argument in sys.argv[2:]])

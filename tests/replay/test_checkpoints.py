@@ -475,6 +475,18 @@ def test_what_is_refused(tmp_path):
         kvmmu.replay(bundled("lackey"), checkpoint=tmp_path / "none" / "state.npz")
 
 
+def test_the_trace_is_not_written_over(tmp_path):
+    addr, size, op = accesses_of("4l")
+    file = tmp_path / "trace.npz"
+    np.savez(file, addr=addr, size=size, op=op)
+    (tmp_path / "link").symlink_to(file)
+    content = file.read_bytes()
+    for name in (file, tmp_path / "link"):
+        with pytest.raises(OSError, match="is the same file as .*trace.npz, which is read"):
+            kvmmu.replay(file, checkpoint=name)
+    assert file.read_bytes() == content
+
+
 def test_the_command_refuses_in_one_line(tmp_path, capsys):
     file = tmp_path / "state.npz"
     file.write_bytes(b"PK\x03\x04 nothing")
