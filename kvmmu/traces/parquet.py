@@ -209,15 +209,15 @@ class ParquetTrace(Trace):
         """Return the chunks, checked and in order. Closing the iterator ends the decoding threads."""
         return self._chunks_from(0)
 
-    def _chunks_from(self, start: int) -> Generator[Chunk]:
-        """Yield the chunks from a row on that is the first one of a row group."""
+    def _chunks_from(self, start: int, stop: int | None = None) -> Generator[Chunk]:
+        """Yield the chunks of the rows from `start` to `stop`, which lie between row groups."""
         ahead = self._decoders + 1
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
             pending: deque[Future[list[Chunk]]] = deque()
             try:
                 for group, rows in enumerate(self._group_rows):
-                    if self._starts[group + 1] <= start:
+                    if self._starts[group + 1] <= start or (stop is not None and self._starts[group] >= stop):
                         continue
                     if rows > _WHOLE_GROUP and not self._placed:
                         while pending:

@@ -319,7 +319,7 @@ def test_supervisors_and_fetches_reach_every_page():
 def test_rows_walk_in_both_pages_only_of_one_vcpu():
     """What the loop itself refuses."""
     trace = trace_of([0])
-    run = synthetic._Run(trace, synthetic.TablesToOrder(), None, None, Checkpoints(trace, {}))
+    run = synthetic.SyntheticRun(trace, synthetic.TablesToOrder(), None, None, Checkpoints(trace, {}))
     run._begin(PageTables.for_addresses(None, [0]))
     chunk = next(run._chunks(0))
     for bad in (replace(chunk, size=None), replace(chunk, all_known=True)):
