@@ -12,7 +12,7 @@ from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["Image", "VcpuState", "long_mode_regs", "regs_of"]
 
-_REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "rflags", "pdptrs")
+_REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "rflags", "pdptrs", "pkrs")
 _CR3_ADDRESS = (1 << 52) - 1                # without the bits of linear-address masking, and 63
 _TCG_ACCESSED = 1 << 5
 _WIDEST = 52
@@ -93,8 +93,8 @@ class Image:
         cpu : CpuModel, optional
             By default one that has every feature and 52 physical-address bits.
         **registers
-            Any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, in the place of those of the image. Where `efer` is not given it
-            is inferred anew from cr0 and cr4 if one of these is. A cr4 with LA57 has five levels, one without PAE is 32-bit.
+            Any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, pkrs, in the place of those of the image. Where `efer` is not given
+            it is inferred anew from cr0 and cr4 if one of these is. A cr4 with LA57 has five levels, one without PAE is 32-bit.
 
         Raises
         ------
