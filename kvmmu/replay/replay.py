@@ -204,4 +204,4 @@ def _header_of(vcpu: Vcpu) -> Header:
         raise ValueError("vm: a nested guest runs on it; want registers of L1")
     regs = vcpu.regs
     return Header(registers=(RegisterSet(
-        cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs),))
+        cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pkrs=regs.pkrs, pdptrs=regs.pdptrs),))
