@@ -99,6 +99,20 @@ def test_key_registers_are_given_by_hand(tmp_path, guest):
     assert fault.value.error_code == 0x21
 
 
+def test_a_guest_that_masks_linear_addresses(tmp_path, guest):
+    """Its tagged pointers are translated; a model without LAM takes the address in CR3 alone, as of bit 63."""
+    notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, guest.cr3 | 3 << 62, CR4))
+    image = open_image(written(tmp_path, image_files.elf_core([(0, guest.bytes(0, None))], notes)))
+    gva, gpa = next(iter(guest.mapped.items()))
+    assert image.vcpu().regs.cr3 == guest.cr3 | 1 << 62
+    assert image.vcpu().gva_walk.gva_to_gpa(gva | 0x1234 << 48, kvmmu.Access.USER) == gpa
+    plain = image.vcpu(cpu=kvmmu.CpuModel(lam=False))
+    assert plain.regs.cr3 == guest.cr3
+    assert plain.gva_walk.gva_to_gpa(gva, kvmmu.Access.USER) == gpa
+    with pytest.raises(kvmmu.GeneralProtection):
+        plain.gva_walk.gva_to_gpa(gva | 0x1234 << 48, kvmmu.Access.USER)
+
+
 def test_efer_by_the_machine_and_by_cs(tmp_path, guest):
     """EM_386 is a guest outside long mode, unless CS.L says otherwise."""
     notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, 0, CR4, cs_flags=0))
