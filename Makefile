@@ -72,6 +72,7 @@ long: matrix asan tsan live
 	KVMMU_EQUALITY_ROUNDS=100 $(BIN)/pytest tests/walk/batch/test_batch_equality.py tests/replay/test_replay_writes.py
 	KVMMU_LIVE_CASES=100000 $(BIN)/pytest tests/walk/test_live_kvm.py -rs
 	KVMMU_MACHINE_OPERATIONS=1000000 $(BIN)/pytest tests/machine/test_machine_random.py
+	KVMMU_SNAPSHOT_ROUNDS=20 KVMMU_SNAPSHOT_OPERATIONS=100 $(BIN)/pytest tests/vm/test_snapshot.py
 	KVMMU_HOSTILE=1 $(BIN)/pytest tests/traces/test_files_hostile.py
 	KVMMU_GARBAGE_GUESTS=4000 KVMMU_WILD_MACHINES=4000 $(BIN)/pytest tests/machine/test_machine_garbage.py tests/machine/test_wild_machines.py
 

@@ -1,5 +1,6 @@
 """The extension modules of kvmmu, their two directive sets, and the build switches. All else is in pyproject.toml."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "walker", "memory._lock", "machine._audit_tlb", "mmu.kvm._state", "mmu.audit._leaf", "mmu.audit._guest",
         "mmu.audit._shadow", "mmu.audit._audit", "mmu.kvm._inspect", "mmu.kvm._memslots", "memory._regions",
         "memory._callbacks", "walk._mappings", "embed._models", "embed._registers", "embed.c_api", "embed._tlb_fill",
-        "memory._mapping", "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record"]
+        "memory._mapping", "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record", "tlb._saved"]
 KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf",
           "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._schedule",
           "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks", "replay._replay_registers", "traces._rows",
@@ -35,14 +36,19 @@ KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batc
 PARSER = ["traces._sink", "traces._text", "traces._text_events", "traces._binary", "traces._qemu", "traces._recorded_rows",
           "replay._replay"]
 
-# Modules that run when objects are made or looked at, and in no loop over rows: compiled for size.
-SMALL = {"arch._bits", "memory._callbacks", "memory._maker", "memory._regions", "mmu.kvm._inspect", "mmu.kvm._memslots",
-         "mmu.kvm._state", "walk._columns", "walk._explain", "walk._mappings", "walk._second_stage", "machine._mmus"}
+# Modules that run when objects are made, looked at, saved or audited, and in no loop over rows: compiled for size. Whether a
+# module belongs here was found by counting the instructions of scalar calls, batches, TLB hits and first touches.
+SMALL = {"arch._bits", "arch._roles", "embed._registers", "embed.c_api", "machine._audit_tlb", "machine._explain",
+         "machine._hw_record", "machine._mmus", "machine._saved", "memory._callbacks", "memory._maker", "memory._mapping",
+         "memory._regions", "memory._saved", "mmu.audit._audit", "mmu.audit._guest", "mmu.audit._leaf", "mmu.audit._shadow",
+         "mmu.kvm._inspect", "mmu.kvm._memslots", "mmu.kvm._saved", "mmu.kvm._state", "walk._columns", "walk._explain",
+         "walk._mappings", "walk._register_sets", "walk._second_stage", "walk._vcpu_arch", "walker"}
 
 # C sources beside the Cython source of a module.
 C_SOURCES = {"walk.batch._kernels": [f"kvmmu/walk/batch/kernels/{name}.c" for name in ("portable", "avx2", "avx512")]}
 
-SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True}
+# A class that can be pickled says how; Cython writes no methods of its own that refuse it.
+SAFE_DIRECTIVES = {"language_level": 3, "binding": True, "embedsignature": True, "nonecheck": True, "auto_pickle": False}
 KERNEL_DIRECTIVES = SAFE_DIRECTIVES | {
     "boundscheck": False, "wraparound": False, "initializedcheck": False, "cdivision": True}
 PARSER_DIRECTIVES = KERNEL_DIRECTIVES | {"nonecheck": False}
@@ -63,8 +69,11 @@ if SANITIZE:
     LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 
 
+FOR_SIZE = [] if SANITIZE else ["-Os"]
 # The code of memoryviews, which all modules share.
-SHARED = Extension("kvmmu._cython", [], extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS)
+SHARED = Extension("kvmmu._cython", [], extra_compile_args=COMPILE_ARGS + FOR_SIZE, extra_link_args=LINK_ARGS)
+# What a Cython compilation makes lives until its end. Looking for garbage as often as by default takes a third of its time.
+gc.set_threshold(100_000, 20, 100)
 # Processes that run Cython. A new start method would import this file once more.
 CAN_FORK = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 if CAN_FORK:
@@ -97,15 +106,19 @@ def extensions(names, directives):
         more = C_SOURCES.get(name, [])
         headers = {header for file in (source, *more) for header in headers_of(file)}
         modules.append(Extension(f"kvmmu.{name}", [source, *more], include_dirs=["."],
-                                 extra_compile_args=COMPILE_ARGS + (["-Os"] if name in SMALL and not SANITIZE else []),
+                                 extra_compile_args=COMPILE_ARGS + (FOR_SIZE if name in SMALL else []),
                                  extra_link_args=LINK_ARGS, depends=sorted(headers)))
     return cythonize(modules + ([SHARED] if names is SAFE else []), compiler_directives=directives,
                      build_dir="build/cython-debug" if DEBUG else "build/cython", nthreads=os.cpu_count() if CAN_FORK else 0,
                      shared_utility_qualified_name=SHARED.name)
 
 
+# What pip runs to ask for the name and the requirements, for which Cython need not run.
+METADATA_ALONE = {"egg_info", "dist_info"} & set(sys.argv)
+
 setup(
-    ext_modules=(extensions(SAFE, SAFE_DIRECTIVES) + extensions(KERNEL, SAFE_DIRECTIVES if DEBUG else KERNEL_DIRECTIVES) +
-                 extensions(PARSER, SAFE_DIRECTIVES | {"nonecheck": False} if DEBUG else PARSER_DIRECTIVES)),
+    ext_modules=[] if METADATA_ALONE else (
+        extensions(SAFE, SAFE_DIRECTIVES) + extensions(KERNEL, SAFE_DIRECTIVES if DEBUG else KERNEL_DIRECTIVES) +
+        extensions(PARSER, SAFE_DIRECTIVES | {"nonecheck": False} if DEBUG else PARSER_DIRECTIVES)),
     options={"build_ext": {"parallel": os.cpu_count()}},
 )

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batch_machines import random_machine
 from machines import ACCESSES
-from test_batch import random_machine
-from test_nested import eptp as eptp_of
-from test_nested import guest
+from nested_guests import eptp as eptp_of
+from nested_guests import guest
 
 import kvmmu
 from kvmmu import Access, CpuModel, Ept, GuestMemory, Status, Translation, Vcpu, Walker

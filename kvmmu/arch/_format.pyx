@@ -6,22 +6,21 @@ Misconfigurations"; APM vol. 2, "Page-Protection Checks" and "Nested Paging".
 
 import numpy as np
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_EXEC_MASK, ACC_READ_MASK, ACC_SHADOW_STACK_MASK, ACC_USER_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK,
     ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_PLAIN_MASK, ACCESS_PROBE_MASK, ACCESS_SHADOW_STACK_MASK,
-    ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK,
-    EPT_EXECUTABLE_MASK, EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_USER_EXECUTABLE_MASK,
-    EPT_WRITABLE_MASK, GPA_BITS, KVMMU_BITS, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAE_PDPTE_RSVD_MASK, PAE_RSVD_LIMIT_SHIFT,
-    PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PKRU_AD_MASK,
-    PKRU_WD_MASK, PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT, PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT_AMD_MBZ_MASK,
-    PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
+    ACCESS_USER_MASK, ACCESS_VALID_MASK, ACCESS_WRITE_MASK, EPT_1G_RSVD_MASK, EPT_2M_RSVD_MASK, EPT_EXECUTABLE_MASK,
+    EPT_MT_SHIFT, EPT_READABLE_MASK, EPT_TABLE_RSVD_MASK, EPT_WRITABLE_MASK, GPA_BITS, KVMMU_BITS, MAXPHYADDR_MAX,
+    MAXPHYADDR_MIN, PAE_PDPTE_RSVD_MASK, PAE_RSVD_LIMIT_SHIFT, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIFT, PFERR_RSVD_MASK,
+    PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PKRU_AD_MASK, PKRU_KEYS, PKRU_WD_MASK, PT32_4M_RSVD_LAST_SHIFT, PT32_PSE36_SHIFT,
+    PT64_1G_RSVD_MASK, PT64_2M_RSVD_MASK, PT64_NX_MASK, PT64_PKEY_MASK, PT_AMD_MBZ_MASK, PT_MAX_LEVELS, PT_PAGE_SIZE_MASK,
 )
 from kvmmu.arch._format cimport (
     KVMMU_ACCESS_BYTES, KVMMU_ACCESS_INFO_SHIFT, KVMMU_ACCESS_KEYS_SHIFT, KVMMU_ACCESS_KEYS_USER_SHIFT, explicit_access,
-    key_registers, kvm_page_format, permission_params, resolved_access, rsvd_params,
+    key_registers, kvm_page_format, kvmmu_bad_mt_xwr, kvmmu_rsvd_bits, permission_params, resolved_access, rsvd_params,
 )
 from kvmmu.arch._format cimport permission_fault as c_permission_fault
 
@@ -176,20 +175,68 @@ cdef void reset_ept_rsvds_bits_mask(kvm_page_format *fmt, int maxphyaddr, bint e
             fmt.bad_mt_xwr |= <uint64_t>1 << low_bits
 
 
+# ---- arrays -----------------------------------------------------------------------------------------------------------
+
+# steps: for each array 1, or 0 where its one element stands for all. What indexes a table is masked, although the arrays were
+# checked: another thread may write to them.
+
+cdef void find_faults(const kvm_page_format *fmt, const uint8_t *acc, const uint8_t *access, const Py_ssize_t *steps,
+                      uint8_t *out, Py_ssize_t n) noexcept nogil:
+    """Set out[i] to 1 where rights deny an access, else to 0."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = fmt.access_info[access[i * steps[1]]] >> (acc[i * steps[0]] & ACC_ALL) & 1
+
+
+cdef void find_permission_faults(const kvm_page_format *fmt, uint64_t keys, const uint8_t *acc, const uint8_t *key,
+                                 const uint8_t *access, const Py_ssize_t *steps, uint32_t *out, Py_ssize_t n) noexcept nogil:
+    """Set out[i] to what permission_fault() returns."""
+    cdef uint32_t rights, pkey
+    cdef Py_ssize_t i
+    for i in range(n):
+        rights, pkey = acc[i * steps[0]] & <uint32_t>ACC_ALL, key[i * steps[1]] & <uint32_t>PT64_PKEY_MASK
+        out[i] = c_permission_fault(fmt, keys, rights, pkey, access[i * steps[2]])
+
+
+cdef void find_malformed(const kvm_page_format *fmt, const uint64_t *pte, const uint8_t *level, const Py_ssize_t *steps,
+                         uint8_t *out, Py_ssize_t n) noexcept nogil:
+    """Set out[i] to 1 where an entry, taken as present, is malformed, else to 0."""
+    cdef uint64_t masks[2][8]
+    cdef uint64_t entry
+    cdef unsigned int index
+    cdef Py_ssize_t i
+    for index in range(8):
+        masks[0][index] = fmt.rsvd_bits_mask[0][index] if index < PT_MAX_LEVELS else 0
+        masks[1][index] = fmt.rsvd_bits_mask[1][index] if index < PT_MAX_LEVELS else 0
+    for i in range(n):
+        entry, index = pte[i * steps[0]], (level[i * steps[1]] - 1) & 7
+        out[i] = (kvmmu_rsvd_bits(masks[0][index], masks[1][index], entry) | kvmmu_bad_mt_xwr(fmt.bad_mt_xwr, entry)) != 0
+
+
 # ---- for Python -------------------------------------------------------------------------------------------------------
 
 def _check_access(access):
-    """access as a uint32 array without IMPLICIT."""
-    access = check_integers("access", access, 0, 0xFF, np.uint32)
+    """access as an array of uint8."""
+    access = check_integers("access", access, 0, 0xFF, np.uint8, copy=False)
     allowed = int(ACCESS_PLAIN_MASK)
-    bad = access[(access & ~np.uint32(allowed)) != 0]
-    if bad.size:
+    if access.size and int(np.bitwise_or.reduce(access, axis=None)) & ~allowed:
+        bad = access[(access & np.uint8(~allowed & 0xFF)) != 0]
         raise ValueError(f"access: {int(bad.flat[0]):#x} has a bit that is none of WRITE USER AC FETCH IMPLICIT ({allowed:#x})")
-    return np.vectorize(explicit_access, otypes=[np.uint32])(access) if access.size else access
+    return access
 
 
 def _check_rights(pte_access):
-    return check_integers("pte_access", pte_access, 0, ACC_ALL, np.uint32)
+    return check_integers("pte_access", pte_access, 0, ACC_ALL, np.uint8, copy=False)
+
+
+cdef list flat_columns(list arrays, tuple shape, Py_ssize_t *steps):
+    """Return arrays that broadcast to shape as contiguous ones of one dimension, which have all elements or one. OUT steps."""
+    cdef list flat = []
+    cdef Py_ssize_t i
+    for i, array in enumerate(arrays):
+        steps[i] = array.size != 1
+        flat.append((array if array.shape == shape or not steps[i] else np.broadcast_to(array, shape)).ravel())
+    return flat
 
 
 cdef class PageFormat:
@@ -318,10 +365,16 @@ cdef class PageFormat:
         -------
         bool or ndarray of bool
         """
-        acc = _check_rights(pte_access)
-        index = _check_access(access) >> PERMISSIONS_INDEX_SHIFT
-        fault = ((self.permissions[index] >> acc) & 1) != 0
-        return bool(fault) if np.ndim(fault) == 0 else fault
+        arrays = [_check_rights(pte_access), _check_access(access)]
+        cdef Py_ssize_t steps[2]
+        shape = np.broadcast(*arrays).shape
+        cdef const uint8_t[::1] acc, asked
+        acc, asked = flat_columns(arrays, shape, steps)
+        fault = np.empty(shape, bool)
+        cdef uint8_t[::1] out = fault.reshape(-1).view(np.uint8)
+        if fault.size:
+            find_faults(&self.fmt, &acc[0], &asked[0], steps, &out[0], out.shape[0])
+        return fault if shape else bool(fault)
 
     def is_rsvd_bits_set(self, pte, level):
         """True if an entry, taken as present, is malformed: a reserved bit, or in EPT a bad memory type or XWR.
@@ -337,27 +390,33 @@ cdef class PageFormat:
         -------
         bool or ndarray of bool
         """
-        pte = check_integers("pte", pte, 0, (1 << 64) - 1)
-        level = check_integers("level", level, 1, PT_MAX_LEVELS).astype(np.intp)
-        bit7 = (pte & np.uint64(PT_PAGE_SIZE_MASK)) != 0
-        bad = (pte & self.rsvd_bits_mask[bit7.astype(np.intp), level - 1]) != 0
-        if self.fmt.bad_mt_xwr:
-            low = pte & np.uint64(63)
-            low = np.where(pte & np.uint64(EPT_USER_EXECUTABLE_MASK), low | np.uint64(EPT_EXECUTABLE_MASK), low)
-            bad = bad | ((np.uint64(self.fmt.bad_mt_xwr) >> low) & np.uint64(1)).astype(bool)
-        return bool(bad) if np.ndim(bad) == 0 else bad
+        arrays = [check_integers("pte", pte, 0, (1 << 64) - 1, copy=False),
+                  check_integers("level", level, 1, PT_MAX_LEVELS, np.uint8, copy=False)]
+        cdef Py_ssize_t steps[2]
+        shape = np.broadcast(*arrays).shape
+        cdef const uint64_t[::1] entries
+        cdef const uint8_t[::1] levels
+        entries, levels = flat_columns(arrays, shape, steps)
+        bad = np.empty(shape, bool)
+        cdef uint8_t[::1] out = bad.reshape(-1).view(np.uint8)
+        if bad.size:
+            find_malformed(&self.fmt, &entries[0], &levels[0], steps, &out[0], out.shape[0])
+        return bad if shape else bool(bad)
 
     def permission_fault(self, pte_access, pkey, access, pkru, pkrs=0):
         """P or P|PK where rights, or the key register of the page, deny an access; 0 where they allow it (uint32, broadcast)."""
-        acc = _check_rights(pte_access)
-        key = check_integers("pkey", pkey, 0, 15, np.uint32)
-        keys = key_registers(check_word("pkru", pkru, 32), check_word("pkrs", pkrs, 32))
-        rows = np.broadcast_arrays(acc, key, _check_access(access))
-        out = np.empty(rows[0].shape, np.uint32)
-        flat = out.reshape(-1)
-        for i, (a, k, x) in enumerate(zip(*(row.ravel().tolist() for row in rows))):
-            flat[i] = c_permission_fault(&self.fmt, keys, a, k, x)
-        return out[()]
+        arrays = [_check_rights(pte_access), check_integers("pkey", pkey, 0, PKRU_KEYS - 1, np.uint8, copy=False)]
+        cdef uint64_t registers = key_registers(check_word("pkru", pkru, 32), check_word("pkrs", pkrs, 32))
+        arrays.append(_check_access(access))
+        cdef Py_ssize_t steps[3]
+        shape = np.broadcast(*arrays).shape
+        cdef const uint8_t[::1] acc, keys, asked
+        acc, keys, asked = flat_columns(arrays, shape, steps)
+        fault = np.empty(shape, np.uint32)
+        cdef uint32_t[::1] out = fault.reshape(-1)
+        if fault.size:
+            find_permission_faults(&self.fmt, registers, &acc[0], &keys[0], &asked[0], steps, &out[0], out.shape[0])
+        return fault[()]
 
     def rule(self, pte_access, access, pkey_denied=False, shadow_stack=False):
         """Return the first rule by which rights deny an access: read, write, user, nx, smep, smap, shadow-stack or pkey; None if

@@ -64,7 +64,7 @@ def check_threads(name: str, value: Any) -> int:
 
 def check_choice(name: str, value: Any, choices: tuple[int, ...]) -> int:
     """Return value as an int if it is one of some integers."""
-    number = _index(name, value)
+    number: int = value if type(value) is int else _index(name, value)
     if number not in choices:
         raise ValueError(f"{name}: want {', '.join(map(str, choices[:-1]))} or {choices[-1]}, got {_text(number)}")
     return number
@@ -82,7 +82,9 @@ def check_name(name: str, value: Any, names: Iterable[str | None]) -> Any:
 
 def check_bool(name: str, value: Any) -> bool:
     """Return value as a bool if it is one, or the integer 0 or 1."""
-    if isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
         return bool(value)
     try:
         number = _index(name, value)
@@ -123,12 +125,12 @@ def check_integers(name: str, values: Any, low: int, high: int, dtype: type[np.u
             numbers = [check_int(name, value, low, high) for value in items.flat]
             array = np.array(numbers, dtype).reshape(items.shape)
     else:
-        array = np.array(check_int(name, values, low, high), dtype)
+        return np.array(check_int(name, values, low, high), dtype)
     limits = np.iinfo(array.dtype)
-    fits = low <= limits.min and limits.max <= high     # whatever the values
-    if array.size and not fits and (int(array.min()) < low or int(array.max()) > high):
-        bad = int(array.min()) if int(array.min()) < low else int(array.max())
-        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(bad)}")
+    if array.size and low > limits.min and int(array.min()) < low:
+        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(int(array.min()))}")
+    if array.size and high < limits.max and int(array.max()) > high:
+        raise ValueError(f"{name}: want {_text(low)} to {_text(high)}, got {_text(int(array.max()))}")
     return array.astype(dtype, copy=copy)
 
 

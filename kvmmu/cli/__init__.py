@@ -1,5 +1,5 @@
 """The kvmmu command: one file per subcommand."""
-# Below: arch, memory, walk, vm, tables, tlb, traces, images, replay, report, comparison, oracles, kvmmu
+# Below: arch, memory, walk, mmu, vm, tables, tlb, traces, images, replay, report, comparison, oracles, kvmmu
 # Order: parsing, output, sources, synthetic, image_target, image_info, replay, compare, convert, info, pt, read, walk, spt,
 #     scenario, diff, command
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmmu.replay.terminal import StreamError
 
-__all__ = ["BAD", "BUG", "INTERRUPTED", "MISMATCH", "OK", "Deadly", "cleaning_up", "drop_output", "flush"]
+__all__ = ["BAD", "BUG", "INTERRUPTED", "MISMATCH", "OK", "Deadly", "cleaning_up", "drop_output", "flush", "stopping"]
 
 OK, MISMATCH, BAD, BUG, INTERRUPTED = 0, 1, 2, 3, 130           # exit status
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
@@ -40,6 +40,29 @@ class Deadly(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """SIGTERM stops the block by a KeyboardInterrupt, as Ctrl-C does, and its number is in the list then."""
+    ended_by: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        ended_by.append(number)
+        signal.signal(number, signal.SIG_DFL)           # a second one ends the process
+        raise KeyboardInterrupt
+
+    before = None
+    try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        pass                                            # not in the main thread
+    try:
+        yield ended_by
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

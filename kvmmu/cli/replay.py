@@ -5,12 +5,14 @@ import json
 from typing import Any
 
 from kvmmu.cli.image_target import add_registers, image_vcpu
-from kvmmu.cli.output import MISMATCH, OK
+from kvmmu.cli.output import MISMATCH, OK, Deadly, flush, stopping
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
 from kvmmu.cli.synthetic import synthetic_tables
 from kvmmu.images import open_image
+from kvmmu.mmu.host import Host
 from kvmmu.replay.machine_replay import MachineReport
+from kvmmu.replay.machine_start import TDP_OF
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
@@ -21,7 +23,7 @@ from kvmmu.report.tlb import tlb_tables
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.hierarchy import TlbHierarchy
 from kvmmu.traces import Recording, TraceError
-from kvmmu.vm.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu, Vm
 
 __all__ = ["add"]
 
@@ -34,11 +36,12 @@ def add(commands: Commands) -> None:
                   "Walk every access of a recording or trace. Where it brings page tables, hold each access against the recorded "
                   "physical address; exit status 1 on a mismatch. Where it brings none, as the traces of other tools, make "
                   "tables for it and tell footprint, faults, page sizes and references; or walk it on the tables of a memory "
-                  "image. Ctrl-C reports what was done so far.",
+                  "image. Ctrl-C and SIGTERM report what was done so far.",
                   "replay", "replay RECORDING --phase dyn", "replay l4.parquet --json", "replay sort.lackey.xz",
                   "replay sort.lackey.xz --page thp --pager", "replay bundled --tlb skylake",
                   "replay trace.csv --columns addr=va,op=type --page 2m --frames random",
-                  "replay boot.qtrace --image dump.elf")
+                  "replay boot.qtrace --image dump.elf",
+                  "replay sort.lackey.xz --tlb zen3 --checkpoint sort.state")
     run.add_argument("recording", nargs="?", metavar="TRACE", help=f"{WHAT}; default: the bundled recording")
     add_format(run)
     tables = run.add_argument_group("page tables for a trace that brings none")
@@ -54,9 +57,13 @@ def add(commands: Commands) -> None:
                                                        "stores and register loads that the trace tells are carried out")
     image.add_argument("--image-format", metavar="F", help="format of the image (default: told by its content)")
     add_registers(run, image)
-    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables on a whole machine with "
-                     "this host, and tell exits and what the host builds")
+    run.add_argument("--machine", choices=("ept", "npt", "shadow"), help="run a trace with page tables, or on those of an "
+                     "image, on a whole machine with this host, and tell exits and what the host builds")
     run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
+    keep = run.add_argument_group("a long replay")
+    keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
+    keep.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how often (default: 60)")
+    keep.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same trace and options")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -68,13 +75,19 @@ def _replay(args: argparse.Namespace) -> int:
                          "allowed with traces")
     order = _order(args, isinstance(source, Recording) or bool(source.header.registers))
     titled = source if isinstance(source, Recording) else source.header
-    try:
-        with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-            report = replay(source, progress=progress or False, tlb=args.tlb, **order, **_machine(args))
-    except (ReplayInterrupted, TraceError) as stop:
-        if stop.report is not None and stop.report.accesses:
-            _show(stop.report, args.json)
-        raise
+    with stopping() as ended_by:
+        try:
+            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
+                report = replay(source, progress=progress or False, tlb=args.tlb, checkpoint=args.checkpoint,
+                                checkpoint_every=args.checkpoint_every, resume=args.resume, **order, **_machine(args))
+        except (ReplayInterrupted, TraceError) as stop:
+            if stop.report is not None and stop.report.accesses:
+                _show(stop.report, args.json)
+            if ended_by:
+                warn(f"kvmmu: {stop}")
+                flush()
+                raise Deadly(ended_by[0]) from None
+            raise
     if isinstance(report, SyntheticReport) and not report.accesses and report.skipped:
         passed_over = ", ".join(f"{count:,} {kind}" for kind, count in report.skipped.items())
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
@@ -88,7 +101,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
         if args.backing is not None:
             raise ValueError("--backing: is of a machine; want --machine, too")
         return {}
-    return {"mode": "machine", "host": args.machine, "backing": args.backing}
+    return {"mode": "machine"} | ({} if args.image is not None else {"host": args.machine, "backing": args.backing})
 
 
 def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
@@ -97,7 +110,8 @@ def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
     if args.image is not None:
         if given:
             raise ValueError(f"{', '.join(given)}: page tables are those of --image {args.image}; allowed without --image")
-        return {"vm": _vcpu_of_image(args)}
+        vcpu = _vcpu_of_image(args)
+        return {"vm": vcpu if args.machine is None else _machine_of(vcpu, args)}
     for name in _OF_IMAGES:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: is about a memory image; allowed with --image FILE")
@@ -106,6 +120,13 @@ def _order(args: argparse.Namespace, has_tables: bool) -> dict[str, Any]:
     if not args.pager:
         return {"paging": args.mode, "page": args.page, "frames": args.frames}
     return {"pager": Pager(args.page or "4k", args.frames or "linear", mode=args.mode or "4l")}
+
+
+def _machine_of(vcpu: Vcpu, args: argparse.Namespace) -> Vm:
+    """The machine that the arguments ask for, with the memory and the registers of a vCPU."""
+    vm = Vm(vcpu.mem, vcpu.cpu, Host(tdp=TDP_OF[args.machine]), backing=args.backing or "2m")
+    vm.create_vcpu().set_regs(vcpu.regs)
+    return vm
 
 
 def _vcpu_of_image(args: argparse.Namespace) -> Vcpu:

@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import PurePath
 
 from kvmmu.arch.arguments import check_name
-from kvmmu.replay.machine_replay import Backing
+from kvmmu.replay.machine_start import Backing
 from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
 
 __all__ = ["HOSTS", "PAGE_POLICIES", "Design", "host_page_of"]

@@ -14,7 +14,8 @@ from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.spaces import MadeSpaces
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
-from kvmmu.replay.machine_replay import SHADOW_EXITS, TDP_OF, Backing, HostKind, replay_machine
+from kvmmu.replay.machine_replay import SHADOW_EXITS, replay_machine
+from kvmmu.replay.machine_start import TDP_OF, Backing, HostKind
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.traces import Trace
 from kvmmu.vm.vcpu import Vcpu, Vm

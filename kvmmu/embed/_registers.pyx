@@ -87,8 +87,11 @@ cdef int load(c_vcpu *v, const kvmmu_registers *registers, const kvmmu_second_st
     that is. Raises GeneralProtection, or ValueError of a second stage."""
     cdef PageWalk walk
     cdef WalkCopy copy
+    cdef const kvmmu_second_stage *stage = other
+    if other is NULL:
+        stage = &v.stage
     vcpu = <object>v.python
-    regs = regs_of(registers, &v.stage if other is NULL else other)
+    regs = regs_of(registers, stage)
     if other is NULL:
         vcpu.set_regs(regs)
     else:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyTypeObject
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
@@ -31,6 +32,9 @@ from kvmmu.walk._vcpu_arch cimport rflags_ac
 from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.walk.results import Accesses, check_access, check_array
+
+cdef extern from "Python.h":
+    object PyType_GenericAlloc(PyTypeObject *type, Py_ssize_t items)
 
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two checks for signals: Ctrl-C seems immediate, at no cost
 
@@ -288,12 +292,11 @@ cdef class Machine:
 
 
 cdef uint8_t NO_DATA[1]
-_new_accesses = Accesses.__new__
 
 
 cdef object accesses_of(const access_result *out):
     """Return one access as `Accesses` of integers, without its constructor, which is Python."""
-    result = _new_accesses(Accesses)
+    result = PyType_GenericAlloc(<PyTypeObject *>Accesses, 0)
     result.gpa, result.hpa = out.gpa, out.hpa
     result.status, result.error_code, result.ret, result.exits = out.status, out.error_code, out.ret, out.exits
     return result

@@ -14,6 +14,7 @@ from kvmmu.memory._memory cimport (
 from kvmmu.arch.arguments import (
     check_bool, check_bytes, check_gpa, check_int, check_integers, check_length, check_pages, check_word, refuse_masked,
 )
+from kvmmu.memory._mapping import new_bytes, put_pages
 from kvmmu.memory._regions import _Region, _Regions, _regions_of
 from kvmmu.memory.saved_bytes import copies_of
 
@@ -249,7 +250,10 @@ cdef class GuestMemory:
                 f"pages: want uint8 ({gpas.size}, 4096) or uint64 ({gpas.size}, 512), got {pages.dtype} {pages.shape}")
         order = np.argsort(gpas, kind="stable")
         gpas = gpas[order]
-        data = np.ascontiguousarray(pages[order]).reshape(-1).view(np.uint8)
+        places = np.empty(gpas.size, np.uint64)
+        places[order] = np.arange(gpas.size, dtype=np.uint64)
+        data = new_bytes(gpas.size * PAGE_SIZE)
+        put_pages(data, places, np.ascontiguousarray(pages).view(np.uint8))     # pages of zeros take no memory
         breaks = np.flatnonzero(np.diff(gpas) != PAGE_SIZE) + 1
         regions = _Regions()
         for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), gpas.size]):

@@ -30,6 +30,7 @@ from kvmmu.arch.arguments import check_bool, check_word
 from kvmmu.oracles.events import event_text
 from kvmmu.oracles.guest_stub import FATAL, SHUTDOWN, Stub
 from kvmmu.oracles.vmm_memory import DIRTY_LOG_FLAG, HUGE_PAGE_SIZE, PAGE_SIZE, READONLY_FLAG, VmmSlot
+from kvmmu.vm.guest_accesses import pages_of
 
 __all__ = ["ScenarioMachine", "run_scenario"]
 
@@ -243,7 +244,7 @@ class ScenarioMachine:
         return result
 
     def _native(self, name: str, size: int, va: int, value: int, record: dict[str, Any]) -> list[Any]:
-        if va % PAGE_SIZE + size > PAGE_SIZE:
+        if len(pages_of(va, bytes(size))) > 1:
             return self._native_crossing(name, size, va, value, record)
         if name == "null":
             return ["ok"]
@@ -287,10 +288,10 @@ class ScenarioMachine:
         kind = {"page_table_writing": name not in NOT_PAGE_TABLE_WRITING}
         if not name.startswith(("load", "store", "mov")) and name not in UPDATES:
             raise ValueError(f"op: {name!r} does not cross pages")
-        middle, data, again = va + PAGE_SIZE & -PAGE_SIZE, b"", True
+        data, again = b"", True
         while again:                                    # what one page has cost may be the mapping of the other, or the stub's
             data, again = b"", False
-            for page, length in ((va, middle - va), (middle, va + size - middle)):
+            for page, part in pages_of(va, bytes(size)):
                 if name.startswith("load"):
                     found = self.vcpu.access(page, Access.USER)
                 else:
@@ -299,7 +300,7 @@ class ScenarioMachine:
                 self.vcpu.access(self._stub.code_va(name, 3), Access.USER | Access.FETCH)
                 if found.ret == RetPf.EMULATE:
                     return self._emulated(name, size, va, value, Access.USER, record)
-                data += self.mem.read(found.gpa, length)
+                data += self.mem.read(found.gpa, len(part))
                 again |= found.exits > 0
         if name.startswith("load"):
             record["val"] = f"{int.from_bytes(data, 'little'):x}"
@@ -350,29 +351,23 @@ class ScenarioMachine:
     def _emulated_write(self, va: int, data: bytes, user: int) -> None:
         """What KVM writes for the guest, page by page: memory is written even if the second page faults, exits are not made."""
         exits = len(self._exits)
-        while data:
-            part = data[:PAGE_SIZE - va % PAGE_SIZE]
+        for page, part in pages_of(va, data):
             try:
-                gpa, hpa = self.vcpu._machine().emulate(va, user | Access.WRITE, part)
+                gpa, hpa = self.vcpu._machine().emulate(page, user | Access.WRITE, part)
             except PageFault:
                 del self._exits[exits:]
                 raise
             if hpa == INVALID_GPA:
                 self._mmio_exit("w", gpa, len(part), part)
-            va, data = va + len(part), data[len(part):]
 
     def _emulated_read(self, va: int, size: int, access: int) -> bytes:
         """What KVM reads for the guest; what is MMIO reads as zeros. There is no exit if the second page faults."""
-        parts = []
-        while size:
-            part = min(size, PAGE_SIZE - va % PAGE_SIZE)
-            parts.append((part, *self.vcpu._machine().emulate(va, access)))
-            va, size = va + part, size - part
+        parts = [(len(part), *self.vcpu._machine().emulate(page, access)) for page, part in pages_of(va, bytes(size))]
         data = b""
-        for part, gpa, hpa in parts:
+        for length, gpa, hpa in parts:
             if hpa == INVALID_GPA:
-                self._mmio_exit("r", gpa, part)
-            data += bytes(part) if hpa == INVALID_GPA else self.mem.read(gpa, part)
+                self._mmio_exit("r", gpa, length)
+            data += bytes(length) if hpa == INVALID_GPA else self.mem.read(gpa, length)
         return data
 
     def _emulated_update(self, va: int, size: int, access: int) -> bytes:

@@ -248,6 +248,24 @@ cdef class RowLoop(BlockWalker):
             self.fed.use_ips(None, 0)
         self.kept, self.source = [], source
 
+    def restore_faults(self, counts):
+        """Take up counts of recorded faults that `fault_counts` returned, in place of none."""
+        self.check_idle()
+        memset(&self.faults, 0, sizeof(self.faults))
+        for place, ((op, code), count) in enumerate(counts.items()):
+            if place == FAULT_CODES or op not in (OP_PAGE_FAULT, OP_NPT_FAULT) or count < 1:
+                raise ValueError(f"{count} faults of code {code}: they are of no replay like this")
+            self.faults.of_code[place] = fault_count(op=op, code=code, count=count)
+
+    def skip(self, size_t row):
+        """Pass over the rows of a recording up to one, which is there; they are decoded alone. False if it is not."""
+        self.check_idle()
+        while self.base + self.rows.n < row:
+            if not next_rows(self):
+                return False
+        self.at = row - self.base
+        return True
+
     cdef int check_vcpus(self, const replay_rows *rows, Py_ssize_t n, Py_ssize_t vcpus) except -1:
         """All vCPUs have registers, and rows are of them."""
         cdef Py_ssize_t i, ready = 0

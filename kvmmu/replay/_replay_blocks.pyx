@@ -1,5 +1,7 @@
 """The inner loop of replay; see `_replay_blocks.pxd`."""
 
+import numpy as np
+
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -101,6 +103,23 @@ cdef class BlockWalker:
         They are those of next pages, and of the first pages of accesses that fail in the next one.
         """
         return [int(self.counters.next_levels[level]) for level in range(PG_LEVEL_NONE, PG_LEVEL_1G + 1)]
+
+    def counts(self):
+        """Return all counters: an ndarray of uint64, in the order of the struct."""
+        cdef uint64_t[::1] out
+        self.check_idle()
+        found = np.empty(sizeof(replay_counters) // sizeof(uint64_t), np.uint64)
+        out = found
+        memcpy(&out[0], &self.counters, sizeof(replay_counters))
+        return found
+
+    def restore_counts(self, const uint64_t[::1] counts not None, Py_ssize_t explain):
+        """Go on from counters that `counts()` returned. IN explain: mismatches that are still wanted one by one."""
+        self.check_idle()
+        if counts.shape[0] != sizeof(replay_counters) // sizeof(uint64_t) or not 0 <= explain <= self.explain:
+            raise ValueError(f"{counts.shape[0]} counters, {explain} mismatches to be explained: they are of no replay like this")
+        memcpy(&self.counters, &counts[0], sizeof(replay_counters))
+        self.explain = explain
 
     def take_mismatches(self):
         """Rows of the last block whose walk did not end as recorded, as far as they are to be explained.

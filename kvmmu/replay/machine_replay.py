@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,25 +15,20 @@ from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, Cr4, Efer, Op,
 from kvmmu.arch.arguments import check_name
 from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import Regs, pdpte_gpas
-from kvmmu.memory._memory import GuestMemory
-from kvmmu.mmu.host import Host
-from kvmmu.replay.recorded_machine import trace_start
+from kvmmu.replay.checkpoint import Checkpoints
+from kvmmu.replay.machine_start import BACKINGS, Backing, HostKind, MachineStart, given_machine, made_machine
 from kvmmu.replay.register_events import Context, pdptrs_at, registers_of
-from kvmmu.replay.result import Report
-from kvmmu.replay.trace_memory import reserve
+from kvmmu.replay.result import ReplayInterrupted, Report
+from kvmmu.replay.row_run import MakeTlbs
+from kvmmu.replay.trace_replay import replay_trace, with_file
+from kvmmu.tlb.counters import TlbStats
 from kvmmu.traces import Chunk, Trace, TraceError
+from kvmmu.traces.on_memory import TraceOnMemory
 from kvmmu.vm.vcpu import Vcpu, Vm
-from kvmmu.vm.virtual_machine import PageSize
 from kvmmu.walk.results import Accesses
 
-__all__ = ["BACKINGS", "SHADOW_EXITS", "TDP_OF", "Backing", "HostKind", "MachineReport", "replay_machine"]
+__all__ = ["SHADOW_EXITS", "MachineReport", "replay_machine"]
 
-Backing = PageSize
-HostKind = Literal["ept", "npt", "shadow"]
-BACKINGS: tuple[Backing, ...] = get_args(Backing)
-TDP_OF: dict[str, Literal["ept", "npt"] | None] = {"ept": "ept", "npt": "npt", "shadow": None}
-_MEMORY_UNIT, _MEMORY_LIMIT = 1 << 21, 1 << 40
-_HOST_MAXPHYADDR = 46
 # Instructions and events that a host with shadow paging intercepts, and one with two-dimensional paging does not
 SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
 _SAMPLES = 256                                  # of dirty pages over time
@@ -94,8 +89,8 @@ class MachineReport(Report):
 
 
 def replay_machine(opened: Callable[[], Trace], *, host: HostKind = "ept", backing: Backing = "2m",
-                   progress: Progress | None = None) -> MachineReport:
-    """Run every access of a trace with page tables on a machine, in order, with its register loads and table writes.
+                   progress: Progress | None = None, vm: Vm | None = None, tlbs: MakeTlbs | None = None) -> MachineReport:
+    """Run every access of a trace on a machine, in order, with its register loads and table writes.
 
     Parameters
     ----------
@@ -106,51 +101,70 @@ def replay_machine(opened: Callable[[], Trace], *, host: HostKind = "ept", backi
         Pages of the host.
     progress : callable, optional
         Called with (accesses done, accesses in all or 0) after each chunk.
+    vm : Vm, optional
+        The machine to run it on; host and backing are its own then.
+    tlbs : callable, optional
+        Called with the number of vCPUs; makes TLBs that the accesses go through in a walk of their own, before the machine runs.
 
     Raises
     ------
     TraceError
-        The trace is damaged, brings no memory, or reaches beyond 1 TiB of it.
+        The trace is damaged, brings no memory, or reaches beyond 1 TiB of it; its `report` is what was done until then.
+    ReplayInterrupted
+        Ctrl-C; its `report` likewise.
     """
     check_name("host", host, ("ept", "npt", "shadow"))
     check_name("backing", backing, BACKINGS)
-    run = _MachineRun(opened(), host, backing)
-    done = 0
-    with closing(opened().chunks()) as chunks:
-        for chunk in chunks:
-            run.take(chunk)
-            done = run.accesses
-            if progress:
-                progress(done, run.header.accesses or 0)
-    return run.report()
+    start = made_machine(opened(), host, backing) if vm is None else given_machine(opened(), vm)
+    stats = None if tlbs is None else _tlb_stats(opened(), start, tlbs)
+    run = _MachineRun(start)
+    keeper = Checkpoints(start.trace, {}, waits=True)
+    trace = opened() if start.loads else start.trace
+    try:
+        with keeper, closing(trace.chunks()) as chunks:
+            for chunk in chunks:
+                with keeper.busy():
+                    run.take(chunk)
+                if progress:
+                    progress(run.accesses, run.header.accesses or 0)
+        report = run.report(complete=True)
+    except KeyboardInterrupt:
+        raise ReplayInterrupted(run.report(complete=False)) from None
+    except TraceError as error:
+        named = with_file(error, trace)
+        named.report = run.report(complete=False)
+        raise named from error.__cause__
+    report.tlb = stats
+    report.skipped = trace.notes.skipped if isinstance(trace, TraceOnMemory) else {}
+    return report
+
+
+def _tlb_stats(trace: Trace, start: MachineStart, tlbs: MakeTlbs) -> TlbStats | None:
+    """Return what the accesses meet in TLBs. They are walked on memory of their own."""
+    if start.loads and start.restart is not None:
+        return replay_trace(trace, None, None, tlbs).tlb
+    vcpu = Vcpu(start.vm.mem.copy(), cpu=start.vm.cpu, tdp="ept")
+    if start.loads:
+        return replay_trace(trace, vcpu, None, tlbs).tlb
+    return replay_trace(start.trace, vcpu, None, tlbs).tlb
 
 
 class _MachineRun:
     """One replay on a machine under way."""
 
-    def __init__(self, trace: Trace, host: HostKind, backing: Backing) -> None:
-        self.header, self.host, self.backing = trace.header, host, backing
+    def __init__(self, start: MachineStart) -> None:
+        self.start, self.header, self.host, self.backing = start, start.trace.header, start.host, start.backing
         self.started = time.perf_counter()
-        start = trace_start(trace, touched=True)
-        if start.end > _MEMORY_LIMIT:
-            raise TraceError(f"its memory reaches to gpa {start.end - 1:#x}; allowed here is below {_MEMORY_LIMIT:#x}")
-        block, self._mapping = reserve(-(-start.end // _MEMORY_UNIT) * _MEMORY_UNIT)
-        addr, values = start.memory.words
-        block.view("<u8")[addr >> np.uint64(3)] = values
-        self._words = addr, values
-        self._block = block
-        self.mem = GuestMemory(block)
-        self.vm = Vm(self.mem, start.vcpu.cpu, Host(tdp=TDP_OF[host], maxphyaddr=_HOST_MAXPHYADDR),
-                     backing=backing)
-        self.contexts = start.contexts
-        self.told = host == "shadow" or any(isinstance(context, tuple) for context in self.contexts)
-        if host == "shadow" and any(isinstance(context, tuple) for context in self.contexts):
+        self.vm, self.vcpus, self.contexts = start.vm, start.vcpus, start.contexts
+        self.mem = self.vm.mem
+        nested = any(isinstance(context, tuple) for context in self.contexts)
+        self.told = self.host == "shadow" or nested
+        if self.host == "shadow" and nested:
             raise ValueError("host: a nested guest with a second stage runs in the trace; want 'ept' or 'npt', got 'shadow'")
-        self.first = [self._loaded(context) for context in self._start_contexts(start.contexts)]
-        self.vcpus: list[Vcpu] = [self.vm.create_vcpu() for _ in range(self.header.vcpus)]
+        self.first = [self._loaded(context) for context in start.starts]
         self.states = list(self.first)
-        for vcpu in range(self.header.vcpus):
-            self._use(vcpu, self.states[vcpu])
+        if start.loads:
+            self._load_start()
         self.accesses = self.verified = self.unchecked = self.mismatches = self.writes = self.to_l1 = 0
         self.kinds, self.rets = np.zeros(3, np.int64), np.zeros(256, np.int64)
         self.events: Counter[Op] = Counter()
@@ -160,20 +174,19 @@ class _MachineRun:
         self.dirty: set[int] = set()
         self.dirty_over_time: list[tuple[int, int]] = []
 
-    def _start_contexts(self, contexts: list[Context]) -> list[Context]:
-        made: list[Context] = []
-        for regs in self.header.registers:
-            if regs.second_stage is not None:
-                made.append(next(context for context, given in zip(contexts, self.header.contexts, strict=True) if given == regs))
-            else:
-                made.append(Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs,
-                                 pkrs=regs.pkrs))
-        return made
+    def _load_start(self) -> None:
+        for vcpu, context in enumerate(self.first):
+            try:
+                self._use(vcpu, context)
+            except (GuestFault, ValueError) as error:
+                raise TraceError(f"header: registers[{vcpu}]: {error}") from error
 
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
     def take(self, chunk: Chunk) -> None:
         """Run the rows of a chunk."""
+        if chunk.vcpus > len(self.vcpus):
+            raise TraceError(f"rows of vCPU {chunk.vcpus - 1} behind access {self.accesses}; the vm has {len(self.vcpus)} vCPUs")
         row = 0
         stops = np.flatnonzero(chunk.op >= Op.MOV_CR3).tolist() if chunk.has_events else []
         addr, access = np.ascontiguousarray(chunk.addr), np.ascontiguousarray(chunk.access)
@@ -257,9 +270,9 @@ class _MachineRun:
 
     def _restart(self) -> None:
         """Memory and registers as at the start."""
-        addr, values = self._words
-        self._block[:] = 0
-        self._block.view("<u8")[addr >> np.uint64(3)] = values
+        if self.start.restart is None:
+            raise TraceError("needs memory that the trace brings itself, and it has none")
+        self.start.restart()
         for vcpu, context in enumerate(self.first):
             self._use(vcpu, context)
 
@@ -323,12 +336,15 @@ class _MachineRun:
 
     # ---- what was found ------------------------------------------------------------------------------------------------
 
-    def report(self) -> MachineReport:
+    def report(self, complete: bool) -> MachineReport:
         """Return what the replay found."""
-        header, stats = self.header, self.vm.stats
+        header, before = self.header, self.start.stats
+        stats = {name: count if name.startswith("pages_") else count - before.get(name, 0)
+                 for name, count in self.vm.stats.items()}
         pages = len(self.vm.sptes()["sp"])
         found = MachineReport(
-            name=header.name, phase=header.phase, mode=header.mode, accesses=self.accesses, verified=self.verified,
+            name=header.name, phase=header.phase, mode=header.mode, complete=complete, accesses=self.accesses,
+            verified=self.verified,
             kinds=dict(zip(("load", "store", "fetch"), self.kinds.tolist(), strict=True)), mismatches=self.mismatches,
             table_writes=self.writes, contexts=len(header.contexts), unchecked=self.unchecked, mmio=self.mmio,
             host=self.host, backing=self.backing, exits=self._exits(stats), exits_to_l1=self.to_l1, stats=stats,

@@ -11,8 +11,9 @@ from kvmmu.arch.registers import Regs, pdpte_gpas
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.replay.register_events import REGISTER_EVENTS, Context, context_of, use_context
+from kvmmu.replay.row_run import RowRun
 from kvmmu.replay.trace_memory import TraceMemory, reserve
-from kvmmu.replay.trace_replay import RowRun, recording_vcpu, with_file
+from kvmmu.replay.trace_replay import recording_vcpu, with_file
 from kvmmu.traces import Chunk, Header, ParquetTrace, Recording, RecordingError, Trace, TraceError
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.vm.virtual_machine import PageSize

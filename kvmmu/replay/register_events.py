@@ -19,12 +19,13 @@ from kvmmu.arch.registers import (
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.replay._replay_registers import ReplayRegisters
-from kvmmu.traces import RegisterSet, TraceError
+from kvmmu.traces import Header, RegisterSet, TraceError
 from kvmmu.traces import Stage as TraceStage
 from kvmmu.vm.vcpu import Vcpu
 from kvmmu.walk._register_sets import RegisterSets
 
-__all__ = ["REGISTER_EVENTS", "Context", "RegisterEvents", "context_of", "lacks_pdptrs", "pdptrs_at", "use_context"]
+__all__ = ["REGISTER_EVENTS", "Context", "RegisterEvents", "context_of", "contexts_of", "lacks_pdptrs", "pdptrs_at",
+           "plain_contexts", "use_context"]
 
 Context = Regs | tuple[Regs, Stage]       # inside a nested guest: with its second stage
 
@@ -67,6 +68,23 @@ def _stage_of(stage: TraceStage) -> Stage:
         return Npt(**given) if "ncr3" in given else Ept(**given)
     except ValueError as error:
         raise TraceError(f"header: second_stage: {error}") from None
+
+
+def plain_contexts(contexts: Sequence[Context]) -> str:
+    """Return contexts as the JSON text of a header."""
+    def plain(context: Context) -> RegisterSet:
+        regs, stage = context if isinstance(context, tuple) else (context, None)
+        given = {} if stage is None else {name: value for name, value in vars(stage).items()
+                                          if name in TraceStage.__dataclass_fields__ and value is not None}
+        return RegisterSet(**registers_of(regs), second_stage=TraceStage(**given) if given else None)
+
+    sets = tuple(map(plain, contexts))
+    return Header(registers=sets[:1], contexts=sets).to_json()
+
+
+def contexts_of(text: str) -> list[Context]:
+    """Return the contexts that `plain_contexts()` gave."""
+    return [context_of(regs) for regs in Header.from_json(text).contexts]
 
 
 def pdptrs_at(mem: GuestMemory, cpu: CpuModel, cr3: int, clear: int) -> tuple[int, ...]:
@@ -148,6 +166,42 @@ class RegisterEvents:
         if _lasts(after):
             self._registers.remember(number, int(op), value, to, self._pdpt)
         self._registers.use(vcpu, to)
+
+    def saved(self) -> dict[str, Any] | None:
+        """Return the registers in force, those of the nested guests that ran last, and those seen, as plain data for JSON.
+
+        None while PDPTEs that were loaded through a second stage are among them: what they were is not known.
+        """
+        contexts: dict[Context, int] = {}
+
+        def number(context: Context | None) -> int | None:
+            return None if context is None else contexts.setdefault(context, len(contexts))
+
+        vcpus = range(self._registers.vcpus)
+        nested = [self._registers.nested_last(vcpu) for vcpu in vcpus]
+        plain = {"in_force": [number(self.context(vcpu)) for vcpu in vcpus], "seen": [number(context) for context in self.seen],
+                 "nested_last": [number(None if last is None else self.context_at(last)) for last in nested]}
+        if not all(_lasts(context) for context in contexts):
+            return None
+        return plain | {"contexts": plain_contexts(list(contexts))}
+
+    def restore(self, plain: dict[str, Any]) -> None:
+        """Put the registers in force that `saved()` told.
+
+        Raises
+        ------
+        ValueError, TypeError, LookupError
+            They are of no replay like this.
+        """
+        contexts = contexts_of(plain["contexts"])
+        vcpus = self._registers.vcpus
+        if len(plain["in_force"]) != vcpus or len(plain["nested_last"]) != vcpus or len(plain["seen"]) > _SETS:
+            raise ValueError(f"registers of {len(plain['in_force'])} vCPUs, the trace has {vcpus}")
+        for vcpu, (nested, now) in enumerate(zip(plain["nested_last"], plain["in_force"], strict=True)):
+            for number in (nested, now):
+                if number is not None:
+                    self.enter(vcpu, contexts[number])
+        self.seen = {contexts[number] for number in plain["seen"]}
 
     def with_pdptrs(self, context: Context, before: Context | None = None) -> Context:
         """A context of L1 under PAE paging with its PDPTEs: those in force if CR3 stays, else from memory now."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from kvmmu.replay.machine_replay import Backing, HostKind, replay_machine
+from kvmmu.replay.checkpoint import Checkpoints, check_seconds
+from kvmmu.replay.machine_replay import replay_machine
+from kvmmu.replay.machine_start import BACKINGS, Backing, HostKind, registers_in_force
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.register_events import use_context
 from kvmmu.replay.result import Mismatch, Report
@@ -15,22 +17,23 @@ from kvmmu.tables.modes import Mode
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
-from kvmmu.traces import Header, Recording, RegisterSet, Trace
+from kvmmu.traces import Header, Recording, Trace
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.conversion import recording_chunks, recording_header
 from kvmmu.traces.on_memory import TraceOnMemory
-from kvmmu.vm.vcpu import Vcpu
+from kvmmu.vm.vcpu import Vcpu, Vm
 
 __all__ = ["Mismatch", "Report", "recording_vcpu", "replay", "use_context"]
 
 Progress = Callable[[int, int], object]
 
 
-def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None = None, *, mode: str = "walk",
+def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | None = None, *, mode: str = "walk",
            tlb: TlbHierarchy | StrPath | None = None,
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            host: HostKind | None = None, backing: Backing | None = None, phase: str | None = None,
-           progress: bool | Progress = False) -> Report:
+           progress: bool | Progress = False, checkpoint: StrPath | None = None, checkpoint_every: float = 60.0,
+           resume: StrPath | None = None) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
 
     A trace without registers (those of other tools) is walked on page tables that are made for it.
@@ -40,16 +43,19 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     trace : str or path-like, Recording, Trace, or iterable
         Where a recording or a trace of any format of `open_trace()` lies; one of them opened; or chunks of rows, each an Arrow
         record batch or a mapping of column names to arrays, whose memory and registers at the start are those of `vm`.
-    vm : Vcpu, optional
+    vm : Vm or Vcpu, optional
         For a trace that brings no memory: whose memory, processor and, if the trace brings none, registers to take. Accessed and
-        dirty bits and the writes of the trace go to it.
+        dirty bits and the writes of the trace go to it. Of a Vm it is the first vCPU.
+        In mode "machine": the machine to run the trace on, with its memory, host, backing and TLBs, on whose vCPUs rows run by
+        their number. Memory that the trace brings is stored in its slots first. Of a Vcpu it is its machine.
     mode : {"walk", "machine"}
-        What to model: the walk of guest page tables; or a whole machine, for a trace that brings page tables: exits, faults, and
-        what the host builds below.
+        What to model: the walk of guest page tables; or a whole machine, for a trace that brings page tables or on those of a
+        `vm`: exits, faults, and what the host builds below.
     tlb : TlbHierarchy, str or path-like, optional
         A hierarchy that all accesses go through, each by the page that the walk finds: one, of whose shape an empty one is made
         for each vCPU, or with all details a preset by its name or a TOML file by its path. Register loads, INVLPG, INVPCID and
-        page faults of the trace drop what the manuals say. The counters are `report.tlb`.
+        page faults of the trace drop what the manuals say. The counters are `report.tlb`. In mode "machine" they are those of a
+        walk beside it: under two-dimensional paging with the host's entries, under shadow paging of the shadow page tables.
     paging : {"4l", "5l", "pae", "32"}, optional
         Of a trace without registers: the paging mode of its tables, by default "4l".
     page : {"4k", "2m", "1g", "thp"}, optional
@@ -68,6 +74,14 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     progress : bool or callable
         True shows a bar on a terminal. A callable is called with (accesses done, accesses in all; 0 if unknown) about every
         million accesses or oftener.
+    checkpoint : str or path-like, optional
+        A file that the state of the replay goes to, every so often and at Ctrl-C or SIGTERM, in place of the one before. Not of
+        mode "machine", and not with `vm`: their memory is not kept in a file.
+    checkpoint_every : float
+        Seconds between two of them.
+    resume : str or path-like, optional
+        A checkpoint to go on from, of the same trace and the same other arguments: the report is that of a replay that was never
+        stopped, but for `seconds`.
 
     Returns
     -------
@@ -83,10 +97,12 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
         A file cannot be opened or read; FileNotFoundError if it is not there.
     ImportError
         A file is `.zst` or Parquet, and what reads it is not installed.
+    CheckpointError
+        `resume` is no whole checkpoint, or one of another trace or other arguments: a ValueError.
     ValueError, TypeError
         An argument is not what is allowed.
     ReplayInterrupted
-        Ctrl-C, a KeyboardInterrupt that has what was done until then as `report`.
+        Ctrl-C, and SIGTERM if there is a `checkpoint`: a KeyboardInterrupt that has what was done until then as `report`.
 
     Notes
     -----
@@ -99,58 +115,83 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vcpu | None =
     if tlb is not None:
         hierarchy = tlb_of("tlb", tlb)
         tlbs = partial(ProcessorTlbs, [TlbOfHost(hierarchy)])
-    if vm is not None and not isinstance(vm, Vcpu):
-        raise TypeError(f"vm: want a Vcpu or None, got {type(vm).__name__}")
+    machine, vm = _machine_and_vcpu(vm)
     order = _order(paging, page, frames, pager)
-    source = _source(trace, vm, phase, order)
+    source = _source(trace, vm, phase, order, mode)
+    every = check_seconds("checkpoint_every", checkpoint_every)
+    kept = [name for name, given in (("checkpoint", checkpoint), ("resume", resume)) if given is not None]
+    if kept and (mode == "machine" or vm is not None):
+        raise ValueError(f"{kept[0]}: the state of a whole machine cannot be kept in a file; want None, or mode 'walk'"
+                         if mode == "machine" else f"{kept[0]}: the memory of a vm is not kept in a file; want None, or a trace "
+                         "that brings its memory, or none")
     if mode == "machine":
-        return _machine(source, vm, order, tlb, host, backing, progress)
+        return _machine(source, machine, order, tlb, host, backing, progress)
     for name, given in (("host", host), ("backing", backing)):
         if given is not None:
             raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
+    checkpoints = None
+    if kept:
+        made = order if isinstance(source, Recording) or source.header.registers else order or TablesToOrder()
+        checkpoints = Checkpoints(source, _settings(made, tlbs), checkpoint, every, resume)
     if callable(progress):
-        return _replay(source, vm, order, progress, tlbs)
+        return _replay(source, vm, order, progress, tlbs, checkpoints)
     if not isinstance(progress, bool):
         raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
-        return _replay(source, vm, order, None, tlbs)
+        return _replay(source, vm, order, None, tlbs, checkpoints)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}") as bar:
-        return _replay(source, vm, order, bar, tlbs)
+        return _replay(source, vm, order, bar, tlbs, checkpoints)
 
 
 def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None,
-            tlbs: Callable[[int], ProcessorTlbs] | None) -> Report:
+            tlbs: Callable[[int], ProcessorTlbs] | None, checkpoints: Checkpoints | None) -> Report:
     if isinstance(source, Recording):
-        return replay_recording(source, progress, tlbs)
+        return replay_recording(source, progress, tlbs, checkpoints)
     if source.header.registers:
-        return replay_trace(source, vm, progress, tlbs)
+        return replay_trace(source, vm, progress, tlbs, checkpoints)
     if vm is not None:
-        on_vcpu = TraceOnMemory(source, _header_of(vm).registers[0], vm.mem.slots)
+        on_vcpu = TraceOnMemory(source, registers_in_force(vm), vm.mem.slots)
         report = replay_trace(on_vcpu, vm, progress, tlbs)
         report.skipped = on_vcpu.notes.skipped
         return report
-    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs)
+    return replay_synthetic(source, order or TablesToOrder(), progress, tlbs, checkpoints)
 
 
-def _machine(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, tlb: Any, host: HostKind | None,
+def _settings(order: TablesToOrder | None, tlbs: Callable[[int], ProcessorTlbs] | None) -> dict[str, Any]:
+    """Return the arguments that a state depends on, as plain data for JSON."""
+    pager = None if order is None else order.pager
+    return {"tlb": None if tlbs is None else tlbs(1).shape(), "tables": None if order is None else list(order[:3]),
+            "pager": None if pager is None else pager._shape_and_state()}
+
+
+def _machine(source: Recording | Trace, vm: Vm | None, order: TablesToOrder | None, tlb: Any, host: HostKind | None,
              backing: Backing | None, progress: bool | Progress) -> Report:
-    """Run a trace that brings page tables on a machine."""
-    for name, given in (("vm", vm), ("tlb", tlb), ("paging, page, frames, pager", order)):
-        if given is not None:
-            raise ValueError(f"{name}: mode 'machine' makes a machine of its own for the tables of the trace; want None")
-    if isinstance(source, Trace) and not source.header.registers:
-        raise ValueError("mode: 'machine' is for traces that bring registers and page tables; want 'walk', or kvmmu.compare()")
+    """Run a trace on a machine: the caller's, or one that is made for its page tables."""
+    if order is not None:
+        raise ValueError("paging, page, frames, pager: mode 'machine' takes the page tables that there are; want None")
+    for name, given in (("host", host), ("backing", backing)):
+        if given is not None and vm is not None:
+            raise ValueError(f"{name}: the vm has one; want None, got {given!r}")
+    if isinstance(source, Trace) and not source.header.registers and vm is None:
+        raise ValueError("mode: 'machine' is for traces that bring registers and page tables, or with a vm; want 'walk', or "
+                         "kvmmu.compare()")
     if type(source) is Trace and not isinstance(source._chunks, Sequence):
         raise ValueError("trace: its chunks can be read once, and mode 'machine' reads them twice; want a file or a list")
+    tlbs = None
+    if tlb is not None:
+        kind = host or "ept" if vm is None else vm.host.tdp or "shadow"
+        pages = backing or "2m" if vm is None else BACKINGS[vm.kvm.backing - 1]
+        tlbs = partial(ProcessorTlbs, [TlbOfHost(tlb_of("tlb", tlb), None if kind == "shadow" else pages)])
 
     def opened() -> Trace:
         return trace_of(source) if isinstance(source, Recording) else source
 
+    run = partial(replay_machine, opened, host=host or "ept", backing=backing or "2m", vm=vm, tlbs=tlbs)
     if callable(progress) or not progress:
-        return replay_machine(opened, host=host or "ept", backing=backing or "2m", progress=progress or None)
+        return run(progress=progress or None)
     with progress_bar(f"running {opened().header.name}") as bar:
-        return replay_machine(opened, host=host or "ept", backing=backing or "2m", progress=bar)
+        return run(progress=bar)
 
 
 def trace_of(recording: Recording) -> Trace:
@@ -170,7 +211,20 @@ def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | N
     return TablesToOrder(pager.mode, pager.page, pager.frames, pager)
 
 
-def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder | None) -> Recording | Trace:
+def _machine_and_vcpu(vm: Any) -> tuple[Vm | None, Vcpu | None]:
+    """Return the machine of an argument, and its first vCPU or the one that the argument is."""
+    if vm is None:
+        return None, None
+    if isinstance(vm, Vcpu):
+        return vm.vm, vm
+    if not isinstance(vm, Vm):
+        raise TypeError(f"vm: want a Vm, a Vcpu or None, got {type(vm).__name__}")
+    if not vm.vcpus:
+        raise ValueError("vm: has no vCPU; want one at least, made by create_vcpu()")
+    return vm, vm.vcpus[0]
+
+
+def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder | None, mode: str) -> Recording | Trace:
     """What to replay: a Recording or a Trace."""
     if isinstance(trace, (Recording, Trace)):
         source: Recording | Trace = trace
@@ -182,12 +236,13 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
         if vm is None and (order is None or order.pager is None):
             raise ValueError("vm: an iterable of chunks has no memory and no registers of its own; want a Vcpu, or a pager that "
                              "makes tables")
-        source = Trace(_header_of(vm) if vm is not None else Header(registers=()), trace)
+        vcpus = [] if vm is None else vm.vm.vcpus if mode == "machine" else [vm]
+        source = Trace(Header(registers=tuple(map(registers_in_force, vcpus))), trace)
     else:
         raise TypeError(f"trace: want a path, a Recording, a Trace or an iterable of chunks, got {type(trace).__name__}")
     if phase is not None and isinstance(source, Trace):
         raise ValueError(f"phase: a trace has one; want None, got {phase!r}")
-    if vm is not None and isinstance(source, Recording):
+    if vm is not None and isinstance(source, Recording) and mode == "walk":
         raise ValueError("vm: a recording brings its own memory; want None")
     if order is not None and vm is not None:
         raise ValueError("vm: tables are made for the trace, and they have memory of their own; want None")
@@ -197,11 +252,3 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
         raise ValueError("pager: the chunks of a Trace are read once, and tables for all of its addresses take two readings; "
                          "want a Pager")
     return source
-
-
-def _header_of(vcpu: Vcpu) -> Header:
-    if vcpu.mmu_is_nested:
-        raise ValueError("vm: a nested guest runs on it; want registers of L1")
-    regs = vcpu.regs
-    return Header(registers=(RegisterSet(
-        cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pkrs=regs.pkrs, pdptrs=regs.pdptrs),))

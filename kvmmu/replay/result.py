@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 from kvmmu.arch._bits import PAGE_SIZE, Status
@@ -228,11 +229,13 @@ class ReplayInterrupted(KeyboardInterrupt):
     ----------
     report : Report
         What was done until then.
+    checkpoint : str or path-like, or None
+        The checkpoint from which another run can go on.
     """
 
-    def __init__(self, report: Report) -> None:
-        super().__init__(f"interrupted after {report.accesses:,} accesses")
-        self.report = report
+    def __init__(self, report: Report, checkpoint: str | PathLike[str] | None = None, note: str = "") -> None:
+        super().__init__(f"interrupted after {report.accesses:,} accesses{note}")
+        self.report, self.checkpoint = report, checkpoint
 
 
 def _words(name: str) -> str:

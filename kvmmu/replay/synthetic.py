@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import GPA_BITS, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, Op
+from kvmmu.arch._bits import GPA_BITS, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, Op, Pte
+from kvmmu.arch.arguments import check_bool, check_int
 from kvmmu.arch.registers import CpuModel
 from kvmmu.replay._replay import RowLoop, new_row_loop
-from kvmmu.replay.result import ReplayInterrupted, SyntheticReport, take_counts
-from kvmmu.replay.trace_memory import LIMIT_VARIABLE, memory_limit
+from kvmmu.replay.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint, restoring
+from kvmmu.replay.result import SyntheticReport, take_counts
+from kvmmu.replay.trace_memory import LIMIT_VARIABLE, check_pages, memory_limit, pages_at, put_pages
 from kvmmu.replay.trace_replay import with_file
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.layout import Frames, Page, PageLayout, check_layout, layout_pages, tables_needed
@@ -21,7 +23,7 @@ from kvmmu.tables.modes import Mode
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.processor import ProcessorTlbs
-from kvmmu.traces import Chunk, Trace, TraceError
+from kvmmu.traces import Chunk, ParquetTrace, Trace, TraceError
 from kvmmu.traces.foreign import ForeignTrace
 from kvmmu.vm.vcpu import Vcpu
 
@@ -29,6 +31,7 @@ __all__ = ["TablesToOrder", "replay_synthetic"]
 
 _THP_SHARE = 0.5
 _1G_SHIFT = 30
+_MOST_ROWS = 1 << 62
 _SIZE_NAMES = {PAGE_SHIFT: "4K", 21: "2M", 22: "4M", _1G_SHIFT: "1G"}
 _GUEST_MODES = ("32", "pae", "4l", "5l")
 Progress = Callable[[int, int], object]
@@ -53,7 +56,8 @@ class TablesToOrder(NamedTuple):
 
 
 def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None,
-                     tlbs: Callable[[int], ProcessorTlbs] | None = None) -> SyntheticReport:
+                     tlbs: Callable[[int], ProcessorTlbs] | None = None, checkpoints: Checkpoints | None = None
+                     ) -> SyntheticReport:
     """Walk every access of a trace on tables that map all its pages.
 
     Parameters
@@ -65,9 +69,12 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
         Called with (accesses done, accesses in all or 0) after each chunk.
     tlbs : callable, optional
         Called with the number of vCPUs, 1; makes the TLBs that the accesses go through.
+    checkpoints : Checkpoints, optional
 
     Raises
     ------
+    CheckpointError
+        The state to go on from does not fit.
     TraceError
         The trace is damaged, has events, or takes too much memory for tables; its `report` is what was done until then.
     ValueError
@@ -75,12 +82,14 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
     ReplayInterrupted
         Ctrl-C; its `report` likewise.
     """
-    run = _Run(trace, order, progress, tlbs)
+    keeper = checkpoints or Checkpoints(trace, {})
+    run = _Run(trace, order, progress, tlbs, keeper)
     try:
-        run.all_chunks()
+        with keeper:
+            run.all_chunks()
         return run.report(complete=True)
     except KeyboardInterrupt:
-        raise ReplayInterrupted(run.report(complete=False)) from None
+        raise keeper.interruption(run.state, run.report(complete=False)) from None
     except TraceError as error:
         named = with_file(error, trace)
         named.report = run.report(complete=False)
@@ -91,7 +100,7 @@ class _Run:
     """One replay under way."""
 
     def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None,
-                 tlbs: Callable[[int], ProcessorTlbs] | None = None) -> None:
+                 tlbs: Callable[[int], ProcessorTlbs] | None, keeper: Checkpoints) -> None:
         self.tlbs = None if tlbs is None else tlbs(1)
         self.trace, self.order, self.progress = trace, order, progress
         if order.paging not in _GUEST_MODES:
@@ -108,21 +117,37 @@ class _Run:
         self.faults_before = order.pager.faults if order.pager else 0
         self.loop: RowLoop | None = None
         self.unknown: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self.keeper = keeper
+        self.tables: PageTables | None = None
+        self.done = 0                                   # rows of this reading
+        self.reading = order.pager is None              # for the pages alone, not walked
+        self.first_rows: list[int] = []
+        self.skipped = 0                                # rows of this reading that the state to go on from knows
+        self.saved: Saved | None = None                 # that state, until the walks of it are taken up
+        if keeper.saved is not None:
+            with restoring():
+                self._take_up(keeper.saved)
 
     def all_chunks(self) -> None:
         pager = self.order.pager
         if pager is not None:
             self._begin(pager)
             for chunk in self._chunks(0):
-                self._add_pages(chunk)
-                self._walk_paged(pager, chunk)
-                self._check_room(pager.table_pages)
+                with self.keeper.busy():
+                    self._take_paged(pager, chunk)
+                self.keeper.tick(self.state)
+            self._restore_walks()                       # of all rows
             return
-        damage = self._all_pages()
-        self._begin(self._make_tables())
+        damage = self._all_pages() if self.reading else None
+        with self.keeper.busy():
+            self._begin(self._make_tables())
+            self._restore_walks()
         try:
             for chunk in self._chunks(self.rows):
-                self._walk(chunk)
+                with self.keeper.busy():
+                    self._walk(chunk)
+                    self.done += len(chunk)
+                self.keeper.tick(self.state)
         except TraceError as error:
             raise damage or error from None
         if damage is not None:
@@ -131,22 +156,48 @@ class _Run:
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
     def _chunks(self, total: int) -> Generator[Chunk]:
-        """The chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses."""
-        done = 0
-        with closing(self.trace.chunks()) as chunks:
+        """The chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses. A pager has to see all of them."""
+        self.done = 0
+        with closing(self._read_chunks()) as chunks:
             while True:
                 started = time.perf_counter()
                 chunk = next(chunks, None)
                 self.waited += time.perf_counter() - started
                 if chunk is None:
-                    return
+                    break
+                self._check_first(chunk)
+                if self.done < self.skipped < self.done + len(chunk):
+                    raise CheckpointError(f"the trace comes in other chunks than before: one has rows {self.done} to "
+                                          f"{self.done + len(chunk)}, the checkpoint is of row {self.skipped}")
+                if self.done < self.skipped and self.order.pager is None:
+                    self.done += len(chunk)
+                    continue
                 if chunk.has_events:
-                    self._refuse_event(chunk, done)
-                self._check_width(chunk, done)
+                    self._refuse_event(chunk, self.done)
+                self._check_width(chunk, self.done)
                 yield self._plain(chunk)
-                done += len(chunk)
                 if self.progress:
-                    self.progress(done, total or self.trace.header.accesses or 0)
+                    self.progress(self.done, total or self.trace.header.accesses or 0)
+        if self.done < self.skipped:
+            raise CheckpointError(f"the trace ends at row {self.done}, before the row {self.skipped} of the checkpoint")
+        self.skipped = 0
+
+    def _read_chunks(self) -> Generator[Chunk]:
+        """The chunks, without row groups that need not be seen again."""
+        if isinstance(self.trace, ParquetTrace) and self.skipped and self.order.pager is None:
+            self.done = self.trace._group_start(self.skipped)
+            return self.trace._chunks_from(self.done)
+        return self.trace.chunks()
+
+    def _check_first(self, chunk: Chunk) -> None:
+        """Note the first rows; those of another reading of the trace must be the same."""
+        if self.done:
+            return
+        found = fingerprint(chunk)
+        if self.first_rows and found != self.first_rows:
+            raise CheckpointError("the first rows of the trace are not those of the checkpoint: want the same options of its "
+                                  "reader")
+        self.first_rows = found
 
     def _plain(self, chunk: Chunk) -> Chunk:
         if self.unknown.size < len(chunk):
@@ -175,8 +226,10 @@ class _Run:
         """Read the trace once for the pages that it touches, up to its damage, which is returned."""
         try:
             for chunk in self._chunks(0):
-                self._add_pages(chunk)
-                self.rows += len(chunk)
+                with self.keeper.busy():
+                    self._add_pages(chunk)
+                    self.rows = self.done = self.done + len(chunk)
+                self.keeper.tick(self.state)
         except TraceError as error:
             return error
         return None
@@ -210,13 +263,15 @@ class _Run:
                              f"(the environment variable {LIMIT_VARIABLE})")
 
     def _begin(self, tables: PageTables) -> None:
+        self.tables, self.reading = tables, False
         vcpu = Vcpu(tables.mem, cpu=CpuModel(maxphyaddr=GPA_BITS), tdp="ept")      # PDPTEs are registers
         vcpu.set_regs(tables.regs())
         self.loop = new_row_loop(vcpu.gva_walk, 1)
         self.loop.walk_both_pages(self.shifts)
         self.loop.use(0, vcpu.gva_walk.prepare([vcpu.regs]))
         if self.tlbs is not None:
-            self.tlbs.follow(0, vcpu.regs)
+            self.regs = vcpu.regs
+            self.tlbs.follow(0, self.regs)
             self.loop.feed(self.tlbs.stream)
 
     # ---- walks ---------------------------------------------------------------------------------------------------------
@@ -226,11 +281,22 @@ class _Run:
         self.loop.load(chunk)
         self.loop.run()
 
-    def _walk_paged(self, pager: Pager, chunk: Chunk) -> None:
+    def _take_paged(self, pager: Pager, chunk: Chunk) -> None:
+        """Touch the pages of a chunk and walk it, unless the state to go on from knows its walks."""
+        walks = self.done >= self.skipped
+        if walks:
+            self._restore_walks()
+        self._add_pages(chunk)
+        self._walk_paged(pager, chunk, walks)
+        self._check_room(pager.table_pages)
+        self.done += len(chunk)
+
+    def _walk_paged(self, pager: Pager, chunk: Chunk, walks: bool) -> None:
         """Walk a chunk, each row behind its page faults, and before a 2M page of a later row replaces small ones."""
         loop = self.loop
         assert loop is not None
-        loop.load(chunk)
+        if walks:
+            loop.load(chunk)
         addr, size = np.ascontiguousarray(chunk.addr), np.ascontiguousarray(chunk.size)
         row = 0
         while row < len(chunk):
@@ -238,8 +304,67 @@ class _Run:
             stop = pager._touch_until_promotion(addr, size, row)
             if pager.faults != before:
                 loop.forget()
-            loop.run(stop)
+            if walks:
+                loop.run(stop)
             row = stop
+
+    # ---- a state to go on from -----------------------------------------------------------------------------------------
+
+    def state(self) -> Saved | None:
+        """Return all that the rows so far have led to; None before those of the state to go on from are passed over."""
+        if self.done < self.skipped or self.saved is not None:
+            return None
+        plain: dict[str, Any] = {
+            "reading": self.reading, "done": self.done, "rows": self.rows, "first_rows": self.first_rows, "waited": self.waited,
+            "seconds": time.perf_counter() - self.started}
+        arrays: dict[str, NDArray[Any]] = {}
+        if self.order.pager is None:
+            arrays["touched"] = self.touched.pages()
+        if self.loop is not None and self.tables is not None:
+            arrays["counts"] = self.loop.counts()
+            arrays["pages_gpa"] = np.array(self.tables.table_frames, np.uint64)
+            arrays["pages_data"] = pages_at(self.tables.mem, arrays["pages_gpa"])
+            if self.tlbs is not None:
+                plain["tlbs"], found = self.tlbs.saved()
+                arrays |= found
+        return Saved(plain, arrays)
+
+    def _take_up(self, saved: Saved) -> None:
+        """Take up a state but for its walks."""
+        plain, touched = saved.plain, saved.arrays.get("touched")
+        self.first_rows, self.skipped = plain["first_rows"], check_int("done", plain["done"], 0, _MOST_ROWS)
+        self.rows, self.started = check_int("rows", plain["rows"], 0, _MOST_ROWS), self.started - float(plain["seconds"])
+        self.waited += float(plain["waited"])
+        if self.order.pager is None:
+            if touched is None or touched.dtype != np.uint64 or touched.ndim != 1:
+                raise ValueError("touched: want page numbers")
+            self.touched.add(touched << np.uint64(PAGE_SHIFT))
+            self.reading = check_bool("reading", plain["reading"])
+        self.saved = None if self.reading else saved
+
+    def _restore_walks(self) -> None:
+        """Take up what the walks of the state to go on from have led to, once the tables are as they were then."""
+        if self.saved is None:
+            return
+        with restoring():
+            plain, arrays = self.saved
+            gpa, data = arrays["pages_gpa"], arrays["pages_data"]
+            check_pages(gpa, data)
+            assert self.tables is not None
+            if gpa.tolist() != self.tables.table_frames:
+                raise ValueError("page tables at other addresses")
+            dtype = np.uint32 if self.order.paging == "32" else np.uint64
+            others = (pages_at(self.tables.mem, gpa) ^ data).view(dtype) & ~dtype(Pte.ACCESSED | Pte.DIRTY)
+            if others.any():
+                raise ValueError("page tables with other entries")
+            put_pages(self.tables.mem, gpa, data)
+            assert self.loop is not None
+            self.loop.forget()
+            self.loop.restore_counts(arrays["counts"], 0)
+            if self.tlbs is not None:
+                self.tlbs.restore(plain["tlbs"], arrays, [])
+                self.tlbs.follow(0, self.regs)
+        self.saved = None
 
     # ---- what was found ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from kvmmu.memory._memory import GuestMemory
 from kvmmu.traces import Chunk, TraceError
 from kvmmu.traces._files import limit_of
 
-__all__ = ["SetUp", "TraceMemory", "memory_limit", "reserve"]
+__all__ = ["SetUp", "TraceMemory", "check_pages", "memory_limit", "pages_at", "put_pages", "reserve"]
 
 LIMIT_VARIABLE = "KVMMU_TRACE_MEMORY_LIMIT"
 _LIMIT = 4 << 30                        # bytes that the set-up rows and the writes of a trace may take here
@@ -82,8 +82,12 @@ class _Pairs:
             if last_only:
                 last = np.append(addr[:-1] != addr[1:], True)
                 addr, value = addr[last], value[last]
-        self._parts, self.count = [(addr, value)], addr.size
+        self.replace(addr, value)
         return addr, value
+
+    def replace(self, addr: U64, value: U64) -> None:
+        """Have these pairs alone, which are not copied."""
+        self._parts, self.count = [(addr, value)], addr.size
 
 
 class SetUp:
@@ -92,6 +96,7 @@ class SetUp:
     def __init__(self) -> None:
         self._limit = memory_limit()
         self._regions, self._words = _Pairs(), _Pairs()
+        self._zeros = np.zeros(0, np.uint64)            # the lowest address of a word of 0 in each page that was told of one
         self._declared = 0
         self._settled = 0                               # words, when those of one address became one the last time
 
@@ -122,10 +127,17 @@ class SetUp:
         self._regions.add(gpa, size)
 
     def _settle_words(self) -> tuple[U64, U64]:
-        """The words by address, one for each."""
+        """The words by address, one for each, but for those of 0: the memory is zeros."""
         addr, value = self._words.sorted(last_only=True)
+        zero = value == 0
+        if zero.any():
+            told = np.union1d(self._zeros, addr[zero])
+            self._zeros = told[_is_first_of_page(told)]
+            addr, value = addr[~zero], value[~zero]
+            self._words.replace(addr, value)
         self._settled = addr.size
-        check_room(_pages_of(addr).size * PAGE_SIZE + addr.size * _PAIR_BYTES, "MEMORY_WORD rows", self._limit)
+        room = _pages_of(addr).size * PAGE_SIZE + addr.size * _PAIR_BYTES + self._zeros.nbytes
+        check_room(room, "MEMORY_WORD rows", self._limit)
         return addr, value
 
     def memory(self) -> "TraceMemory":
@@ -138,10 +150,12 @@ class SetUp:
         if overlap.any():
             raise TraceError(f"MEMORY: two regions overlap at gpa {int(starts[1:][overlap][0]):#x}")
         addr, value = self._settle_words()
-        at = np.searchsorted(starts, addr, side="right") - 1
-        outside = (at < 0) | (addr >= ends[np.maximum(at, 0)])
+        told = np.union1d(addr, self._zeros)
+        at = np.searchsorted(starts, told, side="right") - 1
+        outside = (at < 0) | (told >= ends[np.maximum(at, 0)])
         if outside.any():
-            raise TraceError(f"MEMORY_WORD: gpa {int(addr[outside][0]):#x} is in no MEMORY region")
+            raise TraceError(f"MEMORY_WORD: gpa {int(told[outside][0]):#x} is in no MEMORY region")
+        at = np.searchsorted(starts, addr, side="right") - 1
         places = np.cumsum(sizes) - sizes               # of the regions in one block of bytes
         offsets = places[at] + (addr - starts[at])
         joined = ends[:-1] == starts[1:]
@@ -150,10 +164,15 @@ class SetUp:
         return TraceMemory(slots, self._declared, addr, offsets, value, self._limit)
 
 
+def _is_first_of_page(addr: U64) -> NDArray[np.bool_]:
+    """Where ascending addresses come to another page."""
+    pages = addr >> _PAGE_SHIFT
+    return np.append(True, pages[:-1] != pages[1:])[:addr.size]
+
+
 def _pages_of(addr: U64) -> U64:
     """Page numbers of ascending addresses, each once."""
-    pages = addr >> _PAGE_SHIFT
-    return pages[np.append(True, pages[:-1] != pages[1:])] if pages.size else pages
+    return addr[_is_first_of_page(addr)] >> _PAGE_SHIFT
 
 
 def check_room(size: int, what: str, limit: int) -> None:
@@ -195,7 +214,8 @@ class TraceMemory:
     def __init__(self, slots: list[tuple[int, int]], size: int, addr: U64, offsets: U64, values: U64, limit: int) -> None:
         self.words = addr, values
         self._where = offsets >> _WORD_SHIFT
-        self._pages = self._pages_at_start = pages = _pages_of(addr)
+        self._pages = self._pages_at_start = self._written = pages = _pages_of(addr)
+        self.keeps_pages = False                        # for `changed()`: note all pages that rows write
         self._limit = limit
         self._bounded = size <= limit                   # whatever is written
         self._area: Any = None
@@ -232,9 +252,61 @@ class TraceMemory:
 
     def note_writes(self, chunk: Chunk) -> None:
         """Raise TraceError if what the writes of a chunk touch goes beyond the limit."""
-        if self._bounded or not chunk.has_events:
+        if self._bounded and not self.keeps_pages or not chunk.has_events:
             return
         pages = np.unique(chunk.addr[chunk.op == Op.GUEST_WRITE] >> _PAGE_SHIFT)
         if pages.size:
             self._pages = np.union1d(self._pages, pages)
+            if self.keeps_pages:
+                self._written = np.union1d(self._written, pages)
             check_room(self._pages.size * PAGE_SIZE, "GUEST_WRITE rows", self._limit)
+
+    def changed(self) -> tuple[U64, NDArray[np.uint8]]:
+        """Return the pages that are not as at the start: their guest-physical addresses, ascending, and bytes.
+
+        `keeps_pages` is set since then.
+        """
+        backed = [page for page in self._written.tolist() if self.guest.is_backed(page << PAGE_SHIFT, PAGE_SIZE)]
+        pages = np.array(backed, np.uint64)
+        now = pages_at(self.guest, pages << _PAGE_SHIFT)
+        start = np.zeros((pages.size, PAGE_SIZE // 8), np.uint64)
+        addr, values = self.words
+        start[np.searchsorted(pages, addr >> _PAGE_SHIFT), (addr >> _WORD_SHIFT & np.uint64(PAGE_SIZE // 8 - 1)).astype(np.intp)
+              ] = values
+        other = (now.view(np.uint64) != start).any(axis=1)
+        return pages[other] << _PAGE_SHIFT, now[other]
+
+    def restore(self, gpa: U64, data: NDArray[np.uint8]) -> None:
+        """Put pages that `changed()` returned in place of those of the start."""
+        put_pages(self.guest, gpa, data)
+        pages = gpa >> _PAGE_SHIFT
+        self._pages, self._written = np.union1d(self._pages, pages), np.union1d(self._written, pages)
+
+
+def pages_at(mem: GuestMemory, gpa: U64) -> NDArray[np.uint8]:
+    """Return the bytes of pages, a row each."""
+    found = np.empty((gpa.size, PAGE_SIZE), np.uint8)
+    for row, start in enumerate(gpa.tolist()):
+        found[row] = np.frombuffer(mem.read(start, PAGE_SIZE), np.uint8)
+    return found
+
+
+def check_pages(gpa: Any, data: Any) -> None:
+    """Raise ValueError unless these are addresses and bytes of pages."""
+    if gpa.dtype != np.uint64 or gpa.ndim != 1 or data.dtype != np.uint8 or data.shape != (gpa.size, PAGE_SIZE):
+        raise ValueError(f"pages: {gpa.dtype} of shape {gpa.shape}, {data.dtype} of shape {data.shape}")
+
+
+def put_pages(mem: GuestMemory, gpa: U64, data: NDArray[np.uint8]) -> None:
+    """Store pages, all of which there are.
+
+    Raises
+    ------
+    ValueError
+        The memory has no such pages.
+    """
+    for start in gpa.tolist():
+        if start % PAGE_SIZE or not mem.is_backed(start, PAGE_SIZE):
+            raise ValueError(f"gpa {start:#x}: there is no page of memory")
+    for start, page in zip(gpa.tolist(), data, strict=True):
+        mem.write(start, page.tobytes())

@@ -1,6 +1,7 @@
 """Pager: demand paging, as a guest kernel's page-fault handler does it."""
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,6 +86,13 @@ class Pager(PageTables):
 
     def __repr__(self) -> str:
         return f"Pager({self.page!r}, {self.frames!r}, mode={self.mode!r}: {self.faults} faults, {self.pages} pages)"
+
+    def _shape_and_state(self) -> dict[str, Any]:
+        """Return what two pagers must have in common to go on alike, as plain data for JSON."""
+        state = None if self._random is None else self._random.bit_generator.state
+        return {"page": self.page, "frames": self.frames, "mode": self.mode, "threshold": self._threshold,
+                "random": None if state is None else repr(state), "faults": self.faults, "pages": self.pages,
+                "tables": self.table_pages, "root": self.root, "frame": self._region.place}
 
     def _make_builder(self, keeps_stores: bool) -> PageFiller:
         shape = MODES[self.mode]
@@ -202,6 +210,11 @@ class _Region:
         self._low, self._high = low, high
         self._backed = backed           # memory has bytes from here up
         self._returned: list[int] = []
+
+    @property
+    def place(self) -> list[int]:
+        """Where the next frames are taken from."""
+        return [self._low, self._high, self._backed]
 
     def take(self, n: int) -> list[int]:
         frames = [self._returned.pop() for _ in range(min(n, len(self._returned)))]

@@ -39,3 +39,7 @@ cdef uint32_t recency_use(recency *r, uint64_t key) noexcept nogil
 cdef void recency_remove(recency *r, uint64_t key) noexcept nogil
 # Remove the keys with key & mask == value
 cdef void recency_remove_all(recency *r, uint64_t mask, uint64_t value) noexcept nogil
+# Put keys and the stack of an earlier state in place of those of an empty one. IN keys: by node; stack: from the slot used the
+# longest time ago on, node + 1 or NODE_EMPTY; last: as in the struct. Returns -1 without memory, -2 if that is no state
+cdef int recency_load(recency *r, const uint64_t *keys, uint32_t nodes, const uint32_t *stack, uint32_t slots,
+                      uint64_t last) noexcept nogil

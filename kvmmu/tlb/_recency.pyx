@@ -256,6 +256,49 @@ cdef void recency_remove_all(recency *r, uint64_t mask, uint64_t value) noexcept
         forget_all(r)
 
 
+# ---- an earlier state --------------------------------------------------------------------------------------------------
+
+cdef int load_nodes(recency *r, const uint64_t *keys, uint32_t nodes) noexcept nogil:
+    cdef uint64_t place
+    cdef uint32_t node
+    for node in range(nodes):
+        if node == r.node_limit and not more_nodes(r):
+            return -1
+        place = place_of(r, keys[node])
+        if not keys[node] or r.table[place]:
+            return -2
+        r.keys[node], r.slots[node], r.table[place] = keys[node], SLOT_NONE, node + 1
+        r.nodes = node + 1
+    return 0
+
+
+cdef int recency_load(recency *r, const uint64_t *keys, uint32_t nodes, const uint32_t *stack, uint32_t slots,
+                      uint64_t last) noexcept nogil:
+    cdef uint32_t slot, node = 0
+    cdef int failed = load_nodes(r, keys, nodes)
+    if failed:
+        return failed
+    for slot in range(slots):
+        if r.next_slot == r.slot_limit and not renumber(r):
+            return -1
+        node = stack[slot]
+        if node == NODE_EMPTY:
+            if not push_empty(r, slot):
+                return -1
+        elif not 0 < node <= nodes or r.slots[node - 1] != SLOT_NONE:
+            return -2
+        else:
+            r.slots[node - 1] = slot
+            r.alive += 1
+        r.nodes_at[slot] = node
+        count_slot(r, slot, 1)
+        r.next_slot = slot + 1
+    if slots and not r.alive or last and (not slots or node == NODE_EMPTY or r.keys[node - 1] != last):
+        return -2
+    r.last = last
+    return 0
+
+
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
 cdef class Recency:

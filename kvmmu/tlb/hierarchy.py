@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
 from kvmmu.tlb._hierarchy import TlbLevels
+from kvmmu.tlb._saved import restore_levels, save_levels
 from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
 
 if TYPE_CHECKING:
@@ -369,6 +370,34 @@ class TlbHierarchy:
     def clear_stats(self) -> None:
         """Set all counters to 0. What the levels hold stays."""
         self._core.clear_counters()
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return all that was entered and counted: plain data for JSON, and arrays. What is in force is not part of it."""
+        return {"tags": [list(tag) for tag in self._tags], "globals": list(self._globals)}, save_levels(self._core)
+
+    def _restore(self, plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `_saved()` of a hierarchy of the same shape returned; `use()` is to be called behind it.
+
+        Raises
+        ------
+        ValueError
+            It is none of this shape.
+        """
+        tags = {(check_word("space", space), check_word("pcid", pcid, _PCID_BITS)): number
+                for number, (space, pcid) in enumerate(plain["tags"])}
+        spaces = {check_word("space", space): number for number, space in enumerate(plain["globals"])}
+        if len(tags) != len(plain["tags"]) or len(spaces) != len(plain["globals"]) or max(len(tags), len(spaces)) > _TAGS:
+            raise ValueError("tags: want different ones, and no more than there are numbers")
+        restore_levels(self._core, arrays)
+        self._tags, self._globals = tags, spaces
+
+    def _shape(self) -> dict[str, Any]:
+        """Return what makes two hierarchies behave alike, as plain data for JSON."""
+        def plain(level: TlbLevel) -> list[Any]:
+            return [level.name, level.sets, level.ways, level.policy, list(level.kinds), list(level.pages), level.inclusion]
+
+        return {"levels": [plain(level) for level in self._levels], "seed": self._seed, "details": self._details,
+                "psc": {str(number): plain(cache) for number, cache in sorted(self._psc.items())}}
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.name} {level.sets}x{level.ways}" for level in self._levels)

@@ -1,6 +1,9 @@
 """The TLBs of the processors of a trace: they follow its registers and its events, and are asked for its accesses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from kvmmu.arch._bits import CR3_NOFLUSH, Cr0, Cr4, Efer, Op
 from kvmmu.arch.registers import Regs
@@ -100,6 +103,46 @@ class ProcessorTlbs:
                 tlb.mov_cr3(_pcid_of(new))
             elif op == Op.MOV_CR3:
                 tlb.mov_cr3(_pcid_of(new), keep=bool(new.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH))
+
+    # ---- a state that is kept --------------------------------------------------------------------------------------------
+
+    @property
+    def spaces(self) -> list[Stage]:
+        """Second stages by the number of their address space, from 1 on."""
+        return list(self._spaces)
+
+    def shape(self) -> list[Any]:
+        """Return what makes two of these behave alike, as plain data for JSON."""
+        return [design.hierarchy._shape() for design in self._designs]
+
+    def saved(self) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+        """Return what the hierarchies hold and have counted, but for `spaces`: plain data for JSON, and arrays."""
+        plain: list[Any] = []
+        arrays: dict[str, NDArray[Any]] = {}
+        for vcpu, tlbs in enumerate(self._of_vcpu):
+            for number, tlb in enumerate(tlbs):
+                tags, found = tlb._saved()
+                plain.append(tags)
+                arrays |= {f"tlb{vcpu}.{number}.{name}": array for name, array in found.items()}
+        return plain, arrays
+
+    def restore(self, plain: Sequence[Any], arrays: Mapping[str, NDArray[Any]], spaces: Sequence[Stage]) -> None:
+        """Go on from what `saved()` returned; `follow()` is to be called behind it for each vCPU.
+
+        Raises
+        ------
+        ValueError
+            It is of hierarchies of other shapes.
+        """
+        if len(plain) != sum(map(len, self._of_vcpu)):
+            raise ValueError(f"{len(plain)} hierarchies")
+        tags = iter(plain)
+        for vcpu, tlbs in enumerate(self._of_vcpu):
+            for number, tlb in enumerate(tlbs):
+                prefix = f"tlb{vcpu}.{number}."
+                tlb._restore(next(tags), {name.removeprefix(prefix): array for name, array in arrays.items()
+                                          if name.startswith(prefix)})
+        self._spaces = {stage: number for number, stage in enumerate(spaces, 1)}
 
     # ---- what was counted ------------------------------------------------------------------------------------------------
 

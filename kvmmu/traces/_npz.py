@@ -250,13 +250,15 @@ class _Archive:
 
     @staticmethod
     def _body(member: _Member) -> NDArray[Any]:
-        """Read an array. Reading up to its end makes zipfile compare the CRC."""
-        content = np.empty(member.size, np.uint8)
-        view = memoryview(content)
+        """Read an array. Reading up to its end makes zipfile compare the CRC. Pieces of zeros take no memory."""
+        content = np.zeros(member.size, np.uint8)
+        piece = np.empty(min(member.piece, member.size), np.uint8)
         filled = len(member.begun)
-        view[:filled] = member.begun
+        content[:filled] = np.frombuffer(member.begun, np.uint8)
         with member.reader as reader:
-            while count := reader.readinto(view[filled:filled + member.piece]):
+            while count := reader.readinto(memoryview(piece)[:member.size - filled]):
+                if piece[:count].max():
+                    content[filled:filled + count] = piece[:count]
                 filled += count
         if filled < member.size:
             raise ValueError(f"it ends after {filled} of {member.size} bytes")

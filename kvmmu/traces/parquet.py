@@ -200,14 +200,24 @@ class ParquetTrace(Trace):
         except TraceError as error:
             raise TraceError(f"{self.path}: {error}") from None
 
+    def _group_start(self, row: int) -> int:
+        """Return the first row of the row group that a row lies in; the end of the trace behind all of them."""
+        return int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
+
     def chunks(self) -> Generator[Chunk]:
         """The chunks, checked and in order. Closing the iterator ends the decoding threads."""
+        return self._chunks_from(0)
+
+    def _chunks_from(self, start: int) -> Generator[Chunk]:
+        """The chunks from a row on that is the first one of a row group."""
         ahead = self._decoders + 1
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
             pending: deque[Future[list[Chunk]]] = deque()
             try:
                 for group, rows in enumerate(self._group_rows):
+                    if self._starts[group + 1] <= start:
+                        continue
                     if rows > _WHOLE_GROUP and not self._placed:
                         while pending:
                             yield from pending.popleft().result()

@@ -8,6 +8,8 @@ from kvmmu.machine._machine import Machine
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.walk.results import OneAccess
 
+__all__ = ["pages_of", "read_emulated", "store", "write_emulated"]
+
 _LINEAR = 1 << 64                       # addresses wrap around
 
 _B = TypeVar("_B", bytes, memoryview)
@@ -15,7 +17,7 @@ _B = TypeVar("_B", bytes, memoryview)
 
 def store(machine: Machine, gva: int, data: bytes, access: int, rip: int, *, page_table_writing: bool) -> OneAccess:
     """Write as `Vcpu.store()` does, and return the access to the first byte."""
-    parts = _pages_of(gva, data)
+    parts = pages_of(gva, data)
     if len(parts) > 1:
         for address, _ in parts:
             probe = machine.access_one(address, access, rip, b"", page_table_writing)
@@ -29,7 +31,7 @@ def store(machine: Machine, gva: int, data: bytes, access: int, rip: int, *, pag
 def write_emulated(machine: Machine, gva: int, data: bytes, access: int) -> int:
     """Write as `Vcpu.write_guest()` does, and return how many bytes reached memory."""
     reached = 0
-    for address, part in _pages_of(gva, data):
+    for address, part in pages_of(gva, data):
         _, hpa = machine.emulate(address, access, part)
         reached += len(part) if hpa != INVALID_GPA else 0
     return reached
@@ -38,14 +40,14 @@ def write_emulated(machine: Machine, gva: int, data: bytes, access: int) -> int:
 def read_emulated(machine: Machine, mem: GuestMemory, gva: int, n: int, access: int) -> bytes:
     """Read as `Vcpu.read_guest()` does. `mem` is that of the address space in force."""
     data = bytearray(n)
-    for address, part in _pages_of(gva, memoryview(data)):
+    for address, part in pages_of(gva, memoryview(data)):
         gpa, hpa = machine.emulate(address, access)
         if hpa != INVALID_GPA:
             part[:] = mem.read(gpa, len(part))
     return bytes(data)
 
 
-def _pages_of(gva: int, data: _B) -> list[tuple[int, _B]]:
+def pages_of(gva: int, data: _B) -> list[tuple[int, _B]]:
     """Return (address, bytes) of each page that data at gva touches."""
     if not len(data):
         return [(gva, data)]

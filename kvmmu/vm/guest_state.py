@@ -7,14 +7,16 @@ from typing import Any, Literal
 
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.arch.faults import GuestFault
-from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit
+from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, with_registers
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.walk._second_stage import SecondStage
 from kvmmu.walk._vcpu_arch import new_arch
 from kvmmu.walk.pagewalk import PageWalk, new_walk
 
-_ROLE_CR4 = Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
+_PG, _WP = int(Cr0.PG), int(Cr0.WP)
+_ROLE_CR4 = int(Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
+_REGISTERS = frozenset(register.name for register in fields(Regs))
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
 
@@ -126,7 +128,7 @@ class GuestState:
     def enter_nested(self, stage: Stage | None, registers: Mapping[str, Any]) -> None:
         """Run L2 under a second stage, or without one; on a fault nothing has changed."""
         l1_regs = self.regs if self.l1_regs is None else self.l1_regs
-        l2_regs = replace(l1_regs, **{"pdptrs": None, **known_registers(registers)})
+        l2_regs = with_registers(l1_regs, **{"pdptrs": None, **known_registers(registers)})
         before = self.second
         second = None
         if stage is not None:
@@ -203,13 +205,12 @@ class _NestedSpace:
 def changes_roles(before: Regs, after: Regs) -> bool:
     """Return True if a MOV to CR0 or CR4 changes what roles are made of; CR0.WP counts for nothing while paging is off."""
     cr0 = before.cr0 ^ after.cr0
-    return bool(cr0 & Cr0.PG or (cr0 & Cr0.WP and after.cr0 & Cr0.PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
+    return bool(cr0 & _PG or (cr0 & _WP and after.cr0 & _PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
 
 
 def known_registers(registers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return registers, if all of them are names of registers."""
-    known = {register.name for register in fields(Regs)}
     for name in registers:
-        if name not in known:
-            raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(known))}")
+        if name not in _REGISTERS:
+            raise TypeError(f"no register {name!r}; want some of {', '.join(sorted(_REGISTERS))}")
     return registers

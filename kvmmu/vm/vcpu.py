@@ -1,7 +1,8 @@
 """Vm and Vcpu, which make each other: a Vm its vCPUs, a Vcpu that is made alone its Vm."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from kvmmu.arch.registers import (
     after_wrmsr_pkrs,
     after_wrpkru,
     is_canonical,
+    with_registers,
 )
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.machine._audit_tlb import audit_tlb
@@ -48,8 +50,12 @@ __all__ = ["Vcpu", "Vm"]
 _ACC_ALL = int(Acc.READ | Acc.WRITE | Acc.USER | Acc.EXEC)
 _TDP_KINDS = ("ept", "npt", None)
 _LEVEL_NAMES: dict[int, PageSize] = {1: "4k", 2: "2m", 3: "1g"}
-_FLUSHING_CR4 = Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57
+# Flags as plain integers, whose operators make no members
+_FLUSHING_CR4 = int(Cr4.PGE | Cr4.PCIDE | Cr4.PAE | Cr4.PSE | Cr4.LA57)
+_PG, _PCIDE, _SMEP = int(Cr0.PG), int(Cr4.PCIDE), int(Cr4.SMEP)
 _READ_MAX = 1 << 32
+_LOADS_PDPTRS = frozenset({"cr0", "cr3", "cr4", "efer"})
+_of_tables = attrgetter(*_LOADS_PDPTRS, "pdptrs")           # the registers that roots and roles are made of
 _WRITE = int(Access.WRITE)
 
 
@@ -269,13 +275,12 @@ class Vcpu(PartOfMachine):
             raise TypeError(f"regs: want a Regs, got {type(regs).__name__}")
         loaded: dict[str, Any] = {} if regs is None else {each.name: getattr(regs, each.name) for each in fields(Regs)}
         loaded |= known_registers(registers)
-        stale: dict[str, Any] = {"pdptrs": None} if loaded.keys() & {"cr0", "cr3", "cr4", "efer"} else {}
-        before = self._guest.regs
-        self._guest.load(self._guest.admit(replace(before, **(stale | loaded)), self._guest.second))
-        after = self._guest.regs
-        changed = replace(before, pkru=after.pkru, pkrs=after.pkrs, rflags=after.rflags) != after
+        stale: dict[str, Any] = {} if _LOADS_PDPTRS.isdisjoint(loaded) else {"pdptrs": None}
+        guest, before = self._guest, self._guest.regs
+        after = guest.admit(with_registers(before, **(stale | loaded)), guest.second)
+        guest.load(after)
         running = self._running()
-        if running is not None and (changed or (stale and after.pdptrs is not None)):
+        if running is not None and ((stale and after.pdptrs is not None) or _of_tables(before) != _of_tables(after)):
             running.reset_context()
             self._flush_guest()
 
@@ -295,18 +300,19 @@ class Vcpu(PartOfMachine):
             No such control register, or a value wider than the guest's operand.
         """
         n, value = check_choice("n", n, (0, 3, 4)), check_word("value", value)
-        before = self._guest.regs
-        self._guest.load(after_mov_cr(self._guest.cpu, before, n, value, self._guest.table_space(self._guest.second)))
-        after = self._guest.regs
-        if (running := self._running()) is not None:
-            if n == 3:
-                noflush = bool(after.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH)
-                running.mov_cr3(before.cr3, noflush, before.pdptrs != after.pdptrs)
-            elif changes_roles(before, after) or after.cr4 & ~before.cr4 & Cr4.PCIDE:
-                running.reset_context()
-            elif before.pdptrs != after.pdptrs:             # the same CR3, and another root
-                running.mov_cr3(before.cr3, True, True)
-        if (before.cr0 ^ after.cr0) & Cr0.PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & Cr4.SMEP:
+        guest, before = self._guest, self._guest.regs
+        after = after_mov_cr(guest.cpu, before, n, value, guest.table_space(guest.second))
+        guest.load(after)
+        if (running := self._running()) is None:
+            return
+        if n == 3:
+            running.mov_cr3(before.cr3, bool(after.cr4 & _PCIDE and value & CR3_NOFLUSH), before.pdptrs != after.pdptrs)
+            return
+        if changes_roles(before, after) or after.cr4 & ~before.cr4 & _PCIDE:
+            running.reset_context()
+        elif before.pdptrs != after.pdptrs:                 # the same CR3, and another root
+            running.mov_cr3(before.cr3, True, True)
+        if (before.cr0 ^ after.cr0) & _PG or (before.cr4 ^ after.cr4) & _FLUSHING_CR4 or after.cr4 & ~before.cr4 & _SMEP:
             self._flush_guest()
 
     @locked

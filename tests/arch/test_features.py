@@ -5,12 +5,14 @@ Sources: SDM vol. 3, "Control Registers", "Extended Feature Enable Register"; vo
 Event Delivery"; APM vol. 2, "CR4 Register", "Extended Feature Enable Register (EFER)".
 """
 
-from dataclasses import replace
+import re
+from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 
-from kvmmu import CpuModel, GeneralProtection, GuestMemory, Host, InvalidOpcode, Vcpu, Vm
-from kvmmu.arch.registers import FEATURES
+from kvmmu import CpuModel, Cr0, GeneralProtection, GuestMemory, Host, InvalidOpcode, Regs, Vcpu, Vm
+from kvmmu.arch.registers import FEATURES, with_registers
 
 LONG = {"cr0": 0x80010033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD01}
 # From the manuals, by name: vendors, register, bit.
@@ -158,3 +160,32 @@ def test_invlpg_of_an_address_that_is_not_canonical_does_nothing(tdp):
     assert (len(vcpu.tlb), vcpu.tlb.hits) == (entries, hits + 1)
     vcpu.invlpg(0)
     assert len(vcpu.tlb) == entries - 1
+
+
+@pytest.mark.parametrize("values", [
+    {"cr3": 0x5000}, {"cr3": np.uint64(1 << 63)}, {"cr0": Cr0.PE | Cr0.PG, "efer": 0}, {"pdptrs": [1, 2, 3, 4]}, {"pdptrs": None},
+    {"pkru": 0xFFFFFFFF, "pkrs": 1, "rflags": 1 << 18}, {}])
+def test_changed_registers_are_those_that_replace_makes(values):
+    """with_registers(): equal, of equal hash, of plain integers, and the registers that it began with are the same."""
+    before = Regs(1, 2, 3, 4, pdptrs=(5, 6, 7, 8))
+
+    after = with_registers(before, **values)
+
+    expected = replace(before, **values)
+    assert (expected, hash(expected)) == (after, hash(after))
+    assert all(type(getattr(after, field.name)) in (int, tuple, type(None)) for field in fields(Regs))
+    assert Regs(1, 2, 3, 4, pdptrs=(5, 6, 7, 8)) == before
+    with pytest.raises(FrozenInstanceError):
+        after.cr3 = 1
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("cr3", 1 << 64), ("cr3", -1), ("cr0", True), ("cr4", 1.0), ("pkru", 1 << 32), ("pkrs", -1), ("pdptrs", (1, 2)),
+    ("pdptrs", "1234"), ("pdptrs", (0, 0, 0, 1 << 64))])
+def test_changed_registers_are_checked_as_replace_checks_them(name, value):
+    """with_registers(): the same error with the same text."""
+    before = Regs(1, 2, 3, 4)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        replace(before, **{name: value})
+    with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
+        with_registers(before, **{name: value})

@@ -9,7 +9,7 @@ import pytest
 from builders import PageTables
 from machines import ACCESSES, NXE, PKE, SMAP, SMEP, WP, oracle_access, vcpu_over
 
-from kvmmu import Acc, Access, PageFormat
+from kvmmu import Acc, Access, CpuModel, Ept, GuestMemory, PageFormat, Vcpu
 
 # Appendix A of the semantics.
 PERMISSIONS = """
@@ -333,6 +333,77 @@ def test_is_fault_arrays_equal_scalars():
             assert actual[a, i] == fmt.is_fault(a, access)
             if access & Access.IMPLICIT:
                 assert actual[a, i] == fmt.is_fault(a, access & Access.WRITE)
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------------
+
+SHAPES = [((), ()), ((5,), (1,)), ((1, 1), (7,)), ((3, 0), (1,)), ((0,), ()), ((4, 1), (1, 6)), ((2, 3), (2, 3)), ((3,), (2, 3))]
+
+
+def array_of(rng, high, shape, dtype, layout):
+    """Random integers from 0 to high, in memory as the layout says."""
+    values = rng.integers(0, high + 1, shape).astype(dtype)
+    if layout == "transposed" and shape:
+        return np.asfortranarray(values)
+    return np.repeat(values, 2, axis=-1)[..., ::2] if layout == "strided" and shape else values
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, ">u4"])
+@pytest.mark.parametrize("layout", ["dense", "strided", "transposed"])
+def test_arrays_of_any_layout_equal_scalars(shapes, dtype, layout):
+    """Shapes broadcast as NumPy's do; each element is what the scalar call returns; 0-d arrays give scalars."""
+    rng = np.random.default_rng(7)
+    walk = vcpu_over(PageTables("4l"), on={"cr4": PKE | SMAP, "pkru": 0xE4E4E4E4}).gva_walk
+    first, second = shapes
+    acc, key = (array_of(rng, 15, shape, dtype, layout) for shape in (first, second))
+    access = np.array(ACCESSES)[array_of(rng, len(ACCESSES) - 1, second, int, "dense")].astype(dtype)
+    pte, level = array_of(rng, (1 << 31) - 1, first, np.uint64, layout), array_of(rng, 4, second, dtype, layout) + 1
+    calls = [(walk.fmt.is_fault, (acc, access), np.bool_), (walk.fmt.is_rsvd_bits_set, (pte, level), np.bool_),
+             (walk.permission_fault, (acc, key, access), np.uint32)]
+
+    for call, arrays, kind in calls:
+        actual = call(*arrays)
+        expected = np.vectorize(call, otypes=[kind])(*arrays)
+        np.testing.assert_array_equal(expected, actual)
+        assert np.broadcast_shapes(*shapes) == np.shape(actual)
+        assert kind == np.asarray(actual).dtype
+        assert isinstance(actual, np.ndarray) == (np.broadcast_shapes(*shapes) != ())
+
+
+def test_memory_types_and_rights_of_ept_entries_in_arrays():
+    """An EPT format: every pattern of the low six bits with and without user execute (bit 10), and a reserved bit."""
+    vcpu = Vcpu(GuestMemory(0x4000), cpu=CpuModel(maxphyaddr=40), tdp="ept")
+    vcpu.enter_nested(Ept(0x1000 | 3 << 3 | 6), cr0=0)
+    fmt = vcpu.ngpa_walk.fmt
+    low = np.arange(64, dtype=np.uint64)
+    patterns = np.stack([low, low | np.uint64(1 << 10), low | np.uint64(1 << 51)])
+    assert fmt.bad_mt_xwr
+
+    actual = fmt.is_rsvd_bits_set(patterns, 1)
+
+    for i, bits in enumerate(low.tolist()):
+        assert actual[0, i] == bool(fmt.bad_mt_xwr >> bits & 1), f"{bits:#x}"
+        assert actual[1, i] == bool(fmt.bad_mt_xwr >> (bits | 4) & 1), f"{bits:#x}"
+    assert actual[2].all()
+
+
+def test_arrays_that_change_after_their_check():
+    """What another thread, or the conversion of a later argument, writes into an array that was checked indexes no table."""
+    walk = vcpu_over(PageTables("4l"), on={"cr4": PKE, "pkru": U64 >> 32}).gva_walk
+
+    class Writer:
+        def __init__(self, array):
+            self.array = array
+
+        def __index__(self):
+            self.array[:] = 0xF1
+            return int(Access.WRITE)
+
+    acc = np.zeros(3, np.uint8)
+    assert walk.fmt.is_fault(acc, Writer(acc)).tolist() == [walk.fmt.is_fault(1, Access.WRITE)] * 3 == [True] * 3
+    key = np.zeros(3, np.uint8)
+    assert walk.permission_fault(7, key, Writer(key)).tolist() == [walk.permission_fault(7, 1, Access.WRITE)] * 3 == [0x21] * 3
 
 
 # ---- bad arguments --------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from guest_modes import CD, NW, NXE, PAE, PAE_MODE, PAGES, PDS, PE, PG, PGE, PKE, PSE, ROOT, SMAP, SMEP, WP, machine, refused
 from paths import DATA
-from test_vcpu import CD, NW, NXE, PAE, PAE_MODE, PAGES, PDS, PE, PG, PGE, PKE, PSE, ROOT, SMAP, SMEP, WP, machine, refused
 
 import kvmmu
 from kvmmu import Access

@@ -15,7 +15,7 @@ import image_files
 import numpy as np
 import pytest
 from paths import DATA, ROOT
-from test_recording import NEEDS_ZSTD
+from toy_recordings import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import cli

@@ -9,9 +9,8 @@ import re
 import image_files
 import numpy as np
 import pytest
-from image_files import PAGE, Guest
+from image_files import PAGE, Guest, unpacked
 from paths import DATA
-from test_images import unpacked
 
 from kvmmu.cli import main
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_trace_replay import CLIPS, ENVIRONMENT, header
+from toy_traces import CLIPS, ENVIRONMENT, header
 
 import kvmmu
 from kvmmu import cli

@@ -14,9 +14,9 @@ from pathlib import Path
 import c_table
 import numpy as np
 import pytest
+from batch_machines import random_machine
 from c_table import WORD, CallFailed, Cpu, Machine, Registers, Table, bytes_of, copy_of
 from paths import ROOT
-from test_batch import random_machine
 
 import kvmmu
 import kvmmu.embed.c_api

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_images_qemu import QEMU, Machine
+from qemu_guest import QEMU, Machine
 
 import kvmmu
 from kvmmu.embed import gdb_path

@@ -9,36 +9,19 @@ import image_files
 import numpy as np
 import pytest
 from children import outcome
-from image_files import CR0, CR4, PAGE, Guest
-from paths import DATA
+from image_files import CR0, CR4, IMAGES, PAGE, Guest, unpacked
 
 import kvmmu
 from kvmmu.images import Image, ImageError, elfcore, image_formats, is_image, open_image
 from kvmmu.images._file import Range, join_ranges
 from kvmmu.images._unmapped import UnmappedFile
 
-IMAGES = DATA / "images"
 LMA = int(kvmmu.Efer.LME | kvmmu.Efer.LMA)
 
 
 def written(tmp_path, data, name="image"):
     path = tmp_path / name
     path.write_bytes(data)
-    return path
-
-
-def unpacked(tmp_path, name):
-    """A sample, decompressed, with its zero pages as holes of the file."""
-    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed (extra zstd)")
-    path = tmp_path / name.removesuffix(".zst")
-    with (IMAGES / name).open("rb") as packed, path.open("wb") as out:
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
-        while chunk := reader.read(1 << 20):
-            if any(chunk):
-                out.write(chunk)
-            else:
-                out.seek(len(chunk), 1)
-        out.truncate()
     return path
 
 

@@ -2,15 +2,22 @@
 """Traces on a whole machine: the recorded addresses, exits explained one by one, and a tiny trace by hand."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 from paths import DATA
 
 import kvmmu
-from kvmmu import GuestMemory, PageTables
+from kvmmu import CpuModel, GuestMemory, Host, PageTables, TlbHierarchy, TlbLevel, Vm
 from kvmmu.cli.command import main
-from kvmmu.traces import Header, Op, Recording, RegisterSet, Trace
+from kvmmu.replay import machine_replay
+from kvmmu.traces import Header, Op, Recording, RegisterSet, Trace, TraceError
+from kvmmu.traces.conversion import recording_header
+from kvmmu.traces.foreign import Brings, ForeignTrace
 
 MB2 = 2 << 20
 
@@ -102,13 +109,157 @@ def test_arguments(capsys):
     for given, message in (({"mode": "fast"}, "mode: "), ({"host": "ept"}, "host: is of mode 'machine'"),
                            ({"backing": "4k"}, "backing: is of mode 'machine'"), ({"mode": "machine", "host": "xen"}, "host: "),
                            ({"mode": "machine", "backing": "8k"}, "backing: "),
-                           ({"mode": "machine", "tlb": "zen3"}, "tlb: mode")):
+                           ({"mode": "machine", "page": "4k"}, "paging, page, frames, pager: ")):
         with pytest.raises(ValueError, match=message):
             kvmmu.replay(recording, **given)
     with pytest.raises(ValueError, match="'machine' is for traces that bring registers"):
         kvmmu.replay(kvmmu.traces.bundled("lackey"), mode="machine")
     assert main(["replay", "bundled-lackey", "--backing", "4k"]) == 2
     assert "--backing: is of a machine" in capsys.readouterr().err
+
+
+# ---- the caller's machine ----------------------------------------------------------------------------------------------
+
+def vm_of(host, backing, size=4 * MB2, vcpus=1, **more):
+    """A machine with memory, and vCPUs with a TLB of one entry of each size."""
+    vm = Vm(GuestMemory(size), CpuModel(vendor="intel", maxphyaddr=46), Host(tdp=host, maxphyaddr=46, **more), backing=backing)
+    for _ in range(vcpus):
+        vm.create_vcpu(tlb=[(1, 1)] * 3)
+    return vm
+
+
+@pytest.mark.parametrize(("host", "kind"), [("ept", "ept"), ("npt", "npt"), (None, "shadow")])
+@pytest.mark.parametrize("name", ["l4", "l5", "pae"])
+def test_a_recording_on_a_machine_of_the_caller(name, host, kind):
+    """The same report as on a machine that is made for it, and the machine is as it was left: SPTEs, statistics, registers."""
+    recording = Recording.open(DATA / "linux" / name)
+    end = max(int(recording.pages_gpa[recording.pages_io == 0].max()), int(recording.table_pfn.max()) << 12) + 1
+    vm = vm_of(host, "4k", -(-end // MB2) * MB2)
+    vm = Vm(vm.mem, CpuModel(**recording_header(recording).cpu), Host(tdp=host, maxphyaddr=46), backing="4k")
+    vm.create_vcpu()
+    vm.mem.write(0, b"\xff" * 4096)                     # what was there before does not matter
+    given, made = kvmmu.replay(recording, vm, mode="machine"), kvmmu.replay(recording, mode="machine", host=kind, backing="4k")
+    one, two = given.to_dict(), made.to_dict()
+    for report in (one, two):
+        for timed in ("seconds", "rate"):
+            del report[timed]
+    assert one == two
+    assert (given.exit_position.tolist(), given.verified) == (made.exit_position.tolist(), len(recording))
+    assert vm.stats == given.stats
+    assert len(vm.sptes()["sp"]) == given.shadow_pages
+    assert vm.audit() == []
+
+
+def test_host_and_tlb_of_the_callers_machine():
+    """Two pages in turn: a TLB of one entry never hits, and the machine's host pages, mitigations and TLBs are those in use."""
+    tables = some_tables()
+    rows = [(2, 0x400000 + 0x1000 * (i % 2), 0, 16) for i in range(10)]
+    one = vm_of("ept", "2m", nx_huge_pages=True)
+    report = kvmmu.replay(trace_of(tables, rows), one, mode="machine")
+    assert (one.vcpus[0].tlb.misses, one.vcpus[0].tlb.hits) == (10, 0)
+    assert (report.backing, report.stats["nx_lpage_splits"]) == ("2m", one.stats["nx_lpage_splits"])
+    assert one.stats["nx_lpage_splits"] == 1
+    again = kvmmu.replay(trace_of(tables, rows), one, mode="machine")
+    assert (again.exits, again.stats["pf_taken"], again.sptes) == ({}, 0, report.sptes)         # counted from its start on
+
+
+def test_vcpus_by_their_number():
+    """The vcpu column names the machine's vCPUs; each has registers and a TLB of its own."""
+    tables = some_tables()
+    regs = tables.regs()
+    header = Header(registers=(RegisterSet(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer),) * 2)
+    vm = vm_of("ept", "4k", vcpus=3)
+    vm.mem.write(0, tables.mem.read(0, 4 * MB2))
+    columns = {"op": np.zeros(6, np.uint8), "addr": np.full(6, 0x400000, np.uint64), "access": np.zeros(6, np.uint8),
+               "vcpu": np.array([1, 1, 0, 1, 0, 0], np.uint16)}
+    report = kvmmu.replay(Trace(header, [columns]), vm, mode="machine")
+    assert (report.accesses, report.exit_position.tolist()) == (6, [0])
+    assert [(vcpu.tlb.misses, vcpu.tlb.hits) for vcpu in vm.vcpus] == [(1, 2), (1, 2), (0, 0)]
+    with pytest.raises(ValueError, match="vm: has 1 vCPUs, the trace has 2"):
+        kvmmu.replay(Trace(header, [columns]), vm_of("ept", "4k"), mode="machine")
+
+
+def test_chunks_and_traces_without_registers_on_a_machine():
+    """They run from the registers that the vCPUs have."""
+    tables = some_tables()
+    vm = Vm(tables.mem, CpuModel(maxphyaddr=46), Host(maxphyaddr=46), backing="4k")
+    for _ in range(2):
+        vm.create_vcpu().set_regs(tables.regs())
+    rows = {"op": np.zeros(4, np.uint8), "addr": np.array([0x400000, 0x401000, 0x400000, 0x500000], np.uint64),
+            "access": np.zeros(4, np.uint8), "vcpu": np.array([0, 1, 1, 0], np.uint16)}
+    report = kvmmu.replay([rows], vm, mode="machine")
+    assert (report.accesses, report.unchecked, report.exits) == (4, 4, {"EPT violations": 6})
+    assert [vcpu.tlb.misses for vcpu in vm.vcpus] == [2, 2]
+
+    def read(notes):
+        notes.add("lines", 3)
+        yield {name: column for name, column in rows.items() if name != "vcpu"}
+    foreign = ForeignTrace("test", Path("made"), read, Brings(), vcpus=1)
+    report = kvmmu.replay(foreign, vm, mode="machine", tlb=TlbHierarchy([TlbLevel("one", 1, 1)]))
+    assert (report.accesses, report.exits, report.skipped) == (4, {}, {"lines": 3})
+    assert (int(report.tlb.walks.sum()), report.tlb.unmapped, report.tlb.host_refs) == (3, 1, 3 * 5 * 4)
+
+    def told(notes):
+        yield rows | {"vcpu": np.full(4, 5, np.uint16)}
+    with pytest.raises(TraceError, match="rows of vCPU 5 behind access 0; the vm has 2 vCPUs"):
+        kvmmu.replay(ForeignTrace("test", Path("made"), told, Brings(), vcpus=8, tells_registers=True), vm, mode="machine")
+
+
+@pytest.mark.parametrize("host", ["ept", "shadow"])
+def test_tlbs_beside_a_machine(host):
+    """The counters of a walk: of two stages under EPT, of the shadow page tables alone under shadow paging."""
+    recording = Recording.open(DATA / "linux" / "l5")
+    plain, report = kvmmu.replay(recording, tlb="zen3"), kvmmu.replay(recording, mode="machine", host=host, tlb="zen3")
+    assert report.tlb.hits.tolist() == plain.tlb.hits.tolist()
+    assert report.tlb.guest_refs == plain.tlb.guest_refs
+    assert (report.tlb.host_refs > report.tlb.guest_refs) == (host == "ept")
+    assert report.exits == kvmmu.replay(recording, mode="machine", host=host).exits
+
+
+def test_what_a_machine_is_refused_for():
+    tables = some_tables()
+    for vm, given, words in [
+            (Vm(GuestMemory(MB2)), {}, "vm: has no vCPU"), (vm_of("ept", "4k"), {"host": "ept"}, "host: the vm has one"),
+            (vm_of("ept", "4k"), {"backing": "4k"}, "backing: the vm has one"),
+            (vm_of("ept", "4k", MB2), {}, "vm: the trace brings memory from gpa 0x0 to 0x7fffff")]:
+        with pytest.raises(ValueError, match=words):
+            kvmmu.replay(trace_of(tables, [(0, 0x400000, 0, 0)]), vm, mode="machine", **given)
+    with pytest.raises(TypeError, match="vm: want a Vm, a Vcpu or None, got int"):
+        kvmmu.replay(trace_of(tables, []), 3, mode="machine")
+    rows = {"op": np.array([Op.RESTART], np.uint8), "addr": np.zeros(1, np.uint64), "access": np.zeros(1, np.uint8),
+            "value": np.zeros(1, np.uint64)}
+    with pytest.raises(TraceError, match="RESTART.*needs memory that the trace brings"):
+        kvmmu.replay([rows], vm_of("ept", "4k"), mode="machine")
+
+
+def test_an_interrupt_waits_for_the_end_of_a_chunk(monkeypatch):
+    """The report counts whole chunks, and has the exits of each."""
+    before, chunks = machine_replay._MachineRun.take, []
+
+    def take(self, chunk):
+        if len(chunks) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.getpid()
+        before(self, chunk)
+        chunks.append(self.accesses)
+    monkeypatch.setattr(machine_replay._MachineRun, "take", take)
+    columns = {"op": np.zeros(10, np.uint8), "addr": np.full(10, 0x400000, np.uint64), "access": np.zeros(10, np.uint8)}
+    trace = trace_of(some_tables(), [])
+    several = Trace(trace.header, [*trace._chunks, columns, columns, columns])
+    with pytest.raises(kvmmu.ReplayInterrupted, match="interrupted after 10 accesses") as found:
+        kvmmu.replay(several, mode="machine")
+    report = found.value.report
+    assert (report.complete, report.accesses, report.exits) == (False, 10, {"EPT violations": 2})
+
+
+def test_the_command_on_the_machine_of_an_image(tmp_path, capsys):
+    image = tmp_path / "dump.elf"
+    image.write_bytes(image_files.qemu_core(image_files.Guest()))
+    trace = tmp_path / "trace.csv"
+    trace.write_text("va,type\n0x400000,R\n0x400008,R\n")
+    assert main(["replay", str(trace), "--image", str(image), "--machine", "npt", "--backing", "4k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["host"], found["backing"], found["accesses"]) == ("npt", "4k", 2)
 
 
 def test_command(capsys):

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from test_trace_replay import LONG_MODE, OTHER, ROOT, header, memory_rows, rows_of, tables
+from toy_traces import LONG_MODE, OTHER, ROOT, header, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import GuestMemory, Regs, Vcpu

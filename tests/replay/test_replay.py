@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import DATA
-from test_recording import NEEDS_ZSTD
+from toy_recordings import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Regs, Status, Vcpu
-from kvmmu.replay import trace_replay
+from kvmmu.replay import row_run
 from kvmmu.replay._replay import new_row_loop
 from kvmmu.replay.trace_replay import recording_vcpu
 from kvmmu.traces import Op, Recording, RecordingError, bundled
@@ -457,7 +457,7 @@ def stopped(source, stretch, after, monkeypatch):
     def make(*arguments):
         loops.append(Stopping(new_row_loop(*arguments), stretch, after))
         return loops[-1]
-    monkeypatch.setattr(trace_replay, "new_row_loop", make)
+    monkeypatch.setattr(row_run, "new_row_loop", make)
     with pytest.raises(kvmmu.ReplayInterrupted) as caught:
         kvmmu.replay(source)
     assert not caught.value.report.complete

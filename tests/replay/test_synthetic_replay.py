@@ -13,6 +13,7 @@ from paths import DATA
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, Pager, PageTables, Vcpu, cli
 from kvmmu.replay import synthetic
+from kvmmu.replay.checkpoint import Checkpoints
 from kvmmu.replay.result import ReplayInterrupted, SyntheticReport
 from kvmmu.tables import PageSet
 from kvmmu.traces import Header, Op, ParquetTrace, ParquetWriter, RegisterSet, Trace, TraceError, bundled, convert, open_trace
@@ -347,7 +348,8 @@ def test_supervisors_and_fetches_reach_every_page():
 
 def test_rows_walk_in_both_pages_only_of_one_vcpu():
     """What the loop itself refuses."""
-    run = synthetic._Run(trace_of([0]), synthetic.TablesToOrder(), None)
+    trace = trace_of([0])
+    run = synthetic._Run(trace, synthetic.TablesToOrder(), None, None, Checkpoints(trace, {}))
     run._begin(PageTables.for_addresses(None, [0]))
     chunk = next(run._chunks(0))
     for bad in (replace(chunk, size=None), replace(chunk, all_known=True)):

@@ -2,17 +2,15 @@
 """Traces of the package's own format, replayed: the report of the recording they came from, and no lie passed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import DATA
-from test_recording import NEEDS_ZSTD
+from toy_recordings import NEEDS_ZSTD
+from toy_traces import CLIPS, ENVIRONMENT, LONG_MODE, OTHER, ROOT, header, machine, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, ReplayInterrupted, Vcpu
@@ -21,10 +19,8 @@ from kvmmu.traces.conversion import recording_chunks, recording_header
 
 pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 
-CLIPS = DATA / "linux"
 EVERY_CLIP = pytest.mark.parametrize("name", [
     pytest.param(name, marks=NEEDS_ZSTD if name == "p32" else ()) for name in ("l4", "l5", "pae", "p32", "ntoy", "ndyn", "nlin")])
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(kvmmu.__file__).parents[1])}
 TIMES = ("seconds", "rate", "waited")
 
 
@@ -172,41 +168,6 @@ def test_a_flipped_word_of_the_memory_at_the_start_is_reported():
 
 # -- hand-made traces ---------------------------------------------------------------------------------------------------
 
-ROOT, OTHER = 0x1000, 0x5000
-LONG_MODE = {"cr0": 0x80050033, "cr4": 0x20, "efer": 0xD01}
-
-
-def tables(root=ROOT, frame=0x100):
-    """{gpa: entry} that map 0 to 2 MiB, 4K pages, to frame, frame + 1 ...; with room for all in four pages from root."""
-    entries = {root: root + 0x1007, root + 0x1000: root + 0x2007, root + 0x2000: root + 0x3007}
-    return entries | {root + 0x3000 + 8 * i: (frame + i) << 12 | 7 for i in range(512)}
-
-
-def memory_rows(entries, regions=((0x1000, 0x8000),)):
-    """Set-up rows for some entries."""
-    rows = [(Op.MEMORY, gpa, size) for gpa, size in regions] + [(Op.MEMORY_WORD, gpa, value) for gpa, value in entries.items()]
-    return rows_of(*rows)
-
-
-def rows_of(*rows):
-    """Columns of rows (op, addr, value) for events, (op, addr, access, gpa) for accesses; a dict says more."""
-    table = []
-    for row in rows:
-        op, addr, *rest = row
-        if op >= Op.MOV_CR3:
-            table.append({"op": op, "addr": addr, "value": rest[0] if rest else 0, "size": 8}
-                         | (rest[1] if len(rest) > 1 else {}))
-        else:
-            table.append({"op": op, "addr": addr, "access": rest[0], "gpa": rest[1], "size": 1}
-                         | (rest[2] if len(rest) > 2 else {}))
-    dtypes = {"op": np.uint8, "addr": np.uint64, "access": np.uint8, "size": np.uint8, "vcpu": np.uint16, "value": np.uint64,
-              "gpa": np.uint64}
-    return {name: np.array([int(row.get(name) or 0) for row in table], dtype) for name, dtype in dtypes.items()}
-
-
-def header(**fields):
-    return Header(**{"registers": (RegisterSet(cr3=ROOT, **LONG_MODE),), "cpu": {"maxphyaddr": 48}} | fields)
-
 
 def test_accesses_without_a_recorded_address_are_walked_and_counted():
     """No truth, no mismatch: what fails is counted by error code, what reaches memory by page size."""
@@ -329,15 +290,6 @@ def test_a_nested_guest_under_ept():
 
 # -- chunks of somebody else's ------------------------------------------------------------------------------------------
 
-def machine():
-    """A vCPU over the hand-made tables."""
-    mem = GuestMemory(0x10000)
-    for gpa, entry in tables().items():
-        mem.write_u64(gpa, entry)
-    vcpu = Vcpu(mem, cpu=CpuModel(maxphyaddr=48))
-    vcpu.set_regs(cr3=ROOT, **LONG_MODE)
-    return vcpu
-
 
 def test_an_iterable_of_mappings_on_a_vcpu():
     """Columns that are left out have their defaults; the vCPU's memory is walked, its registers are those of the start."""
@@ -372,7 +324,6 @@ def test_writes_of_a_trace_go_to_the_given_memory():
 @pytest.mark.parametrize(("arguments", "error", "words"), [
     (([],), ValueError, "vm: .*want a Vcpu"), ((5,), TypeError, "trace: .*int"), (([], 5), TypeError, "vm: .*int"),
     ((CLIPS / "l4", machine()), ValueError, "vm: .*its own memory"),
-    (([], machine(), {"mode": "machine"}), ValueError, "vm: .*'machine'"),
     (([], machine(), {"tlb": 5}), TypeError, "tlb: .*int"), (([], machine(), {"phase": "dyn"}), ValueError, "phase: .*'dyn'"),
     (([5], machine()), TraceError, "chunk is a int"), (([memory_rows(tables())], machine()), TraceError, "MEMORY")])
 def test_bad_arguments_of_replay(arguments, error, words):

@@ -6,12 +6,13 @@ some are odd, so that a batch meets whole blocks that pass, blocks with a few od
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
-from builders import LEVELS, PAGE, mode_regs
+from builders import LEVELS, PAGE, mode_regs, random_tables
 from machines import ACCESSES, NXE, PKE, SMAP, SMEP, WP, snapshot
 
-from kvmmu import CpuModel, Ept, GuestMemory, Npt, Regs, Translation, Vcpu
+from kvmmu import CpuModel, Ept, GeneralProtection, GuestMemory, Npt, Regs, Translation, Vcpu
 
 COLUMNS = ("gpa", "status", "error_code", "level", "pte", "pte_gpa", "pte_access", "refs", "ngpa", "fault_gpa",
            "exit_qualification")
@@ -310,3 +311,24 @@ def describe(wrong, results, fields, gva, access, ctx):
                          f"ctx {None if ctx is None else int(ctx[row])}: want {int(getattr(expected, name)[row]):#x}, "
                          f"got {int(getattr(actual, name)[row]):#x}")
     return "\n".join(lines)
+
+
+@lru_cache
+def random_case(seed, mode):
+    """(pages, registers, addresses, accesses) of random tables that can be loaded."""
+    rng = np.random.default_rng(seed)
+    tables = random_tables(rng, mode, gvas=3000)
+    try:
+        Vcpu(GuestMemory.from_pages(*tables.pages()), cpu=CpuModel(maxphyaddr=40)).set_regs(**tables.regs())
+    except GeneralProtection:
+        return random_case(seed + 1000, mode)
+    access = rng.choice(np.array(ACCESSES, np.uint8), len(tables.gvas))
+    return tables.pages(), tables.regs(), np.array(tables.gvas, np.uint64), access
+
+
+def random_machine(seed, mode, **cpu):
+    """A fresh vCPU over random tables, with addresses and an access for each. Mode "pae npt": its PDPTEs are in memory."""
+    pages, regs, gva, access = random_case(seed, mode.split()[0])
+    vcpu = Vcpu(GuestMemory.from_pages(*pages), cpu=CpuModel(maxphyaddr=40, **cpu), tdp="npt" if "npt" in mode else "ept")
+    vcpu.set_regs(**regs)
+    return vcpu, gva, access

@@ -10,6 +10,12 @@ import re
 import struct
 import zipfile
 
+import numpy as np
+from paths import DATA
+
+from kvmmu.traces import TraceError
+from kvmmu.traces.opening import open_trace
+
 LOAD, STORE, FETCH = 0, 1, 2
 LOAD_MMIO, STORE_MMIO = 4, 5
 WRITE, USER, AC, EXEC = 2, 4, 8, 16
@@ -263,3 +269,46 @@ def qemu_file(blocks=40, seed=10, events=False):
                     rows.append({"op": 24, "addr": gpa, "access": 0, "size": 1 << log, "ip": 0, "value": value, "vcpu": vcpu})
         data += qemu_block(vcpu, records)
     return data, rows
+
+
+FILES = DATA / "formats"
+INVALID_GPA = 2**64 - 1
+
+
+def read(path, format=None, **options):
+    """All rows of a file as arrays by column, those that a format leaves out filled with what that means."""
+    trace = open_trace(path, format, **options)
+    parts = list(trace.columns())
+    assert all(len({len(column) for column in part.values()}) == 1 for part in parts)
+    list(trace.chunks())                                    # the rows are in the trace format
+    empty = {"op": np.uint8, "addr": np.uint64, "access": np.uint8, "size": np.uint8, "ip": np.uint64, "vcpu": np.uint16,
+             "gpa": np.uint64}
+    missing = {"size": 1, "ip": 0, "vcpu": 0, "gpa": INVALID_GPA}
+    return {name: np.concatenate([part.get(name, np.full(len(part["op"]), missing.get(name, 0), dtype)) for part in parts]
+                                 or [np.empty(0, dtype)]) for name, dtype in empty.items()}
+
+
+def check(found, rows):
+    """Arrays against rows of dicts."""
+    assert len(rows) == len(found["op"])
+    for name in ("op", "addr", "access", "size", "ip"):
+        assert [row[name] for row in rows] == found[name].tolist(), name
+    assert [row.get("vcpu", 0) for row in rows] == found["vcpu"].tolist()
+    assert [INVALID_GPA if row.get("gpa") is None else row["gpa"] for row in rows] == found["gpa"].tolist()
+
+
+def until_damage(trace):
+    """The addresses of the rows before damage, and what the error says."""
+    rows = []
+    try:
+        for columns in trace.columns():
+            rows += columns["addr"].tolist()
+    except TraceError as error:
+        return rows, str(error)
+    return rows, None
+
+
+def write(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_bytes(data)
+    return path

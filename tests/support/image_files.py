@@ -6,6 +6,8 @@ import zlib
 
 import builders
 import numpy as np
+import pytest
+from paths import DATA
 
 PAGE = 0x1000
 CR0 = 0x80050033
@@ -245,3 +247,21 @@ def vmware_state(regions, version=3, vcpus=(), block=False):
                  0xBE if version != 1 else 0xBA]) + struct.pack("<II", 8, len(groups))
     out += b"".join(name.ljust(64, b"\0") + struct.pack("<QQ", at, 0) for name, at in groups)
     return out + tags + b"\0\0" + cpu + b"\0\0"
+
+
+IMAGES = DATA / "images"
+
+
+def unpacked(tmp_path, name):
+    """A sample, decompressed, with its zero pages as holes of the file."""
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed (extra zstd)")
+    path = tmp_path / name.removesuffix(".zst")
+    with (IMAGES / name).open("rb") as packed, path.open("wb") as out:
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+        while chunk := reader.read(1 << 20):
+            if any(chunk):
+                out.write(chunk)
+            else:
+                out.seek(len(chunk), 1)
+        out.truncate()
+    return path

@@ -22,6 +22,7 @@ from functools import cache
 import numpy as np
 import oracle
 import oracle_nested
+from builders import mode_regs
 from oracle import bits
 
 ACCESS_WRITE = 2
@@ -483,3 +484,13 @@ class GuestTables:
         if kind == 6 and (self.maker.cpu.maxphyaddr < 52 or self.nested.levels < 5):
             return value | 1 << 51
         return value | oracle.PS if level in (1, 4, 5) else value & ~oracle.US
+
+
+def random_controls(rng, mode, cr3):
+    """The mode's registers with WP, SMEP, SMAP, PKE and PKRU at random."""
+    registers = mode_regs(mode, cr3)
+    bit = rng.integers(0, 2, 4).tolist()
+    registers["cr0"] ^= oracle.CR0_WP * bit[0]
+    registers["cr4"] |= oracle.CR4_SMEP * bit[1] | oracle.CR4_SMAP * bit[2] | oracle.CR4_PKE * bit[3]
+    registers["pkru"] = int(rng.integers(0, 1 << 32))
+    return registers

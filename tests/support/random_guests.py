@@ -7,6 +7,8 @@ Entries point at tables, at themselves, into holes and past the end.
 import mmap
 
 import numpy as np
+from builders import mode_regs
+from machines import NXE, PKE, SMAP, SMEP, WP
 
 PAGE = 4096
 MODES = ("nopg", "32", "pae", "4l", "5l")
@@ -172,3 +174,15 @@ def random_gvas(rng, n, mode):
 
 def random_accesses(rng, n):
     return np.bitwise_or.reduce(ACCESS_BITS[rng.integers(0, ACCESS_BITS.size, (3, n))], axis=0)
+
+
+def random_registers(rng, mode, cr3):
+    """The mode's registers with every control at random."""
+    regs = mode_regs(mode, cr3)
+    bit = rng.integers(0, 2, 7).tolist()
+    regs["cr0"] ^= WP * bit[0]
+    regs["cr4"] ^= SMEP * bit[1] | SMAP * bit[2] | PKE * bit[3] | (1 << 4) * bit[4]
+    regs["efer"] ^= NXE * bit[5]
+    regs["cr3"] |= 0x18 * bit[6] if mode != "pae" else 0
+    regs["pkru"] = int(rng.integers(0, 1 << 32))
+    return regs

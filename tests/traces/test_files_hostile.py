@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import DATA, ROOT
-from test_recording import NEEDS_ZSTD, npy, toy_tables, toy_trace, write_toy, zip_of
-from test_trace_replay import memory_rows, rows_of, tables
+from toy_recordings import NEEDS_ZSTD, npy, toy_tables, toy_trace, write_toy, zip_of
+from toy_traces import memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import cli
@@ -303,6 +303,52 @@ def test_of_the_words_of_one_address_the_last_counts(last):
     chunks = chunks if last else [chunks[0], chunks[2], chunks[1]]
     report = kvmmu.replay(Trace(LONG_MODE, [*chunks, rows_of((Op.LOAD, 0, 0, 0x888000 if last else 0x999000))]))
     assert (report.verified, report.mismatches) == (1, 0)
+
+
+def test_words_of_zero_take_no_memory(tmp_path):
+    """A word of 0 in each page of 512 MiB, of which one had another value before, and none after it."""
+    size, step = 512 << 20, 1 << 14
+    with ParquetWriter(tmp_path / "zeros.parquet", Header(registers=(FLAT,))) as writer:
+        writer.write(rows_of((Op.MEMORY, 0, size), (Op.MEMORY_WORD, 0x5000, 0x77)))
+        for first in range(0, size // 4096, step):
+            addr = (U64(first) + np.arange(step, dtype=U64)) * U64(4096)
+            writer.write({"op": np.full(step, Op.MEMORY_WORD, U8), "addr": addr, "access": np.zeros(step, U8),
+                          "value": np.zeros(step, U64)})
+        writer.write(rows_of((Op.MEMORY_WORD, 0x7008, 0x88), (Op.LOAD, 0x7008, 0, 0x7008)))
+    code = ("from kvmmu.replay.recorded_machine import trace_start\n"
+            "start = trace_start(kvmmu.open_trace(sys.argv[1]))\n"
+            "print(start.memory.words, start.memory.guest.read_u64(0x5000), start.memory.guest.read_u64(0x7008))")
+    text, peak, _ = in_limits(code, tmp_path / "zeros.parquet", megabytes=None)
+    assert text == "(array([28680], dtype=uint64), array([136], dtype=uint64)) 0 136"
+    assert peak < 300
+
+
+def test_pages_of_zeros_take_no_memory(tmp_path):
+    """512 MiB of an archive, and guest memory of them, with one byte that is not 0 in the middle and one at the end."""
+    pages = np.zeros((1 << 17, 4096), U8)
+    pages[70_000, 5], pages[-1, -1] = 7, 9
+    gpas = np.arange(1 << 17, dtype=U64)[::-1] << U64(12)
+    np.savez_compressed(tmp_path / "zeros.npz", pages=pages, gpas=gpas)
+    code = ("from kvmmu.traces._npz import open_npz\n"
+            "arrays = open_npz(sys.argv[1])\n"
+            "mem = kvmmu.GuestMemory.from_pages(arrays['gpas'], arrays['pages'])\n"
+            "import numpy as np\n"
+            "place = int(arrays['gpas'][70_000]) + 5\n"
+            "print(mem.read(place - 1, 3), mem.read(4095, 2), np.count_nonzero(arrays['pages']), mem.slots[0][1] >> 20)")
+    text, peak, _ = in_limits(code, tmp_path / "zeros.npz", megabytes=None)
+    assert text == "b'\\x00\\x07\\x00' b'\\t\\x00' 2 512"
+    assert peak < 300
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("first", [False, True])
+def test_words_beyond_all_regions(value, first):
+    """Refused, whether they are zeros or not, and in whichever order; the lowest is named."""
+    words = [(Op.MEMORY_WORD, 0x9010, value), (Op.MEMORY_WORD, 0x9008, value), (Op.MEMORY_WORD, 0xA000, 0),
+             (Op.MEMORY_WORD, 0, 5)]
+    rows = rows_of(*(words if first else []), (Op.MEMORY, 0, 0x8000), *([] if first else words), (Op.LOAD, 0, 0, 0))
+    with pytest.raises(TraceError, match="MEMORY_WORD: gpa 0x9008 is in no MEMORY region"):
+        kvmmu.replay(Trace(Header(registers=(FLAT,)), [rows]))
 
 
 def test_setting_up_is_linear_in_the_number_of_regions(tmp_path):

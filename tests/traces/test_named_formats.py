@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_formats import check, read, until_damage, write
+from format_files import check, read, until_damage, write
 
 from kvmmu.traces import Header, ParquetWriter, RegisterSet, TraceError
 from kvmmu.traces.opening import describe_trace, open_trace

@@ -8,8 +8,8 @@ import struct
 import format_files as files
 import numpy as np
 import pytest
+from format_files import FILES, check, read, until_damage, write
 from paths import ROOT
-from test_formats import FILES, check, read, until_damage, write
 
 from kvmmu import Access
 from kvmmu.traces import Op, TraceError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
-from test_trace_replay import CLIPS, header, machine, memory_rows, rows_of, tables
+from toy_traces import CLIPS, header, machine, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import INVALID_GPA, Access, cli

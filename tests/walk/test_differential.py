@@ -10,10 +10,11 @@ import os
 import numpy as np
 import oracle
 import pytest
-from builders import LEVELS, PageTables, index_of, mode_regs, random_tables, sign_extend, words_to_pages
+from builders import LEVELS, PageTables, index_of, random_tables, sign_extend, words_to_pages
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from machines import ACCESSES, NXE, PKE, SMAP, SMEP, WP, oracle_access, oracle_cpu, scalar
+from random_guests import random_registers
 
 from kvmmu import Access, CpuModel, GeneralProtection, GuestMemory, Regs, Status, Vcpu
 
@@ -24,18 +25,6 @@ STATUS = {"ok": Status.OK, "page_fault": Status.PAGE_FAULT, "non_canonical": Sta
 SHADOW_STACKS = tuple(Access.SHADOW_STACK | a for a in (0, Access.WRITE, Access.USER, Access.USER | Access.WRITE, Access.AC))
 FIELDS = ("gpa", "status", "error_code", "level", "pte_access")
 INVALID = 2**64 - 1
-
-
-def random_registers(rng, mode, cr3):
-    """The mode's registers with every control at random."""
-    regs = mode_regs(mode, cr3)
-    bit = rng.integers(0, 2, 7).tolist()
-    regs["cr0"] ^= WP * bit[0]
-    regs["cr4"] ^= SMEP * bit[1] | SMAP * bit[2] | PKE * bit[3] | (1 << 4) * bit[4]
-    regs["efer"] ^= NXE * bit[5]
-    regs["cr3"] |= 0x18 * bit[6] if mode != "pae" else 0
-    regs["pkru"] = int(rng.integers(0, 1 << 32))
-    return regs
 
 
 class Trio:

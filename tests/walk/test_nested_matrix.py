@@ -12,7 +12,8 @@ import numpy as np
 import oracle
 import oracle_nested
 import pytest
-from builders import mode_regs, random_tables, words_to_pages
+from builders import random_tables, words_to_pages
+from nested_matrix import random_controls
 
 from kvmmu import Access, CpuModel, Ept, GeneralProtection, GuestMemory, Npt, Regs, Status, Vcpu
 
@@ -201,16 +202,6 @@ def test_an_identity_second_stage_equals_one_stage(mode, kind, large):
         assert one[1] == two[1]
         compared += 1
     assert compared
-
-
-def random_controls(rng, mode, cr3):
-    """The mode's registers with WP, SMEP, SMAP, PKE and PKRU at random."""
-    registers = mode_regs(mode, cr3)
-    bit = rng.integers(0, 2, 4).tolist()
-    registers["cr0"] ^= oracle.CR0_WP * bit[0]
-    registers["cr4"] |= oracle.CR4_SMEP * bit[1] | oracle.CR4_SMAP * bit[2] | oracle.CR4_PKE * bit[3]
-    registers["pkru"] = int(rng.integers(0, 1 << 32))
-    return registers
 
 
 def test_access_bits_are_the_packages():

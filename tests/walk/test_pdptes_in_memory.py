@@ -11,7 +11,7 @@ import oracle_nested
 import pytest
 from builders import random_tables, words_to_pages
 from machines import oracle_access
-from test_nested_matrix import random_controls
+from nested_matrix import random_controls
 
 from kvmmu import (
     Access,

@@ -25,6 +25,10 @@ cdef object aligned(array, Py_ssize_t itemsize)
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one, uint8_t *all_bits) except *
 # The number of the register set of each row, below count; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
+# Rows from which on the GIL is released: handing it over takes a tenth of a microsecond, fewer rows 5 of them at most.
+cdef enum:
+    MIN_ROWS_WITHOUT_GIL = 64
+
 # Columns of one batch, and where the bytes of one lie.
 cdef enum:
     MOST_COLUMNS = 16

@@ -80,17 +80,24 @@ cdef object aligned(array, Py_ssize_t itemsize):
     return array if good else array.copy()
 
 
+cdef uint8_t or_of(const uint8_t *data, Py_ssize_t n) noexcept nogil:
+    cdef uint8_t seen = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        seen |= data[i]
+    return seen
+
+
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one, uint8_t *all_bits) except *:
     cdef column found
-    cdef const uint8_t *data
-    cdef Py_ssize_t i
     cdef uint8_t seen = 0
     if isinstance(access, ndarray):
         found = column_of("", "access", access, sizeof(uint8_t), rows, False)
-        data = <const uint8_t *>found.data
-        with nogil:
-            for i in range(found.rows):
-                seen |= data[i]
+        if found.rows < MIN_ROWS_WITHOUT_GIL:
+            seen = or_of(<const uint8_t *>found.data, found.rows)
+        else:
+            with nogil:
+                seen = or_of(<const uint8_t *>found.data, found.rows)
         if seen & ~<uint8_t>ACCESS_VALID_MASK:
             check_access(access, rows)
             raise ValueError("access: somebody changed it while it was checked")

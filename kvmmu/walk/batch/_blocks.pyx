@@ -104,7 +104,7 @@ cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexce
     if b.more or stop - first < KVMMU_BLOCK_ROWS or (b.ctx is not NULL and not of_one_context(&b.ctx[first])):
         return 0
     m = cached_walks_of(b, walk_of(b, first), True)
-    if is_backing_off(&m.uniform_backoff):
+    if not m.first.found + m.second.found or is_backing_off(&m.uniform_backoff):        # the first block fills the cache
         return 0
     while m.first.found <= MAX_CACHED_TABLES_UNIFORM and m.second.found <= MAX_CACHED_TABLES_UNIFORM:
         if not can_be_uniform(m.w) or not translate_uniform_block(b, m, row):

@@ -12,7 +12,7 @@ from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_cmpxchg64, kvmmu_load32, kvmmu_read64, kvmmu_store32
 from kvmmu.walk._columns cimport FIELDS
 from kvmmu.walk.batch._arrays cimport (
-    MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
+    MIN_ROWS_WITHOUT_GIL, MOST_COLUMNS, access_column, aligned, check_apart, column, column_of, context_column, stretch,
 )
 from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS
 from kvmmu.walk.batch._rows cimport batch, more_column
@@ -206,9 +206,10 @@ cdef class Job:
         part.out = &self.columns
         at.row = at.stop = 0
         at.slice = FIRST_SLICE
-        with nogil:
-            begin_batch(&part, work, self.whole.count, self.piece, False)
+        begin_batch(&part, work, self.whole.count, self.rows, False)
         try:
+            if self.rows < MIN_ROWS_WITHOUT_GIL:
+                more = self.run_some(&part, &at)
             while more:
                 with nogil:
                     more = self.run_some(&part, &at)

@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import threading
-from functools import lru_cache
 
 import numpy as np
 import pytest
+from batch_machines import random_machine
 from builders import PageTables, random_tables, words_to_pages
 from machines import ACCESSES, ALL_FIELDS, NXE, PKE, SMAP, SMEP, WP, A, D, assert_same_columns, columns, snapshot, vcpu_over
 
@@ -28,27 +28,6 @@ def walk():
     tables = PageTables("4l")
     tables.map(GVA, GPA, "p u")
     return vcpu_over(tables).gva_walk
-
-
-@lru_cache
-def random_case(seed, mode):
-    """(pages, registers, addresses, accesses) of random tables that can be loaded."""
-    rng = np.random.default_rng(seed)
-    tables = random_tables(rng, mode, gvas=3000)
-    try:
-        Vcpu(GuestMemory.from_pages(*tables.pages()), cpu=CpuModel(maxphyaddr=40)).set_regs(**tables.regs())
-    except GeneralProtection:
-        return random_case(seed + 1000, mode)
-    access = rng.choice(np.array(ACCESSES, np.uint8), len(tables.gvas))
-    return tables.pages(), tables.regs(), np.array(tables.gvas, np.uint64), access
-
-
-def random_machine(seed, mode, **cpu):
-    """A fresh vCPU over random tables, with addresses and an access for each. Mode "pae npt": its PDPTEs are in memory."""
-    pages, regs, gva, access = random_case(seed, mode.split()[0])
-    vcpu = Vcpu(GuestMemory.from_pages(*pages), cpu=CpuModel(maxphyaddr=40, **cpu), tdp="npt" if "npt" in mode else "ept")
-    vcpu.set_regs(**regs)
-    return vcpu, gva, access
 
 
 # ---- shapes and columns ---------------------------------------------------------------------------------------------

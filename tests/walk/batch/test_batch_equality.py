@@ -27,7 +27,7 @@ from batch_machines import (
 )
 from builders import LEVELS, PageTables, random_tables, words_to_pages
 from machines import WP, A, D, snapshot
-from test_differential import random_registers
+from random_guests import random_registers
 
 from kvmmu import Access, CpuModel, GeneralProtection, Pml, Regs, Status, Translation
 from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("same_instruction_set")
 
 def sizes(rng, many=False):
     """Rows of a batch: a few, some blocks, or many."""
-    return int(rng.choice([rng.integers(1, 70), rng.integers(60, 301), 20_000 if many else 1500], p=(0.3, 0.4, 0.3)))
+    return int(rng.choice([rng.integers(1, 70), rng.integers(60, 301), 20_000 if many else 2500], p=(0.3, 0.4, 0.3)))
 
 
 def columns_of(rng):
