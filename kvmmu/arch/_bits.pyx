@@ -225,6 +225,7 @@ class Op(IntEnum):
     RESTART = OP_RESTART
     MEMORY = OP_MEMORY
     MEMORY_WORD = OP_MEMORY_WORD
+    WRMSR_PKRS = OP_WRMSR_PKRS
 
 
 # Under the names that C has for them; an assignment would be one to the C constant.

@@ -27,7 +27,7 @@ from kvmmu.vm.vcpu import Vcpu, Vm
 
 __all__ = ["add"]
 
-_OF_IMAGES = ("image_format", "vcpu", "cr0", "cr3", "cr4", "efer")
+_OF_IMAGES = ("image_format", "vcpu", "cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 
 
 def add(commands: Commands) -> None:

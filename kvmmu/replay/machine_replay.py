@@ -254,7 +254,7 @@ class _MachineRun:
                 self._restart()
             elif op in (Op.SET_REGS, Op.VMENTER, Op.VMEXIT):
                 self._use(vcpu, self._loaded(self.contexts[value]))
-            elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU):
+            elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS):
                 self._load(vcpu, op, value)
         except (GuestFault, ValueError) as error:
             raise TraceError(f"{op.name} in row {row} of the chunk behind access {self.accesses}: {error}") from error
@@ -314,6 +314,9 @@ class _MachineRun:
             if self.host != "shadow":
                 one.wrpkru(value)
             self.states[vcpu] = after
+        elif op == Op.WRMSR_PKRS:
+            one.wrmsr_pkrs(value)
+            self.states[vcpu] = after
         elif op == Op.MOV_CR3 and not after.is_pae_paging:
             one.mov_cr(3, value)
             self.states[vcpu] = replace(after, cr3=value & ~CR3_NOFLUSH if after.cr4 & Cr4.PCIDE else value)
@@ -328,6 +331,8 @@ class _MachineRun:
             return replace(regs, efer=value | regs.efer & int(Efer.LMA))     # that bit is the processor's
         if op == Op.WRPKRU:
             return replace(regs, pkru=value)
+        if op == Op.WRMSR_PKRS:
+            return replace(regs, pkrs=value)
         return replace(regs, cr0=value, pdptrs=None) if op == Op.MOV_CR0 else replace(regs, cr4=value, pdptrs=None)
 
     # ---- what was found ------------------------------------------------------------------------------------------------

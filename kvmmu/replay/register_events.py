@@ -6,7 +6,16 @@ from typing import Any
 
 from kvmmu.arch._bits import CR3_NOFLUSH, Cr4, Op
 from kvmmu.arch.faults import GeneralProtection
-from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, check_pdptrs, pdpte_gpas
+from kvmmu.arch.registers import (
+    CpuModel,
+    Regs,
+    after_mov_cr,
+    after_wrmsr_efer,
+    after_wrmsr_pkrs,
+    after_wrpkru,
+    check_pdptrs,
+    pdpte_gpas,
+)
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.replay._replay_registers import ReplayRegisters
@@ -21,13 +30,13 @@ __all__ = ["REGISTER_EVENTS", "Context", "RegisterEvents", "context_of", "contex
 Context = Regs | tuple[Regs, Stage]       # inside a nested guest: with its second stage
 
 _NAMED = (Op.SET_REGS, Op.VMENTER, Op.VMEXIT)       # they name a register set of the header
-REGISTER_EVENTS = (*_NAMED, Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU)
+REGISTER_EVENTS = (*_NAMED, Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS)
 _SETS = 1024                            # kept ready
 
 
 def registers_of(regs: Regs) -> dict[str, Any]:
     """Return the registers that a context sets, by name."""
-    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
+    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs", "pkrs")}
 
 
 def use_context(vcpu: Vcpu, context: Context) -> None:
@@ -48,7 +57,7 @@ def context_of(regs: RegisterSet) -> Context:
     TraceError
         There is no such second stage.
     """
-    context = Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs)
+    context = Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs, pkrs=regs.pkrs)
     return context if regs.second_stage is None else (context, _stage_of(regs.second_stage))
 
 
@@ -210,6 +219,8 @@ class RegisterEvents:
             after = after_wrmsr_efer(self._cpu, regs, value)
         elif op == Op.WRPKRU:
             after = after_wrpkru(regs, value)
+        elif op == Op.WRMSR_PKRS:
+            after = after_wrmsr_pkrs(self._cpu, regs, value)
         elif op == Op.MOV_CR3:                          # by far the most; whether it may be is asked when it is prepared
             after = replace(regs, cr3=value & ~CR3_NOFLUSH if regs.cr4 & Cr4.PCIDE else value, pdptrs=None)
         else:

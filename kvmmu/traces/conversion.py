@@ -46,7 +46,8 @@ def _start(recording: Recording) -> int:
 
 def _register_set(recording: Recording, guest: int, cr3: int, ncr3: int, cr0: int, cr4: int, efer: int) -> RegisterSet:
     stage = _stage(recording, ncr3) if guest else None
-    return RegisterSet(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru, second_stage=stage)
+    return RegisterSet(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru, pkrs=recording.pkrs,
+                       second_stage=stage)
 
 
 def _stage(recording: Recording, ncr3: int) -> Stage:

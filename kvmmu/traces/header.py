@@ -31,7 +31,7 @@ class TraceError(ValueError):
 _WORDS = ("ncr3", "cr4", "efer", "eptp")    # of a stage; its other parts are flags
 
 
-_TEXTS: Mapping[str, Callable[[Any], str]] = dict.fromkeys(("cr3", "ncr3", "eptp", "pkru", "pdptrs"), hex_text) | {
+_TEXTS: Mapping[str, Callable[[Any], str]] = dict.fromkeys(("cr3", "ncr3", "eptp", "pkru", "pkrs", "pdptrs"), hex_text) | {
     "cr0": partial(flags_text, kind=Cr0), "cr4": partial(flags_text, kind=Cr4), "efer": partial(flags_text, kind=Efer)}
 
 
@@ -95,6 +95,8 @@ class RegisterSet:
         PAE: the PDPTE registers; None loads them from memory at CR3.
     second_stage : Stage, optional
         These are registers of a nested guest, which runs under it.
+    pkrs : int
+        IA32_PKRS.
     """
 
     cr0: int
@@ -104,12 +106,13 @@ class RegisterSet:
     pkru: int = 0
     pdptrs: tuple[int, ...] | None = None
     second_stage: Stage | None = None
+    pkrs: int = 0
 
     def __repr__(self) -> str:
         return fields_text(self, _TEXTS)
 
     def __post_init__(self) -> None:
-        for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32)):
+        for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32), ("pkrs", 32)):
             object.__setattr__(self, name, _check_word(name, getattr(self, name), bits))
         if self.pdptrs is not None:
             try:
@@ -225,6 +228,8 @@ def _number(name: str, value: Any) -> int:
 
 def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
     plain: dict[str, Any] = {name: hex(getattr(regs, name)) for name in ("cr0", "cr3", "cr4", "efer", "pkru")}
+    if regs.pkrs:                               # a reader of before does not know it
+        plain["pkrs"] = hex(regs.pkrs)
     if regs.pdptrs is not None:
         plain["pdptrs"] = [hex(pdpte) for pdpte in regs.pdptrs]
     if regs.second_stage is not None:
@@ -252,7 +257,7 @@ def _registers_of(place: str, plain: Any) -> RegisterSet:
         raise TraceError(f"header: {place}: {sorted(unknown)[0]!r} is no register; "
                          f"allowed is {', '.join(RegisterSet.__dataclass_fields__)}")
     values: dict[str, Any] = {name: _number(f"{place}.{name}", plain.get(name)) for name in ("cr0", "cr3", "cr4", "efer")}
-    values["pkru"] = _number(f"{place}.pkru", plain.get("pkru", 0))
+    values |= {name: _number(f"{place}.{name}", plain.get(name, 0)) for name in ("pkru", "pkrs")}
     pdptrs, stage = plain.get("pdptrs"), plain.get("second_stage")
     if pdptrs is not None:
         if not isinstance(pdptrs, list):

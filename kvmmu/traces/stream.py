@@ -29,8 +29,9 @@ _NOT_AN_ACCESS_BIT = _U8(0xFF & ~int(Access.WRITE | Access.USER | Access.AC | Ac
 _FIRST_EVENT = int(Op.MOV_CR3)
 _PAGE_MASK = PAGE_SIZE - 1
 _VALUED = np.zeros(256, bool)           # events whose value counts
-_VALUED[[Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.SET_CPL_AC, Op.INVPCID, Op.GUEST_WRITE, Op.VMENTER,
-         Op.VMEXIT, Op.HOST_INVALIDATE, Op.PAGE_FAULT, Op.NPT_FAULT, Op.SET_REGS, Op.MEMORY, Op.MEMORY_WORD]] = True
+_VALUED[[Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS, Op.SET_CPL_AC, Op.INVPCID,
+         Op.GUEST_WRITE, Op.VMENTER, Op.VMEXIT, Op.HOST_INVALIDATE, Op.PAGE_FAULT, Op.NPT_FAULT, Op.SET_REGS, Op.MEMORY,
+         Op.MEMORY_WORD]] = True
 _KNOWN = np.zeros(256, bool)
 _KNOWN[[int(op) for op in Op]] = True
 
@@ -217,8 +218,8 @@ class _RowCheck:
             self.refuse("addr", addr & np.uint64(7) != 0, "a multiple of 8 for MEMORY_WORD", rows)
         elif event == Op.PAGE_FAULT:
             self.refuse("value", value >> np.uint64(32) != 0, "an error code of 32 bits", rows)
-        elif event == Op.WRPKRU:
-            self.refuse("value", value >> np.uint64(32) != 0, "32 bits for WRPKRU", rows)
+        elif event in (Op.WRPKRU, Op.WRMSR_PKRS):
+            self.refuse("value", value >> np.uint64(32) != 0, f"32 bits for {event.name}", rows)
         elif event == Op.SET_CPL_AC:
             self.refuse("value", value & ~np.uint64(3 | 1 << 18) != 0, "CPL in bits 1:0 and EFLAGS.AC in bit 18", rows)
         elif event == Op.INVPCID:

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from paths import DATA
 from made_traces import accesses_of
+from paths import DATA
 
 import kvmmu
 from kvmmu import Design, Pager, TlbHierarchy, TlbLevel
