@@ -98,6 +98,7 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
         kvmmu_emit_fn emit
         kvmmu_pre_process_fn pre_process
 
+    void kvmmu_prefetch(uint64_t hva)
     void kvmmu_set_psce(int format, kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
     void kvmmu_use_tables(int format, kvmmu_leaf_checker *s, uint32_t walk_id, int level)
     uint64_t kvmmu_psc_slot_of(const kvmmu_leaf_checker *s, uint64_t addr)

@@ -9,13 +9,13 @@ from kvmmu.arch._format cimport access_info_of, kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
     PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
-    kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_psce_level, kvmmu_read_entry, kvmmu_set_psce,
-    kvmmu_use_tables,
+    kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level, kvmmu_read_entry,
+    kvmmu_set_psce, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, rights_count, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport (
-    back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of,
+    back_off, cached_walk, fetch_upper, is_backing_off, psce_of, remember_table, reset_backoff, table_of,
 )
 
 cdef enum:
@@ -24,13 +24,16 @@ cdef enum:
 
 cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,
                       bint far) noexcept nogil:
-    cdef uint64_t lanes, addr, psce
+    cdef uint64_t lanes, fresh, addr, psce
     cdef size_t lane
     lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
     l.noncanonical = l.accessed_clear = 0
     l.level = s.checker.level
     l.miss = lanes
     lanes &= wanted
+    fresh = lanes
+    if far:
+        fetch_upper(s, gva, lanes)
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1
@@ -49,6 +52,11 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
             if (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1:
                 l.accessed_clear |= lane_bit(lane)
     l.miss &= ~l.noncanonical
+    # One behind the other: a processor that waits for the translation of one address has those of the others on the way
+    while fresh:
+        lane = kvmmu_first_bit(fresh)
+        fresh &= fresh - 1
+        kvmmu_prefetch(l.entry[lane])
 
 
 cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil:

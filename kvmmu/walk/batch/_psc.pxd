@@ -22,9 +22,23 @@ cdef struct backoff:
 cdef enum:
     MAX_BACKOFF = 31            # one try in 32 blocks: about 3% more work where a way never pays
 
+# The upper part of a walk that came to the table of level 2 without a clear accessed bit: it serves all addresses of a region of
+# 1 GiB. Kept for each region, so that a walk over very many tables reads the entry of level 2 alone.
+cdef struct upper_walk:
+    uint64_t tag                # number of the region, and the walk id from UPPER_ID_SHIFT on; 0: free
+    uint64_t table              # address in the host of the table
+    uint64_t rights
+    bint readonly               # of the table's memory
+    bint write_refused          # by the second stage, of the table
+
+cdef enum:
+    UPPER_BITS = 11             # regions: 2 TiB, whose last tables take 4 GiB
+    UPPER_ID_SHIFT = 40         # beyond the regions of 64-bit addresses
+
 # The memory of the cache of a batch, or of a thread's part of it.
 cdef struct walk_tables:
     kvmmu_psc_entry *psc[2]     # of the first stage, of the second; 1 << PSC_BITS each
+    upper_walk *upper[2]        # 1 << UPPER_BITS each
     kvmmu_memo_entry *memo
 
 # One stage of a walk of a batch, with what is cached of it.
@@ -33,10 +47,8 @@ cdef struct cached_walk:
     cached_walk *second         # the second stage under w, or NULL
     kvmmu_leaf_rules rules      # rules.walk_id tells its entries in the cache from those of other walks
     size_t found                # entries so far
-    # the upper part of the last walk that came to level 2, for addresses that share it
-    uint64_t upper              # part of the address; beyond all of them: none
-    uint64_t upper_pte          # leads to the table of level 2
-    uint64_t upper_rights
+    upper_walk *upper
+    uint64_t upper_id           # the part of its tags
     uint8_t *touched            # NULL, or the words of memory that entries depend on: mark_word()
     # of 64 rows: see `_leaves.pxd`
     kvmmu_leaf_checker checker
@@ -78,6 +90,9 @@ cdef uint64_t psce_of(cached_walk *s, uint64_t addr) noexcept nogil
 # Find the psce of addr anew, and cache it; 0: it cannot be known
 cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil
 
+# Fetch the entries of level 2 of these addresses, as far as their tables are known. IN lanes: a bit for each
+cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes) noexcept nogil
+
 # A filter over the words of memory that cached entries depend on. A clear bit means: none depends on the words of this bit.
 cdef enum:
     TOUCHED_SHIFT = 64 - 15     # 4 KiB stay in the first-level cache, and 2,000 words set 6% of the bits
@@ -98,10 +113,6 @@ cdef inline void mark_word(uint8_t *touched, uint64_t hva) noexcept nogil:
 cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
     cdef uint64_t bit = touched_bit(hva)
     return (touched[bit >> 3] >> (bit & 7)) & 1
-
-
-cdef inline void forget_upper(cached_walk *s) noexcept nogil:
-    s.upper = ~<uint64_t>0
 
 
 # Empty the tables.

@@ -19,11 +19,11 @@ from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu.walk.batch._kernels cimport (
     MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
     PSCE_READONLY_SHIFT, PSCE_TABLE_SHIFT, PSCE_WRITE_REFUSED_SHIFT, PSC_ADDR_MASK, PSC_BITS, PSC_TAG_ACCESSED_CLEAR,
-    PSC_WALK_ID_BITS, kvmmu_addr_tag, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_psc_entry, kvmmu_psc_slot,
-    kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
+    PSC_WALK_ID_BITS, kvmmu_addr_tag, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_memo_entry, kvmmu_prefetch, kvmmu_psc_entry,
+    kvmmu_psc_slot, kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
-from kvmmu.walk.batch._psc cimport cached_walk, forget_upper, mark_word, reset_backoff, walk_tables
+from kvmmu.walk.batch._psc cimport UPPER_BITS, UPPER_ID_SHIFT, cached_walk, mark_word, reset_backoff, upper_walk, walk_tables
 
 cdef uint64_t[512] NO_TABLE             # read where a table lies in a hole: zeros are not present in any format
 
@@ -39,6 +39,31 @@ cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexc
     if format == KVMMU_FORMAT_32:
         return hva - (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
     return hva - (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
+
+
+cdef inline upper_walk *upper_of(const cached_walk *s, uint64_t region) noexcept nogil:
+    return &s.upper[(region ^ region >> UPPER_BITS ^ s.rules.walk_id << 3) & ((1 << UPPER_BITS) - 1)]
+
+
+cdef inline uint64_t level_2_offset(int format, uint64_t addr) noexcept nogil:
+    """Return the offset of the entry of an address in its table of level 2."""
+    addr >>= kvmmu_level_shift(format, PG_LEVEL_2M)
+    if format == KVMMU_FORMAT_32:
+        return (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
+    return (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
+
+
+cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes) noexcept nogil:
+    cdef const upper_walk *u
+    cdef uint64_t addr, region
+    cdef int format = s.w.format
+    while lanes:
+        addr = gva[kvmmu_first_bit(lanes)] & s.checker.gva_mask
+        lanes &= lanes - 1
+        region = addr >> kvmmu_level_shift(format, PG_LEVEL_1G)
+        u = upper_of(s, region)
+        if u.tag == (region | s.upper_id):
+            kvmmu_prefetch(u.table + level_2_offset(format, addr))
 
 
 cdef void enter_psce(kvmmu_psc_entry *p, uint64_t tag, uint64_t psce) noexcept nogil:
@@ -58,7 +83,7 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
-    forget_upper(s)
+    s.upper, s.upper_id = tables.upper[stage], <uint64_t>walk_id << UPPER_ID_SHIFT
     s.rules.fmt = w.fmt
     s.rules.present_mask, s.rules.page_size_mask, s.rules.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
     s.rules.accessed_mask, s.rules.address_mask = w.accessed_mask, w.address_mask
@@ -126,9 +151,11 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
     cdef const uint8_t *hva
     cdef bint readonly = False, accessed_clear = False, write_refused = False
     cdef bint asks_second = w.ngpa is not NULL and not w.ngpa.table_access      # for every update of an entry
-    cdef uint64_t upper = addr >> kvmmu_level_shift(w.format, PG_LEVEL_1G)
-    if s.upper == upper:
-        level, pte, rights = PG_LEVEL_2M, s.upper_pte, s.upper_rights
+    cdef uint64_t region = addr >> kvmmu_level_shift(w.format, PG_LEVEL_1G)
+    cdef upper_walk *u = upper_of(s, region)
+    cdef bint is_known = u.tag == (region | s.upper_id)
+    if is_known:
+        level, rights, readonly, write_refused = PG_LEVEL_2M, u.rights, u.readonly, u.write_refused
     elif has_pdptrs(walker, level):
         if w.pdptes_in_memory:
             gpa = kvmmu_pdpte_gpa(pte, kvmmu_pdpte_index(addr))
@@ -148,15 +175,19 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
                 return psce_word(hva, level, ACC_ALL, False, True, False)
         level -= 1
     while True:
-        if level == PG_LEVEL_2M and not accessed_clear:
-            s.upper, s.upper_pte, s.upper_rights = upper, pte, rights
         offset = gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
-        gpa = (pte & w.base_mask) + offset
-        if s.second is not NULL and not cached_table_gpa(s.second, gpa, &gpa, &write_refused):
-            return 0
-        hva = gpa_to_hva(w.mem, gpa, &readonly)
-        if hva is NULL:
-            return psce_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), accessed_clear, True, False)
+        if is_known:
+            hva, is_known = <const uint8_t *><uintptr_t>u.table + offset, False
+        else:
+            gpa = (pte & w.base_mask) + offset
+            if s.second is not NULL and not cached_table_gpa(s.second, gpa, &gpa, &write_refused):
+                return 0
+            hva = gpa_to_hva(w.mem, gpa, &readonly)
+            if hva is NULL:
+                return psce_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), accessed_clear, True, False)
+            if level == PG_LEVEL_2M and not accessed_clear:
+                u.tag, u.table, u.rights = region | s.upper_id, <uint64_t><uintptr_t>(hva - offset), rights
+                u.readonly, u.write_refused = readonly, write_refused
         if level == PG_LEVEL_4K:
             return psce_word(hva - offset, level, gpte_access(walker, rights), accessed_clear, readonly, write_refused)
         pte = read_gpte(walker, hva)
@@ -206,6 +237,7 @@ cdef void forget_all(walk_tables *tables) noexcept nogil:
     cdef int stage
     for stage in range(2):
         memset(tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
+        memset(tables.upper[stage], 0, sizeof(upper_walk) << UPPER_BITS)
     memset(tables.memo, 0, sizeof(kvmmu_memo_entry) << MEMO_BITS)
 
 
@@ -220,7 +252,8 @@ cdef class WalkCache:
         check_maker(mark, "a WalkCache is made by a batch")
         for stage in range(2):
             self.tables.psc[stage] = <kvmmu_psc_entry *>calloc(1 << PSC_BITS, sizeof(kvmmu_psc_entry))
-            whole = whole and self.tables.psc[stage] is not NULL
+            self.tables.upper[stage] = <upper_walk *>calloc(1 << UPPER_BITS, sizeof(upper_walk))
+            whole = whole and self.tables.psc[stage] is not NULL and self.tables.upper[stage] is not NULL
         self.tables.memo = <kvmmu_memo_entry *>calloc(1 << MEMO_BITS, sizeof(kvmmu_memo_entry))
         if not whole or self.tables.memo is NULL:
             raise MemoryError
@@ -229,6 +262,7 @@ cdef class WalkCache:
     def __dealloc__(self):
         for stage in range(2):
             free(self.tables.psc[stage])
+            free(self.tables.upper[stage])
         free(self.tables.memo)
 
     cdef uint32_t take_walk_ids(self, uint64_t count) noexcept nogil:
@@ -239,6 +273,7 @@ cdef class WalkCache:
         if self.next_walk_id + count > (<uint64_t>1 << PSC_WALK_ID_BITS):
             for stage in range(2):
                 memset(self.tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
+                memset(self.tables.upper[stage], 0, sizeof(upper_walk) << UPPER_BITS)
             self.next_walk_id = 1
         first = self.next_walk_id
         self.next_walk_id = first + <uint32_t>count

@@ -17,10 +17,10 @@ from kvmmu.walk.batch._kernels cimport (
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_OK, check_leaf, leaf_result, set_leaf_bits
 from kvmmu.walk.batch._psc cimport (
-    find_psce, forget_all, forget_upper, init_cached_walk, mark_word, psce_of, reset_backoff,
+    find_psce, forget_all, init_cached_walk, mark_word, psce_of, reset_backoff,
 )
 from kvmmu.walk.batch._rows cimport (
-    BLOCK_WALKS, CACHED_WALKS, MIXED_WALK, ROW_WALKS, batch, batch_columns, cached_walks, context_of, more_column, walk_of,
+    BLOCK_WALKS, MIXED_WALK, ROW_WALKS, batch, batch_columns, cached_walks, context_of, more_column, walk_of,
     write_row,
 )
 
@@ -83,16 +83,12 @@ cdef bint recall_row(const batch *b, size_t i) noexcept nogil:
 cdef void walk_row(batch *b, size_t i) noexcept nogil:
     cdef const kvm_pagewalk *w = walk_of(b, i)
     cdef walk_result r
-    cdef size_t number
     cdef bint logs = w.ngpa is not NULL and w.ngpa.pml is not NULL
     cdef uint16_t index = w.ngpa.pml.index if logs else 0
     w.gva_to_gpa(w, b.gva[i], resolved_access(b.access[i * b.access_stride]), b.set_ad, &r)
     # the log, or the information area of a #VE, may lie over a table
     if b.by_blocks and ((logs and w.ngpa.pml.index != index) or r.status == STATUS_VIRT_EXCEPTION):
         forget_all(b.tables)
-        for number in range(<size_t>CACHED_WALKS):
-            forget_upper(&b.cached[number].first)
-            forget_upper(&b.cached[number].second)
     write_row(b, i, r.gpa, r.status, r.error_code, r.level)
     if b.more:
         write_more(b.out, i, &r)

@@ -192,11 +192,16 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
 }
 
 /* Give one lane a paging-structure-cache entry. */
+/* Fetch the word at an address of the host, which may be any. */
+KVMMU_INLINE void kvmmu_prefetch(uint64_t hva)
+{
+    __builtin_prefetch((const void *)(uintptr_t)hva, 0, 3);
+}
+
 KVMMU_INLINE void kvmmu_set_psce(int format, struct kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
 {
     l->psce[lane] = psce;
     l->entry[lane] = kvmmu_entry_hva(format, psce, addr);
-    __builtin_prefetch((const void *)(uintptr_t)l->entry[lane], 0, 3);
 }
 
 #endif /* KVMMU_STATE_H */
