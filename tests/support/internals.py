@@ -46,7 +46,7 @@ def key():
 
 def cache():
     """A folder that is kept: below build/ of the sources, or among the temporary files if that cannot be written."""
-    for root in (SOURCE.parents[1] / "build", Path(tempfile.gettempdir())):
+    for root in (SOURCE.parents[2] / "build", Path(tempfile.gettempdir())):
         folder = root / "kvmmu-test-internals"
         try:
             folder.mkdir(parents=True, exist_ok=True)
