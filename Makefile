@@ -58,6 +58,7 @@ matrix: $(VENV)/.kvmmu $(VENV)/.test
 
 asan: $(VENV)/.kvmmu $(VENV)/.test
 	$(BIN)/python tests/support/sanitize.py --walks 10000000
+	$(BIN)/python tests/support/sanitize.py --tests tests/vm/test_snapshot.py tests/memory/test_copies.py tests/embed/test_c_extensions.py
 
 tsan: $(VENV)/.kvmmu $(VENV)/.test
 	$(BIN)/python tests/support/thread_sanitize.py --walks 10000000 --operations 20000

@@ -276,3 +276,22 @@ def test_tests_import_no_tests():
     tests = Path(__file__).parent
     assert [] == [str(path.relative_to(tests)) for path in tests.rglob("*.py")
                   if re.search(r"^\s*(?:from|import) test_\w+", path.read_text(), re.MULTILINE)]
+
+
+def test_what_the_map_says_is_there():
+    """Each file of "Where is it decided?" exists, and has the function that is named before it."""
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    section = text.partition("## Where is it decided?")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 15
+    for row in rows:
+        functions = []
+        for name in re.findall(r"`([^`]+)`", row):
+            if name.endswith("()"):
+                functions.append(name.removesuffix("()").rpartition(".")[2])
+                continue
+            source = (ROOT / name).read_text()
+            for function in functions:
+                assert re.search(rf"\b{function}\(", source), f"{name} has no {function}()"
+            functions = []
+        assert functions == [], row

@@ -338,6 +338,8 @@
 #define OP_RESTART 31
 #define OP_MEMORY 32
 #define OP_MEMORY_WORD 33
+#define OP_WRMSR_PKRS 34
+#define OP_LAST OP_WRMSR_PKRS
 
 /* ---- host page tables: entries of KVM (SPTEs) -------------------------------------------------------------------
  *

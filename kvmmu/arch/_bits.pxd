@@ -292,6 +292,8 @@ cdef extern from "kvmmu/arch/_bits.h" nogil:
     const int OP_RESTART
     const int OP_MEMORY
     const int OP_MEMORY_WORD
+    const int OP_WRMSR_PKRS
+    const int OP_LAST
     const int SPTE_ENT_PER_PAGE
     const uint64_t SPTE_MMU_PRESENT_MASK
     const uint64_t SPTE_TDP_AD_MASK

@@ -6,6 +6,8 @@ PAGE_SIZE: int
 GVA_BITS_4_LEVEL: int
 GVA_BITS_5_LEVEL: int
 CR3_NOFLUSH: int
+OP_KIND: int
+OP_MMIO: int
 CR3_LAM_U48: int
 CR3_LAM_U57: int
 CR3_PCID: int
@@ -223,3 +225,4 @@ class Op(IntEnum):
     RESTART = ...
     MEMORY = ...
     MEMORY_WORD = ...
+    WRMSR_PKRS = ...

@@ -120,7 +120,7 @@ class Status(IntEnum):
 
 
 class RetPf(IntEnum):
-    """What became of a fault of the host's page tables, in KVM's words."""
+    """The outcome of a fault of the host's page tables, in KVM's words."""
 
     CONTINUE = RET_PF_CONTINUE
     RETRY = RET_PF_RETRY
@@ -199,7 +199,7 @@ class Efer(IntFlag):
 
 
 class Op(IntEnum):
-    """What a row of a trace is: an access, of which MMIO may be added, or an event (from 16 on)."""
+    """The kind of a row of a trace: an access, of which MMIO may be added, or an event (from 16 on)."""
 
     LOAD = OP_LOAD
     STORE = OP_STORE
@@ -225,6 +225,7 @@ class Op(IntEnum):
     RESTART = OP_RESTART
     MEMORY = OP_MEMORY
     MEMORY_WORD = OP_MEMORY_WORD
+    WRMSR_PKRS = OP_WRMSR_PKRS
 
 
 # Under the names that C has for them; an assignment would be one to the C constant.
@@ -258,6 +259,8 @@ globals().update(
     MAXPHYADDR_MIN=int(MAXPHYADDR_MIN),
     MAXPHYADDR_MAX=int(MAXPHYADDR_MAX),
     PAGE_SHIFT=int(PAGE_SHIFT),
+    OP_KIND=int(OP_KIND_MASK),
+    OP_MMIO=int(OP_MMIO_MASK),
     PT32_INDEX_BITS=int(PT32_INDEX_BITS),
     PT64_INDEX_BITS=int(PT64_INDEX_BITS),
     SPTE_ENT_PER_PAGE=int(SPTE_ENT_PER_PAGE),

@@ -240,7 +240,7 @@ cdef list flat_columns(list arrays, tuple shape, Py_ssize_t *steps):
 
 
 cdef class PageFormat:
-    """What the entries of one set of page tables mean (kvm_page_format).
+    """The meaning of the entries of one set of page tables (kvm_page_format).
 
     A walk owns one for the guest's tables; `PageFormat()` is empty, the class methods build the tables alone.
 

@@ -1,4 +1,4 @@
-"""What an entry of each format means: the template header of the walk.
+"""The meaning of an entry of each format: the template header of the walk.
 
 `guest_walker` is a fused type over the walker structs; the first parameter of every accessor selects the format at compile
 time. `if guest_walker is ...` stands here and nowhere else. What the walk of many addresses side by side needs too is C, in

@@ -1,4 +1,4 @@
-"""What L1 gives for a nested guest: the second stage as VMX (Ept) or SVM (Npt) describes it."""
+"""Second stages that L1 gives for a nested guest, as VMX (Ept) or SVM (Npt) describes them, and intercepts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Pml:
 
 @dataclass(frozen=True)
 class Intercepts:
-    """Which page faults of L2 L1 wants: bit 14 of the exception bitmap, turned over where the error code does not match.
+    """The page faults of L2 that L1 wants: bit 14 of the exception bitmap, turned over where the error code does not match.
 
     A fault exits if ((error_code & pfec_mask) == pfec_match) equals bit 14. SVM has the bitmap alone.
     """

@@ -39,6 +39,8 @@ def add(commands: Commands) -> None:
                      + ", ".join(TlbHierarchy.presets()))
     run.add_argument("--cost", metavar="PRESET|FILE.toml", help="add cycles by a cost model; presets: "
                      + ", ".join(CostModel.presets()))
+    run.add_argument("--scheduler", metavar="ADDRESS", help="compare in tasks: threads, processes, or the address of a scheduler "
+                     "of Dask (extra dask; docs/scale.md)")
     form = run.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--csv", action="store_true", help="print one line per design")
@@ -52,8 +54,14 @@ def _compare(args: argparse.Namespace) -> int:
     designs = _designs(_some("host", args.host, HOSTS), _some("page", args.page, PAGE_POLICIES), tlbs)
     source = open_any(args)
     title = source.name if isinstance(source, Recording) else source.header.name
-    with progress_bar(f"comparing {title or path_of(args).name}") as progress:
-        found = compare(source, designs, cost=args.cost, progress=progress)
+    if args.scheduler is not None:
+        for option, given in (("format", args.format), ("columns", args.columns), ("option", args.options)):
+            if given:
+                raise ValueError(f"--{option}: tasks elsewhere open the trace by its path alone; want none, or no --scheduler")
+        found = compare(path_of(args), designs, cost=args.cost, phase=args.phase, scheduler=args.scheduler)
+    else:
+        with progress_bar(f"comparing {title or path_of(args).name}") as progress:
+            found = compare(source, designs, cost=args.cost, progress=progress)
     _write(found, args)
     if args.json:
         say(json.dumps(found.to_dict()))

@@ -19,7 +19,7 @@ from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["add_image_options", "add_registers", "add_target", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
 
-_REGISTERS = ("cr0", "cr3", "cr4", "efer")
+_REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 _MODES = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
 
 

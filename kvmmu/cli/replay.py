@@ -27,7 +27,7 @@ from kvmmu.vm.vcpu import Vcpu, Vm
 
 __all__ = ["add"]
 
-_OF_IMAGES = ("image_format", "vcpu", "cr0", "cr3", "cr4", "efer")
+_OF_IMAGES = ("image_format", "vcpu", "cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 
 
 def add(commands: Commands) -> None:
@@ -64,6 +64,8 @@ def add(commands: Commands) -> None:
     keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
     keep.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how often (default: 60)")
     keep.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same trace and options")
+    run.add_argument("--scheduler", metavar="ADDRESS", help="replay a Parquet trace of accesses alone in parts: threads, "
+                     "processes, or the address of a scheduler of Dask (extra dask; docs/scale.md)")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -77,9 +79,11 @@ def _replay(args: argparse.Namespace) -> int:
     titled = source if isinstance(source, Recording) else source.header
     with stopping() as ended_by:
         try:
-            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}") as progress:
-                report = replay(source, progress=progress or False, tlb=args.tlb, checkpoint=args.checkpoint,
-                                checkpoint_every=args.checkpoint_every, resume=args.resume, **order, **_machine(args))
+            with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}",
+                              args.resume is not None) as progress:
+                report = replay(source, progress=_progress(progress, args), tlb=args.tlb, checkpoint=args.checkpoint,
+                                checkpoint_every=args.checkpoint_every, resume=args.resume, scheduler=args.scheduler, **order,
+                                **_machine(args))
         except (ReplayInterrupted, TraceError) as stop:
             if stop.report is not None and stop.report.accesses:
                 _show(stop.report, args.json)
@@ -93,6 +97,11 @@ def _replay(args: argparse.Namespace) -> int:
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
     _show(report, args.json)
     return MISMATCH if report.mismatches else OK
+
+
+def _progress(progress: Any, args: argparse.Namespace) -> Any:
+    """The bar to show, if there is one; work elsewhere has none."""
+    return progress if progress and args.scheduler is None else False
 
 
 def _machine(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from kvmmu.arch._bits import Access
 from kvmmu.comparison.comparison import Comparison, DesignResult
 from kvmmu.comparison.cost import CostModel, cost_of
 from kvmmu.comparison.design import Design
+from kvmmu.comparison.distributed import compared_elsewhere
 from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.machines import HostRun, run_first_touches, run_own
 from kvmmu.comparison.passes import MadePasses, Progress
 from kvmmu.comparison.spaces import MadeSpaces
 from kvmmu.replay.replay import trace_of
+from kvmmu.replay.scheduling import check_scheduler
 from kvmmu.replay.trace_replay import replay_trace
 from kvmmu.tlb.hierarchy import TlbHierarchy
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
@@ -28,7 +30,7 @@ _SIZES = {1 << 12: "4K", 1 << 21: "2M", 1 << 30: "1G"}
 
 
 def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, cost: CostModel | StrPath | None = None,
-            phase: str | None = None, progress: Progress | None = None) -> Comparison:
+            phase: str | None = None, progress: Progress | None = None, scheduler: str | None = None) -> Comparison:
     """Run one trace under several MMU designs.
 
     All TLB hierarchies of a page policy go along in one pass. Tables are made for the trace's address spaces, those of its CR3
@@ -44,7 +46,10 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     phase : {"static", "dyn"}, optional
         Of a path to a recording: which phase.
     progress : callable, optional
-        Called with (accesses done, accesses in all or 0) as the passes go on.
+        Called with (accesses done, accesses in all or 0) as the passes go on. Not with a scheduler.
+    scheduler : str, optional
+        Compare in tasks, one for each page policy with each TLB hierarchy: in "processes" or "threads", or on the workers of a
+        scheduler of Dask at an address (tcp://host:8786), which open the trace by its path. Needs the extra `dask`.
 
     Returns
     -------
@@ -63,6 +68,8 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     started = time.perf_counter()
     chosen = _checked(designs)
     model = cost_of("cost", cost)
+    if scheduler is not None:
+        return _elsewhere(trace, chosen, model, phase, progress, check_scheduler(scheduler), started)
     opened = _opener(trace, phase)
     header = opened().header
     if any(design.page == "own" for design in chosen) and not header.registers:
@@ -72,11 +79,13 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
     curves: dict[str, NDArray[np.uint64]] = {}
     mapped: dict[str, dict[str, int]] = {}
     regions: dict[str, NDArray[np.uint64]] = {}
+    faults: dict[str, NDArray[np.uint64]] = {}
     accesses, kinds, complete = 0, {}, True
     if made:
         run = _run_made(opened, made, progress)
         complete = run.passes.complete
         accesses, kinds = run.passes.accesses, run.passes.kinds
+        faults = _faults(run.passes)
         for number, design in made.items():
             results[number] = run.result(design)
         for page, spaces in run.passes.spaces.items():
@@ -89,7 +98,29 @@ def compare(trace: Recording | Trace | StrPath, designs: Iterable[Design], *, co
         results |= found
     in_order = tuple(results[number] for number in sorted(results))
     return Comparison(header.name or "trace", accesses, kinds, in_order, curves, mapped, regions, model,
-                      time.perf_counter() - started, complete)
+                      time.perf_counter() - started, complete, faults)
+
+
+def _elsewhere(trace: Any, designs: list[Design], model: CostModel | None, phase: str | None, progress: Progress | None,
+               scheduler: str, started: float) -> Comparison:
+    """Compare in tasks, and put what they found together."""
+    if progress is not None:
+        raise ValueError("progress: is of one process; want None, or no scheduler")
+    done, groups = compared_elsewhere(compare, trace, designs, scheduler, phase)
+    results: dict[int, DesignResult] = {}
+    curves: dict[str, NDArray[np.uint64]] = {}
+    mapped: dict[str, dict[str, int]] = {}
+    regions: dict[str, NDArray[np.uint64]] = {}
+    faults: dict[str, NDArray[np.uint64]] = {}
+    for task, numbers in zip(done, groups, strict=True):
+        for number, (stats, host) in zip(numbers, task.results, strict=True):
+            results[number] = DesignResult(designs[number], task.accesses, stats, host)
+        curves |= task.curves
+        mapped |= task.mapped
+        regions |= task.regions
+        faults |= task.faults
+    return Comparison(done[0].name, done[0].accesses, done[0].kinds, tuple(results[number] for number in sorted(results)), curves,
+                      mapped, regions, model, time.perf_counter() - started, True, faults)
 
 
 def _checked(designs: Iterable[Design]) -> list[Design]:
@@ -169,6 +200,18 @@ def _run_made(opened: Callable[[], Trace], designs: dict[int, Design], progress:
     passes = MadePasses(opened, pages, tlbs, any(design.two_stages for design in designs.values()), progress)
     passes.run()
     return _MadeRun(passes, hierarchies)
+
+
+def _faults(passes: MadePasses) -> dict[str, NDArray[np.uint64]]:
+    """Return the accesses that touch pages for the first time, and those before which the trace tells page faults."""
+    position, gva, _, space = passes.first.columns()
+    order = np.lexsort((position, gva >> np.uint64(12), space))
+    page, where = gva[order] >> np.uint64(12), space[order]
+    first = np.ones(order.size, bool)
+    first[1:] = (page[1:] != page[:-1]) | (where[1:] != where[:-1])
+    told = np.concatenate(passes.fault_positions) if passes.fault_positions else np.empty(0, np.uint64)
+    found = {"first touches of 4K pages": np.sort(position[order[first]]), "page faults of the trace": told}
+    return {name: positions for name, positions in found.items() if positions.size}
 
 
 def _curve_only() -> TlbHierarchy:

@@ -128,6 +128,9 @@ class Comparison:
     complete : bool
         False if Ctrl-C ended the comparison early: counters of TLBs are of the accesses until then; exits, `kinds` and regions
         are of the whole trace, and designs with pages "own" are left out.
+    faults : dict of str to ndarray of uint64
+        Numbers of accesses, ascending: "first touches of 4K pages", which are the faults of demand paging with such pages, and
+        "page faults of the trace". Empty with pages "own" alone.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Comparison:
     cost: CostModel | None = None
     seconds: float = 0.0
     complete: bool = True
+    faults: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: `designs`, and what is common to them."""
@@ -251,11 +255,13 @@ class Comparison:
         return table_of(self.tables())
 
     def data(self) -> dict[str, Any]:
-        """Return what the pictures are drawn from: `to_dict()`, exits over time and regions of the address space."""
+        """Return what the pictures are drawn from: `to_dict()`, exits and faults over time, and regions of the address space."""
         return self.to_dict() | {
             "tables": self.tables(), "regions": {page: rows.tolist() for page, rows in self.regions.items()},
-            "exits_over_time": {result.design.name: _over_time(result.host) for result in self.results
-                                if result.host.position.size}}
+            "exits_over_time": {result.design.name: _over_time(result.host.position, result.host.count)
+                                for result in self.results if result.host.position.size},
+            "faults_over_time": {name: _over_time(positions, np.ones(positions.size, np.uint64))
+                                 for name, positions in self.faults.items() if positions.size}}
 
 
 def curve_points(curve: NDArray[np.uint64]) -> list[list[int]]:
@@ -268,8 +274,8 @@ def curve_points(curve: NDArray[np.uint64]) -> list[list[int]]:
     return [[int(size), int(curve[size])] for size in sizes.tolist()]
 
 
-def _over_time(host: HostRun) -> list[list[int]]:
-    """Return [number of the access, exits until then] at some of the accesses that took exits, the last one among them."""
-    total = np.cumsum(host.count)
+def _over_time(position: NDArray[np.uint64], count: NDArray[np.uint64]) -> list[list[int]]:
+    """Return [number of the access, sum of the counts until then] at some of the accesses, the last one among them."""
+    total = np.cumsum(count)
     at = np.unique(np.linspace(0, total.size - 1, min(total.size, _CURVE_POINTS)).astype(np.int64))
-    return [[int(host.position[i]), int(total[i])] for i in at.tolist()]
+    return [[int(position[i]), int(total[i])] for i in at.tolist()]

@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import Access
+from kvmmu.arch._bits import PAGE_SHIFT, Access
 from kvmmu.tables._page_set import PageSet
 
 __all__ = ["FirstTouches", "kind_of"]
 
-_PAGE_SHIFT, _KIND_BITS = np.uint64(12), np.uint64(3)
+_PAGE_SHIFT, _KIND_BITS = np.uint64(PAGE_SHIFT), np.uint64(3)
 _BITS = (Access.WRITE, Access.FETCH, Access.USER)
 
 

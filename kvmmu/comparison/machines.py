@@ -28,7 +28,7 @@ _PAGES = {"4k": 1 << 12, "2m": 1 << 21, "1g": 1 << 30}
 
 @dataclass
 class HostRun:
-    """What the first touches of a workload took on a host.
+    """The exits that the first touches of a workload took on a host.
 
     Attributes
     ----------

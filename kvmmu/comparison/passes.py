@@ -49,6 +49,8 @@ class MadePasses:
     stats : dict of str to list of TlbStats
         By page policy: one per hierarchy.
     first : FirstTouches
+    fault_positions : list of ndarray of uint64
+        Of the page faults that the trace tells: the number of the access that followed each.
     touched : dict of hashable to PageSet
         Pages by address space.
     complete : bool
@@ -67,6 +69,7 @@ class MadePasses:
         self.events: Counter[Op] = Counter()
         self.touched: dict[Hashable, PageSet] = {}
         self.first = FirstTouches()
+        self.fault_positions: list[NDArray[np.uint64]] = []
         self.spaces: dict[str, MadeSpaces] = {}
         self._policies: list[_Policy] = []
         self.complete = False
@@ -125,6 +128,9 @@ class MadePasses:
                 seen.add(np.ascontiguousarray(addr), np.ascontiguousarray(size))
                 self.first.take(np.ascontiguousarray(addr), chunk.access[rows][chosen], list(self.touched).index(space),
                                 done + int(np.count_nonzero(accesses[:start])))
+            if chunk.has_events:
+                faults = np.flatnonzero(chunk.op == np.uint8(Op.PAGE_FAULT))
+                self.fault_positions.append(np.uint64(done) + np.cumsum(accesses, dtype=np.uint64)[faults])
             done += int(np.count_nonzero(accesses))
         self._total = done
         self.kinds = dict(zip(("load", "store", "fetch"), kinds.tolist(), strict=True))

@@ -52,5 +52,6 @@ class Registers:
 
 
 def _state_of(registers: RegisterSet) -> State:
-    return (Regs(cr0=registers.cr0, cr3=registers.cr3, cr4=registers.cr4, efer=registers.efer, pkru=registers.pkru),
+    return (Regs(cr0=registers.cr0, cr3=registers.cr3, cr4=registers.cr4, efer=registers.efer, pkru=registers.pkru,
+                 pkrs=registers.pkrs),
             registers.second_stage)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch._bits import GVA_BITS_4_LEVEL, PAGE_SHIFT, PAGE_SIZE
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.replay.trace_memory import memory_limit, reserve
@@ -18,7 +19,6 @@ from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["MadeSpaces", "canonical_pages"]
 
-_PAGE_SHIFT, _PAGE_SIZE, _CANONICAL_BITS = 12, 4096, 48
 _THP_SHARE = 0.5
 _MEMORY_LIMIT = 1 << 44                     # of guest-physical addresses
 _UNIT = 1 << 21                             # a slot that ends between large pages has small ones there
@@ -33,9 +33,9 @@ class _Plan(NamedTuple):
 
 def canonical_pages(touched: PageSet) -> NDArray[np.uint64]:
     """Return the numbers of the touched pages whose addresses are canonical under 4-level paging, ascending."""
-    pages, bits = touched.pages(), _CANONICAL_BITS - _PAGE_SHIFT
+    pages, bits = touched.pages(), GVA_BITS_4_LEVEL - PAGE_SHIFT
     upper = pages >> np.uint64(bits - 1)
-    canonical: NDArray[np.uint64] = pages[(upper == 0) | (upper == np.uint64((1 << 64 - _PAGE_SHIFT - bits + 1) - 1))]
+    canonical: NDArray[np.uint64] = pages[(upper == 0) | (upper == np.uint64((1 << 64 - PAGE_SHIFT - bits + 1) - 1))]
     return canonical
 
 
@@ -69,11 +69,11 @@ class MadeSpaces:
         for pages in touched.values():
             layout = layout_pages(canonical_pages(pages), page, _THP_SHARE, shape.large_shift)
             plans.append(_Plan(layout, tables_needed(layout, MODES["4l"].table_shifts) + shape.fixed_tables))
-        table_bytes = sum(plan.tables for plan in plans) * _PAGE_SIZE
+        table_bytes = sum(plan.tables for plan in plans) * PAGE_SIZE
         if table_bytes > memory_limit():
             raise TraceError(f"its page tables take {table_bytes:,} bytes; allowed are {memory_limit():,}")
         sizes = sorted({size for plan in plans for size in plan.pages}, reverse=True)
-        first, at = {}, _PAGE_SIZE * 512 * -(-table_bytes // (_PAGE_SIZE * 512))
+        first, at = {}, PAGE_SIZE * 512 * -(-table_bytes // (PAGE_SIZE * 512))
         for size in sizes:
             at = -(-at // size) * size
             first[size] = at
@@ -82,8 +82,8 @@ class MadeSpaces:
             raise TraceError(f"its pages take {at:#x} bytes of guest memory; allowed are {_MEMORY_LIMIT:#x}")
         # Behind them is room for a second stage that maps all of it by 4K pages
         self._second_stage = -(-max(at, _UNIT) // _UNIT) * _UNIT
-        mapped = table_bytes // _PAGE_SIZE + at // _PAGE_SIZE
-        self.size = self._second_stage + -(-(mapped // 256 + 4096) * _PAGE_SIZE // _UNIT) * _UNIT
+        mapped = table_bytes // PAGE_SIZE + at // PAGE_SIZE
+        self.size = self._second_stage + -(-(mapped // 256 + 4096) * PAGE_SIZE // _UNIT) * _UNIT
         block, self._mapping = reserve(self.size)
         self.mem = GuestMemory(block)
         self.page_count = {size: sum(plan.pages[size].size for plan in plans if size in plan.pages) for size in sizes}
@@ -91,8 +91,8 @@ class MadeSpaces:
         self.table_bytes = table_bytes
         self.tables, next_table, next_page = [], 0, dict(first)
         for plan in plans:
-            stop = next_table + plan.tables * _PAGE_SIZE
-            tables = PageTables(self.mem, "4l", frames=range(next_table, stop, _PAGE_SIZE))
+            stop = next_table + plan.tables * PAGE_SIZE
+            tables = PageTables(self.mem, "4l", frames=range(next_table, stop, PAGE_SIZE))
             for size, addr in plan.pages.items():
                 frames = np.uint64(next_page[size]) + np.arange(addr.size, dtype=np.uint64) * np.uint64(size)
                 tables.map(addr, frames, size)
@@ -113,8 +113,8 @@ class MadeSpaces:
 
     def second_stage_room(self, pages: int) -> range:
         """Return frames for the tables of a second stage of so many pages; they are zero."""
-        stop = min(self._second_stage + (pages // 256 + 4096) * _PAGE_SIZE, self.size)
-        room = range(self._second_stage, stop, _PAGE_SIZE)
+        stop = min(self._second_stage + (pages // 256 + 4096) * PAGE_SIZE, self.size)
+        room = range(self._second_stage, stop, PAGE_SIZE)
         for start in range(self._second_stage, stop, _UNIT):
             self.mem.write(start, bytes(min(_UNIT, stop - start)))
         return room

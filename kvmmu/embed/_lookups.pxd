@@ -1,4 +1,4 @@
-"""What a walk tells besides its end. Nothing here takes the GIL."""
+"""Look-ups, records of walks, and the second stage in force. Nothing here takes the GIL."""
 
 from libc.stdint cimport uint32_t, uint64_t
 

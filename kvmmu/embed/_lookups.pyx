@@ -12,11 +12,11 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._format cimport resolved_access
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32, kvmmu_gpte_pkey, kvmmu_level_shift
 from kvmmu.embed._structs cimport (
-    KVMMU_E_ARGUMENT, KVMMU_E_NULL, KVMMU_E_VERSION, KVMMU_EXIT_EPT_MISCONFIG, KVMMU_EXIT_EPT_VIOLATION, KVMMU_EXIT_NONE,
+    KVMMU_E_ARGUMENT, KVMMU_E_VERSION, KVMMU_EXIT_EPT_MISCONFIG, KVMMU_EXIT_EPT_VIOLATION, KVMMU_EXIT_NONE,
     KVMMU_EXIT_NPF, KVMMU_EXIT_PML_FULL, KVMMU_EXIT_SPP_EVENT, KVMMU_OK, c_vcpu, kvmmu_mapping, kvmmu_nested_result,
     kvmmu_record, kvmmu_second_stage, kvmmu_step, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport ANY_ACCESS, enter, fetch_again, is_access, leave, own_vcpu, walk_row
+from kvmmu.embed._vcpus cimport ANY_ACCESS, enter, fetch_again, is_access, leave, vcpu_asked, walk_row
 
 
 cdef inline uint32_t resolve(const c_vcpu *v, uint32_t access) noexcept nogil:
@@ -40,11 +40,9 @@ cdef uint32_t exit_reason(uint8_t status) noexcept nogil:
 cdef int c_translate_nested(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_nested_result *out) noexcept nogil:
     cdef int code
     cdef walk_result r
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, True, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
     code = walk_row(v, gva, access, &r)
@@ -60,11 +58,9 @@ cdef int c_translate_nested(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kv
 
 cdef int c_get_second_stage(kvmmu_vcpu handle, kvmmu_second_stage *out) noexcept nogil:
     cdef int code
-    cdef c_vcpu *v = own_vcpu(handle, False, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, False, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if out.size != sizeof(kvmmu_second_stage):
         return KVMMU_E_VERSION
     out[0] = v.stage
@@ -108,11 +104,9 @@ cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out)
 cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil:
     cdef int code
     cdef walk_result r
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, True, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
     code = walk_row(v, gva, access, &r)
@@ -141,11 +135,9 @@ cdef int c_record(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_record
     cdef walk_result r
     cdef walk_step steps[PT_MAX_LEVELS]
     cdef uint32_t resolved
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, True, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
     resolved = resolve(v, access)

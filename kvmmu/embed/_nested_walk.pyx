@@ -1,4 +1,4 @@
-"""Which words of its memory a walk of two stages changes; see `_nested_walk.pxd`."""
+"""The words of its memory that a walk of two stages changes; see `_nested_walk.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -28,7 +28,7 @@ cdef void watch(const guest_mem *mem, uint64_t gpa, uint32_t size, watched_words
     cdef watched_word *word
     cdef int i
     for i in range(watched.count):
-        if watched.words[i].gpa == gpa:
+        if watched.words[i].gpa == gpa and watched.words[i].size >= size:
             return
     if watched.count == MAX_WATCHED:
         return

@@ -1,4 +1,4 @@
-"""vCPUs, registers and second stages: what Python code decides, which of them are legal."""
+"""Processor models, registers and second stages of vCPUs. Python code decides which of them are legal."""
 
 from kvmmu.embed._structs cimport kvmmu_cpu, kvmmu_memory, kvmmu_registers, kvmmu_second_stage, kvmmu_vcpu
 

@@ -1,6 +1,6 @@
-"""From the registers of a C program to a walk; see `_registers.pxd`.
+"""Make walks from the registers of a C program; see `_registers.pxd`.
 
-Each vCPU has a `kvmmu.Vcpu` beside it, whose `set_regs()` judges the registers and makes the walk. The walk is copied from there,
+Each vCPU has a `kvmmu.Vcpu` beside it, whose `set_regs()` checks the registers and makes the walk. The walk is copied from there,
 and reads the memory of the C program. A second stage is copied in the same way.
 """
 
@@ -22,7 +22,9 @@ from kvmmu.embed._structs cimport (
     KVMMU_OK, KVMMU_REGISTERS_PDPTRS, KVMMU_STAGE_NPT, c_memory, c_vcpu, kvmmu_cpu, kvmmu_let_go, kvmmu_memory,
     kvmmu_registers, kvmmu_second_stage, kvmmu_vcpu,
 )
-from kvmmu.embed._vcpus cimport lock_handles, open_vcpu, own_vcpu, read_words, take_free_vcpu, unlock_handles, use_memory
+from kvmmu.embed._vcpus cimport (
+    lock_handles, open_vcpu, own_vcpu, read_words, take_free_vcpu, unlock_handles, use_memory, vcpu_asked,
+)
 from kvmmu.memory._memory cimport GuestMemory
 from kvmmu.walk._fast cimport init_fast_walk
 from kvmmu.walk._register_sets cimport WalkCopy
@@ -157,11 +159,9 @@ cdef int load_with_gil(c_vcpu *v, const kvmmu_registers *registers, const kvmmu_
 cdef int c_set_registers(kvmmu_vcpu handle, const kvmmu_registers *registers) noexcept nogil:
     cdef int code
     cdef kvmmu_registers loaded
-    cdef c_vcpu *v = own_vcpu(handle, True, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, True, registers, &code)
     if v is NULL:
         return code
-    if registers is NULL:
-        return KVMMU_E_NULL
     if registers.size != sizeof(kvmmu_registers):
         return KVMMU_E_VERSION
     if registers.flags & ~<uint32_t>KVMMU_REGISTERS_PDPTRS:

@@ -1,4 +1,4 @@
-"""What stands behind the handles of `kvmmu.h`: the public structures, memories and vCPUs.
+"""The structures behind the handles of `kvmmu.h`: the public structures, memories and vCPUs.
 
 A handle is a number: an index in bits 15:0, a kind in bits 23:16, and above them a count that never repeats. The structures of
 vCPUs and memories are never given back to the allocator, only used again, so that a thread with a stale handle may look into one.
@@ -235,7 +235,7 @@ cdef enum:
 # The pages that one vCPU has read by callbacks. It belongs to the vCPU: nobody else reads or changes it.
 cdef struct page_cache:
     guest_mem mem
-    missing_pages misses                # that a walk came to
+    missing_pages misses                # that a walk found missing
     const kvmmu_callbacks *callbacks
     guest_slot *slots                   # slots[0] has no bytes, page i is slots[i + 1]
     guest_page *pages

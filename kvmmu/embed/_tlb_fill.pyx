@@ -155,7 +155,7 @@ cdef void on_invlpg(void *uc, uint64_t address, uint32_t size, void *data) noexc
 
 
 cdef int hook_instruction(fill_state *s, uint64_t gva) noexcept nogil:
-    """Have Unicorn call on_invlpg() before the instruction whose opcode is at gva, wherever it begins."""
+    """Make Unicorn call on_invlpg() before the instruction whose opcode is at gva, wherever it begins."""
     cdef size_t i, hook
     cdef uint64_t *grown
     for i in range(s.hooked_count):
@@ -333,7 +333,7 @@ cdef class TlbFill:
 
     @property
     def fills(self):
-        """How often Unicorn asked."""
+        """The number of pages that Unicorn asked for."""
         return int(self.state.fills)
 
     @property
@@ -346,7 +346,7 @@ cdef class TlbFill:
         return int(self.state.gva), self.state.kind, self.state.fault.status, int(self.state.fault.error_code)
 
     def translate(self, gva, access):
-        """(status, guest-physical address, error code) of an access that the emulator makes for the processor."""
+        """Return (status, guest-physical address, error code) of an access that the emulator makes for the processor."""
         cdef uint32_t who
         cdef kvmmu_result r
         check(load_registers(self.state, &who))

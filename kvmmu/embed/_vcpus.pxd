@@ -22,6 +22,8 @@ cdef uint64_t new_handle(uint64_t kind, size_t index) noexcept nogil
 
 # The vCPU of a handle, which belongs to this thread now, or NULL and KVMMU_E_*. IN idle: KVMMU_E_BUSY within its callbacks
 cdef c_vcpu *own_vcpu(kvmmu_vcpu handle, bint idle, int *code) noexcept nogil
+# The same for a function that wants this argument: KVMMU_E_NULL without it
+cdef c_vcpu *vcpu_asked(kvmmu_vcpu handle, bint idle, const void *argument, int *code) noexcept nogil
 # A free vCPU that belongs to this thread and to nobody else, or NULL. `open_vcpu()` gives it a handle; the lock is held
 cdef c_vcpu *take_free_vcpu() noexcept nogil
 cdef kvmmu_vcpu open_vcpu(c_vcpu *v) noexcept nogil

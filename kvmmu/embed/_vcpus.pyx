@@ -79,7 +79,7 @@ cdef c_vcpu *take_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
 
 
 cdef inline c_vcpu *find_vcpu(kvmmu_vcpu handle, int *code) noexcept nogil:
-    """The same, short for the vCPU of this thread."""
+    """Return the vCPU of a handle, as `take_vcpu()` does. Short if it belongs to this thread."""
     cdef c_vcpu *v = <c_vcpu *>KVMMU_TABLE_LOAD(&vcpu_table[handle & INDEX_MASK])
     if kvmmu_owner(&v.owner) == kvmmu_this_thread() and v.id == handle:
         return v
@@ -91,6 +91,14 @@ cdef c_vcpu *own_vcpu(kvmmu_vcpu handle, bint idle, int *code) noexcept nogil:
     code[0] = code[0] if v is NULL else KVMMU_OK
     if v is not NULL and idle and v.busy:
         code[0] = KVMMU_E_BUSY
+        return NULL
+    return v
+
+
+cdef c_vcpu *vcpu_asked(kvmmu_vcpu handle, bint idle, const void *argument, int *code) noexcept nogil:
+    cdef c_vcpu *v = own_vcpu(handle, idle, code)
+    if v is not NULL and argument is NULL:
+        code[0] = KVMMU_E_NULL
         return NULL
     return v
 
@@ -319,11 +327,9 @@ cdef int translate_slowly(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result
     return code
 
 
-cdef inline int translate_row(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
-    cdef kvmmu_translation t
-    if not is_plain_access(access):
-        return translate_slowly(v, gva, access, out)
-    t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
+cdef inline int translate_plain_row(c_vcpu *v, uint64_t gva, uint32_t access, kvmmu_result *out) noexcept nogil:
+    """Translate for an access that the short cut knows."""
+    cdef kvmmu_translation t = translate_fast(&v.fast, &v.arch, gva, (access | v.ac) & <uint32_t>PLAIN_ACCESS)
     if t.gpa == INVALID_GPA:
         return translate_slowly(v, gva, access, out)
     out.gpa, out.error_code, out.status, out.level = t.gpa, t.error_code, t.status, t.level
@@ -340,7 +346,7 @@ cdef int translate_checked(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvm
         return KVMMU_E_NULL
     if not is_access(access):
         return KVMMU_E_ARGUMENT
-    return translate_row(v, gva, access, out)
+    return translate_plain_row(v, gva, access, out) if is_plain_access(access) else translate_slowly(v, gva, access, out)
 
 
 cdef translate_fn the_rest = translate_checked      # by a pointer, lest it be inlined
@@ -358,6 +364,20 @@ cdef int c_translate(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_res
             out.gpa, out.error_code, out.status, out.level, out.reserved = t.gpa, 0, t.status, t.level, 0
             return KVMMU_OK
     return the_rest(handle, gva, access, out)
+
+
+cdef int translate_others(c_vcpu *v, size_t n, const uint64_t *gva, const uint8_t *accesses, uint32_t access,
+                          kvmmu_result *out, size_t *done) noexcept nogil:
+    """Translate rows of which some are accesses to shadow stacks, or none at all."""
+    cdef size_t i
+    cdef int code
+    for i in range(n):
+        code = translate_slowly(v, gva[i], access if accesses is NULL else access | (accesses[i] & <uint32_t>ANY_ACCESS), &out[i])
+        if code != KVMMU_OK:
+            return code
+        if done is not NULL:
+            done[0] = i + 1
+    return KVMMU_OK
 
 
 cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, const uint8_t *accesses, uint32_t access,
@@ -378,10 +398,12 @@ cdef int c_translate_many(kvmmu_vcpu handle, size_t n, const uint64_t *gva, cons
             every |= accesses[i]
     if not is_access(every):
         return KVMMU_E_ARGUMENT
+    if not is_plain_access(every):
+        return translate_others(v, n, gva, accesses, access, out, done)
     for i in range(n):
         if accesses is not NULL:                    # somebody may have changed it meanwhile
-            every = access | (accesses[i] & <uint32_t>ANY_ACCESS)
-        code = translate_row(v, gva[i], every, &out[i])
+            every = access | (accesses[i] & <uint32_t>PLAIN_ACCESS)
+        code = translate_plain_row(v, gva[i], every, &out[i])
         if code != KVMMU_OK:
             return code
         if done is not NULL:
@@ -441,11 +463,9 @@ cdef int read_words(c_vcpu *v, uint64_t gpa, uint64_t *words, int n) noexcept no
 
 cdef int c_get_registers(kvmmu_vcpu handle, kvmmu_registers *out) noexcept nogil:
     cdef int code
-    cdef c_vcpu *v = own_vcpu(handle, False, &code)
+    cdef c_vcpu *v = vcpu_asked(handle, False, out, &code)
     if v is NULL:
         return code
-    if out is NULL:
-        return KVMMU_E_NULL
     if out.size != sizeof(kvmmu_registers):
         return KVMMU_E_VERSION
     out[0] = v.registers

@@ -40,7 +40,7 @@ _PG, _PAE = 1 << 31, 1 << 5
 
 
 class Memory:
-    """How guest-physical memory is read.
+    """The way in which guest-physical memory is read.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Memory:
 
     @contextlib.contextmanager
     def physical(self) -> Iterator[None]:
-        """Have the target take addresses for guest-physical ones."""
+        """Make the target take addresses for guest-physical ones, in the block."""
         if self.mode == "direct":
             yield
             return
@@ -66,7 +66,7 @@ class Memory:
             _packet("Qqemu.PhyMemMode:0")
 
     def read(self, gpas: Any) -> Any:
-        """Pages at guest-physical addresses; what the target cannot read is zero."""
+        """Return pages at guest-physical addresses; what the target cannot read is zero."""
         pages = np.zeros((gpas.size, _PAGE), np.uint8)
         inferior = gdb.selected_inferior()
         with self.physical():
@@ -88,7 +88,7 @@ MEMORY = Memory()
 
 
 def _register(name: str) -> int:
-    """A control register of the vCPU; EFER of a target that does not tell it follows from the mode."""
+    """Return a control register of the vCPU; EFER of a target that does not tell it follows from the mode."""
     try:
         return int(gdb.parse_and_eval(f"(unsigned long long)${name}"))
     except gdb.error:
@@ -108,7 +108,7 @@ def target_vcpu(given: dict[str, int]) -> kvmmu.Vcpu:
 
 
 def _parse(text: str) -> tuple[list[str], dict[str, int]]:
-    """The words of a command, and registers among them."""
+    """Return the words of a command, and registers among them."""
     words, given = [], {}
     for word in gdb.string_to_argv(text):
         name, equals, value = word.partition("=")

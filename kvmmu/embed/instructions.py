@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an emulator has to know of instructions: which of them read memory only to write it.
+"""The instructions that read memory only to write it, which an emulator has to know.
 
 A processor asks for the right to write at the read of such an operand, so that its #PF says W. Emulators load first and store
 then.

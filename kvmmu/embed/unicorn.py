@@ -174,7 +174,7 @@ class Emulator:
 
     @property
     def fills(self) -> int:
-        """How often Unicorn's TLB had no page for an access."""
+        """The number of accesses for which Unicorn's TLB had no page."""
         return self._fill.fills
 
     # ---- running -------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Emulator:
         self._fill.release()
 
     def _run_once(self, rip: int, until: int, timeout: float) -> _Fault | None:
-        """Run until something happens: an exception of the guest, or None."""
+        """Run until the guest raises an exception, which is returned; None if it stopped for something else."""
         self._fill.begin()
         self._interrupt = None
         try:
@@ -246,7 +246,7 @@ class Emulator:
         return _Fault(_PF, error_code, address)
 
     def _code_at(self, rip: int) -> bytes:
-        """The bytes of the instruction at RIP, as far as they are mapped, and what follows it."""
+        """Return the bytes of the instruction at RIP, as far as they are mapped, and what follows it."""
         code = b""
         while len(code) < _LONGEST_INSTRUCTION:
             status, gpa, _ = self._fill.translate((rip + len(code)) & (2**64 - 1), _IMPLICIT | _NO_AD)
@@ -277,7 +277,7 @@ class Emulator:
         return 0 if self._trap_address is None else self._trap_address - _TRAP_GPA
 
     def _end_of_page_before(self, page: int) -> tuple[int, bytes] | None:
-        """(guest-physical address, bytes) of what a store across pages may have changed."""
+        """Return (guest-physical address, bytes) of what a store across pages may have changed."""
         status, gpa, _ = self._fill.translate((page - 1) & ~(_PAGE - 1) & (2**64 - 1), _IMPLICIT | _NO_AD)
         if status != Status.OK:
             return None
@@ -306,7 +306,7 @@ class Emulator:
     # ---- exceptions ----------------------------------------------------------------------------------------------------
 
     def _deliver(self, event: _Fault, rip: int) -> bool:
-        """Deliver an exception, or what comes of the attempt. Returns False for a triple fault."""
+        """Deliver an exception, or the one that its delivery raises. Returns False for a triple fault."""
         length = self._length_of_interrupt(event.vector, rip) if event.from_hook else 0
         while True:
             try:
@@ -319,14 +319,14 @@ class Emulator:
                 event = second if _is_served_alone(event.vector, second.vector) else _Fault(_DF)
 
     def _length_of_interrupt(self, vector: int, rip: int) -> int:
-        """Bytes of the INT n or INT3 before RIP that made an interrupt; 0: an instruction at RIP made it."""
+        """Return the length of the INT n or INT3 before RIP that made an interrupt; 0 if an instruction at RIP made it."""
         before = self._code_at(rip - 2)[:2]
         if before == bytes((_INT, vector)):
             return 2
         return 1 if vector == _BP and before[1:] == bytes((_INT3,)) else 0
 
     def _enter_handler(self, event: _Fault, rip: int, software: bool) -> None:
-        """Make what a processor makes of an exception: read the gate, switch stacks, push, jump. _Fault: it cannot."""
+        """Deliver an exception as a processor does: read the gate, switch stacks, push, jump. _Fault: it cannot."""
         read, vector = self.uc.reg_read, event.vector
         cpl = read(x86.UC_X86_REG_SS) & _RPL
         if event.cr2 is not None:
@@ -348,7 +348,7 @@ class Emulator:
         self.events.append(Event(vector, error_code, event.cr2, rip))
 
     def _gate_of(self, vector: int, cpl: int, software: bool) -> tuple[int, int, int, int]:
-        """(selector, offset, number of a stack in the TSS or 0, type) of a gate of the IDT."""
+        """Return (selector, offset, number of a stack in the TSS or 0, type) of a gate of the IDT."""
         _, base, limit, _ = self.uc.reg_read(x86.UC_X86_REG_IDTR)
         code = vector << 3 | _OF_IDT | (0 if software else _EXTERNAL)
         if 16 * vector + 15 > limit:
@@ -362,7 +362,7 @@ class Emulator:
         return selector, low | middle << 16 | high << 32, stack & 7, kind
 
     def _level_of(self, selector: int, cpl: int) -> int:
-        """The privilege level that a handler's code segment has."""
+        """Return the privilege level that a handler's code segment has."""
         code = selector & ~_RPL | _EXTERNAL
         _, base, limit, _ = self.uc.reg_read(x86.UC_X86_REG_GDTR)
         if selector < 4 or selector & 4 or (selector | 7) > limit:
@@ -376,7 +376,7 @@ class Emulator:
         return cpl if descriptor >> 42 & 1 else level                               # conforming
 
     def _tss(self, offset: int) -> int:
-        """The linear address of a stack pointer in the TSS."""
+        """Return the linear address of a stack pointer in the TSS."""
         selector, base, limit, _ = self.uc.reg_read(x86.UC_X86_REG_TR)
         if offset + 7 > limit:
             raise _Fault(_TS, selector & ~_RPL | _EXTERNAL)
@@ -419,7 +419,7 @@ class Emulator:
         return gpa
 
     def _read(self, gva: int, n: int) -> bytes:
-        """Bytes that the processor reads whatever its privilege level is."""
+        """Return bytes that the processor reads whatever its privilege level is."""
         data = b""
         while len(data) < n:
             part = min(n - len(data), _PAGE - (gva + len(data)) % _PAGE)
@@ -447,7 +447,7 @@ def _is_served_alone(first: int, second: int) -> bool:
 
 
 def _slots_of(mem: GuestMemory) -> list[tuple[int, Any]]:
-    """The slots of a memory, as the arrays that it reads."""
+    """Return the slots of a memory, as the arrays that it reads."""
     slots = []
     for gpa, size, readonly in mem.slots:
         (_, _, data), *more = cast(Any, mem)._pieces(gpa, size)
@@ -467,7 +467,7 @@ def _register(name: str) -> int:
 
 
 def _address(name: str) -> int:
-    """Where a function of Unicorn's library lies."""
+    """Return the address of a function of Unicorn's library."""
     return int(ctypes.cast(getattr(uclib, name), ctypes.c_void_p).value or 0)
 
 

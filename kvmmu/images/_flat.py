@@ -1,13 +1,15 @@
 """The flattened variant of a dump, which goes through pipes: pieces of a file, each with its place in it."""
 
+from collections.abc import Iterable
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.images._file import ImageError, ImageFile
+from kvmmu.images._file import ImageError, ImageFile, Range
 
-__all__ = ["FLAT_SIGNATURE", "FlatFile"]
+__all__ = ["FLAT_SIGNATURE", "FlatFile", "is_flat"]
 
 FLAT_SIGNATURE = b"makedumpfile"
 _HEADER = np.dtype([("signature", "S16"), ("type", ">i8"), ("version", ">i8")])
@@ -17,6 +19,11 @@ _END = -1
 _HOLES_MAX = 1 << 28
 
 
+def is_flat(file: ImageFile) -> bool:
+    """True if a file is a flattened one."""
+    return file.data[:len(FLAT_SIGNATURE)].tobytes() == FLAT_SIGNATURE
+
+
 class FlatFile:
     """A flattened file, put together from its pieces; it is read as an `ImageFile` is.
 
@@ -24,7 +31,7 @@ class FlatFile:
     ----------
     path : str
     size : int
-        Of what they make up, in bytes.
+        Of the file that they make up, in bytes.
     damage : list of str
     """
 
@@ -42,6 +49,45 @@ class FlatFile:
         self._covered = np.maximum.accumulate(ends) if ends.size else ends
         self.size = int(self._covered[-1]) if ends.size else 0
         self._most = max(int(self._length.sum()), _HOLES_MAX)           # what is read at once, with holes between pieces
+
+    def in_file(self, ranges: Iterable[Range], damage: list[str]) -> list[Range]:
+        """Return where ranges of what the pieces make up lie in the file itself. OUT damage: what no piece has."""
+        starts, at, ends = self._without_overlap()
+        found: list[Range] = []
+        for gpa, offset, size in ranges:
+            stop, have = offset + size, 0
+            first = int(np.searchsorted(ends, np.uint64(offset), "right"))
+            last = int(np.searchsorted(starts, np.uint64(stop)))
+            for i in range(first, last):
+                begin, end = max(offset, int(starts[i])), min(stop, int(ends[i]))
+                found.append(Range(gpa + begin - offset, int(at[i]) + begin - int(starts[i]), end - begin))
+                have += end - begin
+            if have < size:
+                damage.append(f"the pieces of the file have {have:#x} of {size:#x} bytes of the memory at gpa {gpa:#x}; what is "
+                              "missing is a hole")
+        return found
+
+    def _without_overlap(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return start, place in the file, and end of parts of pieces: of pieces that overlap the later one counts."""
+        place, ends = self._place, self._place + self._length
+        if not (place[1:] < self._covered[:-1]).any():
+            return place, self._at, ends
+        rows: list[tuple[int, int, int]] = []
+        active: list[tuple[int, int]] = []              # (- number, row), the later ones first
+        borders = np.unique(np.concatenate((place, ends)))
+        after = np.searchsorted(place, borders, "right").tolist()
+        begun = 0
+        for start, end, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), after[:-1], strict=True):
+            for row in range(begun, stop):
+                heappush(active, (-int(self._number[row]), row))
+            begun = stop
+            while active and int(ends[active[0][1]]) <= start:
+                heappop(active)
+            if active:
+                top = active[0][1]
+                rows.append((start, int(self._at[top]) + start - int(place[top]), end))
+        table = np.array(rows, np.uint64).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """Return the pieces of the file in its order."""

@@ -14,12 +14,15 @@ import numpy as np
 
 from kvmmu.arch._bits import Cr0, Cr4
 from kvmmu.images._file import ImageError, ImageFile, Range, joined, memory_of
-from kvmmu.images._flat import FlatFile
+from kvmmu.images._flat import FlatFile, is_flat
 from kvmmu.images._unmapped import UnmappedFile, open_file
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
 from kvmmu.images.image import Image, VcpuState, long_mode_regs, regs_of
+from kvmmu.memory._memory import GuestMemory
 
-__all__ = ["FORMAT", "qemu_vcpus"]
+__all__ = ["ELF_SIGNATURE", "FORMAT", "open_elf", "qemu_vcpus"]
+
+ELF_SIGNATURE = b"\x7fELF"
 
 _EHDR = {1: np.dtype([("ident", "V16"), ("type", "<u2"), ("machine", "<u2"), ("version", "<u4"), ("entry", "<u4"),
                       ("phoff", "<u4"), ("shoff", "<u4"), ("flags", "<u4"), ("ehsize", "<u2"), ("phentsize", "<u2"),
@@ -54,28 +57,40 @@ class _Elf:
     name = "elf"
 
     def sniff(self, head: bytes, path: PathLike[str]) -> int:
-        return 90 if head.startswith(b"\x7fELF") else 0
+        return 90 if head.startswith(ELF_SIGNATURE) else 0
 
     def open(self, path: str | PathLike[str]) -> Image:
         file = open_file(path)
-        elf_class, header = _header(file)
-        damage: list[str] = []
-        phdrs = _program_headers(file, elf_class, header, damage)
-        vcpus, info = _notes(file, phdrs[phdrs["type"] == _PT_NOTE], int(header["machine"]) == _EM_X86_64, damage)
-        load = phdrs[(phdrs["type"] == _PT_LOAD) & (phdrs["filesz"] != 0)]
-        offset, gpa, size = (load[name].astype(np.uint64) for name in ("offset", "paddr", "filesz"))
-        fits = (gpa != np.uint64(_NO_PADDR)) & (gpa + size > gpa) & (offset + size > offset)
-        if not fits.all():
-            bad = np.flatnonzero(~fits & (gpa != np.uint64(_NO_PADDR)))
-            damage += [f"segment {int(n)} (gpa {int(gpa[n]):#x}, {int(size[n]):#x} bytes) wraps around and is left out"
-                       for n in bad[:4]]
-        ranges = joined((Range(*row) for row in zip(gpa[fits].tolist(), offset[fits].tolist(), size[fits].tolist(), strict=True)),
-                        damage)
-        memory = file.memory(ranges) if isinstance(file, UnmappedFile) else memory_of(file, ranges, damage)
-        root = kernel_root(info)
-        return Image(file.path, self.name, memory, vcpus, damage=damage,
-                     root=None if root is None else long_mode_regs(root[0], five_levels=root[1]),
-                     details={"segments": int(load.size)} | ({"vmcoreinfo": info} if info else {}))
+        return open_elf(FlatFile(file) if isinstance(file, ImageFile) and is_flat(file) else file)
+
+
+def open_elf(file: _File) -> Image:
+    """Return the image of an ELF core."""
+    elf_class, header = _header(file)
+    damage: list[str] = list(file.damage) if isinstance(file, FlatFile) else []
+    phdrs = _program_headers(file, elf_class, header, damage)
+    vcpus, info = _notes(file, phdrs[phdrs["type"] == _PT_NOTE], int(header["machine"]) == _EM_X86_64, damage)
+    load = phdrs[(phdrs["type"] == _PT_LOAD) & (phdrs["filesz"] != 0)]
+    offset, gpa, size = (load[name].astype(np.uint64) for name in ("offset", "paddr", "filesz"))
+    fits = (gpa != np.uint64(_NO_PADDR)) & (gpa + size > gpa) & (offset + size > offset)
+    if not fits.all():
+        bad = np.flatnonzero(~fits & (gpa != np.uint64(_NO_PADDR)))
+        damage += [f"segment {int(n)} (gpa {int(gpa[n]):#x}, {int(size[n]):#x} bytes) wraps around and is left out"
+                   for n in bad[:4]]
+    ranges = joined((Range(*row) for row in zip(gpa[fits].tolist(), offset[fits].tolist(), size[fits].tolist(), strict=True)),
+                    damage)
+    root = kernel_root(info)
+    return Image(file.path, FORMAT.name, _memory(file, ranges, damage), vcpus, damage=damage,
+                 root=None if root is None else long_mode_regs(root[0], five_levels=root[1]),
+                 details={"segments": int(load.size)} | ({"vmcoreinfo": info} if info else {}))
+
+
+def _memory(file: _File, ranges: list[Range], damage: list[str]) -> GuestMemory:
+    if isinstance(file, UnmappedFile):
+        return file.memory(ranges)
+    if isinstance(file, FlatFile):
+        return memory_of(file.file, file.in_file(ranges, damage), damage)
+    return memory_of(file, ranges, damage)
 
 
 def _header(file: _File) -> tuple[int, Any]:

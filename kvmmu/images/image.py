@@ -1,10 +1,13 @@
-"""Image: guest memory from a file, and the registers that came with it."""
+"""Image: guest memory from a file, and the registers that came with it.
+
+`regs_of()` infers EFER where a file does not have it; `Image.vcpu()` does so again for registers that its caller changes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvmmu.arch._bits import CR3_PAE_PDPT, Cr0, Cr4, Efer
+from kvmmu.arch._bits import CR3_LAM_U48, CR3_LAM_U57, CR3_PAE_PDPT, Cr0, Cr4, Efer
 from kvmmu.arch.arguments import check_int
 from kvmmu.arch.registers import CpuModel, Regs
 from kvmmu.memory._memory import GuestMemory
@@ -12,8 +15,9 @@ from kvmmu.vm.vcpu import Vcpu
 
 __all__ = ["Image", "VcpuState", "long_mode_regs", "regs_of"]
 
-_REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "rflags", "pdptrs")
-_CR3_ADDRESS = (1 << 52) - 1                # without the bits of linear-address masking, and 63
+_REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "rflags", "pdptrs", "pkrs")
+_CR3_ADDRESS = (1 << 52) - 1
+_CR3_LAM = CR3_LAM_U48 | CR3_LAM_U57
 _TCG_ACCESSED = 1 << 5
 _WIDEST = 52
 _CR4_KNOWN = 0
@@ -93,8 +97,8 @@ class Image:
         cpu : CpuModel, optional
             By default one that has every feature and 52 physical-address bits.
         **registers
-            Any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, in the place of those of the image. Where `efer` is not given it
-            is inferred anew from cr0 and cr4 if one of these is. A cr4 with LA57 has five levels, one without PAE is 32-bit.
+            Any of cr0, cr3, cr4, efer, pkru, rflags, pdptrs, pkrs, in the place of those of the image. Where `efer` is not given
+            it is inferred anew from cr0 and cr4 if one of these is. A cr4 with LA57 has five levels, one without PAE is 32-bit.
 
         Raises
         ------
@@ -115,14 +119,14 @@ class Image:
             regs = long_mode_regs(int(registers["cr3"]))
         else:
             raise ValueError(f"cr3: the image ({self.format}) has no registers, so that cr3 has to be given")
-        regs = replace(regs, cr3=regs.cr3 & _CR3_ADDRESS)
+        vcpu = Vcpu(self.memory, CpuModel(maxphyaddr=_WIDEST) if cpu is None else cpu)
+        regs = replace(regs, cr3=regs.cr3 & (_CR3_ADDRESS | (_CR3_LAM if vcpu.cpu.lam else 0)))
         if registers.keys() & {"cr0", "cr4"} and "efer" not in registers:
             changed = replace(regs, **{name: registers[name] for name in ("cr0", "cr4") if name in registers})
             registers["efer"] = regs_of(changed.cr0, changed.cr3, changed.cr4, long_mode=_is_long(regs, registers)).efer
         regs = replace(regs, **registers)
         if regs.is_pae_paging and regs.pdptrs is None:
             regs = replace(regs, pdptrs=self._pdptrs(regs.cr3))
-        vcpu = Vcpu(self.memory, CpuModel(maxphyaddr=_WIDEST) if cpu is None else cpu)
         vcpu.set_regs(regs)
         return vcpu
 

@@ -3,7 +3,7 @@
 Block 0: the header; block 1: the sub-header; then two bitmaps of pages, of which the second one says which are in the file; then
 a descriptor of 24 bytes for each of those, in order: offset u64, size u32, flags u32 (1 zlib, 2 LZO, 4 snappy, 0x20 zstd),
 page flags u64. QEMU's bitmaps have one block of their number each. The flattened variant, which is all that QEMU writes
-before version 8.2, is that of `_flat.py`.
+before version 8.2, is that of `_flat.py`; an ELF core in it, of makedumpfile -E -F, is opened as one.
 """
 
 import zlib
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 from kvmmu.images._file import ImageError, ImageFile
-from kvmmu.images._flat import FLAT_SIGNATURE, FlatFile
+from kvmmu.images._flat import FLAT_SIGNATURE, FlatFile, is_flat
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
-from kvmmu.images.elfcore import qemu_vcpus
+from kvmmu.images.elfcore import ELF_SIGNATURE, open_elf, qemu_vcpus
 from kvmmu.images.image import Image, long_mode_regs
 from kvmmu.memory._memory import GuestMemory
 
@@ -52,14 +52,17 @@ class _Kdump:
         return 90 if head.startswith((_SIGNATURE, FLAT_SIGNATURE)) else 0
 
     def open(self, path: str | PathLike[str]) -> Image:
-        file: _File = ImageFile(path)
+        mapped = ImageFile(path)
+        file: _File = mapped
         damage: list[str] = []
-        if isinstance(file, ImageFile) and file.data[:len(FLAT_SIGNATURE)].tobytes() == FLAT_SIGNATURE:
-            file = FlatFile(file)
+        if is_flat(mapped):
+            file = FlatFile(mapped)
+            if file.bytes(0, min(file.size, len(ELF_SIGNATURE)), "the header") == ELF_SIGNATURE:
+                return open_elf(file)
             damage += file.damage
         header = file.item(_HEADER, 0, "the header")
         if not header["signature"].startswith(b"KDUMP"):
-            raise file.fail("what the flattened file makes up is no kdump-compressed dump", 0)
+            raise file.fail("what the flattened file makes up is neither a kdump-compressed dump nor an ELF core", 0)
         block = int(header["block_size"])
         if block != _PAGE:
             raise file.fail(f"blocks of {block} bytes; want {_PAGE}", 428)

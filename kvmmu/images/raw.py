@@ -23,7 +23,7 @@ class _Raw:
     name = "raw"
 
     def sniff(self, head: bytes, path: PathLike[str]) -> int:
-        """A file of whole pages that is nothing else; small ones by their names alone."""
+        """Return how sure it is: a file of whole pages that is nothing else, small ones by their names alone."""
         with open(path, "rb") as file:
             size = file.seek(0, 2)
         if size == 0 or size % int(PAGE_SIZE) or size < _LEAST and Path(path).suffix.lower() not in _SUFFIXES:

@@ -81,7 +81,7 @@ cdef extern from * nogil:
 
 
 cdef class CallbackMemory(GuestMemory):
-    """What `GuestMemory.from_callbacks()` makes."""
+    """Memory behind callbacks, made by `GuestMemory.from_callbacks()`."""
 
     def __cinit__(self, *args, **kwargs):
         self.lock, self.here = MachineLock(), threading.local()
@@ -407,7 +407,7 @@ class _Locked:
 
 
 def _pages_of(pages, n):
-    """What read() returned, as uint8 (n, 4096)."""
+    """Return what read() returned, as uint8 (n, 4096)."""
     want = f"read: want {n} pages of {PAGE_SIZE} bytes"
     if pages is None or isinstance(pages, str):
         raise TypeError(f"{want}, got {type(pages).__name__}")

@@ -457,7 +457,7 @@ cdef class GuestMemory:
         return copy
 
     def is_backed(self, gpa, n=1):
-        """Whether all n bytes at gpa lie in slots."""
+        """True if all n bytes at gpa lie in slots."""
         gpa = check_gpa("gpa", gpa)
         return all(data is not None for _, _, data in self._pieces(gpa, check_length("n", n, gpa)))
 

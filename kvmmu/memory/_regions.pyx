@@ -42,7 +42,7 @@ class _Region:
 
 
 def _address_of(data):
-    """Where the bytes of an array lie."""
+    """Return the address of the bytes of an array."""
     cdef Py_buffer view
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     address = <uintptr_t>view.buf

@@ -21,7 +21,7 @@ cdef class SavedMemory:
 
     @property
     def nbytes(self):
-        """How many bytes of memory it keeps."""
+        """The bytes of memory that it keeps."""
         return sum(slot.pages.nbytes for slot in self.slots or ())
 
     def restore(self):

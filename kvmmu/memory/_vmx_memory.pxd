@@ -1,5 +1,5 @@
-"""What a processor reads and writes beside page tables while a guest runs under EPT: the sub-page permission table, and the
-information area of virtualization exceptions.
+"""Memory that a processor reads and writes beside page tables while a guest runs under EPT: the sub-page permission table, and
+the information area of virtualization exceptions.
 
 Sources: SDM vol. 3, "Sub-Page Write Permissions", "Virtualization Exceptions", "Convertible EPT Violations".
 """

@@ -1,4 +1,4 @@
-"""What a processor reads and writes beside page tables; see `_vmx_memory.pxd`."""
+"""Memory that a processor reads and writes beside page tables; see `_vmx_memory.pxd`."""
 
 from libc.stdint cimport uint8_t, uint64_t
 

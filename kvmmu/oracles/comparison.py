@@ -1,4 +1,4 @@
-"""How the records of two machines that ran one scenario compare."""
+"""Compare the records of two machines that ran one scenario."""
 
 from collections import Counter
 from collections.abc import Sequence

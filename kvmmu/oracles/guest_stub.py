@@ -72,7 +72,7 @@ _OFFSETS = {name: CODE_SIZE * i for i, name in enumerate(INSTRUCTIONS)}
 
 
 class Stub:
-    """Where the parts of a scenario's stub are, and what they hold.
+    """The places of the parts of a scenario's stub, and their contents.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ class Stub:
         return self.va + _GDT_TSS * PAGE_SIZE + TSS_OFFSET, TSS_LIMIT
 
     def memory(self) -> list[tuple[int, bytes]]:
-        """What to write where: guest-physical addresses and bytes."""
+        """Return what to write where: guest-physical addresses and bytes."""
         code = b"".join((self.instruction(name)[0] + bytes((_OUT, PORT_OF_SUCCESS))).ljust(CODE_SIZE, b"\x90")
                         for name in INSTRUCTIONS)
         handlers = b"".join(bytes((_OUT, PORT_OF_EXCEPTIONS + vector)).ljust(CODE_SIZE, b"\x90") for vector in range(VECTORS))

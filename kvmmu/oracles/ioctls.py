@@ -251,7 +251,7 @@ def load_cpuid(device: int, vcpu: int, *, vendor: str | None = None,
 
 
 class FileDescriptors:
-    """What holds the file descriptors of a VM, and closes them at the end of a `with` block."""
+    """The holder of the file descriptors of a VM, and closes them at the end of a `with` block."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []

@@ -107,7 +107,7 @@ class _Backing:
         self.map.madvise(mmap.MADV_NOHUGEPAGE, self.at, size)       # what goes or splits does not become huge again
 
     def _huge_bytes(self) -> int:
-        """How much of it the host has in huge pages."""
+        """Return how much of it the host has in huge pages."""
         found, inside = 0, False
         with open("/proc/self/smaps") as smaps:
             for line in smaps:

@@ -225,7 +225,7 @@ class ScenarioMachine:
         return result if result[0] in FATAL or self._has_root() else list(SHUTDOWN)
 
     def _has_root(self) -> bool:
-        """Whether memory is behind CR3: this kernel does not enter a guest without, it shuts it down."""
+        """True if memory is behind CR3: this kernel does not enter a guest without, it shuts it down."""
         return not self._stub.long_mode or self.mem.is_backed(self.vcpu.regs.cr3 & CR3_TABLE, 1)
 
     def _fetch_emulated(self, va: int, cpl: int) -> None:
@@ -235,7 +235,7 @@ class ScenarioMachine:
             self.vcpu.read_guest(va, 1, access)
 
     def _delivered(self, result: list[Any]) -> list[Any]:
-        """How an operation ends that raised an exception: as it says, if the guest's handler can be reached."""
+        """Return how an operation ends that raised an exception: as it says, if the guest's handler can be reached."""
         if not self._stub.long_mode:
             return result
         for va, writes in self._stub.delivery:
@@ -316,7 +316,7 @@ class ScenarioMachine:
 
     @staticmethod
     def _fetched(code: bytes) -> list[Any]:
-        """How a fetch ends that found these bytes."""
+        """Return how a fetch ends that found these bytes."""
         return ["ok"] if code == JMP_RDX else ["code", code.hex(" ")]
 
     def _emulated(self, name: str, size: int, va: int, value: int, user: int, record: dict[str, Any]) -> list[Any]:
@@ -349,7 +349,7 @@ class ScenarioMachine:
         return ["ok"]
 
     def _emulated_write(self, va: int, data: bytes, user: int) -> None:
-        """What KVM writes for the guest, page by page: memory is written even if the second page faults, exits are not made."""
+        """Write as KVM does for the guest, page by page: memory is written even if the second page faults, exits are not made."""
         exits = len(self._exits)
         for page, part in pages_of(va, data):
             try:
@@ -361,7 +361,7 @@ class ScenarioMachine:
                 self._mmio_exit("w", gpa, len(part), part)
 
     def _emulated_read(self, va: int, size: int, access: int) -> bytes:
-        """What KVM reads for the guest; what is MMIO reads as zeros. There is no exit if the second page faults."""
+        """Read as KVM does for the guest; what is MMIO reads as zeros. There is no exit if the second page faults."""
         parts = [(len(part), *self.vcpu._machine().emulate(page, access)) for page, part in pages_of(va, bytes(size))]
         data = b""
         for length, gpa, hpa in parts:
@@ -371,7 +371,7 @@ class ScenarioMachine:
         return data
 
     def _emulated_update(self, va: int, size: int, access: int) -> bytes:
-        """What KVM reads for an instruction that is going to write there: a fault says so."""
+        """Read as KVM does for an instruction that is going to write there: a fault says so."""
         try:
             return self._emulated_read(va, size, access)
         except PageFault as fault:
@@ -457,12 +457,12 @@ def _number(value: "int | str") -> int:
 
 
 def _operand(name: str, size: int, value: int) -> bytes:
-    """What MOV writes."""
+    """Return what MOV writes."""
     return bytes(size) if name == "movups" else (value & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
 def _update(name: str, old: bytes, value: int) -> bytes:
-    """What an instruction that reads first writes."""
+    """Return what an instruction that reads first writes."""
     new = UPDATES[name](int.from_bytes(old, "little"), value) & (1 << 8 * len(old)) - 1
     return new.to_bytes(len(old), "little")
 

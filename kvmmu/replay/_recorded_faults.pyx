@@ -11,7 +11,7 @@ from kvmmu.replay._recorded_faults cimport FAULT_CODES, fault_count, fault_count
 
 
 cdef inline uint32_t access_of(uint64_t code) noexcept nogil:
-    """The access that a fault tells of, as far as its error code or EXITINFO1 knows."""
+    """Return the access that a fault tells of, as far as its error code or EXITINFO1 knows."""
     return <uint32_t>(code & (ACCESS_WRITE_MASK | ACCESS_USER_MASK | ACCESS_FETCH_MASK))
 
 

@@ -35,7 +35,7 @@ _COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access"
                  "size": np.dtype(np.uint8), "vcpu": np.dtype(np.uint16), "value": np.dtype(np.uint64)}
 _MAY_BE_NONE = ("size", "vcpu", "value")
 
-# Why run() has returned.
+# The reasons for which run() returns.
 cdef enum:
     STOP_END
     STOP_ROW
@@ -267,7 +267,7 @@ cdef class RowLoop(BlockWalker):
         return True
 
     cdef int check_vcpus(self, const replay_rows *rows, Py_ssize_t n, Py_ssize_t vcpus) except -1:
-        """All vCPUs have registers, and rows are of them."""
+        """Check that all vCPUs have registers, and that rows are of them."""
         cdef Py_ssize_t i, ready = 0
         cdef uint16_t highest = 0
         if rows.vcpu is not NULL and self.registers.vcpus > 1:
@@ -325,13 +325,13 @@ cdef class RowLoop(BlockWalker):
 
 
 cdef const void *pointer_to(dict arrays, str name, Py_ssize_t rows) except? NULL:
-    """Where the rows of a column lie, which is kept; NULL if there is no such column."""
+    """Return the first row of a column, and keep the column; NULL if there is no such column."""
     array = arrays[name]
     return NULL if array is None else column_of("", name, array, _COLUMN_TYPES[name].itemsize, rows, False).data
 
 
 cdef inline uint32_t vcpu_of(RowLoop loop, size_t i) noexcept nogil:
-    """The vCPU of a row, in range, whoever has written there since it was checked."""
+    """Return the vCPU of a row, in range, whoever has written there since it was checked."""
     return 0 if loop.rows.vcpu is NULL or loop.registers.vcpus == 1 else min(
         <uint32_t>loop.rows.vcpu[i], loop.registers.vcpus - 1)
 
@@ -378,7 +378,7 @@ cdef bint next_rows(RowLoop loop) noexcept nogil:
 # ---- accesses ----------------------------------------------------------------------------------------------------------
 
 cdef size_t end_of_accesses(RowLoop loop, size_t limit) noexcept nogil:
-    """First event from the next row on, at most a block away; counts the accesses up to there by kind."""
+    """Return the first event from the next row on, at most a block away; counts the accesses up to there by kind."""
     cdef size_t start = loop.at, i = start, k
     cdef const uint8_t *op = loop.rows.op
     cdef uint32_t stores = 0, fetches = 0, mmio = 0
@@ -427,7 +427,7 @@ cdef void walk_accesses(RowLoop loop, size_t end) noexcept nogil:
 
 
 cdef const uint32_t *sets_of_one(RowLoop loop, size_t n) noexcept nogil:
-    """The number of the register set for each of n rows of the first vCPU; NULL: of all of them it is 0."""
+    """Return the number of the register set of each of n rows of the first vCPU; NULL if it is 0 of all."""
     cdef uint32_t number = loop.registers.current[0]
     cdef size_t k
     if not number:
@@ -488,5 +488,5 @@ cdef int check_fault(RowLoop loop, int op, uint32_t vcpu, uint64_t addr, uint64_
 
 
 def new_row_loop(PageWalk walk not None, Py_ssize_t vcpus, Py_ssize_t explain=0):
-    """A RowLoop without registers. IN explain: how many mismatches are wanted one by one"""
+    """Return a RowLoop without registers. IN explain: how many mismatches are wanted one by one"""
     return RowLoop.__new__(RowLoop, maker(), walk, vcpus, explain)

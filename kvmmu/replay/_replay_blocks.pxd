@@ -21,13 +21,13 @@ cdef enum:
     WRITE_SIZE_MAX = 8
     MOST_EXPLAINED = 64
 
-# What became of a write.
+# The outcome of a write.
 cdef enum:
     WRITTEN
     WRITE_TO_HOLE                   # or to a read-only slot
     WRITE_MALFORMED                 # no 1, 2, 4 or 8 bytes, or not aligned to them
 
-# What a block of rows came to, row by row.
+# The results of a block of rows, row by row.
 cdef struct block_result:
     uint64_t gpa[BLOCK]
     uint8_t level[BLOCK]

@@ -122,7 +122,7 @@ cdef class BlockWalker:
         self.explain = explain
 
     def take_mismatches(self):
-        """Rows of the last block whose walk did not end as recorded, as far as they are to be explained.
+        """Return rows of the last block whose walk did not end as recorded, as far as they are to be explained.
 
         Returns
         -------

@@ -183,7 +183,7 @@ cdef inline uint32_t slot_of(uint32_t before, uint8_t op, uint64_t value) noexce
 
 
 cdef void read_pdptes(const guest_mem *mem, uint64_t gpa, uint64_t *pdptes) noexcept nogil:
-    """The PDPTEs at gpa, which lie in one page; zeros in a hole."""
+    """Read the PDPTEs at gpa, which are in one page; zeros in a hole."""
     cdef bint readonly = False
     cdef const uint8_t *hva = gpa_to_hva(mem, gpa, &readonly)
     cdef int i

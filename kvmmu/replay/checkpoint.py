@@ -41,7 +41,7 @@ class Saved(NamedTuple):
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """In the block, whatever does not fit into a replay is a CheckpointError."""
+    """Turn whatever does not fit into a replay, in the block, into a CheckpointError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
@@ -106,7 +106,8 @@ def identity_of(source: Recording | Trace) -> dict[str, Any]:
         return {"name": source.name, "phase": source.phase, "sha256": _digest_of_recording(source)}
     path = getattr(source, "path", None)
     found: dict[str, Any] = {"header": sha256(source.header.to_json().encode()).hexdigest()}
-    return found if path is None or not Path(path).exists() else found | _files_identity(Path(path))
+    files = _files_of(source)
+    return found | _files_identity(Path(path), files) if path is not None and files else found
 
 
 def _digest_of_recording(recording: Recording) -> str:
@@ -120,9 +121,16 @@ def _digest_of_recording(recording: Recording) -> str:
     return digest.hexdigest()
 
 
-def _files_identity(path: Path) -> dict[str, Any]:
+def _files_of(source: Recording | Trace) -> list[Path]:
+    """Return the files that a recording or a trace is read from."""
+    path = getattr(source, "path", None)
+    if path is None or not Path(path).exists():
+        return []
+    return sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else [Path(path)]
+
+
+def _files_identity(path: Path, files: list[Path]) -> dict[str, Any]:
     from hashlib import sha256
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest, size, changed = sha256(), 0, 0
     for file in files:
         with open(file, "rb") as content:
@@ -203,7 +211,7 @@ class Checkpoints:
             self._check(header, os.fspath(resume))
             self.saved = Saved(header["state"], arrays)
         if path is not None:
-            NewFile(path).discard()                     # so that a folder that is not there is told now
+            NewFile(path, _files_of(source)).discard()  # so that what cannot be written is told now
 
     def _check(self, header: dict[str, Any], path: str) -> None:
         """Refuse a checkpoint of another trace or of other arguments."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, PAGE_SIZE, Cr4, Efer, Op, RetPf, Status
+from kvmmu.arch._bits import CR3_NOFLUSH, INVALID_GPA, OP_KIND, OP_MMIO, PAGE_SHIFT, PAGE_SIZE, Cr4, Efer, Op, RetPf, Status
 from kvmmu.arch.arguments import check_name
 from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import Regs, pdpte_gpas
@@ -22,6 +22,7 @@ from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.replay.row_run import MakeTlbs
 from kvmmu.replay.trace_replay import replay_trace, with_file
 from kvmmu.tlb.counters import TlbStats
+from kvmmu.tlb.processor import invpcid_operands
 from kvmmu.traces import Chunk, Trace, TraceError
 from kvmmu.traces.on_memory import TraceOnMemory
 from kvmmu.vm.vcpu import Vcpu, Vm
@@ -80,7 +81,7 @@ class MachineReport(Report):
     dirty_over_time: list[tuple[int, int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         plain = super().to_dict()
         del plain["exit_position"], plain["exit_count"]
         total = np.cumsum(self.exit_count)
@@ -221,8 +222,8 @@ class _MachineRun:
         self.verified += int(np.count_nonzero(good))
         self.mismatches += int(np.count_nonzero(known & ~good))
         self.unchecked += int(np.count_nonzero(~known))
-        self.kinds += np.bincount(op & np.uint8(3), minlength=4)[:3]
-        self.mmio += int(np.count_nonzero(op & np.uint8(4)))
+        self.kinds += np.bincount(op & np.uint8(OP_KIND), minlength=4)[:3]
+        self.mmio += int(np.count_nonzero(op & np.uint8(OP_MMIO)))
         took = np.flatnonzero(exits)
         if took.size:
             self.pieces.append((took.astype(np.uint64) + np.uint64(self.accesses), exits[took].astype(np.uint64)))
@@ -230,7 +231,7 @@ class _MachineRun:
         self.to_l1 += int(np.count_nonzero(np.isin(status, _EXITS_TO_L1)))
         stores = (op == Op.STORE) & (hpa != np.uint64(INVALID_GPA))
         if stores.any():
-            self.dirty.update(np.unique(gpa[stores] >> np.uint64(12)).tolist())
+            self.dirty.update(np.unique(gpa[stores] >> np.uint64(PAGE_SHIFT)).tolist())
         self.accesses += op.size
 
     def _event(self, chunk: Chunk, row: int) -> None:
@@ -248,12 +249,12 @@ class _MachineRun:
             elif op == Op.INVLPG:
                 self.vcpus[vcpu].invlpg(addr)
             elif op == Op.INVPCID:
-                self.vcpus[vcpu].invpcid(value & 0xF, value >> 4 & 0xFFF, addr)
+                self.vcpus[vcpu].invpcid(*invpcid_operands(value), addr)
             elif op == Op.RESTART:
                 self._restart()
             elif op in (Op.SET_REGS, Op.VMENTER, Op.VMEXIT):
                 self._use(vcpu, self._loaded(self.contexts[value]))
-            elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU):
+            elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS):
                 self._load(vcpu, op, value)
         except (GuestFault, ValueError) as error:
             raise TraceError(f"{op.name} in row {row} of the chunk behind access {self.accesses}: {error}") from error
@@ -266,10 +267,10 @@ class _MachineRun:
         else:
             self.mem.write(gpa, data)
         self.writes += 1
-        self.dirty.add(gpa >> 12)
+        self.dirty.add(gpa >> PAGE_SHIFT)
 
     def _restart(self) -> None:
-        """Memory and registers as at the start."""
+        """Put memory and registers back to what they were at the start."""
         if self.start.restart is None:
             raise TraceError("needs memory that the trace brings itself, and it has none")
         self.start.restart()
@@ -279,7 +280,7 @@ class _MachineRun:
     # ---- registers -----------------------------------------------------------------------------------------------------
 
     def _loaded(self, context: Context) -> Context:
-        """A context of L1 under PAE paging with the PDPTEs that are in memory now."""
+        """Return a context of L1 under PAE paging with the PDPTEs that are in memory now."""
         if isinstance(context, tuple) or not context.is_pae_paging:
             return context
         return replace(context, pdptrs=pdptrs_at(self.mem, self.vm.cpu, context.cr3, self.header.pdpte_clear))
@@ -301,7 +302,7 @@ class _MachineRun:
         self.states[vcpu] = context
 
     def _load(self, vcpu: int, op: Op, value: int) -> None:
-        """A register load by the guest, whose legality the recorded CPU has checked."""
+        """Carry out a register load by the guest, whose legality the recorded CPU has checked."""
         context = self.states[vcpu]
         one = self.vcpus[vcpu]
         if isinstance(context, tuple):
@@ -312,6 +313,9 @@ class _MachineRun:
         if op == Op.WRPKRU:
             if self.host != "shadow":
                 one.wrpkru(value)
+            self.states[vcpu] = after
+        elif op == Op.WRMSR_PKRS:
+            one.wrmsr_pkrs(value)
             self.states[vcpu] = after
         elif op == Op.MOV_CR3 and not after.is_pae_paging:
             one.mov_cr(3, value)
@@ -327,6 +331,8 @@ class _MachineRun:
             return replace(regs, efer=value | regs.efer & int(Efer.LMA))     # that bit is the processor's
         if op == Op.WRPKRU:
             return replace(regs, pkru=value)
+        if op == Op.WRMSR_PKRS:
+            return replace(regs, pkrs=value)
         return replace(regs, cr0=value, pdptrs=None) if op == Op.MOV_CR0 else replace(regs, cr4=value, pdptrs=None)
 
     # ---- what was found ------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ class MachineStart:
                 made.append(next(context for context, given in zip(self.contexts, self.trace.header.contexts, strict=True)
                                  if given == regs))
             else:
-                made.append(Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs))
+                made.append(Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs,
+                                 pkrs=regs.pkrs))
         return made
 
 
@@ -126,7 +127,8 @@ def registers_in_force(vcpu: Vcpu) -> RegisterSet:
     if vcpu.mmu_is_nested:
         raise ValueError("vm: a nested guest runs on it; want registers of L1")
     regs = vcpu.regs
-    return RegisterSet(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs)
+    return RegisterSet(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pkrs=regs.pkrs,
+                       pdptrs=regs.pdptrs)
 
 
 def _memory_of(trace: Trace) -> TraceMemory | None:

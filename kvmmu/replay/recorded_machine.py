@@ -29,7 +29,7 @@ _STOPS = (*REGISTER_EVENTS, Op.RESTART)
 
 def touched_machine(source: Recording | ParquetTrace, *, tdp: Literal["ept", "npt"] | None = "ept",
                     backing: PageSize = "2m", nx_huge_pages: bool = False) -> Vm:
-    """A machine whose guest has read every page that a recording or a trace touches, each once.
+    """Return a machine whose guest has read every page that a recording or a trace touches, each once.
 
     Parameters
     ----------

@@ -6,7 +6,16 @@ from typing import Any
 
 from kvmmu.arch._bits import CR3_NOFLUSH, Cr4, Op
 from kvmmu.arch.faults import GeneralProtection
-from kvmmu.arch.registers import CpuModel, Regs, after_mov_cr, after_wrmsr_efer, after_wrpkru, check_pdptrs, pdpte_gpas
+from kvmmu.arch.registers import (
+    CpuModel,
+    Regs,
+    after_mov_cr,
+    after_wrmsr_efer,
+    after_wrmsr_pkrs,
+    after_wrpkru,
+    check_pdptrs,
+    pdpte_gpas,
+)
 from kvmmu.arch.second_stages import Ept, Npt, Stage
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.replay._replay_registers import ReplayRegisters
@@ -21,13 +30,13 @@ __all__ = ["REGISTER_EVENTS", "Context", "RegisterEvents", "context_of", "contex
 Context = Regs | tuple[Regs, Stage]       # inside a nested guest: with its second stage
 
 _NAMED = (Op.SET_REGS, Op.VMENTER, Op.VMEXIT)       # they name a register set of the header
-REGISTER_EVENTS = (*_NAMED, Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU)
+REGISTER_EVENTS = (*_NAMED, Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS)
 _SETS = 1024                            # kept ready
 
 
 def registers_of(regs: Regs) -> dict[str, Any]:
-    """The registers that a context sets, by name."""
-    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs")}
+    """Return the registers that a context sets, by name."""
+    return {name: getattr(regs, name) for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pdptrs", "pkrs")}
 
 
 def use_context(vcpu: Vcpu, context: Context) -> None:
@@ -41,19 +50,19 @@ def use_context(vcpu: Vcpu, context: Context) -> None:
 
 
 def context_of(regs: RegisterSet) -> Context:
-    """The context that a register set of a header describes.
+    """Return the context that a register set of a header describes.
 
     Raises
     ------
     TraceError
         There is no such second stage.
     """
-    context = Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs)
+    context = Regs(cr0=regs.cr0, cr3=regs.cr3, cr4=regs.cr4, efer=regs.efer, pkru=regs.pkru, pdptrs=regs.pdptrs, pkrs=regs.pkrs)
     return context if regs.second_stage is None else (context, _stage_of(regs.second_stage))
 
 
 def _stage_of(stage: TraceStage) -> Stage:
-    """A second stage of a header as the walks take it."""
+    """Return a second stage of a header as the walks take it."""
     given = stage.given()
     try:
         return Npt(**given) if "ncr3" in given else Ept(**given)
@@ -79,7 +88,7 @@ def contexts_of(text: str) -> list[Context]:
 
 
 def pdptrs_at(mem: GuestMemory, cpu: CpuModel, cr3: int, clear: int) -> tuple[int, ...]:
-    """The PDPTEs at CR3 as the recorded CPU took them, without the bits `clear` that it ignored.
+    """Return the PDPTEs at CR3 as the recorded CPU took them, without the bits `clear` that it ignored.
 
     None is present where there is no legal PDPT (yet): the recorded CPU loaded none then.
     """
@@ -121,16 +130,16 @@ class RegisterEvents:
         self.seen: set[Context] = set()                 # contexts so far, up to a number of them
 
     def context(self, vcpu: int) -> Context:
-        """The registers of a vCPU."""
+        """Return the registers of a vCPU."""
         number = self._registers.in_force(vcpu)
         return self.context_at(0 if number is None else number)
 
     def context_at(self, number: int) -> Context:
-        """The register set with a number of the loop's."""
+        """Return the register set with a number of the loop's."""
         return self._by_number[number][0]
 
     def nested_stage(self, vcpu: int) -> Stage | None:
-        """The second stage of the nested guest that ran last on a vCPU."""
+        """Return the second stage of the nested guest that ran last on a vCPU."""
         number = self._registers.nested_last(vcpu)
         context = None if number is None else self.context_at(number)
         return context[1] if isinstance(context, tuple) else None
@@ -195,7 +204,7 @@ class RegisterEvents:
         self.seen = {contexts[number] for number in plain["seen"]}
 
     def with_pdptrs(self, context: Context, before: Context | None = None) -> Context:
-        """A context of L1 under PAE paging with its PDPTEs: those in force if CR3 stays, else from memory now."""
+        """Return a context of L1 under PAE paging with its PDPTEs: those in force if CR3 stays, else from memory now."""
         if isinstance(context, tuple) or not lacks_pdptrs(context):
             return context
         if isinstance(before, Regs) and before.is_pae_paging and before.cr3 == context.cr3:
@@ -204,12 +213,14 @@ class RegisterEvents:
         return replace(context, pdptrs=pdptrs_at(self._mem, self._cpu, context.cr3, self._clear))
 
     def _loaded(self, context: Context, op: Op, value: int) -> Context:
-        """A context after a register load by the guest."""
+        """Return a context after a register load by the guest."""
         regs, stage = context if isinstance(context, tuple) else (context, None)
         if op == Op.WRMSR_EFER:
             after = after_wrmsr_efer(self._cpu, regs, value)
         elif op == Op.WRPKRU:
             after = after_wrpkru(regs, value)
+        elif op == Op.WRMSR_PKRS:
+            after = after_wrmsr_pkrs(self._cpu, regs, value)
         elif op == Op.MOV_CR3:                          # by far the most; whether it may be is asked when it is prepared
             after = replace(regs, cr3=value & ~CR3_NOFLUSH if regs.cr4 & Cr4.PCIDE else value, pdptrs=None)
         else:
@@ -220,7 +231,7 @@ class RegisterEvents:
         return (after, stage) if stage is not None else self.with_pdptrs(after)
 
     def _number_of(self, context: Context) -> int:
-        """The number of a context in the loop, where it is prepared now if it is not there yet."""
+        """Return the number of a context in the loop, where it is prepared now if it is not there yet."""
         number = self._numbers.get(context) if _lasts(context) else None
         if number is None:
             number = self._add(context, self._walk.prepare([context]))

@@ -10,6 +10,7 @@ from kvmmu.replay.machine_start import BACKINGS, Backing, HostKind, registers_in
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.register_events import use_context
 from kvmmu.replay.result import Mismatch, Report
+from kvmmu.replay.scheduling import check_scheduler
 from kvmmu.replay.synthetic import TablesToOrder, replay_synthetic
 from kvmmu.replay.trace_replay import recording_vcpu, replay_recording, replay_trace
 from kvmmu.tables.layout import Frames, Page
@@ -17,7 +18,7 @@ from kvmmu.tables.modes import Mode
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.hierarchy import TlbHierarchy, tlb_of
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
-from kvmmu.traces import Header, Recording, Trace
+from kvmmu.traces import Header, ParquetTrace, Recording, Trace
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces.conversion import recording_chunks, recording_header
 from kvmmu.traces.on_memory import TraceOnMemory
@@ -33,7 +34,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
            paging: Mode | None = None, page: Page | None = None, frames: Frames | None = None, pager: Pager | None = None,
            host: HostKind | None = None, backing: Backing | None = None, phase: str | None = None,
            progress: bool | Progress = False, checkpoint: StrPath | None = None, checkpoint_every: float = 60.0,
-           resume: StrPath | None = None) -> Report:
+           resume: StrPath | None = None, scheduler: str | None = None) -> Report:
     """Walk every access of a trace and hold each against the recorded physical address, if there is one.
 
     A trace without registers (those of other tools) is walked on page tables that are made for it.
@@ -82,6 +83,10 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     resume : str or path-like, optional
         A checkpoint to go on from, of the same trace and the same other arguments: the report is that of a replay that was never
         stopped, but for `seconds`.
+    scheduler : str, optional
+        Of a Parquet trace without registers: replay it in parts, by "threads" or "processes", or by the workers of a scheduler of
+        Dask at an address (tcp://host:8786), which can open its file. Needs the extra `dask`. Counters are those of one process;
+        `tlb.details` are None.
 
     Returns
     -------
@@ -96,7 +101,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     OSError
         A file cannot be opened or read; FileNotFoundError if it is not there.
     ImportError
-        A file is `.zst` or Parquet, and what reads it is not installed.
+        A file is `.zst` or Parquet, and what reads it is not installed; or Dask is not.
     CheckpointError
         `resume` is no whole checkpoint, or one of another trace or other arguments: a ValueError.
     ValueError, TypeError
@@ -124,11 +129,15 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
         raise ValueError(f"{kept[0]}: the state of a whole machine cannot be kept in a file; want None, or mode 'walk'"
                          if mode == "machine" else f"{kept[0]}: the memory of a vm is not kept in a file; want None, or a trace "
                          "that brings its memory, or none")
+    if mode == "machine" and scheduler is not None:
+        raise ValueError("scheduler: a machine runs in one process; want None, or one trace per machine by replay_each()")
     if mode == "machine":
         return _machine(source, machine, order, tlb, host, backing, progress)
     for name, given in (("host", host), ("backing", backing)):
         if given is not None:
             raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
+    if scheduler is not None:
+        return _in_parts(source, vm, order, tlb, scheduler, kept, progress)
     checkpoints = None
     if kept:
         made = order if isinstance(source, Recording) or source.header.registers else order or TablesToOrder()
@@ -140,7 +149,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     if not progress:
         return _replay(source, vm, order, None, tlbs, checkpoints)
     name = source.name if isinstance(source, Recording) else source.header.name
-    with progress_bar(f"replaying {name}") as bar:
+    with progress_bar(f"replaying {name}", resume is not None) as bar:
         return _replay(source, vm, order, bar, tlbs, checkpoints)
 
 
@@ -156,6 +165,23 @@ def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | N
         report.skipped = on_vcpu.notes.skipped
         return report
     return replay_synthetic(source, order or TablesToOrder(), progress, tlbs, checkpoints)
+
+
+def _in_parts(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, tlb: Any, scheduler: str, kept: list[str],
+              progress: bool | Progress) -> Report:
+    """Replay a trace in parts, wherever a scheduler has workers."""
+    scheduler = check_scheduler(scheduler)
+    for name, given in (("vm", vm), ("pager", None if order is None else order.pager), *((name, True) for name in kept)):
+        if given is not None:
+            raise ValueError(f"{name}: is of one process; want None, or no scheduler")
+    if callable(progress):
+        raise ValueError("progress: is of one process; want a bool, or no scheduler")
+    if not isinstance(source, ParquetTrace) or source.header.registers:
+        raise ValueError("scheduler: what register loads and table writes do depends on all rows before; want a Parquet trace of "
+                         "accesses alone (kvmmu convert makes one), or several traces by replay_each()")
+    from kvmmu.replay.sharded import replay_parts
+
+    return replay_parts(source, order or TablesToOrder(), scheduler, None if tlb is None else tlb_of("tlb", tlb))
 
 
 def _settings(order: TablesToOrder | None, tlbs: Callable[[int], ProcessorTlbs] | None) -> dict[str, Any]:
@@ -200,7 +226,7 @@ def trace_of(recording: Recording) -> Trace:
 
 
 def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | None:
-    """The tables that a caller asks for; None if it says nothing about them."""
+    """Return the tables that a caller asks for; None if it says nothing about them."""
     given = {name: value for name, value in (("paging", paging), ("page", page), ("frames", frames)) if value is not None}
     if pager is None:
         return TablesToOrder(**given) if given else None
@@ -225,7 +251,7 @@ def _machine_and_vcpu(vm: Any) -> tuple[Vm | None, Vcpu | None]:
 
 
 def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder | None, mode: str) -> Recording | Trace:
-    """What to replay: a Recording or a Trace."""
+    """Return what to replay: a Recording or a Trace."""
     if isinstance(trace, (Recording, Trace)):
         source: Recording | Trace = trace
     elif isinstance(trace, str) or hasattr(trace, "__fspath__"):

@@ -1,4 +1,4 @@
-"""What a replay found: the Report, its mismatches, and how a replay ends early."""
+"""The Report of a replay, its mismatches, and how a replay ends early."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Mismatch:
 
 @dataclass(repr=False)
 class Report:
-    """What a replay found.
+    """The result of a replay.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ class Report:
         return self.accesses / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         plain = dict(self.__dict__)
         plain["examples"] = [example.__dict__ for example in self.examples]
         del plain["tlb"]
@@ -211,7 +211,7 @@ class SyntheticReport(Report):
         return self.refs / self.walks if self.walks else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         names = ("name", "source", "mode", "page", "frames", "complete", "accesses", "kinds", "mmio", "crossings",
                  "pages_touched", "page_sizes", "first_touch_faults", "walk_faults", "walks", "skipped", "seconds", "waited",
                  "rate")

@@ -40,7 +40,7 @@ MakeTlbs = Callable[[int], ProcessorTlbs]
 
 
 def new_vcpu(mem: GuestMemory, header: Header) -> Vcpu:
-    """A vCPU of the processor of a header, whose PDPTEs are registers: they are as they were loaded."""
+    """Return a vCPU of the processor of a header, whose PDPTEs are registers: they are as they were loaded."""
     try:
         cpu = CpuModel(**header.cpu)
     except (TypeError, ValueError) as error:
@@ -93,7 +93,7 @@ class RowRun:
     # ---- beginning and end ---------------------------------------------------------------------------------------------
 
     def begin(self, brings_memory: bool = False) -> RowLoop:
-        """The set-up is over: memory is known, registers are loaded."""
+        """End the set-up: memory is known, registers are loaded."""
         header, set_up = self.header, self.set_up
         assert set_up is not None
         self.set_up = None
@@ -124,7 +124,7 @@ class RowRun:
         return loop
 
     def finish(self) -> None:
-        """The trace has ended; memory that nothing has used is checked all the same."""
+        """End the trace; memory that nothing has used is checked all the same."""
         if self.set_up:
             self.begin(brings_memory=True)
         if self.rows < self.skipped:
@@ -140,7 +140,7 @@ class RowRun:
                 raise TraceError(f"header: registers[{vcpu}]: {str(error).removeprefix('header: ')}") from error
 
     def restart(self) -> None:
-        """Memory and registers as at the start."""
+        """Put memory and registers back to what they were at the start."""
         if self.own_memory is None:
             raise TraceError("needs memory that the trace brings itself, and it has none")
         self.own_memory.restart()
@@ -149,7 +149,7 @@ class RowRun:
         self._load_start()
 
     def report(self, complete: bool) -> Report:
-        """What was found so far."""
+        """Return what was found so far."""
         header, loop = self.header, self.loop
         report = Report(
             name=header.name, phase=header.phase, mode=header.mode or _mode_of(header.registers[0]), accesses=0,
@@ -284,7 +284,7 @@ class RowRun:
             self._walked(self.registers.context_at(number), gva, access)))
 
     def _walked(self, context: Context, gva: int, access: int) -> str:
-        """The walk of an access, level by level."""
+        """Return the walk of an access, level by level."""
         use_context(self.vcpu, context)
         text = str(self.vcpu.gva_walk.walk_record(gva, access))
         self.vcpu.leave_nested()
@@ -345,7 +345,7 @@ class RowRun:
                 self.position, gpa, f"#NPF {npf_info_text(info)} at gpa {gpa:#x}", self._npt_walked(stage, gpa, info)))
 
     def _npt_walked(self, stage: Npt, gpa: int, info: int) -> str:
-        """What the second stage says to the access that a #NPF with this EXITINFO1 tells of."""
+        """Return what the second stage says to the access that a #NPF with this EXITINFO1 tells of."""
         self.vcpu.enter_nested(stage, cr0=int(Cr0.PE | Cr0.ET), cr4=0, efer=0)
         access = info & (Access.WRITE | Access.USER | Access.FETCH)
         try:
@@ -359,5 +359,5 @@ class RowRun:
 
 
 def _fault_text(op: int, code: int) -> str:
-    """A recorded fault, as reports name it."""
+    """Return a recorded fault, as reports name it."""
     return error_code_text(code) if op == Op.PAGE_FAULT else f"#NPF {npf_info_text(code)}"

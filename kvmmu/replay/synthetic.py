@@ -27,7 +27,7 @@ from kvmmu.traces import Chunk, ParquetTrace, Trace, TraceError
 from kvmmu.traces.foreign import ForeignTrace
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["TablesToOrder", "replay_synthetic"]
+__all__ = ["SyntheticRun", "TablesToOrder", "replay_synthetic"]
 
 _THP_SHARE = 0.5
 _1G_SHIFT = 30
@@ -83,7 +83,7 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
         Ctrl-C; its `report` likewise.
     """
     keeper = checkpoints or Checkpoints(trace, {})
-    run = _Run(trace, order, progress, tlbs, keeper)
+    run = SyntheticRun(trace, order, progress, tlbs, keeper)
     try:
         with keeper:
             run.all_chunks()
@@ -96,7 +96,7 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
         raise named from error.__cause__
 
 
-class _Run:
+class SyntheticRun:
     """One replay under way."""
 
     def __init__(self, trace: Trace, order: TablesToOrder, progress: Progress | None,
@@ -116,6 +116,8 @@ class _Run:
         self.table_pages = 0
         self.faults_before = order.pager.faults if order.pager else 0
         self.loop: RowLoop | None = None
+        self.vcpu: Vcpu | None = None
+        self.first_row = 0                              # of the trace, where these are not all of its rows
         self.unknown: NDArray[np.uint64] = np.empty(0, np.uint64)
         self.keeper = keeper
         self.tables: PageTables | None = None
@@ -156,7 +158,8 @@ class _Run:
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
     def _chunks(self, total: int) -> Generator[Chunk]:
-        """The chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses. A pager has to see all of them."""
+        """Yield the chunks, fit to be walked: with sizes, of one vCPU, without recorded addresses. A pager has to see all of
+        them."""
         self.done = 0
         with closing(self._read_chunks()) as chunks:
             while True:
@@ -173,8 +176,8 @@ class _Run:
                     self.done += len(chunk)
                     continue
                 if chunk.has_events:
-                    self._refuse_event(chunk, self.done)
-                self._check_width(chunk, self.done)
+                    self._refuse_event(chunk, self.first_row + self.done)
+                self._check_width(chunk, self.first_row + self.done)
                 yield self._plain(chunk)
                 if self.progress:
                     self.progress(self.done, total or self.trace.header.accesses or 0)
@@ -183,7 +186,7 @@ class _Run:
         self.skipped = 0
 
     def _read_chunks(self) -> Generator[Chunk]:
-        """The chunks, without row groups that need not be seen again."""
+        """Return the chunks, without row groups that need not be seen again."""
         if isinstance(self.trace, ParquetTrace) and self.skipped and self.order.pager is None:
             self.done = self.trace._group_start(self.skipped)
             return self.trace._chunks_from(self.done)
@@ -237,7 +240,7 @@ class _Run:
     # ---- tables --------------------------------------------------------------------------------------------------------
 
     def _pages(self) -> NDArray[np.uint64]:
-        """Numbers of the 4K pages that are touched and can be mapped, ascending."""
+        """Return numbers of the 4K pages that are touched and can be mapped, ascending."""
         pages, bits = self.touched.pages(), self.shape.addr_bits - PAGE_SHIFT
         if not self.shape.signed:
             return np.unique(pages & np.uint64((1 << bits) - 1))            # the last page is followed by the first
@@ -264,7 +267,7 @@ class _Run:
 
     def _begin(self, tables: PageTables) -> None:
         self.tables, self.reading = tables, False
-        vcpu = Vcpu(tables.mem, cpu=CpuModel(maxphyaddr=GPA_BITS), tdp="ept")      # PDPTEs are registers
+        self.vcpu = vcpu = Vcpu(tables.mem, cpu=CpuModel(maxphyaddr=GPA_BITS), tdp="ept")      # PDPTEs are registers
         vcpu.set_regs(tables.regs())
         self.loop = new_row_loop(vcpu.gva_walk, 1)
         self.loop.walk_both_pages(self.shifts)

@@ -1,4 +1,4 @@
-"""What the command writes: text from files made harmless, in the encoding of the stream; a stream that fails is named."""
+"""Output of the command: text from files made harmless, in the encoding of the stream; a stream that fails is named."""
 
 import sys
 from typing import Any, TextIO
@@ -13,13 +13,13 @@ class StreamError(Exception):
 
 
 def printable(text: str) -> str:
-    """A text in one line: control characters, escapes, line ends and invisible characters as \\x1b or \\u202e."""
+    """Return a text in one line: control characters, escapes, line ends and invisible characters as \\x1b or \\u202e."""
     return text if text.isprintable() else "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def encodable(text: str, file: TextIO) -> str:
-    """A text as the encoding of a stream can have it: other characters as \\xe9."""
+    """Return a text as the encoding of a stream can have it: other characters as \\xe9."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -47,7 +47,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """`say()` without an end of the line."""
+    """Write as `say()` does, without an end of the line."""
     file = sys.stdout if file is None else file
     if file is None:
         raise StreamError("standard output is closed: there is nowhere to print to")

@@ -29,7 +29,7 @@ U64 = NDArray[np.uint64]
 
 
 def reserve(size: int) -> tuple[NDArray[np.uint8], Any]:
-    """Zeroed memory of which only what is written takes room.
+    """Return zeroed memory of which only what is written takes room.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def reserve(size: int) -> tuple[NDArray[np.uint8], Any]:
 
 
 def memory_limit() -> int:
-    """Bytes of guest memory that a replay may take for a trace."""
+    """Return how many bytes of guest memory a replay may take for a trace."""
     return limit_of(LIMIT_VARIABLE, _LIMIT)
 
 
@@ -73,7 +73,7 @@ class _Pairs:
             self.count += addr.size
 
     def sorted(self, last_only: bool = False) -> tuple[U64, U64]:
-        """All of them by address. IN last_only: of those of one address the last one alone. They are kept so."""
+        """Return all of them by address, and keep them so. IN last_only: of those of one address the last one alone."""
         empty = np.zeros(0, np.uint64)
         addr, value = (np.concatenate(columns) for columns in zip(*self._parts, strict=True)) if self._parts else (empty, empty)
         if not np.all(addr[:-1] < addr[1:]):
@@ -86,7 +86,7 @@ class _Pairs:
         return addr, value
 
     def replace(self, addr: U64, value: U64) -> None:
-        """Have these pairs alone, which are not copied."""
+        """Replace all pairs by these, which are not copied."""
         self._parts, self.count = [(addr, value)], addr.size
 
 
@@ -127,7 +127,7 @@ class SetUp:
         self._regions.add(gpa, size)
 
     def _settle_words(self) -> tuple[U64, U64]:
-        """The words by address, one for each, but for those of 0: the memory is zeros."""
+        """Sort the words by address, and keep one for each, but none of 0: the memory is zeros."""
         addr, value = self._words.sorted(last_only=True)
         zero = value == 0
         if zero.any():
@@ -141,7 +141,7 @@ class SetUp:
         return addr, value
 
     def memory(self) -> "TraceMemory":
-        """The memory, with what is in it at the start."""
+        """Return the memory, with what is in it at the start."""
         if not self._regions.count:
             raise TraceError("the trace brings no memory (MEMORY rows), and no vCPU was given to replay it on")
         starts, sizes = self._regions.sorted()
@@ -170,13 +170,13 @@ def _merged(one: U64, other: U64) -> U64:
 
 
 def _is_first_of_page(addr: U64) -> NDArray[np.bool_]:
-    """Where ascending addresses come to another page."""
+    """Return for each of some ascending addresses whether it is the first one of its page."""
     pages = addr >> _PAGE_SHIFT
     return np.append(True, pages[:-1] != pages[1:])[:addr.size]
 
 
 def _pages_of(addr: U64) -> U64:
-    """Page numbers of ascending addresses, each once."""
+    """Return page numbers of ascending addresses, each once."""
     return addr[_is_first_of_page(addr)] >> _PAGE_SHIFT
 
 
@@ -242,7 +242,7 @@ class TraceMemory:
         self._block.view("<u8")[self._where] = self.words[1]
 
     def restart(self) -> None:
-        """Have the memory as at the start."""
+        """Put the memory back to what it was at the start."""
         if self._copy is not None:
             np.copyto(self._block, self._copy)
             return

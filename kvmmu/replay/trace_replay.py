@@ -141,7 +141,7 @@ def replay_recording(recording: Recording, progress: Progress | None = None, tlb
 
 
 def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
-    """A vCPU over the page tables of a recording, and the register sets of its contexts.
+    """Return a vCPU over the page tables of a recording, and the register sets of its contexts.
 
     Parameters
     ----------
@@ -171,6 +171,6 @@ def recording_vcpu(recording: Recording) -> tuple[Vcpu, list[Context]]:
 
 
 def with_file(error: TraceError, trace: Trace) -> TraceError:
-    """The error, with the file of the trace in its message if there is one."""
+    """Return the error, with the file of the trace in its message if there is one."""
     path = getattr(trace, "path", None)
     return error if path is None or str(error).startswith(str(path)) else TraceError(f"{path}: {error}")

@@ -1,4 +1,4 @@
-"""What a walk, a machine or a replay looks like: tables, figure, tree of SPTEs; where conformances differ."""
+"""Reports for people: tables, walk figures, trees of SPTEs, and where conformances differ."""
 # Below: arch, walk, tlb, vm, replay
 # Order: tables, tlb, machine, spte_tree, figure, address_space, conformance, svg_charts, comparison_data, comparison_page,
 #     comparison_figure

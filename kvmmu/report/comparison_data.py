@@ -1,9 +1,9 @@
-"""What the pictures of a comparison show: series that are alike are drawn once, and long maps are cut."""
+"""The data of a comparison's pictures: series that are alike are drawn once, and long maps are cut."""
 
 from typing import Any
 
-__all__ = ["COLOURS", "KIND_NAMES", "PAGE_HEIGHTS", "cost_bars", "curves", "exits_over_time", "groups_of", "kind_of", "refs_bars",
-           "refs_shares"]
+__all__ = ["COLOURS", "KIND_NAMES", "PAGE_HEIGHTS", "cost_bars", "curves", "exits_over_time", "faults_over_time", "groups_of",
+           "kind_of", "refs_bars", "refs_shares"]
 
 Points = list[list[float]]
 Series = list[tuple[str, Points]]
@@ -47,6 +47,11 @@ def exits_over_time(data: dict[str, Any]) -> Series:
         if points:
             series.append((f"{design['host']} {design['page']}", [[0, 0], *points, [data["accesses"], points[-1][1]]]))
     return alike(list(dict(series).items()))
+
+
+def faults_over_time(data: dict[str, Any]) -> Series:
+    """Return page faults until each access, by what takes them."""
+    return [(name, [[0, 0], *points, [data["accesses"], points[-1][1]]]) for name, points in data["faults_over_time"].items()]
 
 
 def refs_shares(data: dict[str, Any]) -> Series:

@@ -11,6 +11,7 @@ from kvmmu.report.comparison_data import (
     cost_bars,
     curves,
     exits_over_time,
+    faults_over_time,
     groups_of,
     kind_of,
     refs_bars,
@@ -63,7 +64,8 @@ def plot_comparison(data: dict[str, Any], path: str | PathLike[str] | None = Non
     axes.set_xlim(left=1)
     _lines(figure.add_subplot(grid[1, 1]), "References per walk", "entries read by a walk", "share of walks, percent",
            refs_shares(data))
-    _lines(figure.add_subplot(grid[2, :]), "Exits over time", "accesses", "exits until then", exits_over_time(data))
+    _lines(figure.add_subplot(grid[2, 0]), "Exits over time", "accesses", "exits until then", exits_over_time(data))
+    _lines(figure.add_subplot(grid[2, 1]), "Faults over time", "accesses", "page faults until then", faults_over_time(data))
     for page, groups, left_out in maps:
         _map(figure.add_subplot(grid[3, :]), page, groups, left_out, matplotlib)
     if path is not None:

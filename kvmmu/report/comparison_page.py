@@ -12,6 +12,7 @@ from kvmmu.report.comparison_data import (
     cost_bars,
     curves,
     exits_over_time,
+    faults_over_time,
     groups_of,
     kind_of,
     refs_bars,
@@ -54,7 +55,7 @@ def comparison_page(data: dict[str, Any]) -> str:
     light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)) for colours in (COLOURS, _DARK))
     series = "\n".join(f".line.s{i} {{ stroke: var(--s{i}); }} .fill.s{i} {{ fill: var(--s{i}); }}" for i in range(len(COLOURS)))
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("SERIES", series)
-    plain = {key: value for key, value in data.items() if key not in ("tables", "regions", "exits_over_time")}
+    plain = {key: value for key, value in data.items() if key not in ("tables", "regions", "exits_over_time", "faults_over_time")}
     text = json.dumps(plain).replace("<", "\\u003c")
     title = f"{data['name']}: {data['accesses']:,} accesses under {len(data['designs'])} designs"
     kinds = ", ".join(f"{count:,} {name}s" if name != "fetch" else f"{count:,} fetches" for name, count in data["kinds"].items())
@@ -107,6 +108,11 @@ def _charts(data: dict[str, Any]) -> str:
     if lines:
         parts.append(_figure("Exits over time", "Exits for the host's page tables until each access, the first touches of pages.",
                              line_chart("Exits until each access", "accesses", "exits", lines, steps=True),
+                             legend([name for name, _ in lines])))
+    lines = faults_over_time(data)
+    if lines:
+        parts.append(_figure("Faults over time", "First touches of 4K pages are the faults of demand paging with such pages.",
+                             line_chart("Page faults until each access", "accesses", "page faults", lines, steps=True),
                              legend([name for name, _ in lines])))
     for page, regions in data["regions"].items():
         if regions:

@@ -1,4 +1,4 @@
-"""Where the two conformances answer differently for the page tables of a vCPU."""
+"""Compare what the two conformances answer for the page tables of a vCPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -49,7 +49,7 @@ def matplotlib_or_error() -> Any:
 
 
 def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax: "Axes | None" = None) -> "Figure":
-    """A figure of one walk: each entry with its index, place, rights and flags, numbered in the order of the reads.
+    """Draw one walk: each entry with its index, place, rights and flags, numbered in the order of the reads.
 
     A two-dimensional walk has one row per entry of the first stage and one for the final address: the entries of the second
     stage that translate its address, then the entry itself. Rights are those down to and including an entry, as in `str(record)`.
@@ -126,11 +126,11 @@ class _Drawing:
     # ---- where things lie ---------------------------------------------------------------------------------------------
 
     def _x(self, column: int) -> float:
-        """Left edge of a column of cells."""
+        """Return the left edge of a column of cells."""
         return _MARGIN + _LABEL + column * _COLUMN + (_COLUMN - _CELL_WIDTH) / 2
 
     def _y(self, row: int) -> float:
-        """Middle of a row."""
+        """Return the middle of a row."""
         return self.height - self.top - row * _ROW - _CELL_HEIGHT / 2
 
     # ---- the two shapes -----------------------------------------------------------------------------------------------
@@ -202,14 +202,14 @@ class _Drawing:
             edgecolor=edge, linewidth=width, linestyle=style, boxstyle="round,pad=0,rounding_size=0.06", zorder=2))
 
     def _lines(self, row: int, column: int, texts: list[tuple[str, dict[str, Any]]]) -> None:
-        """Lines of text, centred in a cell."""
+        """Draw lines of text, centred in a cell."""
         top = self._y(row) + _LINE * (len(texts) - 1) / 2
         for number, (text, style) in enumerate(texts):
             self.ax.text(self._x(column) + _CELL_WIDTH / 2, top - number * _LINE, text, ha="center", va="center_baseline",
                          fontsize=_FONT, family="monospace", zorder=3, **({"color": _INK} | style))
 
     def _entry(self, row: int, column: int, step: WalkStep, colours: tuple[str, str], failure: WalkRecord | None) -> None:
-        """The cell of one entry that was read; failure is the walk that ended here."""
+        """Draw the cell of one entry that was read; failure is the walk that ended here."""
         if step.gpa is not None:
             self.reads += 1
         self.flags.update(step.flags.split())
@@ -233,28 +233,28 @@ class _Drawing:
 
     @staticmethod
     def _cross(failure: WalkRecord) -> tuple[str, dict[str, Any]]:
-        """The line that tells the rule."""
+        """Return a line of a cell: a cross, and the rule."""
         return f"\N{BALLOT X} {failure.rule}", {"weight": "bold", "color": _FAILED[1]}
 
     def _page(self, row: int) -> None:
-        """The cell at the end of a walk that succeeds."""
+        """Draw the cell at the end of a walk that succeeds."""
         self._cell(row, self.columns, _PAGE, "page")
         size = size_text(self.record.page_size)
         self._lines(row, self.columns, [(size, {"weight": "bold"}), (f"{self.record.space} {self.record.gpa:#x}", {})])
 
     def _unread(self, row: int, name: str) -> None:
-        """What the walk did not come to."""
+        """Draw the cell of an entry that the walk did not read."""
         self._cell(row, self.columns, _UNREAD, "unread", style="--")
         self._lines(row, self.columns, [(name, {"color": _FAINT}), ("not reached", {"color": _FAINT})])
 
     def _badge(self, row: int, column: int, colour: str) -> None:
-        """The number of a read, on the upper left corner of its cell."""
+        """Draw the number of a read on the upper left corner of its cell."""
         self.ax.text(self._x(column) + 0.04, self._y(row) + _CELL_HEIGHT / 2 - 0.02, str(self.reads), ha="center", va="center",
                      fontsize=_FONT - 1, weight="bold", color="white", zorder=5,
                      bbox={"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "white", "linewidth": 0.8})
 
     def _label(self, row: int, title: str, address: str, name: str) -> None:
-        """What a row starts from."""
+        """Draw the address or the register that a row starts from."""
         x, y = self._x(0) - 0.4, self._y(row)
         texts = [(title, "bold", _INK, "sans-serif"), (address, "normal", _INK, "monospace"),
                  (name, "normal", _FAINT, "sans-serif")]
@@ -264,19 +264,19 @@ class _Drawing:
                          color=colour, family=family, fontsize=_FONT if family == "monospace" else _FONT - 0.5, zorder=3)
 
     def _arrow(self, row: int, source: int, target: int) -> None:
-        """From cell to cell of a row; source -1 is the label."""
+        """Draw an arrow from cell to cell of a row; source -1 is the label."""
         start = self._x(0) - 0.36 if source < 0 else self._x(source) + _CELL_WIDTH
         self._line_to([(start, self._y(row)), (self._x(target), self._y(row))])
 
     def _turn(self, row: int) -> None:
-        """From the entry at the right of the row above to the label of this one."""
+        """Draw an arrow from the entry at the right of the row above to the label of this one."""
         right, left = self._x(self.columns) + _CELL_WIDTH / 2, _MARGIN + _LABEL / 2
         above = self._y(row - 1) - _CELL_HEIGHT / 2
         between = (above + self._y(row) + _CELL_HEIGHT / 2) / 2
         self._line_to([(right, above), (right, between), (left, between), (left, self._y(row) + 0.34)])
 
     def _line_to(self, points: list[tuple[float, float]]) -> None:
-        """A line through points with an arrow head at its end."""
+        """Draw a line through points with an arrow head at its end."""
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path
 
@@ -315,5 +315,5 @@ class _Drawing:
 
 
 def _status_text(status: Status) -> str:
-    """The name of a failure."""
+    """Return the name of a failure."""
     return {Status.PAGE_FAULT: "#PF", Status.NON_CANONICAL: "#GP"}.get(status) or nested_title(status)

@@ -92,7 +92,7 @@ class SpteRun:
 
 
 def spte_runs(vm: Vm) -> Iterator[SpteRun]:
-    """The trees of a machine from each root down, runs of like entries together.
+    """Yield the trees of a machine from each root down, runs of like entries together.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def _flags(ept: bool, spte: int) -> str:
 
 
 def spte_text(vm: Vm) -> str:
-    """The trees of a machine, a line per run of like entries."""
+    """Return the trees of a machine as text, a line per run of like entries."""
     lines = []
     pages = vm.sptes()
     roles = dict(zip(pages["sp"].tolist(), pages["role"].tolist(), strict=True))

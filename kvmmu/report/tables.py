@@ -13,7 +13,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 def replay_tables(report: Report) -> list[Table]:
-    """A replay Report as tables: a list of (title, column names, rows of text). What came from a file is made printable."""
+    """Return a replay Report as tables: a list of (title, column names, rows of text). Text from files is made printable."""
     share = 100 * report.verified / report.accesses if report.accesses else 100.0
     summary: list[tuple[str, ...]] = [
         ("accesses", f"{report.accesses:,}"),
@@ -50,7 +50,7 @@ def replay_tables(report: Report) -> list[Table]:
 
 
 def _percent(share: float, report: Report) -> str:
-    """100% only if it is."""
+    """Return a share in percent; it is 100% only if nothing is missing."""
     return "100%" if report.verified == report.accesses else f"{min(share, 99.9999):.4f}%"
 
 

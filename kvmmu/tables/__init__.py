@@ -1,4 +1,4 @@
-"""How do I make guest page tables? Tables to order, for the addresses of a trace, and by demand paging."""
+"""Makers of guest page tables: tables to order, for the addresses of a trace, and by demand paging."""
 # Below: arch, memory
 # Order: modes, rows, frames, _page_set, layout, _edit, _builder, page_tables, _filler, pager
 

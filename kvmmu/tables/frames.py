@@ -1,4 +1,4 @@
-"""Where the frames of page tables come from."""
+"""Sources of the frames of page tables."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable

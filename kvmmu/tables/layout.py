@@ -1,4 +1,4 @@
-"""Which pages the addresses of a trace need, and which frames those pages get."""
+"""Choose the pages that the addresses of a trace need, and the frames that those pages get."""
 
 from typing import Literal, NamedTuple
 
@@ -107,7 +107,7 @@ def check_layout(page: str, frames: str, mode: str, thp_share: float) -> ModeSha
 
 
 class Plan(NamedTuple):
-    """Where the pages of a trace and their tables are to lie.
+    """The places of the pages of a trace and of their tables.
 
     Attributes
     ----------

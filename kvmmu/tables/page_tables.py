@@ -368,7 +368,7 @@ class PageTables:
 
 
 def _store_function(writer: str, vm: Any, vcpu: Any, direct_map: int) -> Callable[[int, bytes], object] | None:
-    """What stores bytes at a guest-physical address; None for the host, whose kernel does."""
+    """Return the function that stores bytes at a guest-physical address; None for the host, whose kernel does."""
     check_name("writer", writer, ("host", "vmm", "guest"))
     offset = check_word("direct_map", direct_map)
     if writer == "host":

@@ -213,7 +213,7 @@ class _Region:
 
     @property
     def place(self) -> list[int]:
-        """Where the next frames are taken from."""
+        """The place from which the next frames are taken."""
         return [self._low, self._high, self._backed]
 
     def take(self, n: int) -> list[int]:

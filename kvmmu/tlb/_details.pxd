@@ -1,4 +1,4 @@
-"""What a hierarchy tells beside its counters: why keys were missed, how often at all sizes, on which pages, by which
+"""Details of a hierarchy beside its counters: why keys were missed, how often at all sizes, on which pages, by which
 instructions.
 
 A level is asked for a key and misses it: the miss is

@@ -1,4 +1,4 @@
-"""What a hierarchy tells beside its counters, as `_details.pxd` describes it."""
+"""Details of a hierarchy beside its counters, as `_details.pxd` describes it."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

@@ -156,6 +156,22 @@ cdef void stream_run(tlb_stream *s, const kvm_pagewalk *walks, const uint32_t *s
         run_of_one(s, v, &walks[sets[v]], &rows, s.part_gpa)
 
 
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+cdef uint64_t *next_words(uint64_t **rest, size_t n) noexcept:
+    """Return the first n words of what is left of a block, and take them from it."""
+    cdef uint64_t *found = rest[0]
+    rest[0] = found + n
+    return found
+
+
+cdef uint8_t *next_bytes(uint8_t **rest, size_t n) noexcept:
+    """The same of bytes."""
+    cdef uint8_t *found = rest[0]
+    rest[0] = found + n
+    return found
+
+
 # ---- from Python -------------------------------------------------------------------------------------------------------
 
 cdef class TlbStream:
@@ -214,25 +230,25 @@ cdef class TlbStream:
         if s.memory is NULL:
             raise MemoryError
         words = <uint64_t *>s.memory
-        s.host_addr, words = words, words + MOST_HOST_ADDRESSES * STREAM_BUFFER
-        s.pte, words = words, words + STREAM_BUFFER
-        s.own_gva, words = words, words + STREAM_BUFFER
-        s.own_gpa, words = words, words + STREAM_BUFFER
-        s.own_ip, words = words, words + STREAM_BUFFER
-        s.part_gva, words = words, words + STREAM_BUFFER
-        s.part_gpa, words = words, words + STREAM_BUFFER
-        s.part_ip, words = words, words + STREAM_BUFFER
+        s.host_addr = next_words(&words, MOST_HOST_ADDRESSES * STREAM_BUFFER)
+        s.pte = next_words(&words, STREAM_BUFFER)
+        s.own_gva = next_words(&words, STREAM_BUFFER)
+        s.own_gpa = next_words(&words, STREAM_BUFFER)
+        s.own_ip = next_words(&words, STREAM_BUFFER)
+        s.part_gva = next_words(&words, STREAM_BUFFER)
+        s.part_gpa = next_words(&words, STREAM_BUFFER)
+        s.part_ip = next_words(&words, STREAM_BUFFER)
         s.host_stop = <uint32_t *>words
         bytes = <uint8_t *>(s.host_stop + STREAM_BUFFER)
-        s.host_references, bytes = bytes, bytes + MOST_HOST_ADDRESSES * STREAM_BUFFER
-        s.own_access, bytes = bytes, bytes + STREAM_BUFFER
-        s.leaf, bytes = bytes, bytes + STREAM_BUFFER
-        s.is_global, bytes = bytes, bytes + STREAM_BUFFER
-        s.part_access, bytes = bytes, bytes + STREAM_BUFFER
-        s.part_leaf, bytes = bytes, bytes + STREAM_BUFFER
-        s.part_global, bytes = bytes, bytes + STREAM_BUFFER
-        s.found, bytes = bytes, bytes + STREAM_BUFFER
-        s.references = bytes
+        s.host_references = next_bytes(&bytes, MOST_HOST_ADDRESSES * STREAM_BUFFER)
+        s.own_access = next_bytes(&bytes, STREAM_BUFFER)
+        s.leaf = next_bytes(&bytes, STREAM_BUFFER)
+        s.is_global = next_bytes(&bytes, STREAM_BUFFER)
+        s.part_access = next_bytes(&bytes, STREAM_BUFFER)
+        s.part_leaf = next_bytes(&bytes, STREAM_BUFFER)
+        s.part_global = next_bytes(&bytes, STREAM_BUFFER)
+        s.found = next_bytes(&bytes, STREAM_BUFFER)
+        s.references = next_bytes(&bytes, STREAM_BUFFER)
         return 0
 
     def __dealloc__(self):

@@ -24,7 +24,7 @@ _PAGE_BITS = 45                                 # of a key; the size is above
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TlbDetails:
-    """Where the misses of a TLB hierarchy come from.
+    """The causes of the misses of a TLB hierarchy.
 
     A level is asked for a page and misses it. The miss is "compulsory" if the level was never asked for that page before,
     "removed" if an invalidation has dropped the page since, "capacity" if a fully associative LRU level of as many entries, asked

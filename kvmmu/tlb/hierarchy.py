@@ -391,6 +391,16 @@ class TlbHierarchy:
         restore_levels(self._core, arrays)
         self._tags, self._globals = tags, spaces
 
+    def _made_of(self) -> dict[str, Any]:
+        """Return what `_remade()` makes an empty hierarchy of the same shape of. It can be pickled."""
+        return {"levels": self._levels, "psc": self._psc, "seed": self._seed, "details": self._details > 0,
+                "curve": self._details > 1, "nested": None if self._nested is None else self._nested._made_of()}
+
+    @classmethod
+    def _remade(cls, made_of: dict[str, Any]) -> Self:
+        nested = made_of["nested"]
+        return cls(**made_of | {"nested": None if nested is None else cls._remade(nested)})
+
     def _shape(self) -> dict[str, Any]:
         """Return what makes two hierarchies behave alike, as plain data for JSON."""
         def plain(level: TlbLevel) -> list[Any]:

@@ -5,16 +5,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import CR3_NOFLUSH, Cr0, Cr4, Efer, Op
+from kvmmu.arch._bits import CR3_NOFLUSH, CR3_PCID, Cr0, Cr4, Efer, Op
 from kvmmu.arch.registers import Regs
 from kvmmu.arch.second_stages import Stage
 from kvmmu.tlb._stream import TlbStream
 from kvmmu.tlb.counters import TlbStats, sum_of
 from kvmmu.tlb.hierarchy import PAGE_LEVELS, TlbHierarchy
 
-__all__ = ["ProcessorTlbs", "TlbOfHost"]
+__all__ = ["ProcessorTlbs", "TlbOfHost", "invpcid_operands"]
 
-_PCID = 0xFFF
 _INVPCID_TYPE, _INVPCID_PCID_SHIFT = 0xF, 4
 Context = Regs | tuple[Regs, Stage]
 
@@ -73,9 +72,10 @@ class ProcessorTlbs:
             for tlb in tlbs:
                 tlb.invlpg(addr)
         elif op == Op.INVPCID:
-            if value & _INVPCID_TYPE <= 3:
+            kind, pcid = invpcid_operands(value)
+            if kind <= 3:
                 for tlb in tlbs:
-                    tlb.invpcid(value & _INVPCID_TYPE, value >> _INVPCID_PCID_SHIFT & _PCID, addr)
+                    tlb.invpcid(kind, pcid, addr)
         elif op == Op.PAGE_FAULT:
             for tlb in tlbs:
                 tlb.page_fault(addr)
@@ -155,8 +155,13 @@ class ProcessorTlbs:
         return stats.under_host(sum_of([host.stats() for host in hosts]), self.stream.walks_by_refs(design))
 
 
+def invpcid_operands(value: int) -> tuple[int, int]:
+    """Return the type and the PCID of an INVPCID, which are one value in a trace."""
+    return value & _INVPCID_TYPE, value >> _INVPCID_PCID_SHIFT & CR3_PCID
+
+
 def _pcid_of(regs: Regs) -> int:
-    return regs.cr3 & _PCID if regs.cr4 & Cr4.PCIDE else 0
+    return regs.cr3 & CR3_PCID if regs.cr4 & Cr4.PCIDE else 0
 
 
 def _mode_of(regs: Regs) -> str:

@@ -1,4 +1,4 @@
-"""What readers of binary records share."""
+"""Functions that readers of binary records share."""
 
 from libc.stdint cimport uint8_t
 

@@ -121,7 +121,7 @@ cdef enum:
     CORE_SHARDED = 0x10000          # of a file's type: it has what one core ran, not what one thread did
     MAX_VCPUS = 65536
 
-# Why a reading stopped.
+# The reasons for which a reading stops.
 cdef enum:
     AT_END
     AT_FULL

@@ -22,7 +22,7 @@ _ACCESS_MODE = 0o777
 
 
 def kind_of(mode: int) -> str | None:
-    """What `st_mode` says that a file is, in words; None if it is a regular file."""
+    """Return in words what `st_mode` says that a file is; None if it is a regular file."""
     if stat.S_ISREG(mode):
         return None
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a special file")
@@ -47,7 +47,7 @@ def _refuse_special(path: StrPath, mode: int, refusal: type[Exception]) -> None:
 
 
 def limit_of(variable: str, default: int) -> int:
-    """A number of bytes from the environment, or `default` if it is not set there."""
+    """Return a number of bytes from the environment, or `default` if it is not set there."""
     text = os.environ.get(variable)
     if text is None:
         return default
@@ -59,7 +59,7 @@ def limit_of(variable: str, default: int) -> int:
 # ---- output ------------------------------------------------------------------------------------------------------------
 
 def check_output(path: StrPath, inputs: Iterable[StrPath] = ()) -> os.stat_result | None:
-    """What is at `path`, links followed: a regular file or nothing (None).
+    """Return the state of what is at `path`, links followed: a regular file, or None if there is nothing.
 
     Raises
     ------
@@ -157,5 +157,5 @@ class NewFile:
 
 
 def all_there(paths: Iterable[Path]) -> list[Path]:
-    """Those of some paths that name anything but a directory."""
+    """Return those of some paths that name anything but a directory."""
     return [path for path in paths if path.exists() and not path.is_dir()]

@@ -45,7 +45,7 @@ class RecordingError(ValueError):
 
 
 class NpyHeader(NamedTuple):
-    """What the header of an array says."""
+    """The header of an array."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -119,7 +119,8 @@ def _described(error: BaseException) -> str:
 
 
 def _disk_failure(error: BaseException) -> OSError | None:
-    """The OSError that an exception is or hides, if it tells of the disk. A damaged directory makes seeks fail with EINVAL."""
+    """Return the OSError that an exception is or hides, if it tells of the disk. A damaged directory makes seeks fail with
+    EINVAL."""
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
     return error if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EOVERFLOW) else None
@@ -200,7 +201,7 @@ class _Archive:
         return {name: self._guarded(name, self._body, member) for name, member in opened.items()}
 
     def _wanted_members(self, wanted: Collection[str] | None) -> "dict[str, zipfile.ZipInfo | None]":
-        """Members by name, None for those that are not wanted; their number and sizes are within the limits."""
+        """Return members by name, None for those that are not wanted; their number and sizes are within the limits."""
         infos = self._zip.infolist()
         if len(infos) > _MEMBERS:
             raise RecordingError(f"{self._file}: has {len(infos)} arrays; allowed are {_MEMBERS}")
@@ -270,7 +271,7 @@ class _Archive:
 # ---- zstd --------------------------------------------------------------------------------------------------------------
 
 class _Output:
-    """What a decompressor has given: a zip file within a limit, or an exception."""
+    """The output of a decompressor: a zip file within a limit, or an exception."""
 
     def __init__(self, file: Path, limit: int) -> None:
         self.content = io.BytesIO()
@@ -286,7 +287,7 @@ class _Output:
 
 
 def _unzstd(file: Path, source: BinaryIO, limit: int) -> io.BytesIO:
-    """The decompressed bytes of `source`, by the first zstd reader that this machine has."""
+    """Return the decompressed bytes of `source`, by the first zstd reader that this machine has."""
     for reader in (_unzstd_stdlib, _unzstd_package, _unzstd_tool):
         output = _Output(file, limit)
         source.seek(0)

@@ -200,7 +200,7 @@ cdef bint put_record(qemu_state *s, row_sink *rows, uint64_t address, uint64_t i
 
 
 cdef inline uint8_t access_at(qemu_state *s, uint8_t op, uint64_t addr, uint64_t who) noexcept nogil:
-    """The access byte by the privilege level of the vCPU, if it is known."""
+    """Return the access byte by the privilege level of the vCPU, if it is known."""
     cdef uint8_t privilege = s.privileges[s.vcpu], access
     if not privilege:
         return access_of(op, addr, who)

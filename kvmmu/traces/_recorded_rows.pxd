@@ -7,7 +7,7 @@ the number of the access that it comes before. Here they become rows of the trac
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-# Where rows go.
+# The columns that rows are written to.
 cdef struct row_columns:
     uint8_t *op
     uint64_t *addr
@@ -16,7 +16,7 @@ cdef struct row_columns:
     uint8_t *size                   # of accesses it is written if `sizes` is asked for
     uint64_t *value                 # of events alone
 
-# What is known by page number.
+# A page of the recording, by its number.
 cdef struct page_row:
     uint64_t gva
     uint64_t gpa

@@ -85,7 +85,7 @@ cdef class RecordedRows:
     # ---- the columns ---------------------------------------------------------------------------------------------------
 
     cdef const void *column(self, str name, array, dtype, Py_ssize_t rows) except? NULL:
-        """Where the rows of a column lie. IN rows: how many there must be, -1: any"""
+        """Return the first row of a column. IN rows: how many there must be, -1: any"""
         plain = np.require(np.asarray(array), requirements=["C", "A"])
         if plain.dtype != dtype or plain.ndim != 1:
             raise ValueError(f"{name}: is {plain.dtype} of shape {plain.shape}; want one dimension of {np.dtype(dtype)}")
@@ -107,7 +107,7 @@ cdef class RecordedRows:
         return 0
 
     cdef int take_pages(self, recording) except -1:
-        """Copies of what is known by page number."""
+        """Copy the columns that are by page number."""
         cdef size_t pages = len(recording.pages_gva), room = max(pages, <size_t>SHORT_PIDX), i
         cdef const uint64_t *gva = <const uint64_t *>self.column("pages_gva", recording.pages_gva, np.uint64, pages)
         cdef const uint64_t *gpa = <const uint64_t *>self.column("pages_gpa", recording.pages_gpa, np.uint64, pages)
@@ -163,7 +163,7 @@ cdef class RecordedRows:
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
     def columns(self, size_t most):
-        """The next rows, at most so many, as columns that `Chunk.checked()` takes; None behind the last."""
+        """Return the next rows, at most so many, as columns that `Chunk.checked()` takes; None behind the last."""
         cdef row_columns out
         cdef size_t rows
         arrays = {"op": np.empty(most, np.uint8), "addr": np.empty(most, np.uint64), "access": np.empty(most, np.uint8),
@@ -208,7 +208,7 @@ cdef class RecordedRows:
         return n
 
     cdef size_t put_accesses(self, const row_columns *out, size_t n, size_t stop) noexcept nogil:
-        """Rows of the accesses up to stop, or up to one of another context. Returns how many."""
+        """Write the rows of the accesses up to stop, or up to one of another context. Returns how many."""
         cdef size_t first = n, count, done, k
         cdef const uint8_t *kind
         cdef const uint8_t *priv
@@ -263,7 +263,7 @@ cdef class RecordedRows:
         self.next_place = place
 
     cdef void gather_events(self) noexcept nogil:
-        """The events before access pos: register loads, faults, and what the contexts say that no event told."""
+        """Gather the events before access pos: register loads, faults, and what the contexts say that no event told."""
         cdef const register_row *following = NULL
         cdef size_t stop = self.next_event, left = 0
         cdef bint switches
@@ -316,7 +316,7 @@ cdef class RecordedRows:
             self.next_npt_fault += 1
 
     cdef void switch_world(self, uint64_t enters, uint64_t ncr3, const register_row *following, long number) noexcept nogil:
-        """A VMRUN or #VMEXIT: to the registers of the next access if they are of that side, else to those of last time."""
+        """Carry out a VMRUN or #VMEXIT, to the registers of the next access if they are of that side, else to the last ones."""
         cdef long to = self.last_guest if enters else self.last_host
         cdef size_t i
         if following is not NULL and following.guest == enters:
@@ -361,12 +361,12 @@ cdef class RecordedRows:
 
 
 cdef inline uint8_t access_of(uint8_t kind, uint8_t priv) noexcept nogil:
-    """The access byte: of a store WRITE, of a fetch FETCH; of a user USER, of a supervisor with SMAP off AC."""
+    """Return the access byte: of a store WRITE, of a fetch FETCH; of a user USER, of a supervisor with SMAP off AC."""
     return <uint8_t>((kind & 1) << 1 | (kind & 2) << 3 | (priv & PRIV_MASK) << 2)
 
 
 cdef size_t decode(RecordedRows rows, const page_index *pidx, const row_columns *out, size_t n, size_t count) noexcept nogil:
-    """What pages say of so many accesses: address, recorded address, MMIO. Returns how many are of the context in force."""
+    """Write what pages say of so many accesses: address, recorded address, MMIO. Returns how many are of the context in force."""
     cdef const uint16_t *off = &rows.off[rows.pos]
     cdef const page_row *pages = rows.pages
     cdef const page_row *page

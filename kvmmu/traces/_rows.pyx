@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from kvmmu.arch._bits cimport (
     ACCESS_FETCH_MASK, ACCESS_PLAIN_MASK, ACCESS_WRITE_MASK, GPA_LIMIT, INVALID_GPA, OP_EVENT, OP_FETCH,
-    OP_KIND_MASK, OP_MEMORY_WORD, OP_MMIO_MASK, OP_STORE,
+    OP_KIND_MASK, OP_LAST, OP_MMIO_MASK, OP_STORE,
 )
 
 cdef enum:
@@ -61,7 +61,7 @@ cdef void scan_rows(const uint8_t *op, const uint8_t *access, size_t n, bint *ev
         asked = <uint8_t>(((access[i] & ACCESS_WRITE_MASK) != 0) * OP_STORE | ((access[i] & ACCESS_FETCH_MASK) != 0) * OP_FETCH)
         as_access = <uint8_t>((asked ^ (op[i] & OP_KIND_MASK)) | (access[i] & other) | (op[i] & ~(OP_KIND_MASK | OP_MMIO_MASK))
                               | ((op[i] & OP_KIND_MASK) == OP_KIND_MASK))
-        as_event = <uint8_t>(access[i] | (op[i] > OP_MEMORY_WORD))
+        as_event = <uint8_t>(access[i] | (op[i] > OP_LAST))
         wrong |= (as_access & ~event) | (as_event & event)
         seen |= event
     if seen:
@@ -71,7 +71,7 @@ cdef void scan_rows(const uint8_t *op, const uint8_t *access, size_t n, bint *ev
 
 
 cdef int scan_gpa(const uint8_t *op, const uint64_t *gpa, size_t n) noexcept nogil:
-    """1 if an access has none, 2 if an access has one beyond 52 bits."""
+    """Return 1 if an access has none, 2 if an access has one beyond 52 bits."""
     cdef uint64_t seen = 0
     cdef int found = 0
     cdef size_t i

@@ -1,4 +1,4 @@
-"""What the arrays of a recording must look like, as tables, and the checks that hold them to it.
+"""The schema of a recording's arrays as tables, and the checks that hold arrays to it.
 
 Two kinds of wrong data: what would make a reader index out of bounds or misread a code is refused here, and so is a physical
 address that no processor has, beyond 52 bits. Other recorded addresses and table entries are ground truth to be verified by a
@@ -94,22 +94,22 @@ class Checker:
             raise self._error(f"{name}[{row}]", f"is {value} ({value:#x}); allowed is {allowed}")
 
     def at_least_one(self, name: str, meaning: str) -> None:
-        """Array `name` has a row."""
+        """Check that array `name` has a row."""
         if not self._arrays[name].size:
             raise self._error(name, f"has no row; allowed is at least one {meaning}")
 
     def below(self, name: str, bound: int, meaning: str) -> None:
-        """Every value of `name` is less than `bound`."""
+        """Check that every value of `name` is less than `bound`."""
         values = self._arrays[name]
         if values.size and values.max() >= bound:
             self.refuse(name, values >= bound, f"below {bound}, {meaning}")
 
     def physical(self, name: str) -> None:
-        """Every value of `name` is an address that a processor can have."""
+        """Check that every value of `name` is an address that a processor can have."""
         self.below(name, GPA_LIMIT, "the physical addresses of 52 bits")
 
     def positions(self, name: str, bound: int, meaning: str) -> None:
-        """The values of `name` are places in the trace: ascending, and less than `bound`."""
+        """Check that the values of `name` are places in the trace: ascending, and less than `bound`."""
         values = self._arrays[name]
         descends = np.zeros(values.size, bool)
         descends[1:] = values[1:] < values[:-1]

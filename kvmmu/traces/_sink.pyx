@@ -166,7 +166,7 @@ cdef class Sink:
         return self.rows.n
 
     def take(self):
-        """The rows by column, and room for others. Columns that say nothing are left out."""
+        """Return the rows by column, and make room for others. Columns that say nothing are left out."""
         cdef size_t n = self.rows.n
         left_out = {"size"} if not self.with_size else set()
         if not self.rows.vcpus_seen:

@@ -34,7 +34,7 @@ fill_digits()
 
 
 cdef class LineParser:
-    """What stays from one block of text to the next.
+    """The state that a parser keeps from one block of text to the next.
 
     Attributes
     ----------

@@ -61,7 +61,7 @@ class ChampsimFormat:
 
 
 def _fit(head: bytes, dtype: np.dtype[np.void]) -> float:
-    """How much the head looks like such records, 0 to 1: 0 if one of them cannot be."""
+    """Return how much the head looks like such records, 0 to 1: 0 if one of them cannot be."""
     records = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
     if not records.size:
         return 0.0

@@ -16,7 +16,7 @@ from kvmmu.traces.header import TraceError
 
 __all__ = ["BLOCK_BYTES", "ByteStream", "compression_of", "open_bytes"]
 
-BLOCK_BYTES = 4 << 20               # of a block, decompressed; the fastest of 1, 2, 4, 8 MiB for .gz by a hair
+BLOCK_BYTES = 4 << 20               # of a block, decompressed; the fastest of 1, 2, 4, 8 MiB for .gz, by little
 HEAD_BYTES = 1 << 16                # what formats are told by
 _INPUT_BYTES = 1 << 18              # compressed bytes that are read at a time
 _XZ_MEMORY = 1 << 29                # a dictionary of `xz -9` takes 65 MiB; a file can ask for 1.5 GiB and more
@@ -30,7 +30,7 @@ _UNREADABLE = ((b"\x04\x22\x4d\x18", "lz4", "lz4 -d"), (b"\xff\x06\x00\x00sNaPpY
 
 
 def compression_of(head: bytes) -> str:
-    """The compression that a file's first bytes tell: "gzip", "xz", "bzip2", "zstd" or "none"."""
+    """Return the compression that a file's first bytes tell: "gzip", "xz", "bzip2", "zstd" or "none"."""
     for name, magic in _MAGIC:
         if head.startswith(magic):
             return name
@@ -40,7 +40,7 @@ def compression_of(head: bytes) -> str:
 
 
 class _Source(Protocol):
-    """What delivers decompressed bytes: fills a buffer from its start, 0 at the end. Raises anything where damaged."""
+    """A source of decompressed bytes: fills a buffer from its start, 0 at the end. Raises anything where damaged."""
 
     def fill(self, buffer: memoryview) -> int: ...
 
@@ -155,7 +155,7 @@ class _ZstdFrames:
         self._left, self._state = int.from_bytes(part, "little"), "magic"
 
     def _descriptor(self, part: bytes) -> None:
-        """The rest of the frame's header: window, dictionary, size of the content."""
+        """Read the rest of the frame's header: window, dictionary, size of the content."""
         descriptor = part[0]
         single = descriptor >> 5 & 1
         size = (single, 2, 4, 8)[descriptor >> 6]
@@ -224,13 +224,13 @@ class ByteStream:
         self._source = _source_of(path, file, compression)
 
     def peek(self, size: int = HEAD_BYTES) -> bytes:
-        """The bytes that read() gives next, fewer than `size` only at the end or before damage."""
+        """Return the bytes that read() gives next, fewer than `size` only at the end or before damage."""
         if len(self._ahead) < size:
             self._ahead += self._fill(size - len(self._ahead))
         return self._ahead[:size]
 
     def read(self, size: int) -> bytes | bytearray:
-        """The next bytes, fewer than `size` only at the end or before damage.
+        """Return the next bytes, fewer than `size` only at the end or before damage.
 
         Raises
         ------
@@ -290,7 +290,7 @@ class ByteStream:
         self._damage = TraceError(f"{self.path}: is damaged behind byte {place}{kind} ({type(error).__name__}: {error})")
 
     def blocks(self, size: int = BLOCK_BYTES) -> Generator[bytes | bytearray]:
-        """The rest, `size` bytes at a time. Compressed files are decompressed ahead by another thread.
+        """Yield the rest, `size` bytes at a time. Compressed files are decompressed ahead by another thread.
 
         Raises
         ------

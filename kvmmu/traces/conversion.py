@@ -22,7 +22,7 @@ Progress = Callable[[int, int], object]
 
 
 def recording_header(recording: Recording) -> Header:
-    """The header of the trace that `recording_chunks()` gives.
+    """Return the header of the trace that `recording_chunks()` gives.
 
     Raises
     ------
@@ -40,17 +40,18 @@ def recording_header(recording: Recording) -> Header:
 
 
 def _start(recording: Recording) -> int:
-    """The context of the first access."""
+    """Return the context of the first access."""
     return int(recording.pages_ctx[recording.pidx[0]]) if len(recording) else 0
 
 
 def _register_set(recording: Recording, guest: int, cr3: int, ncr3: int, cr0: int, cr4: int, efer: int) -> RegisterSet:
     stage = _stage(recording, ncr3) if guest else None
-    return RegisterSet(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru, second_stage=stage)
+    return RegisterSet(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, pkru=recording.pkru, pkrs=recording.pkrs,
+                       second_stage=stage)
 
 
 def _stage(recording: Recording, ncr3: int) -> Stage:
-    """The NPT at a nested CR3, in the format that the registers of L1 choose."""
+    """Return the NPT at a nested CR3, in the format that the registers of L1 choose."""
     for guest, _, _, _, cr4, efer in recording.ctx.tolist():
         if not guest:
             return Stage(ncr3=ncr3, cr4=cr4, efer=efer)
@@ -60,7 +61,7 @@ def _stage(recording: Recording, ncr3: int) -> Stage:
 # ---- memory at the start -----------------------------------------------------------------------------------------------
 
 def _memory(recording: Recording) -> Iterator[Arrays]:
-    """MEMORY rows for the runs of table pages, and a MEMORY_WORD row for every word that is not zero."""
+    """Yield MEMORY rows for the runs of table pages, and a MEMORY_WORD row for every word that is not zero."""
     order = np.argsort(recording.table_pfn)
     pfn = recording.table_pfn[order]
     first_of_run = np.ones(pfn.size, bool)
@@ -85,7 +86,7 @@ def _event_rows(op: np.ndarray, addr: np.ndarray, value: np.ndarray) -> Arrays:
 # ---- chunks ------------------------------------------------------------------------------------------------------------
 
 def recording_chunks(recording: Recording, repeat: int = 1) -> Iterator[Arrays]:
-    """The rows of a recording, as columns that `Chunk.checked()` takes.
+    """Yield the rows of a recording, as columns that `Chunk.checked()` takes.
 
     Parameters
     ----------
@@ -164,7 +165,7 @@ def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compres
 
 
 def source_files(source: Recording | Trace) -> list[Path]:
-    """The files that a recording or a trace is read from."""
+    """Return the files that a recording or a trace is read from."""
     if isinstance(source, Recording):
         return recording_files(source.path)
     path = getattr(source, "path", None)

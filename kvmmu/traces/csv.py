@@ -165,7 +165,7 @@ class _Table:
             convert_options=csv.ConvertOptions(column_types=types, include_columns=list(types), strings_can_be_null=True))
 
     def fast(self) -> Iterator[Columns]:
-        """Chunks; raises _Refused where PyArrow finds a field or a line that it does not take."""
+        """Yield chunks; raises _Refused where PyArrow finds a field or a line that it does not take."""
         pa = self._pa
         text = pa.dictionary(pa.int32(), pa.string())
         wide = pa.string() if self._base == 16 else pa.uint64()
@@ -210,7 +210,7 @@ class _Table:
         return columns, spelled
 
     def careful(self, delivered: int) -> Iterator[Columns]:
-        """Chunks behind the first `delivered` rows up to the line that was refused; raises a TraceError with its number."""
+        """Yield chunks behind the first `delivered` rows up to the line that was refused; raises a TraceError with its number."""
         numbers: list[int] = []                             # of the lines of a batch
         rows = Rows(self._path, self._naming, delivered, lambda row: f"line {numbers[row - rows.row]}")
         batch: dict[str, list[Any]] = {field: [] for field in self._naming.fields}

@@ -86,7 +86,7 @@ class _File:
         self.stream, self.entries, self._width, self._sink = stream, entries, width, sink
 
     def rows(self) -> Iterator[Columns]:
-        """Chunks. For a file that is alone."""
+        """Yield chunks of a file that is alone."""
         for block, offset in whole_records(self.stream, self._width, "an entry"):
             position = 0
             while position < len(block):
@@ -111,7 +111,7 @@ class _File:
 
 
 def _merged(files: list[_File], sink: Sink) -> Iterator[Columns]:
-    """Chunks of several files, in the order of their timestamps."""
+    """Yield chunks of several files, in the order of their timestamps."""
     parts = [file.segments() for file in files]
     waiting = [(0, place) for place in range(len(files))]       # begin all: their first timestamps are behind their headers
     damage: TraceError | None = None
@@ -132,7 +132,7 @@ def _merged(files: list[_File], sink: Sink) -> Iterator[Columns]:
 
 
 def _width(head: bytes) -> int:
-    """Bytes of an entry, by the first entries: 12 or 8; 0 if these are no entries."""
+    """Return the bytes of an entry, by the first entries: 12 or 8; 0 if these are no entries."""
     for dtype in (ENTRY, ENTRY_32):
         entries = np.frombuffer(head, dtype, min(len(head) // dtype.itemsize, 64))
         if entries.size and entries["type"][0] == _HEADER and entries["size"][0] == 0 and entries["addr"][0] < _MOST_VERSIONS \
@@ -142,7 +142,7 @@ def _width(head: bytes) -> int:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """The trace files in a folder, or in its folder `trace`, by name."""
+    """Yield the trace files in a folder, or in its folder `trace`, by name."""
     for place in (folder, folder / "trace"):
         if not place.is_dir():
             continue

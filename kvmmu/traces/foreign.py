@@ -25,7 +25,7 @@ _EXCERPT = 60                       # bytes of a broken line that a message show
 
 
 class Format(Protocol):
-    """What `open_trace` asks of a format: the contract of the entry points `kvmmu.traces`.
+    """The contract of a format, which the entry points `kvmmu.traces` fulfil and `open_trace` relies on.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ def foreign_header(source: str, path: Path, vcpus: int) -> Header:
 
 @dataclass(frozen=True)
 class Brings:
-    """What rows of a format may tell besides the address.
+    """The columns that rows of a format may have besides the address.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Brings:
 
 @dataclass
 class Notes:
-    """What a reader passed over, by kind. It grows while chunks are read."""
+    """The rows that a reader passed over, by kind. It grows while chunks are read."""
 
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -134,29 +134,29 @@ class ForeignTrace(Trace):
         self._with_events, self.tells_registers = with_events, tells_registers
 
     def with_events(self) -> "ForeignTrace":
-        """The trace with the events that its file tells, which need memory and registers to be replayed."""
+        """Return the trace with the events that its file tells, which need memory and registers to be replayed."""
         return self if self._with_events is None else self._with_events()
 
     def columns(self) -> Generator[dict[str, Any]]:
-        """The chunks as mappings of column names to arrays, not checked."""
+        """Yield the chunks as mappings of column names to arrays, not checked."""
         self.notes = Notes()
         for columns in self._read(self.notes):
             yield dict(columns)
 
     def chunks(self) -> Generator[Chunk]:
-        """The chunks, checked."""
+        """Return the chunks, checked."""
         return checked_chunks(self.columns(), self.header)
 
 
 def option_error(format: str, name: str, value: Any, allowed: str) -> ValueError:
-    """An error of the caller: an option of a format has a value that is not allowed."""
+    """Return the error of a caller whose value for an option of a format is not allowed."""
     return ValueError(f"{name}: is {value!r}; allowed for {format} is {allowed}")
 
 
 # ---- binary ------------------------------------------------------------------------------------------------------------
 
 def whole_records(stream: ByteStream, itemsize: int, what: str) -> Generator[tuple[bytes | bytearray, int]]:
-    """Blocks of whole records, and the offset of each.
+    """Yield blocks of whole records, and the offset of each.
 
     Raises
     ------
@@ -186,7 +186,7 @@ class LineReader(Protocol):
 
 
 def whole_lines(stream: ByteStream) -> Generator[tuple[bytes | bytearray, int]]:
-    """Blocks of whole lines that end with a line feed, and the offset of each. The last line need not have one in the file.
+    """Yield blocks of whole lines that end with a line feed, and the offset of each. The last line need not have one in the file.
 
     Raises
     ------
@@ -212,7 +212,7 @@ def whole_lines(stream: ByteStream) -> Generator[tuple[bytes | bytearray, int]]:
 
 
 def text_chunks(stream: ByteStream, parser: LineReader, sink: Sink, notes: Notes) -> Generator[Columns]:
-    """Rows of a text.
+    """Yield rows of a text.
 
     Raises
     ------

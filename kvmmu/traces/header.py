@@ -31,7 +31,7 @@ class TraceError(ValueError):
 _WORDS = ("ncr3", "cr4", "efer", "eptp")    # of a stage; its other parts are flags
 
 
-_TEXTS: Mapping[str, Callable[[Any], str]] = dict.fromkeys(("cr3", "ncr3", "eptp", "pkru", "pdptrs"), hex_text) | {
+_TEXTS: Mapping[str, Callable[[Any], str]] = dict.fromkeys(("cr3", "ncr3", "eptp", "pkru", "pkrs", "pdptrs"), hex_text) | {
     "cr0": partial(flags_text, kind=Cr0), "cr4": partial(flags_text, kind=Cr4), "efer": partial(flags_text, kind=Efer)}
 
 
@@ -80,7 +80,7 @@ class Stage:
         return fields_text(self, _TEXTS)
 
     def given(self) -> dict[str, Any]:
-        """What was given, by name."""
+        """Return by name what was given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -95,6 +95,8 @@ class RegisterSet:
         PAE: the PDPTE registers; None loads them from memory at CR3.
     second_stage : Stage, optional
         These are registers of a nested guest, which runs under it.
+    pkrs : int
+        IA32_PKRS.
     """
 
     cr0: int
@@ -104,12 +106,13 @@ class RegisterSet:
     pkru: int = 0
     pdptrs: tuple[int, ...] | None = None
     second_stage: Stage | None = None
+    pkrs: int = 0
 
     def __repr__(self) -> str:
         return fields_text(self, _TEXTS)
 
     def __post_init__(self) -> None:
-        for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32)):
+        for name, bits in (("cr0", 64), ("cr3", 64), ("cr4", 64), ("efer", 64), ("pkru", 32), ("pkrs", 32)):
             object.__setattr__(self, name, _check_word(name, getattr(self, name), bits))
         if self.pdptrs is not None:
             try:
@@ -120,7 +123,7 @@ class RegisterSet:
 
 @dataclass(frozen=True)
 class Header:
-    """What goes for a whole trace.
+    """The header of a trace: what holds for all of it.
 
     Parameters
     ----------
@@ -172,7 +175,7 @@ class Header:
                 object.__setattr__(self, name, _check_word(name, getattr(self, name), 63))
 
     def to_json(self) -> str:
-        """The header as text: registers and addresses are hexadecimal strings."""
+        """Return the header as text: registers and addresses are hexadecimal strings."""
         import json
         plain = {"version": VERSION, **{name: getattr(self, name) for name in ("name", "phase", "mode", "source", "tables_at")},
                  "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
@@ -216,7 +219,7 @@ class Header:
 
 
 def _number(name: str, value: Any) -> int:
-    """A number of 64 bits, as JSON number or hexadecimal string."""
+    """Return a number of 64 bits, as JSON number or hexadecimal string."""
     try:
         return _check_word(name, int(value, 16) if isinstance(value, str) else value, 64)
     except (TypeError, ValueError):
@@ -225,6 +228,8 @@ def _number(name: str, value: Any) -> int:
 
 def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
     plain: dict[str, Any] = {name: hex(getattr(regs, name)) for name in ("cr0", "cr3", "cr4", "efer", "pkru")}
+    if regs.pkrs:                               # a reader of before does not know it
+        plain["pkrs"] = hex(regs.pkrs)
     if regs.pdptrs is not None:
         plain["pdptrs"] = [hex(pdpte) for pdpte in regs.pdptrs]
     if regs.second_stage is not None:
@@ -234,7 +239,7 @@ def _plain_registers(regs: RegisterSet) -> dict[str, Any]:
 
 
 def _part_of_stage(place: str, name: str, value: Any) -> Any:
-    """A part of a second stage as JSON has it; null is the same as none."""
+    """Return a part of a second stage as JSON has it; null is the same as none."""
     if value is None:
         return None
     if name in _WORDS:
@@ -252,7 +257,7 @@ def _registers_of(place: str, plain: Any) -> RegisterSet:
         raise TraceError(f"header: {place}: {sorted(unknown)[0]!r} is no register; "
                          f"allowed is {', '.join(RegisterSet.__dataclass_fields__)}")
     values: dict[str, Any] = {name: _number(f"{place}.{name}", plain.get(name)) for name in ("cr0", "cr3", "cr4", "efer")}
-    values["pkru"] = _number(f"{place}.pkru", plain.get("pkru", 0))
+    values |= {name: _number(f"{place}.{name}", plain.get(name, 0)) for name in ("pkru", "pkrs")}
     pdptrs, stage = plain.get("pdptrs"), plain.get("second_stage")
     if pdptrs is not None:
         if not isinstance(pdptrs, list):
@@ -270,10 +275,10 @@ def _registers_of(place: str, plain: Any) -> RegisterSet:
 
 
 def checksum(text: bytes) -> str:
-    """CRC-32 of a header's text."""
+    """Return the CRC-32 of a header's text."""
     return f"{zlib.crc32(text):08x}"
 
 
 def with_totals(header: Header, accesses: int, rows: int, vcpus: int) -> Header:
-    """The header of a trace that is complete. IN vcpus: one more than the highest that has rows."""
+    """Return the header of a trace that is complete. IN vcpus: one more than the highest that has rows."""
     return replace(header, accesses=accesses, rows=rows, vcpus=vcpus)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, Access, Op
+from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, OP_KIND, Access, Op
 from kvmmu.traces._sink import MODIFY, Sink, add_rows
 from kvmmu.traces.header import MAX_VCPUS, TraceError
 
@@ -51,7 +51,7 @@ def parse_columns(columns: Mapping[str, str | int] | str | None) -> dict[str, st
 
 
 class Naming:
-    """Which columns of a file are which of the format.
+    """The names that columns of the format have in a file.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class Rows:
         self._sink = Sink(vcpu="vcpu" in fields, gpa="gpa" in fields, size="size" in fields)
 
     def add(self, columns: Mapping[str, NDArray[Any]], spelled: Callable[[int], str] = str) -> Iterator[dict[str, NDArray[Any]]]:
-        """Chunks of some rows.
+        """Yield chunks of some rows.
 
         Parameters
         ----------
@@ -176,7 +176,7 @@ class Rows:
             stop = int(np.argmax(bad))
             reason = (f"{self._place(self.row + stop)}: access is {access[stop]}; "
                       "allowed is a sum of WRITE 2, USER 4, AC 8, FETCH 16, IMPLICIT 32")
-        kind = op & np.uint8(3)
+        kind = op & np.uint8(OP_KIND)
         ready["access"] = ((access & given) | np.where((kind == 1) | (kind == 3), np.uint8(int(Access.WRITE)), np.uint8(0))
                            | np.where(kind == 2, np.uint8(int(Access.FETCH)), np.uint8(0)))
         return stop, reason
@@ -214,5 +214,5 @@ class Rows:
 
 
 def kinds_of(words: list[str]) -> NDArray[np.uint8]:
-    """The kinds of accesses that words name; 255 for those that name none."""
+    """Return the kinds of accesses that words name; 255 for those that name none."""
     return np.array([KINDS.get(word.strip().lower(), 255) for word in words], np.uint8)

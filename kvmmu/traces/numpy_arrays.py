@@ -135,7 +135,7 @@ class _Array:
         return cls(stream, dtype, shape[0])
 
     def parts(self, rows: int = ROWS) -> Iterator[NDArray[Any]]:
-        """The array, a part at a time; a TraceError behind the elements before damage."""
+        """Yield the array, a part at a time; a TraceError behind the elements before damage."""
         itemsize = self.dtype.itemsize
         # of records that are large a part has fewer; a single one of megabytes is no row of a trace
         rows = max(1, min(rows, (16 << 20) // itemsize))
@@ -214,7 +214,7 @@ def _of_archive(path: Path, given: Mapping[str, str | int]) -> Iterator[Columns]
 
 
 def _integers(path: Path, name: str, field: str, column: NDArray[Any]) -> NDArray[Any]:
-    """A column as integers of this machine's byte order; kinds of accesses may be words."""
+    """Return a column as integers of this machine's byte order; kinds of accesses may be words."""
     if field == "op" and column.dtype.kind in "SU" and column.dtype.itemsize <= 4 * _MAX_WORD:
         words, places = np.unique(column, return_inverse=True)
         return kinds_of([word.decode("latin-1") if isinstance(word, bytes) else str(word) for word in words.tolist()])[places]

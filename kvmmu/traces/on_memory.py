@@ -53,14 +53,14 @@ class TraceOnMemory(Trace):
         return Notes(skipped | self._notes.skipped)
 
     def chunks(self) -> Generator[Chunk]:
-        """The chunks, checked."""
+        """Yield the chunks, checked."""
         self._notes = Notes()
         for chunk in self._trace.chunks():
             within = self._without_lost_stores(chunk) if chunk.has_events else chunk
             yield replace(within, vcpu=None, vcpus=1) if self._one_vcpu else within
 
     def _without_lost_stores(self, chunk: Chunk) -> Chunk:
-        """A chunk without its writes to where the memory has no writable slot: no walk can read them."""
+        """Return a chunk without its writes to where the memory has no writable slot: no walk can read them."""
         rows = np.flatnonzero(chunk.op == np.uint8(Op.GUEST_WRITE))
         if not rows.size:
             return chunk

@@ -54,7 +54,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def formats() -> dict[str, Format]:
-    """The formats that can be read, by name: those of kvmmu and those of entry points `kvmmu.traces`."""
+    """Return the formats that can be read, by name: those of kvmmu and those of entry points `kvmmu.traces`."""
     return dict(_all_formats())
 
 
@@ -77,7 +77,7 @@ def _all_formats() -> dict[str, Format]:
 
 
 def _of_entry_point(point: Any) -> Format:
-    """The format that an entry point names: an object with name, sniff and open, or a class or function that returns one."""
+    """Return the format that an entry point names: an object with name, sniff and open, or a class or function that makes one."""
     loaded = point.load()
     made = loaded if hasattr(loaded, "sniff") and hasattr(loaded, "open") and not isinstance(loaded, type) else loaded()
     for part in ("sniff", "open"):

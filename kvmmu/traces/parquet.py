@@ -32,7 +32,8 @@ _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batch
 _BYTES_PER_ROW, _BYTES_BESIDE = 32, 1 << 20            # of a column, decompressed: what any encoding takes, and more
 _DICTIONARY = ["addr", "page", "frame", "vcpu", "value", "gpa", "ip"]   # the others decode faster plain
 
-# How a file has `addr` and `gpa`: as they are, or as places: a row of the row group that has `page` and `frame`, and an offset.
+# The two forms of `addr` and `gpa` in a file: as they are, or as places. A place is a row of the row group that has `page` and
+# `frame`, and an offset.
 LAYOUTS = ("places", "plain")
 _PLACES = {"place": "uint32", "page": "uint64", "frame": "uint64"}
 _PLACED = ("addr", "gpa")
@@ -43,7 +44,7 @@ class NoTraceError(TraceError):
 
 
 def schema(layout: str = "plain") -> Any:
-    """The Arrow schema of a trace, without header."""
+    """Return the Arrow schema of a trace, without header."""
     pa = pyarrow()
     columns = COLUMNS if layout == "plain" else (
         {"op": "uint8"} | _PLACES | {name: dtype for name, dtype in COLUMNS.items() if name not in _PLACED})
@@ -62,7 +63,7 @@ def is_parquet(path: StrPath) -> bool:
 
 
 def batch_columns(batch: Any, known: Mapping[str, str] = COLUMNS) -> dict[str, Any]:
-    """The columns of an Arrow record batch or table as arrays, those with nulls masked. IN known: their types by name.
+    """Return the columns of an Arrow record batch or table as arrays, those with nulls masked. IN known: their types by name.
 
     Raises
     ------
@@ -87,7 +88,7 @@ def batch_columns(batch: Any, known: Mapping[str, str] = COLUMNS) -> dict[str, A
 
 
 def _array(column: Any) -> Any:
-    """An Arrow array without a copy, masked if it has nulls."""
+    """Return an Arrow array without a copy, masked if it has nulls."""
     if not column.null_count:
         return column.to_numpy(zero_copy_only=True)
     valid, data = column.buffers()
@@ -159,7 +160,7 @@ class ParquetTrace(Trace):
             raise TraceError(f"{self.path}: not a whole Parquet file ({_described(error)})") from error
 
     def _read_header(self, file: Any) -> Header:
-        """The header; also checks the schema and takes the sizes of the row groups."""
+        """Read the header; also checks the schema and takes the sizes of the row groups."""
         try:
             found, metadata = file.schema_arrow, file.metadata
             self._metadata = metadata                               # one for all threads: it grows with the row groups
@@ -205,18 +206,18 @@ class ParquetTrace(Trace):
         return int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
 
     def chunks(self) -> Generator[Chunk]:
-        """The chunks, checked and in order. Closing the iterator ends the decoding threads."""
+        """Return the chunks, checked and in order. Closing the iterator ends the decoding threads."""
         return self._chunks_from(0)
 
-    def _chunks_from(self, start: int) -> Generator[Chunk]:
-        """The chunks from a row on that is the first one of a row group."""
+    def _chunks_from(self, start: int, stop: int | None = None) -> Generator[Chunk]:
+        """Yield the chunks of the rows from `start` to `stop`, which lie between row groups."""
         ahead = self._decoders + 1
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
             pending: deque[Future[list[Chunk]]] = deque()
             try:
                 for group, rows in enumerate(self._group_rows):
-                    if self._starts[group + 1] <= start:
+                    if self._starts[group + 1] <= start or (stop is not None and self._starts[group] >= stop):
                         continue
                     if rows > _WHOLE_GROUP and not self._placed:
                         while pending:
@@ -232,7 +233,7 @@ class ParquetTrace(Trace):
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _file(self) -> Any:
-        """The file as this thread reads it: PyArrow's readers are not for several threads at once."""
+        """Return the file as this thread reads it: PyArrow's readers are not for several threads at once."""
         if not hasattr(self._local, "file"):
             self._local.file = self._open(self._metadata)
         return self._local.file
@@ -275,7 +276,7 @@ class ParquetTrace(Trace):
         return columns | {"addr": addr, "gpa": gpa}
 
     def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
-        """A large row group, a part at a time."""
+        """Yield a large row group, a part at a time."""
         first = self._starts[group]
         self._guarded(group, lambda: self._check_sizes(group))
         batches = self._guarded(group, lambda: self._file().iter_batches(
@@ -289,14 +290,14 @@ class ParquetTrace(Trace):
             raise TraceError(f"{self.path}: row group {group} ends at row {first}, not at {self._starts[group + 1]}")
 
     def _guarded(self, group: int, read: Any) -> Any:
-        """What `read` returns; whatever it raises as a TraceError that tells the place."""
+        """Return what `read` returns; whatever it raises becomes a TraceError that tells the place."""
         start, stop = self._starts[group], self._starts[group + 1]
         try:
             return read()
         except TraceError as error:
             text = str(error)
             raise TraceError(text if text.startswith(str(self.path)) else f"{self.path}: row group {group}: {text}") from None
-        except Exception as error:  # PyArrow's own, OSError, MemoryError of a length that is a lie
+        except Exception as error:  # PyArrow's own, OSError, MemoryError of a length that is wrong
             raise TraceError(f"{self.path}: row group {group} (rows {start} to {stop}) is damaged "
                              f"({_described(error)})") from error
 
@@ -397,7 +398,7 @@ class ParquetWriter:
         self.vcpus = max(self.vcpus, chunk.vcpus)
 
     def _table(self, chunk: Chunk, part: slice) -> Any:
-        """A row group: some rows as Arrow has them."""
+        """Return a row group: some rows as Arrow has them."""
         pa, op, addr, gpa = self._pa, chunk.op[part], chunk.addr[part], chunk.gpa[part]
         rows, events = op.size, op >= Op.MOV_CR3 if chunk.has_events else None
         value = None if events is None or chunk.value is None else pa.array(chunk.value[part], mask=~events)

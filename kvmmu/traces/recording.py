@@ -95,8 +95,8 @@ class Recording:
         Part of the trace runs inside an SVM guest.
     maxphyaddr : int
         Physical address bits of the CPU.
-    pkru : int
-        PKRU of the traced process in the static phase; 0 where it is unknown.
+    pkru, pkrs : int
+        Key registers of the traced process in the static phase; 0 where they are unknown.
     registers : dict of str to int
         cr0, cr2, cr3, cr4, efer, cpl and ip at the stop point.
     vmcb : dict of str to int, or None
@@ -144,6 +144,7 @@ class Recording:
     nested: bool
     maxphyaddr: int
     pkru: int
+    pkrs: int
     registers: dict[str, int]
     vmcb: dict[str, int] | None
     ctx: np.ndarray
@@ -198,7 +199,8 @@ class Recording:
         phase = _choose_phase(root, phases, phase)
         meta = _Meta(root / META)
         trace = _read_trace(root, phase)
-        recording = cls(path=root, phase=phase, phases=phases, pkru=meta.pkru if phase == "static" else 0,
+        recording = cls(path=root, phase=phase, phases=phases, pkru=meta.key_register("pkru") if phase == "static" else 0,
+                        pkrs=meta.key_register("pkrs") if phase == "static" else 0,
                         **meta.fields(), **trace, **_read_tables(root, phase, trace["pidx"].size))
         object.__setattr__(recording, "_whole", True)
         return recording
@@ -285,14 +287,14 @@ def bundled(name: str = "recording") -> Path:
 
 
 def recording_files(path: StrPath) -> list[Path]:
-    """The files of a recording that are there, those included that no phase reads. IN path: as for `Recording.open()`."""
+    """Return the files of a recording that are there, those included that no phase reads. IN path: as for `Recording.open()`."""
     path = Path(path)
     root = path if path.is_dir() else path.parent
     return all_there(root / name for name in (META, *(f"{stem}.npz{zst}" for stem in ARCHIVES for zst in ("", ".zst"))))
 
 
 def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
-    """The directory of the recording, and the phase asked for by argument or by the name of a trace file."""
+    """Return the directory of the recording, and the phase asked for by argument or by the name of a trace file."""
     if phase not in (None, *PHASES):
         raise ValueError(f"phase must be one of {PHASES}, not {phase!r}")
     if path.is_dir():
@@ -378,7 +380,7 @@ class _Meta:
             raise RecordingError(f"{file}: is a {type(self._values).__name__}; allowed is an object")
 
     def _number(self, values: dict[str, Any], key: str) -> int:
-        """The integer under `key`: JSON number or hexadecimal string."""
+        """Return the integer under `key`: JSON number or hexadecimal string."""
         value = values.get(key)
         try:
             number = int(value, 16) if isinstance(value, str) else value
@@ -388,12 +390,13 @@ class _Meta:
             raise RecordingError(f"{self._file}: {key}: is {value!r}; allowed is a 64-bit number or hexadecimal string")
         return number
 
-    @property
-    def pkru(self) -> int:
-        pkru = 0 if self._values.get("pkru_workload") is None else self._number(self._values, "pkru_workload")
-        if pkru >> 32:
-            raise RecordingError(f"{self._file}: pkru_workload: is {pkru:#x}; allowed is a number of 32 bits")
-        return pkru
+    def key_register(self, name: str) -> int:
+        """PKRU or PKRS of the workload; 0 where nothing tells it."""
+        key = f"{name}_workload"
+        value = 0 if self._values.get(key) is None else self._number(self._values, key)
+        if value >> 32:
+            raise RecordingError(f"{self._file}: {key}: is {value:#x}; allowed is a number of 32 bits")
+        return value
 
     @property
     def _vmcb(self) -> dict[str, int] | None:
@@ -418,7 +421,7 @@ class _Meta:
         return bits
 
     def fields(self) -> dict[str, Any]:
-        """The attributes of a Recording that come from here."""
+        """Return the attributes of a Recording that come from here."""
         vmcb = self._vmcb
         return {"name": str(self._values.get("scenario", self._file.parent.name)), "meta": self._values,
                 "mode": self._mode, "nested": vmcb is not None, "maxphyaddr": self._maxphyaddr, "vmcb": vmcb,

@@ -29,8 +29,9 @@ _NOT_AN_ACCESS_BIT = _U8(0xFF & ~int(Access.WRITE | Access.USER | Access.AC | Ac
 _FIRST_EVENT = int(Op.MOV_CR3)
 _PAGE_MASK = PAGE_SIZE - 1
 _VALUED = np.zeros(256, bool)           # events whose value counts
-_VALUED[[Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.SET_CPL_AC, Op.INVPCID, Op.GUEST_WRITE, Op.VMENTER,
-         Op.VMEXIT, Op.HOST_INVALIDATE, Op.PAGE_FAULT, Op.NPT_FAULT, Op.SET_REGS, Op.MEMORY, Op.MEMORY_WORD]] = True
+_VALUED[[Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS, Op.SET_CPL_AC, Op.INVPCID,
+         Op.GUEST_WRITE, Op.VMENTER, Op.VMEXIT, Op.HOST_INVALIDATE, Op.PAGE_FAULT, Op.NPT_FAULT, Op.SET_REGS, Op.MEMORY,
+         Op.MEMORY_WORD]] = True
 _KNOWN = np.zeros(256, bool)
 _KNOWN[[int(op) for op in Op]] = True
 
@@ -217,8 +218,8 @@ class _RowCheck:
             self.refuse("addr", addr & np.uint64(7) != 0, "a multiple of 8 for MEMORY_WORD", rows)
         elif event == Op.PAGE_FAULT:
             self.refuse("value", value >> np.uint64(32) != 0, "an error code of 32 bits", rows)
-        elif event == Op.WRPKRU:
-            self.refuse("value", value >> np.uint64(32) != 0, "32 bits for WRPKRU", rows)
+        elif event in (Op.WRPKRU, Op.WRMSR_PKRS):
+            self.refuse("value", value >> np.uint64(32) != 0, f"32 bits for {event.name}", rows)
         elif event == Op.SET_CPL_AC:
             self.refuse("value", value & ~np.uint64(3 | 1 << 18) != 0, "CPL in bits 1:0 and EFLAGS.AC in bit 18", rows)
         elif event == Op.INVPCID:
@@ -241,12 +242,13 @@ class Trace:
         self._chunks = chunks
 
     def chunks(self) -> Generator[Chunk]:
-        """The chunks, checked."""
+        """Return the chunks, checked."""
         return checked_chunks(self._chunks, self.header)
 
 
 def checked_chunks(chunks: Iterable[Any], header: Header) -> Generator[Chunk]:
-    """Chunks of what an iterable gives: checked Chunks as they are; other Chunks, Arrow record batches and mappings checked."""
+    """Yield chunks of what an iterable gives: checked Chunks as they are; other Chunks, Arrow record batches and mappings
+    checked."""
     first = 0
     for item in chunks:
         whole = isinstance(item, Chunk) and item.is_checked(header)
@@ -269,5 +271,5 @@ def columns_of(item: Any) -> Mapping[str, Any]:
 
 
 def count_accesses(op: NDArray[np.uint8]) -> int:
-    """Rows that are accesses."""
+    """Return how many rows are accesses."""
     return int(np.count_nonzero(op < _FIRST_EVENT))

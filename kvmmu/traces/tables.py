@@ -71,7 +71,7 @@ def _described(error: BaseException) -> str:
 
 
 def _arrays(pa: Any, path: Path, naming: Naming, batch: Any, row: int) -> tuple[dict[str, NDArray[Any]], Any]:
-    """The columns of a batch as arrays of integers, and how an op was written."""
+    """Return the columns of a batch as arrays of integers, and how an op was written."""
     columns: dict[str, NDArray[Any]] = {}
     spelled: Any = str
     for field, name in naming.fields.items():
@@ -109,7 +109,7 @@ def _arrays(pa: Any, path: Path, naming: Naming, batch: Any, row: int) -> tuple[
 
 
 def _null_of(pa: Any, field: str, kind: Any) -> Any:
-    """What a null is: no physical address, no instruction."""
+    """Return what a null is: no physical address, no instruction."""
     if field == "ip":
         return "0" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else 0
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

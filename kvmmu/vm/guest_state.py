@@ -34,7 +34,7 @@ class SavedGuest:
 
 
 class GuestState:
-    """The registers of whoever runs on a vCPU, L1's while L2 runs, and the two walks. The caller holds the lock.
+    """The registers of the guest that runs on a vCPU, those of L1 while L2 runs, and the two walks. The caller holds the lock.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of virtual machines: what is saved, and how it is put in force again."""
+"""Snapshots of virtual machines: taken, and put in force again."""
 
 import copy
 from dataclasses import dataclass

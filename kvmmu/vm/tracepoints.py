@@ -1,4 +1,4 @@
-"""The kvmmmu tracepoints: what the MMU of the host did, in KVM's words and as ftrace prints it."""
+"""The kvmmmu tracepoints: events of the host's MMU, in KVM's words and as ftrace prints them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ class TraceEvent:
 
 
 class Tracepoints:
-    """Which tracepoints of a machine are on, and what they saw. `vm.trace = Tracepoints(...)` begins.
+    """The tracepoints of a machine that are on, and the events they recorded. `vm.trace = Tracepoints(...)` begins.
 
     Parameters
     ----------
@@ -122,11 +122,11 @@ class Tracepoints:
             yield TraceEvent(number, vcpu, name, fields, self._kvm.host.role_bits)
 
     def events(self, *names: str) -> list[TraceEvent]:
-        """The events kept, oldest first; of the given names alone, if any are given."""
+        """Return the events kept, oldest first; of the given names alone, if any are given."""
         return [event for event in self if not names or event.name in names]
 
     def text(self) -> str:
-        """All of it as ftrace prints it, a line per event."""
+        """Return all events as ftrace prints them, a line per event."""
         return "".join(f"{event}\n" for event in self)
 
     def __repr__(self) -> str:

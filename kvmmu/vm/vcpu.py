@@ -688,7 +688,7 @@ class Vcpu(PartOfMachine):
 
     @locked
     def invept(self, type: int, eptp: int = 0) -> None:
-        """INVEPT by L1: 1 what derives from one EPTP, 2 from any.
+        """INVEPT by L1: type 1 drops what derives from one EPTP, type 2 what derives from any.
 
         The roots that shadow L1's EPT are left, the ones before as well, and what the TLB has under them goes: the next
         `enter_nested()` begins with a root that agrees with L1's tables.
@@ -755,7 +755,7 @@ class Vcpu(PartOfMachine):
 
     @locked
     def translate_gpa(self, walk: PageWalk, gpa: int, access: int = 0, pte_access: int = 15) -> int:
-        """A guest-physical address of a walk as L1 sees it: the identity, except for gva_walk under a second stage.
+        """Return a guest-physical address of a walk as L1 sees it: itself, except for gva_walk under a second stage.
 
         Parameters
         ----------

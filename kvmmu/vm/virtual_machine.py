@@ -299,7 +299,7 @@ class VirtualMachine(PartOfMachine):
 
     @locked
     def get_dirty_log(self, gpa: int, clear: bool = True) -> NDArray[np.uint64]:
-        """Frames of the slot that holds gpa written since the log was cleared, ascending; `clear` protects them again."""
+        """Return the frames written since the log of the slot at gpa was cleared, ascending; `clear` protects them again."""
         gpa, clear = check_gpa("gpa", gpa), check_bool("clear", clear)
         self._drain()
         return self.kvm.dirty_log(gpa, clear)

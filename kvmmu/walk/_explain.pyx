@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmmu._walk cimport kvm_pagewalk, linear_address, second_stage_access, translate_nested_gpa, walk_result, walk_step
+from kvmmu._walk cimport (
+    kvm_pagewalk, linear_address, second_stage_access, table_access, translate_nested_gpa, walk_result, walk_step,
+)
 from kvmmu.arch._bits cimport (
     ACC_ALL, ACC_USER_MASK, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_PFEC_MASK, ACCESS_SHADOW_STACK_MASK, ACCESS_USER_MASK,
     ACCESS_WRITE_MASK, EPT_VIOLATION_ACC_INSTR_MASK, EPT_VIOLATION_ACC_WRITE_MASK, EPT_VIOLATION_SHADOW_STACK_MASK,
@@ -106,8 +108,8 @@ cdef object record_of(WalkCopy walk, uint64_t addr, uint32_t access):
     addr = linear_address(w, addr, access)
     final = None
     if walk.second is not None:
-        table_access = walk.n.table_access | <uint32_t>ACCESS_USER_MASK
-        steps = [replace(step, nested=second_record(walk, step.gpa, table_access, False, 0)) if step.gpa is not None else step
+        asked = int(table_access(&walk.n, access))
+        steps = [replace(step, nested=second_record(walk, step.gpa, asked, False, 0)) if step.gpa is not None else step
                  for step in steps]
         if r.ngpa != INVALID_GPA:
             final = second_record(walk, r.ngpa, explicit_access(access), True, r.pte_access if r.status == STATUS_OK else (

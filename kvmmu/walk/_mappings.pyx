@@ -1,4 +1,4 @@
-"""What a PageWalk tells of whole tables, and walks over memory of callbacks: each is repeated with the pages that it missed."""
+"""Questions about whole tables, and walks over memory of callbacks: each is repeated with the pages that it missed."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What whole page tables map.
+"""Scan whole page tables for what they map.
 
 The scan goes down from the root, as the steps of `_walk.pxd` say, to each entry that is present and well formed, whatever rights
 it gives. It changes nothing. A table that is reached again at the same level is not scanned again when nothing is mapped below
@@ -157,7 +157,7 @@ cdef inline bint is_leaf(const kvm_pagewalk *w, uint64_t pte, int level) noexcep
 
 
 cdef bint host_gpa(const kvm_pagewalk *n, uint64_t ngpa, uint64_t *gpa) noexcept nogil:
-    """Where a table of the first stage lies; False if the second stage does not map it, with whatever rights."""
+    """Find where a table of the first stage lies; False if the second stage does not map it, with whatever rights."""
     cdef walk_result r
     gpa[0] = ngpa
     if n is NULL:

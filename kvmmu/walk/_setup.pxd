@@ -1,4 +1,4 @@
-"""From a role and a processor model to a walk: everything of a `kvm_pagewalk` that follows from them."""
+"""Set up a walk: fill all of a `kvm_pagewalk` that follows from a role and a processor model."""
 
 from libc.stdint cimport uint64_t
 

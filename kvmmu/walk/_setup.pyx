@@ -1,4 +1,8 @@
-"""From a role and a processor model to a walk, as `_setup.pxd` says."""
+"""Set up a walk from a role and a processor model, as `_setup.pxd` says.
+
+Decided here: which error codes tell instruction fetches (`reports_fetch()`), which bits of an address are ignored or have to
+be equal (LAM, UAI, LASS: `init_pre_processing()`, `separate_halves()`), and how wide PSE-36 addresses are (`pse36_bits()`).
+"""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset

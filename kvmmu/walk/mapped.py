@@ -23,7 +23,7 @@ _LETTERS = np.array([f"{'r' if n & 1 else '-'}{'w' if n & 2 else '-'}{'x' if n &
 
 
 class Lookup(NamedTuple):
-    """Where one address leads to: what an emulator or a debugger keeps of a translation.
+    """One translation, as an emulator or a debugger keeps it.
 
     size is that of the page, the smaller one of both stages; pte_access the rights that both leave, USER by the first.
     """
@@ -78,7 +78,7 @@ def _row_text(row: Lookup | Mapping) -> str:
 
 
 class Mappings:
-    """What page tables map: columns, ascending by `gva`.
+    """The mappings of page tables: columns, ascending by `gva`.
 
     Attributes
     ----------

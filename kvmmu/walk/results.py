@@ -184,7 +184,7 @@ class Accesses:
 
 
 class OneAccess(Protocol):
-    """What type checkers know of the `Accesses` of a single access: its columns are integers."""
+    """The `Accesses` of a single access for type checkers: its columns are integers."""
 
     @property
     def gpa(self) -> int: ...

@@ -427,6 +427,28 @@ def test_progress_shows_rate_and_time_left(capsys, monkeypatch, tables, total):
         assert "M/s" in err
 
 
+@pytest.mark.parametrize("bar", ["rich", "plain"])
+def test_progress_of_a_replay_that_resumes(capsys, monkeypatch, bar):
+    """What was done before it does not count for the rate and the time left."""
+    if bar == "plain":
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    clock = iter(range(0, 1000, 1))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    with progress.progress_bar("replaying x", True) as advance:
+        advance(900_000_000, 1_000_000_000)
+        advance(901_000_000, 1_000_000_000)
+        advance(904_000_000, 1_000_000_000)
+    err = capsys.readouterr().err
+    if bar == "plain":
+        assert [text.strip() for text in err.split("\r")[1:]] == [
+            "replaying x: 90%", "replaying x: 90% 1.0 M/s, 99 s left", "replaying x: 90% 2.0 M/s, 48 s left"]
+    else:
+        assert "M/s" in err
+        assert "900." not in err
+
+
 # -- where the output goes ----------------------------------------------------------------------------------------------
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="descriptors and devices of POSIX")

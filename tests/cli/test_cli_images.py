@@ -137,6 +137,11 @@ def test_walk(capsys, dump):
               "--efer", "0x500")
     assert "-> gpa 0x3000" in out
     assert "-> gpa 0x400000" in run(capsys, "walk", path, "0x400000", "--vcpu", "1")
+    for bit, key, access, code in ((22, "--pkru", "u", "0x25 (P U PK)"), (24, "--pkrs", "r", "0x21 (P PK)")):
+        gva = "0x400000" if access == "u" else "0xffff800000201000"
+        assert "-> gpa" in run(capsys, "walk", path, gva, "--access", access, "--cr4", hex(0x6B0 | 1 << bit))
+        out = run(capsys, "walk", path, gva, "--access", access, "--cr4", hex(0x6B0 | 1 << bit), key, "1")
+        assert f"#PF {code}" in out
     walks = json.loads(run(capsys, "walk", path, "0x402000", "--json"))["walks"]
     assert walks[0]["status"] == "PAGE_FAULT"
 

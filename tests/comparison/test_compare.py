@@ -185,6 +185,9 @@ def test_address_spaces():
     assert found.results[2].host.exits["INVLPG"] == 1
     assert found.results[2].host.exits["guest page faults"] == 1
     assert set(found.results[1].host.exits) == {"EPT violations"}
+    assert {name: positions.tolist() for name, positions in found.faults.items()} == {
+        "first touches of 4K pages": [0, 1, 2], "page faults of the trace": [8]}
+    assert found.data()["faults_over_time"]["first touches of 4K pages"] == [[0, 1], [1, 2], [2, 3]]
 
 
 def test_next_pages_of_another_space():
@@ -384,9 +387,10 @@ def test_figure(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
     figure = kvmmu.compare(some_trace(2), designs(), cost="estimate").plot(tmp_path / "out.svg")
     titles = [axes.get_title() for axes in figure.axes]
-    for wanted in ("References of page walks", "Misses over TLB size", "References per walk", "Exits over time"):
+    for wanted in ("References of page walks", "Misses over TLB size", "References per walk", "Exits over time",
+                   "Faults over time"):
         assert wanted in titles
-    assert all(axes.get_xlabel() for axes in figure.axes[:5])
+    assert all(axes.get_xlabel() for axes in figure.axes[:6])
     assert (tmp_path / "out.svg").stat().st_size > 10_000
     assert main(["compare", "bundled-lackey", "--plot", "out.bmp"]) == 2
     assert "another suffix" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_page(found, tmp_path):
     text = re.search(r'<script type="application/json" id="comparison">(.*?)</script>', page, re.DOTALL)[1]
     assert json.loads(text) == json.loads(json.dumps(found.to_dict()))
     for title in ("Cycles per access", "References of page walks", "Misses over TLB size", "References per walk",
-                  "Exits over time", "Address space, 4k pages", "Address space, 2m pages"):
+                  "Exits over time", "Faults over time", "Address space, 4k pages", "Address space, 2m pages"):
         assert title in reader.text
     assert found._repr_html_().count("<tr>") == len(found.results) + 1
 

@@ -17,11 +17,14 @@
 
 static uint64_t ram[1 << 15];
 static kvmmu_memory memory;
+/* The identity for the first 2M, at 0x8000 */
+static kvmmu_second_stage stage = { sizeof(kvmmu_second_stage), KVMMU_STAGE_EPT, 0x801E, 0, 0, 0, 0, 0, 0, 0 };
 static kvmmu_registers registers = { sizeof(kvmmu_registers), 0, 0x80010001, 0x1000, 0x20, 0xD00, 2, { 0, 0, 0, 0 }, 0, 0 };
 
 static int use(void)
 {
     kvmmu_registers illegal = registers;
+    kvmmu_second_stage wrong = stage;
     kvmmu_vcpu vcpu;
     kvmmu_result result;
 
@@ -29,6 +32,11 @@ static int use(void)
     EXPECT(KVMMU_OK, kvmmu_set_registers(vcpu, &registers));
     illegal.cr4 = 0;
     EXPECT(KVMMU_E_REGISTERS, kvmmu_set_registers(vcpu, &illegal));
+    EXPECT(KVMMU_OK, kvmmu_translate(vcpu, 0x123, KVMMU_ACCESS_WRITE, &result));
+    EXPECT(0x5123, (int)result.gpa);
+    wrong.root = 0;
+    EXPECT(KVMMU_E_ARGUMENT, kvmmu_set_second_stage(vcpu, &wrong));
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, &stage));
     EXPECT(KVMMU_OK, kvmmu_translate(vcpu, 0x123, KVMMU_ACCESS_WRITE, &result));
     EXPECT(0x5123, (int)result.gpa);
     EXPECT(KVMMU_OK, kvmmu_vcpu_free(vcpu));
@@ -56,6 +64,7 @@ static int after_the_end(kvmmu_vcpu vcpu)
     EXPECT(KVMMU_STATUS_PAGE_FAULT, result.status);
     other.cr4 = 0x200020;
     EXPECT(KVMMU_E_PYTHON, kvmmu_set_registers(vcpu, &other));
+    EXPECT(KVMMU_E_PYTHON, kvmmu_set_second_stage(vcpu, NULL));
     EXPECT(KVMMU_E_PYTHON, kvmmu_vcpu_create(memory, NULL, &made));
     EXPECT(KVMMU_E_PYTHON, kvmmu_import());
     EXPECT(KVMMU_OK, kvmmu_vcpu_free(vcpu));
@@ -74,6 +83,9 @@ int main(void)
     ram[0x2000 / 8] = 0x3007;
     ram[0x3000 / 8] = 0x4007;
     ram[0x4000 / 8] = 0x5007;
+    ram[0x8000 / 8] = 0x9007;
+    ram[0x9000 / 8] = 0xA007;
+    ram[0xA000 / 8] = 0xB7;
     EXPECT(KVMMU_E_PYTHON, kvmmu_import());
     Py_Initialize();
     EXPECT(KVMMU_OK, kvmmu_import());
@@ -90,6 +102,7 @@ int main(void)
     EXPECT(0, failed);
     EXPECT(0, use());
     EXPECT(KVMMU_OK, kvmmu_vcpu_create(memory, NULL, &vcpu));
+    EXPECT(KVMMU_OK, kvmmu_set_second_stage(vcpu, &stage));
     EXPECT(KVMMU_OK, kvmmu_set_registers(vcpu, &registers));
     PyEval_RestoreThread(state);
     EXPECT(0, Py_FinalizeEx());

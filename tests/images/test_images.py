@@ -64,6 +64,38 @@ def test_a_core_of_qemu(tmp_path, guest, options):
     assert image.vcpu(1).gva_walk.gva_to_gpa(0x1234) == 0x1234
 
 
+def test_key_registers_are_given_by_hand(tmp_path, guest):
+    """No note has them."""
+    core = image_files.qemu_core(guest)
+    image = open_image(written(tmp_path, core))
+    assert (image.vcpu().regs.pkru, image.vcpu().regs.pkrs) == (0, 0)
+    for name, bit, key_of in (("pkru", 1 << 22, 0), ("pkrs", 1 << 24, 0)):
+        vcpu = image.vcpu(cr4=CR4 | bit, **{name: 1 << 2 * key_of})
+        assert getattr(vcpu.regs, name) == 1
+    gva, gpa = next(iter(guest.mapped.items()))
+    with pytest.raises(kvmmu.PageFault) as fault:
+        image.vcpu(cr4=CR4 | 1 << 22, pkru=1).gva_walk.gva_to_gpa(gva, kvmmu.Access.USER)
+    assert fault.value.error_code == 0x25
+    assert image.vcpu(cr4=CR4 | 1 << 24, pkrs=1).gva_walk.gva_to_gpa(gva, kvmmu.Access.USER) == gpa      # the pages are users'
+    with pytest.raises(kvmmu.PageFault) as fault:
+        image.vcpu(cr4=CR4 | 1 << 24, pkrs=1).gva_walk.gva_to_gpa(0xFFFF_8000_0020_1234)
+    assert fault.value.error_code == 0x21
+
+
+def test_a_guest_that_masks_linear_addresses(tmp_path, guest):
+    """Its tagged pointers are translated; a model without LAM takes the address in CR3 alone, as of bit 63."""
+    notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, guest.cr3 | 3 << 62, CR4))
+    image = open_image(written(tmp_path, image_files.elf_core([(0, guest.bytes(0, None))], notes)))
+    gva, gpa = next(iter(guest.mapped.items()))
+    assert image.vcpu().regs.cr3 == guest.cr3 | 1 << 62
+    assert image.vcpu().gva_walk.gva_to_gpa(gva | 0x1234 << 48, kvmmu.Access.USER) == gpa
+    plain = image.vcpu(cpu=kvmmu.CpuModel(lam=False))
+    assert plain.regs.cr3 == guest.cr3
+    assert plain.gva_walk.gva_to_gpa(gva, kvmmu.Access.USER) == gpa
+    with pytest.raises(kvmmu.GeneralProtection):
+        plain.gva_walk.gva_to_gpa(gva | 0x1234 << 48, kvmmu.Access.USER)
+
+
 def test_efer_by_the_machine_and_by_cs(tmp_path, guest):
     """EM_386 is a guest outside long mode, unless CS.L says otherwise."""
     notes = image_files.note(b"QEMU", 0, image_files.qemu_state(CR0, 0, CR4, cs_flags=0))
@@ -276,6 +308,44 @@ def test_kdump(tmp_path, guest, kinds, flat):
     assert (image.format, len(image.vcpus)) == ("kdump", 1)
     assert image.details["vmcoreinfo"] == {"OSRELEASE": "6.1"}
     check_guest(image, guest)
+
+
+@pytest.mark.parametrize("piece", [512, 1000, PAGE, 5000, 1 << 22])
+def test_a_flattened_elf_core(tmp_path, guest, piece):
+    """As makedumpfile -E -F writes it: memory lies in pieces of the file, of which later ones count."""
+    core = image_files.qemu_core(guest)
+    path = written(tmp_path, image_files.flattened(core, piece))
+    for image in (open_image(path), open_image(path, "elf"), open_image(path, "kdump")):
+        assert (image.format, len(image.vcpus)) == ("elf", 2)
+        check_guest(image, guest)
+
+
+def test_pieces_of_a_flattened_elf_core_that_overlap(tmp_path, guest):
+    """Of bytes that several pieces have those of the last one count, whichever begins first; bytes of none are a hole."""
+    core = image_files.elf_core([(0, guest.bytes(0, None))])
+    start, size = len(core) - len(guest.memory), len(guest.memory)
+    put = [(0, core), (start + 0x1800, b"a" * 0x1000), (start + 0x1000, b"b" * 0x1000), (start + 0x2400, b"c" * 16),
+           (start + 0x1400, b"d" * 8)]
+    head = (b"makedumpfile".ljust(16, b"\0") + (1).to_bytes(8, "big") * 2).ljust(PAGE, b"\0")
+
+    def flat(pieces):
+        return head + b"".join(at.to_bytes(8, "big") + len(data).to_bytes(8, "big") + data for at, data in pieces) + b"\xff" * 16
+
+    expected = bytearray(guest.memory.tobytes())
+    for at, data in put[1:]:
+        expected[at - start:at - start + len(data)] = data
+    image = open_image(written(tmp_path, flat(put)))
+    assert image.memory.read(0, size) == bytes(expected)
+    assert image.damage == ()
+    image.memory.write(0x5000, b"changed")      # in this process alone
+    assert image.memory.read(0x5000, 7) == b"changed"
+    assert (tmp_path / "image").read_bytes() == flat(put)
+    image = open_image(written(tmp_path, flat([(0, core[:start + 0x2000]), (start + 0x3000, core[start + 0x3000:])])))
+    assert image.memory.slots == [(0, 0x2000, False), (0x3000, size - 0x3000, False)]
+    (line,) = image.damage
+    assert f"the pieces of the file have {size - 0x1000:#x} of {size:#x} bytes of the memory at gpa 0x0" in line
+    with pytest.raises(ImageError, match="neither a kdump-compressed dump nor an ELF core"):
+        open_image(written(tmp_path, flat([(0, b"?" * 1000)])))
 
 
 def test_a_kdump_that_says_more_than_it_has(tmp_path, guest):
@@ -678,6 +748,7 @@ def test_a_huge_file_opens_at_once(tmp_path):
 @pytest.mark.parametrize("make", [image_files.qemu_core, lambda guest: image_files.qemu_core(guest, extended=True),
                                   lambda guest: image_files.lime((0, guest.bytes(0, None)), (0x30000, b"x" * 5000)),
                                   image_files.kdump, lambda guest: image_files.flattened(image_files.kdump(guest)),
+                                  lambda guest: image_files.flattened(image_files.qemu_core(guest)),
                                   lambda guest: image_files.avml((0, guest.bytes(0, None)), (0x30000, b"x" * 5000), block=0x4000),
                                   image_files.windows_dump, lambda guest: image_files.windows_dump(guest, 5, (7,)),
                                   lambda guest: image_files.windows_dump(guest, bits=32),
@@ -685,8 +756,8 @@ def test_a_huge_file_opens_at_once(tmp_path):
                                   lambda guest: image_files.kdump(guest, ("snappy", "zstd", "plain")),
                                   lambda guest: image_files.kdump(guest, vmcoreinfo=b"OSRELEASE=6.1.0\n", notes=bytes(20)),
                                   "vmware", "vmware-block", "raw", "unmapped"],
-                         ids=["elf", "elf-extended", "lime", "kdump", "flat", "avml", "windows", "windows-bitmap", "windows-32",
-                              "elf-32", "kdump-packed", "kdump-notes", "vmware", "vmware-block", "raw", "unmapped"])
+                         ids=["elf", "elf-extended", "lime", "kdump", "flat", "flat-elf", "avml", "windows", "windows-bitmap",
+                              "windows-32", "elf-32", "kdump-packed", "kdump-notes", "vmware", "vmware-block", "raw", "unmapped"])
 def test_every_damage_is_refused_or_read_around(tmp_path, make, guest, monkeypatch):
     """Cut at 50 places, and changed at 500: an ImageError, or an image that can be used."""
     name = "image"

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from kvmmu import Access, CpuModel, GeneralProtection, GuestMemory, Host, PageFault, Status, Vcpu, Vm
+from kvmmu import Access, CpuModel, Ept, GeneralProtection, GuestMemory, Host, PageFault, Status, Vcpu, Vm
 
 P, W, U, A, D = 1, 2, 4, 0x20, 0x40
 LAM_U48, CET, PKS, LASS, UAIE = 1 << 62, 1 << 23, 1 << 24, 1 << 27, 1 << 20
@@ -87,6 +87,22 @@ def test_what_kvm_does_not_offer(tdp, registers, cpu, words):
     assert vcpu.gva_walk.gva_to_gpa(8, Access.USER) == 0x5008
     with pytest.raises(ValueError, match=words):
         vcpu.access(8, Access.USER)
+
+
+@pytest.mark.parametrize("stage", [{"spptp": 0x9000}, {"ve": 0x9000}, {"eptp": 0x801E | 1 << 7}])
+def test_what_kvm_does_not_offer_l1(stage):
+    """Sub-page permissions, #VE and supervisor shadow-stack control: the walk has them, the machine refuses to shadow them."""
+    vcpu = machine("ept")
+    for gpa, entry in ((0x8000, 0x9007), (0x9000, 0xA007), (0xA000, 0xB7)):
+        vcpu.mem.write_u64(gpa, entry)
+    vcpu.enter_nested(Ept(**{"eptp": 0x801E} | stage), **LONG)
+    assert vcpu.gva_walk.gva_to_gpa(8, Access.USER) == 0x5008
+    for gva in (8, np.array([8], np.uint64)):
+        with pytest.raises(ValueError, match="KVM offers L1 no supervisor shadow-stack control, sub-page permissions and #VE"):
+            vcpu.access(gva, int(Access.USER))
+    vcpu.enter_nested(Ept(0x801E), **LONG)
+    assert vcpu.access(8, Access.USER).gpa == 0x5008
+    assert vcpu.vm.audit() == []
 
 
 def test_probes_are_no_accesses():

@@ -28,3 +28,4 @@ def test_wild_machines(part):
             raise
     assert counts["wild machine accesses"] > 300 * (MACHINES // 5)
     assert all(counts[f"wild machines, tdp {tdp}"] for tdp in (None, "ept", "npt"))
+    assert all(counts[f"wild {what}"] for what in ("snapshots", "restores", "clones", "copies of memory"))

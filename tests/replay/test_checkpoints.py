@@ -17,10 +17,10 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from made_traces import accesses_of, trace_of
 from paths import DATA
-from test_synthetic_replay import accesses_of, trace_of
-from test_tlb_replay import LEVELS, PSC, Guest, some_rows
-from test_trace_replay import header, memory_rows, rows_of, tables
+from tlb_guests import LEVELS, PSC, Guest, some_rows
+from toy_traces import header, memory_rows, rows_of, tables
 
 import kvmmu
 from kvmmu import Pager, ReplayInterrupted, TlbHierarchy, TlbLevel
@@ -53,7 +53,7 @@ def plain(value):
 def runs(monkeypatch):
     """The replays that have told a report, the last one last."""
     made = []
-    for kind in (row_run.RowRun, synthetic._Run):
+    for kind in (row_run.RowRun, synthetic.SyntheticRun):
         def report(self, complete, before=kind.report):
             made.append(self)
             return before(self, complete)
@@ -75,7 +75,7 @@ def everything(report, run):
         for name, value in level[1].items():
             if name in ("pages", "ips"):                # hash tables: in any order
                 level[1][name] = sorted(np.frombuffer(value[2], np.uint64).reshape(-1, 2).tolist())
-    pager = run.order.pager if isinstance(run, synthetic._Run) else None
+    pager = run.order.pager if isinstance(run, synthetic.SyntheticRun) else None
     return [plain(report), memory, levels, None if pager is None else pager._shape_and_state()]
 
 
@@ -267,7 +267,7 @@ def test_levels_refuse_what_is_no_state(change, words):
 def test_a_signal_waits_for_the_end_of_a_chunk(number, tmp_path, runs, monkeypatch):
     """It comes while rows are walked: the replay stops behind them, with a report and a checkpoint."""
     addr, size, op = accesses_of("4l")
-    before, file = synthetic._Run._walk, tmp_path / "state.npz"
+    before, file = synthetic.SyntheticRun._walk, tmp_path / "state.npz"
     walked = []
 
     def walk(self, chunk):
@@ -276,7 +276,7 @@ def test_a_signal_waits_for_the_end_of_a_chunk(number, tmp_path, runs, monkeypat
             os.getpid()                                 # the handler has run by now
         before(self, chunk)
         walked.append(len(chunk))
-    monkeypatch.setattr(synthetic._Run, "_walk", walk)
+    monkeypatch.setattr(synthetic.SyntheticRun, "_walk", walk)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ReplayInterrupted, match="interrupted after 750 accesses; .*state.npz is a checkpoint to") as found:
         kvmmu.replay(trace_of(addr, size, op, rows=150), tlb=TLB, checkpoint=file)
@@ -284,7 +284,7 @@ def test_a_signal_waits_for_the_end_of_a_chunk(number, tmp_path, runs, monkeypat
     assert (found.value.report.accesses, found.value.report.complete, found.value.checkpoint) == (750, False, file)
     report = kvmmu.replay(trace_of(addr, size, op, rows=150), tlb=TLB, resume=file)
     resumed = everything(report, runs[-1])
-    monkeypatch.setattr(synthetic._Run, "_walk", before)
+    monkeypatch.setattr(synthetic.SyntheticRun, "_walk", before)
     assert resumed == whole(lambda: (trace_of(addr, size, op, rows=150), {"tlb": TLB}), runs)[0]
 
 
@@ -296,7 +296,7 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError
-    monkeypatch.setattr(synthetic._Run, "_walk", walk)
+    monkeypatch.setattr(synthetic.SyntheticRun, "_walk", walk)
     with pytest.raises(ReplayInterrupted) as found:
         kvmmu.replay(trace_of(addr, size, op), checkpoint=tmp_path / "state.npz")
     assert found.value.checkpoint is None
@@ -311,10 +311,10 @@ def test_the_command_stops_with_its_report(number, status, keeps, tmp_path):
     file, state = tmp_path / "trace.npz", tmp_path / "state.npz"
     np.savez(file, addr=addr, size=size, op=op)
     script = ("import os, sys; from kvmmu.replay import synthetic as s; from kvmmu.cli.command import main\n"
-              "before = s._Run._walk; n = []\n"
+              "before = s.SyntheticRun._walk; n = []\n"
               "def walk(self, chunk):\n    before(self, chunk); n.append(1)\n"
               f"    if len(n) == 2: os.kill(os.getpid(), {int(number)})\n"
-              "s._Run._walk = walk; sys.exit(main(sys.argv[1:]))")
+              "s.SyntheticRun._walk = walk; sys.exit(main(sys.argv[1:]))")
     arguments = ["replay", str(file), "--tlb", "zen3", "--json"]
     keeping = ["--checkpoint", str(state)] if keeps else []
     done = subprocess.run([sys.executable, "-Pc", script, *arguments, *keeping], capture_output=True, text=True)
@@ -473,6 +473,18 @@ def test_what_is_refused(tmp_path):
             kvmmu.replay(trace, checkpoint=tmp_path / "state.npz", **given)
     with pytest.raises(FileNotFoundError):
         kvmmu.replay(bundled("lackey"), checkpoint=tmp_path / "none" / "state.npz")
+
+
+def test_the_trace_is_not_written_over(tmp_path):
+    addr, size, op = accesses_of("4l")
+    file = tmp_path / "trace.npz"
+    np.savez(file, addr=addr, size=size, op=op)
+    (tmp_path / "link").symlink_to(file)
+    content = file.read_bytes()
+    for name in (file, tmp_path / "link"):
+        with pytest.raises(OSError, match="is the same file as .*trace.npz, which is read"):
+            kvmmu.replay(file, checkpoint=name)
+    assert file.read_bytes() == content
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_traces import MODES, accesses_of, trace_of
 from paths import DATA
 
 import kvmmu
@@ -20,39 +21,8 @@ from kvmmu.traces import Header, Op, ParquetTrace, ParquetWriter, RegisterSet, T
 from kvmmu.traces.foreign import Brings, ForeignTrace
 
 L4 = DATA / "linux" / "l4"
-MODES = {"32": (32, 2, {"4k": 12, "2m": 22}), "pae": (32, 2, {"4k": 12, "2m": 21}),        # address bits, references of a 4K page
-         "4l": (48, 4, {"4k": 12, "2m": 21, "1g": 30}), "5l": (57, 5, {"4k": 12, "2m": 21, "1g": 30})}
 CASES = [(mode, page) for mode, (_, _, pages) in MODES.items() for page in pages]
 NAMES = {12: "4K", 21: "2M", 22: "4M", 30: "1G"}
-
-
-def trace_of(addr, size=None, op=None, rows=64, **more):
-    """A trace in memory that can be read again, in chunks of some rows."""
-    addr = np.asarray(addr, np.uint64)
-    columns = {"op": np.zeros(addr.size, np.uint8) if op is None else np.asarray(op, np.uint8), "addr": addr,
-               "size": np.ones(addr.size, np.uint8) if size is None else np.asarray(size, np.uint8), **more}
-    columns["access"] = np.array([4, 6, 20], np.uint8)[columns["op"] & 3]
-
-    def read(notes):
-        for start in range(0, addr.size, rows):
-            yield {name: column[start:start + rows] for name, column in columns.items()}
-    return ForeignTrace("test", Path("made"), read, Brings(size=True), vcpus=1)
-
-
-def accesses_of(mode, n=3000, seed=5):
-    """Addresses in a few clusters of a mode's address space, sizes up to 64, many at the ends of pages."""
-    rng = np.random.default_rng(seed)
-    bits = MODES[mode][0]
-    bases = rng.integers(0, 1 << bits - 1, 6, dtype=np.uint64) & np.uint64(~0x3FFFFFFF & (1 << 64) - 1)
-    if mode in ("4l", "5l"):
-        bases[3:] |= np.uint64((1 << 64) - (1 << bits - 1))
-    addr = rng.choice(bases, n) + rng.integers(0, 1 << 24, n, dtype=np.uint64)
-    edge = rng.random(n) < 0.3
-    addr[edge] = (addr[edge] | np.uint64(0xFFF)) - rng.integers(0, 8, edge.sum()).astype(np.uint64)
-    large = rng.random(n) < 0.05
-    addr[large] = (addr[large] | np.uint64(0x3FFFFF)) - np.uint64(1)
-    addr[::50] |= np.uint64(0x3FFFFFFF)
-    return addr, rng.integers(1, 65, n).astype(np.uint8), rng.integers(0, 3, n).astype(np.uint8)
 
 
 def pages_of(addr, size, shift):
@@ -349,7 +319,7 @@ def test_supervisors_and_fetches_reach_every_page():
 def test_rows_walk_in_both_pages_only_of_one_vcpu():
     """What the loop itself refuses."""
     trace = trace_of([0])
-    run = synthetic._Run(trace, synthetic.TablesToOrder(), None, None, Checkpoints(trace, {}))
+    run = synthetic.SyntheticRun(trace, synthetic.TablesToOrder(), None, None, Checkpoints(trace, {}))
     run._begin(PageTables.for_addresses(None, [0]))
     chunk = next(run._chunks(0))
     for bad in (replace(chunk, size=None), replace(chunk, all_known=True)):

@@ -14,7 +14,7 @@ from toy_traces import CLIPS, ENVIRONMENT, LONG_MODE, OTHER, ROOT, header, machi
 
 import kvmmu
 from kvmmu import Access, CpuModel, GuestMemory, ReplayInterrupted, Vcpu
-from kvmmu.traces import Chunk, Op, ParquetTrace, ParquetWriter, Recording, RegisterSet, Stage, Trace, TraceError, convert
+from kvmmu.traces import Chunk, Header, Op, ParquetTrace, ParquetWriter, Recording, RegisterSet, Stage, Trace, TraceError, convert
 from kvmmu.traces.conversion import recording_chunks, recording_header
 
 pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
@@ -234,6 +234,45 @@ def test_protection_keys_by_wrpkru():
     report = kvmmu.replay(Trace(header(registers=(regs,)), [memory_rows(entries), rows]))
     assert (report.verified, report.mismatches, report.faults_reproduced) == (1, 1, {"0x25 (P U PK)": 1})
     assert report.examples[0].position == 1
+
+
+def test_protection_keys_of_supervisor_pages():
+    """IA32_PKRS at the start, by WRMSR, in a register set and in a nested guest's: which key is in force at each access."""
+    entries = tables() | {ROOT + 0x3000: 0x100003 | 5 << 59} | {0x11000: 0x12007, 0x12000: 0x87}
+    pks = LONG_MODE | {"cr4": 0x20 | 1 << 24}
+    denied = RegisterSet(cr3=ROOT, **pks, pkrs=1 << 10)
+    nested = RegisterSet(cr3=ROOT, **pks, pkrs=2 << 10, second_stage=Stage(eptp=0x1101E))
+    contexts = (denied, RegisterSet(cr3=ROOT, **pks), nested)
+    read, write = (Op.LOAD, 0, 0, 0x100000), (Op.STORE, 0, Access.WRITE, 0x100000)
+    rows = rows_of((Op.PAGE_FAULT, 0, 0x21), (Op.WRMSR_PKRS, 0, 2 << 10), read, (Op.PAGE_FAULT, 0, 0x23), (Op.WRMSR_PKRS, 0, 0),
+                   write, (Op.SET_REGS, 0, 0), (Op.PAGE_FAULT, 0, 0x21), (Op.SET_REGS, 0, 1), write, (Op.VMENTER, 0, 2), read,
+                   (Op.PAGE_FAULT, 0, 0x23), (Op.WRMSR_PKRS, 0, 0), write, (Op.VMEXIT, 0, 0), (Op.PAGE_FAULT, 0, 0x21))
+    first = header(registers=(denied,), contexts=contexts)
+    report = kvmmu.replay(Trace(first, [memory_rows(entries, ((0x1000, 0x13000),)), rows]))
+    assert (report.verified, report.mismatches) == (5, 0), report.examples
+    assert report.faults_reproduced == {"0x21 (P PK)": 3, "0x23 (P W PK)": 2}
+    again = Header.from_json(first.to_json())
+    assert again == first
+    assert (again.registers[0].pkrs, again.contexts[1].pkrs) == (1 << 10, 0)
+
+
+def test_headers_of_before_have_no_pkrs():
+    """The register is written where it counts alone, so that older readers take all other traces."""
+    text = header().to_json()
+    assert "pkrs" not in text
+    assert Header.from_json(text).registers[0].pkrs == 0
+    wrong = header(registers=(RegisterSet(cr3=ROOT, **LONG_MODE, pkrs=7),)).to_json().replace('"0x7"', '"0x100000000"')
+    with pytest.raises(TraceError, match="pkrs"):
+        Header.from_json(wrong)
+
+
+def test_a_processor_without_pks_has_no_pkrs():
+    for cpu in ({"pks": False}, {"conformance": "kvm"}):
+        rows = rows_of((Op.WRMSR_PKRS, 0, 1), (Op.LOAD, 0, 0, 0x100000))
+        with pytest.raises(TraceError, match="WRMSR_PKRS: #GP"):
+            kvmmu.replay(Trace(header(cpu={"vendor": "intel", "maxphyaddr": 48} | cpu), [memory_rows(tables()), rows]))
+    with pytest.raises(TraceError, match="value is 4294967296 .*32 bits for WRMSR_PKRS"):
+        kvmmu.replay(Trace(header(), [memory_rows(tables()), rows_of((Op.WRMSR_PKRS, 0, 1 << 32))]))
 
 
 def test_a_nested_guest_under_ept():

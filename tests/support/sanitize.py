@@ -1,10 +1,10 @@
 """Random walks over random table memory, with the extension modules built for AddressSanitizer and UBSan.
 
-    python tests/support/sanitize.py [--walks N] [--seed S]
+    python tests/support/sanitize.py [--walks N] [--seed S] [--tests FILE ...]
 
 Builds into build/asan, then runs itself there, over random guests: tables that make no sense, registers, processor models,
-accesses, recordings, and machines below such guests. A finding of a sanitizer ends the run at once with its report and a
-non-zero status.
+accesses, recordings, and machines below such guests, with snapshots, clones and copies of memory. With --tests pytest runs
+these there instead. A finding of a sanitizer ends the run at once with its report and a non-zero status.
 """
 
 import argparse
@@ -50,15 +50,32 @@ def build():
     return base / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
-def run_child(arguments):
-    """Run this script on the sanitized modules; return its exit status."""
+def run_child(command):
+    """Run Python with these arguments on the sanitized modules; return its exit status."""
     compiler = os.environ.get("CC", "cc").split()
     runtimes = [subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES]
     environment = os.environ | {
         IN_CHILD: "1", "PYTHONPATH": f"{build()}{os.pathsep}{ROOT / 'tests' / 'support'}", "PYTHONMALLOC": "malloc",
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([sys.executable, "-P", __file__, *arguments], env=environment, check=False).returncode
+    return subprocess.run([sys.executable, "-P", *command], env=environment, cwd=ROOT, check=False).returncode
+
+
+def check_build():
+    """Refuse to run with other modules than the sanitized ones."""
+    import kvmmu
+
+    where = Path(kvmmu.__file__).resolve()
+    if ROOT / "build" / "asan" not in where.parents:
+        raise SystemExit(f"kvmmu was imported from {where}, which is not the sanitized build")
+
+
+def run_tests(files):
+    """Run tests; return their exit status."""
+    import pytest
+
+    check_build()
+    return pytest.main(["-q", "-p", "no:cacheprovider", *files])
 
 
 # ---- walks ----------------------------------------------------------------------------------------------------------------
@@ -288,9 +305,7 @@ def campaign(walks, seed):
     """Run until so many walks are done; print what was done."""
     import kvmmu
 
-    where = Path(kvmmu.__file__).resolve()
-    if ROOT / "build" / "asan" not in where.parents:
-        raise SystemExit(f"kvmmu was imported from {where}, which is not the sanitized build")
+    check_build()
     counts = Counter()
     started = time.monotonic()
     number = 0
@@ -320,11 +335,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--walks", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--tests", nargs="+", metavar="FILE")
     arguments = parser.parse_args()
     if os.environ.get(IN_CHILD):
-        return campaign(arguments.walks, arguments.seed)
+        return run_tests(arguments.tests) if arguments.tests else campaign(arguments.walks, arguments.seed)
     print(f"building with {SANITIZERS} ...", flush=True)
-    return run_child(["--walks", str(arguments.walks), "--seed", str(arguments.seed)])
+    tests = ["--tests", *arguments.tests] if arguments.tests else []
+    return run_child([__file__, "--walks", str(arguments.walks), "--seed", str(arguments.seed), *tests])
 
 
 if __name__ == "__main__":

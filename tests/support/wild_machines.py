@@ -32,6 +32,7 @@ class WildMachine:
                            slot_zap_all=bool(rng.integers(2)))
         self.vcpu = self.vm.create_vcpu()
         self.gvas = random_gvas(rng, 40, self.mode)
+        self.saved = None
         counts[f"wild machines, tdp {self.vm.host.tdp}"] += 1
 
     def registers(self):
@@ -100,6 +101,45 @@ class WildMachine:
             self.vm.set_dirty_log(slot["gpa"], bool(self.rng.integers(2)))
         elif slot["gpa"]:
             self.vm.move_slot(slot["gpa"], slot["gpa"])
+
+    def op_snapshot(self):
+        self.saved = self.vm.snapshot(), self.vcpu
+        self.counts["wild snapshots"] += 1
+
+    def op_restore(self):
+        if self.saved is None:
+            return
+        snapshot, self.vcpu = self.saved
+        self.vm.restore(snapshot)
+        self.counts["wild restores"] += 1
+
+    def op_clone(self):
+        """Go on with a clone, or with the original, after the same accesses of both."""
+        twin = self.vcpu.clone()
+        n = int(self.rng.choice(ROWS))
+        gva, access = self.rng.choice(self.gvas, n), random_accesses(self.rng, n)
+        mine, others = self.vcpu.access(gva, access), twin.access(gva, access)
+        for name in ("gpa", "hpa", "status", "ret", "exits"):
+            if getattr(mine, name).tobytes() != getattr(others, name).tobytes():
+                raise AssertionError(f"{name} of a clone: {getattr(others, name)}, of the original {getattr(mine, name)}")
+        assert twin.vm.audit() == []
+        if self.rng.random() < 0.5:
+            self.vm, self.vcpu, self.mem, self.saved = twin.vm, twin, twin.vm.mem, None
+        self.counts["wild clones"] += 1
+
+    def op_copy(self):
+        """Copies of memory that are written on either side, and of which one goes on when the other is gone."""
+        gpa = int(self.rng.choice(self.frames)) * PAGE
+        page = self.mem.read(gpa, PAGE)
+        first = self.mem.copy()
+        second = first.copy()
+        word = self.rng.bytes(8)
+        first.write(gpa, word)
+        assert (second.read(gpa, PAGE), self.mem.read(gpa, PAGE)) == (page, page)
+        del first
+        second.write(gpa + 8, word)
+        assert self.mem.read(gpa, PAGE) == page
+        self.counts["wild copies of memory"] += 1
 
     def step(self):
         operations = [name for name in dir(self) if name.startswith("op_")] + ["op_access"] * 12

@@ -337,3 +337,30 @@ def test_spaces_are_flushed_while_others_come_into_use():
     while not stop.is_set():
         tlb.flush_space(1)
     thread.join()
+
+
+# What CPUID tells: leaf 18H of Intel's processors, 80000005H, 80000006H and 80000019H of AMD's. (level, entries)
+ENTRIES = {
+    "skylake": {"ITLB 4K": 128, "DTLB 4K": 64, "DTLB 2M": 32, "DTLB 1G": 4, "STLB": 1536, "STLB 1G": 16},
+    "icelake": {"DTLB 4K loads": 64, "DTLB 2M loads": 32, "DTLB 1G loads": 8, "DTLB stores": 16, "STLB": 2048},
+    "zen3": {"L1 ITLB": 64, "L1 DTLB": 64, "L2 ITLB": 512, "L2 DTLB": 2048, "L2 DTLB 1G": 64},
+    "zen4": {"L1 ITLB": 64, "L1 DTLB": 72, "L2 ITLB": 512, "L2 DTLB": 3072, "L2 DTLB 1G": 64},
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_of_presets(name):
+    levels = {level.name: level.entries for level in TlbHierarchy.preset(name).levels}
+    assert levels | ENTRIES[name] == levels
+
+
+@pytest.mark.parametrize("name", ["zen3", "zen4"])
+def test_pages_of_1g_in_the_second_level(name):
+    """65 pages of 1G in turn: the first level of Zen 3 has 64, its second one as many; Zen 4's first level holds them all."""
+    tlb = TlbHierarchy.preset(name)
+    pages = np.arange(65, dtype=np.uint64) << np.uint64(30)
+    tlb.access(np.concatenate([pages, pages[::-1]]), level=3)
+    stats = tlb.stats()
+    first = {"zen3": 64, "zen4": 65}[name]
+    assert [int(hits.sum()) for hits in stats.hits] == [0, first, 0, 0, 0]
+    assert int(stats.walks.sum()) == 130 - first

@@ -80,6 +80,7 @@ def test_attributes_of_the_static_phase(toy):
     recording = Recording.open(toy)
     assert (recording.name, recording.phase, recording.phases) == ("toy", "static", ("static", "dyn"))
     assert (recording.mode, recording.nested, recording.maxphyaddr, recording.pkru) == ("4l", False, 40, 0x55555554)
+    assert recording.pkrs == 0
     assert recording.registers == {"cr0": 0x80050033, "cr2": 0, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD01, "cpl": 3,
                                    "ip": 0x400000}
     assert recording.meta == META
@@ -572,6 +573,7 @@ def test_bad_answers(toy, name, place, array, message):
     ({"cr0": "-0x1"}, "cr0: is '-0x1'"), ({"cr4": 1 << 64}, "cr4: is 18446744073709551616"),
     ({"cpl": True}, "cpl: is True"), ({"vmcb": 3}, "vmcb: is 3; allowed is an object"),
     ({"vmcb": {"cr3": []}}, r"cr3: is \[\]"), ({"pkru_workload": {}}, "pkru_workload: is {}"),
+    ({"pkrs_workload": 1 << 32}, "pkrs_workload: is 0x100000000; allowed is a number of 32 bits"),
     ({"pkru_workload": 1 << 40}, "pkru_workload: is 0x10000000000; allowed is a number of 32 bits"),
     ({"cpu": "max,phys-bits=99"}, "cpu: phys-bits is 99; allowed is 32 to 52"), ({"cpu": "phys-bits=31"}, "phys-bits is 31"),
 ])

@@ -54,6 +54,7 @@ EVENT_ROWS = st.one_of(
               st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**40), WORDS),
     st.builds(lambda op, row: event(op, 0, row), st.sampled_from([Op.SET_REGS, Op.VMENTER, Op.VMEXIT]), st.integers(0, 1)),
     st.builds(lambda addr, code: event(Op.PAGE_FAULT, addr, code), WORDS, st.integers(0, 2**32 - 1)),
+    st.builds(lambda op, value: event(op, 0, value), st.sampled_from([Op.WRPKRU, Op.WRMSR_PKRS]), st.integers(0, 2**32 - 1)),
     st.builds(lambda addr, info: event(Op.NPT_FAULT, addr, info), WORDS, WORDS),
     st.builds(lambda op, page, pages: event(op, page << 12, pages << 12), st.sampled_from([Op.MEMORY, Op.HOST_INVALIDATE]),
               st.integers(0, 2**39), st.integers(1, 2**39)),
@@ -179,7 +180,7 @@ def test_a_row_group_too_large_for_places(tmp_path):
 
 REGISTER_SETS = st.builds(
     RegisterSet, cr0=WORDS, cr3=WORDS, cr4=WORDS, efer=WORDS, pkru=st.integers(0, 2**32 - 1),
-    pdptrs=st.one_of(st.none(), st.tuples(WORDS, WORDS, WORDS, WORDS)),
+    pkrs=st.integers(0, 2**32 - 1), pdptrs=st.one_of(st.none(), st.tuples(WORDS, WORDS, WORDS, WORDS)),
     second_stage=st.one_of(
         st.none(),
         st.builds(Stage, ncr3=WORDS, cr4=st.one_of(st.none(), WORDS), efer=st.none(), gmet=st.one_of(st.none(), st.booleans())),
@@ -267,7 +268,7 @@ def one_of(**row):
 
 @pytest.mark.parametrize(("row", "words"), [
     ({"op": 3}, "op is 3"), ({"op": 7}, "op is 7"), ({"op": 8}, "op is 8"), ({"op": 15}, "op is 15"),
-    ({"op": 34, "value": 0}, "op is 34"), ({"op": 255, "value": 0}, "op is 255"),
+    ({"op": 35, "value": 0}, "op is 35"), ({"op": 255, "value": 0}, "op is 255"),
     ({"access": 1}, "access is 1"), ({"access": 2}, "access is 2 .*stores alone"), ({"access": 16}, "access is 16"),
     ({"access": 64}, "access is 64"), ({"access": 128}, "access is 128"), ({"op": 1}, "access is 0"), ({"op": 2}, "access is 0"),
     ({"op": 1, "access": 18}, "access is 18"), ({"op": 6, "access": 2}, "access is 2"),
@@ -278,7 +279,8 @@ def one_of(**row):
     ({"op": 24, "value": 0, "addr": 4}, "addr is 4 .*multiple"), ({"op": 24, "value": 256, "size": 1}, "value is 256"),
     ({"op": 25, "value": 2}, "value is 2 .*below 2"), ({"op": 26, "value": 1 << 63}, "value"),
     ({"op": 30, "value": 9}, "value is 9"),
-    ({"op": 20, "value": 1 << 32}, "value"), ({"op": 21, "value": 4}, "value is 4"), ({"op": 23, "value": 4}, "value is 4"),
+    ({"op": 20, "value": 1 << 32}, "value"), ({"op": 34, "value": 1 << 32}, "value"), ({"op": 34}, "op is 34 .*null"),
+    ({"op": 21, "value": 4}, "value is 4"), ({"op": 23, "value": 4}, "value is 4"),
     ({"op": 23, "value": 1 << 16}, "value"), ({"op": 27, "value": 1}, "value is 1 .*4096"),
     ({"op": 28, "value": 1 << 32}, "value"),
     ({"op": 32, "value": 0}, "value is 0 .*MEMORY"), ({"op": 32, "value": 4096, "addr": 8}, "addr is 8"),

@@ -29,6 +29,7 @@ from kvmmu import (
     Vcpu,
     VirtualizationException,
 )
+from kvmmu.arch.delivery import ExceptionInjected, VmxExit
 from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 P, W, U, A, D, NX = 1, 2, 4, 0x20, 0x40, 1 << 63
@@ -569,6 +570,81 @@ def test_7_4_virtualization_exceptions(control, pde, pte, area, kind, result):
     fields = [mem.read_u64(0xD000 + offset) for offset in (0, 8, 16, 24, 32)]
     assert fields == [0xFFFF_FFFF_0000_0030, result[1], GVA, DATA | GVA, 0xFFFF_0000]
     assert outcome(vcpu, KINDS[kind] | Access.USER) == result[1], "the area is taken until the guest clears it"
+
+
+def test_7_3_delivery_of_sub_page_events():
+    """SppEvent becomes an exit with reason 66; a sub-page that is refused, and a misconfiguration, are exits of EPT's own."""
+    asked = Access.WRITE | Access.USER
+    for upper, vector, kind, expected in (
+            (0, 1 << 42, SppEvent, VmxExit(66, 0x800, DATA | GVA, GVA)), (3, 1 << 42, SppEvent, VmxExit(66, 0, DATA | GVA, GVA)),
+            (1, 2 << 42, SppEvent, VmxExit(66, 0, DATA | GVA, GVA)),
+            (1, 0, EptViolation, VmxExit(48, 0x7AA, DATA | GVA, GVA))):
+        vcpu, mem = nested("RWX", "RX bit 61", spptp=0xD000)
+        for gpa, index, flags in ((0xD000, 0, 1), (0xE000, 0, upper), (0xF000, DATA >> 21, 1)):
+            mem.write_u64(gpa + 8 * index, gpa + 0x1000 | flags)
+        mem.write_u64(0x10000 + 8 * (DATA >> 12 & 511), vector)
+        before = mem.read(0, 0x20000)
+        for call in (vcpu.gva_walk.gva_to_gpa, vcpu.gva_walk.lookup, partial(vcpu.gva_walk.span, size=1)):
+            with pytest.raises(kind) as raised:
+                call(GVA, access=asked)
+            fault = raised.value
+            assert (fault.address, fault.fault_gpa, fault.exit_qualification) == (GVA, DATA | GVA, expected.exit_qualification)
+            assert vcpu.inject(fault) == vcpu.ngpa_walk.inject_page_fault(fault) == expected
+        nmi = 1 << 12
+        assert vcpu.inject(fault, nmi).exit_qualification & nmi == nmi
+        assert vcpu.cr2 == 0
+        assert mem.read(0, 0x20000) == before
+    vcpu, _ = nested("RWX", "W bit 61", spptp=0xD000)
+    with pytest.raises(EptMisconfig) as raised:
+        vcpu.gva_walk.gva_to_gpa(GVA, asked)
+    assert vcpu.inject(raised.value) == VmxExit(49, 0, DATA | GVA)
+
+
+def test_7_4_delivery_of_virtualization_exceptions():
+    """Vector 20 without error code and CR2; the area tells what an exit would, and has to be freed before the next one."""
+    vcpu, mem = nested("RWX", "RX", ve=0x10000)
+    asked = Access.WRITE | Access.USER
+    exit_of_it = VmxExit(48, 0x7AA, DATA | GVA, GVA)
+    vcpu.gva_walk.walk_record(GVA, asked)
+    vcpu.gva_walk.translate(np.array([GVA], np.uint64), int(asked), set_ad=False)
+    assert mem.read(0x10000, 40) == bytes(40)               # neither is an access
+    for _ in range(2):
+        with pytest.raises(VirtualizationException) as raised:
+            vcpu.gva_walk.gva_to_gpa(GVA, asked)
+        assert vcpu.inject(raised.value) == ExceptionInjected(0, None, "L2", 20)
+        assert vcpu.cr2 == 0
+        area = np.frombuffer(mem.read(0x10000, 40), "<u4").tolist()
+        assert area == [48, 0xFFFFFFFF, 0x7AA, 0, GVA, 0, DATA | GVA, 0, 0, 0]
+        mem.write(0x10008, bytes(32))
+        for call in (vcpu.gva_walk.gva_to_gpa, vcpu.gva_walk.lookup):
+            with pytest.raises(EptViolation) as raised:     # the busy word
+                call(GVA, access=asked)
+            assert vcpu.inject(raised.value) == exit_of_it
+        assert mem.read(0x10008, 32) == bytes(32)
+        mem.write(0x10004, bytes(4))                        # as the handler does
+    assert vcpu.gva_walk.walk_record(GVA, asked).status == Status.VIRT_EXCEPTION
+    mem.write_u64(0xC000 + 8 * (DATA >> 12 & 511), ept_entry("RX bit 63", DATA | MEMORY_TYPE))
+    with pytest.raises(EptViolation) as raised:
+        vcpu.gva_walk.gva_to_gpa(GVA, asked)
+    assert vcpu.inject(raised.value) == exit_of_it
+    assert mem.read(0x10004, 36) == bytes(36)
+    mem.write_u64(0xC000 + 8 * (DATA >> 12 & 511), ept_entry("RX", DATA | MEMORY_TYPE))
+    vcpu.enter_nested(Ept(0x8000 | 6 | 3 << 3, ve=0x10000), cr0=0x10, cr4=0, efer=0)        # real mode has no vector 20
+    with pytest.raises(EptViolation):
+        vcpu.gva_walk.gva_to_gpa(DATA | GVA, Access.WRITE)
+    assert mem.read(0x10004, 36) == bytes(36)
+
+
+def test_7_4_a_virtualization_exception_of_a_guest_table():
+    """A table that EPT does not map: the qualification and the address are the table's, and the linear address is told."""
+    vcpu, mem = nested("RWX", "RWX", ve=0x10000)
+    mem.write_u64(0xB000 + 8 * 4, 0)
+    with pytest.raises(VirtualizationException) as raised:
+        vcpu.gva_walk.gva_to_gpa(GVA, Access.USER)
+    assert vcpu.inject(raised.value).vector == 20
+    assert raised.value.fault_gpa & ~0xFFF == 0x4000
+    area = np.frombuffer(mem.read(0x10000, 40), "<u8").tolist()
+    assert area[1:4] == [raised.value.exit_qualification, GVA, raised.value.fault_gpa]
 
 
 def test_7_4_the_first_rows_of_a_batch_take_the_area():

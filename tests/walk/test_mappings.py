@@ -368,6 +368,9 @@ def test_tables_that_the_second_stage_protects_are_read(kind):
     assert walk.gva_to_gpa(0x4000_0123, Access.PROBE) == walk.lookup(0x4000_0123, Access.PROBE).gpa == (32 << 20) + 0x123
     (row,) = walk.mappings()
     assert (row.gva, row.gpa, row.size) == (0x4000_0000, 32 << 20, 4096)
+    record = walk.walk_record(0x4000_0123, Access.PROBE)
+    assert [step.nested.status for step in record.steps] == [kvmmu.Status.OK] * 4
+    assert walk.walk_record(0x4000_0123).steps[0].nested.rule == "write"
 
 
 def nested_over_empty_tables():

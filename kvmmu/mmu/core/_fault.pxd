@@ -4,6 +4,9 @@ The order of one fault: `init_fault()`; `page_fault_handle_page_track()`; `fast_
 last that may end it early; then the MMU's own part, which calls `hugepage_adjust()`, `disallowed_hugepage_adjust()` at each
 level, and `fault_make_spte()` for the leaf. `kvm_mmu_page_fault()` of `kvm/_entry` does all of it for an exit.
 
+Huge pages that must not be executable (`nx_huge_pages`, the mitigation of iTLB multihit): `hugepage_adjust()` decides that a
+fetch gets a page of 4 KiB, and by `disallowed_hugepage_adjust()` a later fault goes on through the table that is there then.
+
 A shadow MMU sets `gfn`, `slot` and `max_level` of the fault from the guest's walk before it calls `faultin_pfn()`.
 """
 

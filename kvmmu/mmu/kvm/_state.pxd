@@ -1,4 +1,4 @@
-"""Kvm: the state of one virtual machine as a Python object."""
+"""Kvm, a virtual machine as a Python object: its state, and the operations of the host and the VMM on it."""
 
 from libc.stdint cimport uint64_t
 

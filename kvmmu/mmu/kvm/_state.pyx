@@ -1,4 +1,10 @@
-"""Kvm: notifiers, dirty logs, and the maintenance of a machine's page tables."""
+"""Kvm carries out what the host and its VMM do to a machine's page tables. Its fields are in `_state.pxd`.
+
+Host memory: pages behind a slot (`set_backing()`), MMU notifiers (`invalidate()`, `begin_invalidation()`, `age()`).
+Dirty log: switched on and off (`set_dirty_log()`), read (`dirty_log()`), cleared (`clear_dirty_log()`).
+Maintenance: eager splitting of huge pages (`split_huge_pages()`), huge pages made again after a dirty log
+(`recover_huge_pages()`) and after the NX mitigation (`recover_nx_huge_pages()`), zapping of everything (`zap_all_fast()`).
+"""
 
 import numpy as np
 
