@@ -5,6 +5,7 @@ import numpy as np
 from cpython.bool cimport PyBool_Check
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.long cimport PyLong_AsLong, PyLong_Check
+from cpython.object cimport PyObject
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from kvmmu.arch._bits cimport ACCESS_VALID_MASK
@@ -13,9 +14,53 @@ from kvmmu.walk.batch._arrays cimport stretch
 from kvmmu.arch.arguments import is_masked
 from kvmmu.walk.results import check_access, check_array
 
+cdef extern from "kvmmu/walk/batch/_ndarray.h" nogil:
+    enum:
+        KVMMU_NDARRAY_C_CONTIGUOUS
+        KVMMU_NDARRAY_ALIGNED
+        KVMMU_NDARRAY_WRITEABLE
+        KVMMU_NDARRAY_WARN_ON_WRITE
+
+    cdef struct kvmmu_ndarray:
+        void *data
+        int dimension_count
+        Py_ssize_t *dimensions
+        PyObject *descr
+        int flags
+
 cdef object ndarray = np.ndarray
 cdef object asarray = np.asarray
 cdef dict DTYPES = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
+cdef object UINT8 = DTYPES[1], UINT32 = DTYPES[4], UINT64 = DTYPES[8]
+
+
+cdef bint is_plain(const kvmmu_ndarray *a, Py_ssize_t itemsize, bint writable) noexcept:
+    """True if an ndarray has one dimension and contiguous, aligned rows of NumPy's own uint8, uint32 or uint64."""
+    cdef PyObject *wanted = <PyObject *>(UINT64 if itemsize == 8 else UINT32 if itemsize == 4 else UINT8)
+    cdef int flags = KVMMU_NDARRAY_C_CONTIGUOUS | KVMMU_NDARRAY_ALIGNED
+    if writable:
+        flags |= KVMMU_NDARRAY_WRITEABLE
+    return (a.dimension_count == 1 and a.descr is wanted and itemsize != 2 and a.flags & flags == flags and
+            not (writable and a.flags & KVMMU_NDARRAY_WARN_ON_WRITE))
+
+
+def _fields_are_known():
+    """True if the fields of ndarrays are where NumPy's binary interface has them."""
+    cdef const kvmmu_ndarray *a
+    for writable in (True, False):
+        array = np.zeros(5, np.uint64)
+        array.flags.writeable = writable
+        a = <const kvmmu_ndarray *><PyObject *>array
+        if <uintptr_t>a.data != array.ctypes.data or a.dimension_count != 1 or a.descr is not <PyObject *>UINT64:
+            return False
+        if a.dimensions[0] != 5:
+            return False
+        if not is_plain(a, 8, False) or is_plain(a, 8, True) != writable or is_plain(a, 4, False):
+            return False
+    return not is_plain(<const kvmmu_ndarray *><PyObject *>np.zeros((5, 5), np.uint64)[:, 1], 8, False)
+
+
+cdef bint fields_are_known = _fields_are_known()
 
 
 cdef object exact_column(array):
@@ -41,8 +86,13 @@ cdef object exact_access(access):
 cdef column column_of(str prefix, str name, array, Py_ssize_t itemsize, Py_ssize_t rows, bint writable) except *:
     cdef Py_buffer view
     cdef column found
+    cdef const kvmmu_ndarray *fields = <const kvmmu_ndarray *><PyObject *>array
     cdef bint good = False
-    if type(array) is ndarray:
+    if type(array) is ndarray and fields_are_known and is_plain(fields, itemsize, writable) and (
+            rows < 0 or rows == fields.dimensions[0]):
+        found.data, found.rows = fields.data, fields.dimensions[0]
+        return found
+    if type(array) is ndarray:                          # the same of other types of the size, and unaligned ones
         try:
             PyObject_GetBuffer(array, &view, PyBUF_FORMAT | PyBUF_STRIDES)
         except (BufferError, ValueError):               # no plain numbers

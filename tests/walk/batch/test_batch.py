@@ -159,8 +159,10 @@ def test_translation_has_no_other_columns():
 
 
 def test_unusual_columns(walk):
-    """Columns that are read-only, not aligned, or one row of a column with gaps, are as good as others."""
+    """Columns that are read-only, not aligned, of C's other type of the size, or one row of a column with gaps, are as good."""
     expected = walk.translate(GVAS, Access.USER)
+    for other in (np.ulong, np.ulonglong):
+        assert_same_columns(expected, walk.translate(GVAS.astype(other), Access.USER), "another type of the size")
     shifted = np.frombuffer(b"\0" + GVAS.tobytes(), np.uint64, offset=1)
     assert not shifted.flags.aligned
     assert not shifted.flags.writeable
