@@ -120,7 +120,7 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     if tlb is not None:
         hierarchy = tlb_of("tlb", tlb)
         tlbs = partial(ProcessorTlbs, [TlbOfHost(hierarchy)])
-    machine, vm = _machine_and_vcpu(vm)
+    machine, vm = _machine_and_vcpu(vm, mode)
     order = _order(paging, page, frames, pager)
     source = _source(trace, vm, phase, order, mode)
     every = check_seconds("checkpoint_every", checkpoint_every)
@@ -237,12 +237,12 @@ def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | N
     return TablesToOrder(pager.mode, pager.page, pager.frames, pager)
 
 
-def _machine_and_vcpu(vm: Any) -> tuple[Vm | None, Vcpu | None]:
-    """Return the machine of an argument, and its first vCPU or the one that the argument is."""
+def _machine_and_vcpu(vm: Any, mode: str) -> tuple[Vm | None, Vcpu | None]:
+    """Return the machine of an argument, and its first vCPU or the one that the argument is. A walk makes no machine of that."""
     if vm is None:
         return None, None
     if isinstance(vm, Vcpu):
-        return vm.vm, vm
+        return vm.vm if mode == "machine" else None, vm
     if not isinstance(vm, Vm):
         raise TypeError(f"vm: want a Vm, a Vcpu or None, got {type(vm).__name__}")
     if not vm.vcpus:

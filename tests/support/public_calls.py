@@ -432,7 +432,7 @@ CALLS = {
     "Header": Call(lambda: Header, {"pdpte_clear": (32, 0, U64), "accesses": (5, 0, U63), "rows": (6, 0, U63),
                                             "vcpus": (1, 0, 65536)},
                    others={"registers": (RegisterSet(1, 0, 0, 0),)}, optional=("accesses", "rows")),
-    "RegisterSet": Call(lambda: RegisterSet, REGISTERS | {"pkru": (3, 0, U32)}),
+    "RegisterSet": Call(lambda: RegisterSet, REGISTERS | {"pkru": (3, 0, U32), "pkrs": (3, 0, U32)}),
     "Stage": Call(lambda: Stage, {"ncr3": (64, 0, U64), "cr4": (32, 0, U64), "efer": (0, 0, U64)}, {"gmet": True},
                   optional=("gmet", "ncr3", "cr4", "efer")),
     "Stage of EPT": Call(lambda: Stage, {"eptp": (EPTP, 0, U64)}, {name: True for name in (
