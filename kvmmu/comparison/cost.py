@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any, Self
 
 from kvmmu.arch.arguments import check_name
+from kvmmu.arch.files import read_regular
 
 __all__ = ["CostModel"]
 
@@ -48,9 +49,8 @@ class CostModel:
 
     @classmethod
     def from_toml(cls, path: "str | PathLike[str]") -> Self:
-        """Read a model from a TOML file: the parameters as keys."""
-        with open(path, "rb") as file:
-            return cls._from_text(file.read(), str(path))
+        """Read a model from a TOML file: the parameters as keys, of those with cycles at least one."""
+        return cls._from_text(read_regular(path), str(path))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -74,6 +74,9 @@ class CostModel:
             raise ValueError(f"{where}: not TOML ({error})") from error
         for key in found:
             check_name(f"{where}: key", key, tuple(one.name for one in fields(cls)))
+        cycles = [one.name for one in fields(cls) if one.name not in ("name", "source")]
+        if not any(name in found for name in cycles):
+            raise ValueError(f"{where}: has no cycles; want one or more of {', '.join(cycles)}")
         try:
             return cls(**{"name": where} | found)
         except (ValueError, TypeError) as error:

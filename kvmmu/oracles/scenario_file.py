@@ -6,6 +6,7 @@ import zlib
 from os import PathLike
 from typing import Any
 
+from kvmmu.arch.files import check_path, open_regular
 from kvmmu.oracles.operations import check_scenario
 
 __all__ = ["read_scenarios"]
@@ -20,9 +21,9 @@ def read_scenarios(path: str | PathLike[str]) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        It is no JSON, or one is not of the form that docs/scenarios.md describes.
+        It is no regular file, no JSON, or one is not of the form that docs/scenarios.md describes.
     """
-    with open(path, "rb") as file:
+    with open_regular(check_path("path", path), ValueError) as file:
         packed = file.read(2) == _GZIP
         file.seek(0)
         try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.traces import Chunk, Recording, RecordingError, Trace
-from kvmmu.traces._files import NewFile
+from kvmmu.traces._files import NewFile, writing
 from kvmmu.traces._npz import StrPath, open_npz
 from kvmmu.traces.conversion import recording_header
 
@@ -56,17 +56,13 @@ def write_file(path: StrPath, header: dict[str, Any], arrays: Arrays) -> None:
     import json
     import zipfile
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    new = NewFile(path)
-    try:
-        with zipfile.ZipFile(new.part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with writing(path) as part:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in {_HEADER: text, **arrays}.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-        with open(new.part, "rb") as part:
-            os.fsync(part.fileno())                     # before its name says that it is whole
-        new.finish()
-    finally:
-        new.discard()
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())                     # before its name says that it is whole
 
 
 def read_file(path: StrPath) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvmmu.arch._bits import Access
 from kvmmu.arch.arguments import check_bool, check_bools, check_choice, check_int, check_integers, check_name, check_word
+from kvmmu.arch.files import read_regular
 from kvmmu.tlb._hierarchy import TlbLevels
 from kvmmu.tlb._saved import restore_levels, save_levels
 from kvmmu.tlb.counters import KINDS, MODES, PAGES, Kind, PageSize, TlbStats, details_of
@@ -188,9 +189,11 @@ class TlbHierarchy:
 
     @classmethod
     def from_toml(cls, path: str | PathLike[str]) -> Self:
-        """Read a hierarchy from a TOML file: `[[level]]` tables with the fields of `TlbLevel`, `[psc.2]` and so on, `seed`."""
-        with open(path, "rb") as file:
-            return cls._from_text(file.read(), str(path))
+        """Read a hierarchy from a TOML file: `[[level]]` tables with the fields of `TlbLevel`, `[psc.2]` and so on, `seed`.
+
+        A file without levels is refused: a hierarchy that has none is made of `TlbHierarchy([])`.
+        """
+        return cls._from_text(read_regular(path), str(path))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -231,6 +234,8 @@ class TlbHierarchy:
             if number not in ("2", "3", "4", "5"):
                 raise ValueError(f"{where}: psc.{number}: want 2 to 5, the level of the cached entries")
             psc[int(number)] = _level_of(table, f"{where}: psc.{number}", f"psc{number}")
+        if not tables:
+            raise ValueError(f"{where}: has no level; want one or more [[level]] tables with name, sets and ways")
         try:
             return cls([_level_of(table, f"{where}: level {i}") for i, table in enumerate(tables)], psc=psc,
                        seed=found.get("seed", 0), nested=nested)

@@ -1,49 +1,21 @@
-"""Files: regular ones opened for reading, new ones that take their place when they are complete, and limits of their size."""
+"""Files: new ones that take their place when they are complete, and limits of their size."""
 
 import errno
 import os
 import stat
 import weakref
-from collections.abc import Iterable
-from contextlib import suppress
-from os import PathLike
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-__all__ = ["NewFile", "check_output", "kind_of", "limit_of", "open_regular"]
+from kvmmu.arch.files import StrPath, check_path, kind_of, open_regular
 
-StrPath = str | PathLike[str]
+__all__ = ["NewFile", "StrPath", "check_output", "kind_of", "limit_of", "open_regular", "writing"]
 
-_KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
-          (stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"))
 _TRIES = 100                            # names for a temporary file, each of 64 random bits
 _NEW_MODE = 0o666                       # less the umask
 _ACCESS_MODE = 0o777
-
-
-def kind_of(mode: int) -> str | None:
-    """Return in words what `st_mode` says that a file is; None if it is a regular file."""
-    if stat.S_ISREG(mode):
-        return None
-    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a special file")
-
-
-def open_regular(path: StrPath, refusal: type[Exception]) -> BinaryIO:
-    """Open a regular file for reading; a FIFO, a socket, a device or a directory is refused at once, with `refusal`."""
-    _refuse_special(path, os.stat(path).st_mode, refusal)           # a socket cannot be opened, and a device may act on it
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        _refuse_special(path, os.fstat(fd).st_mode, refusal)        # it may be another file now
-        return os.fdopen(fd, "rb")
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _refuse_special(path: StrPath, mode: int, refusal: type[Exception]) -> None:
-    kind = kind_of(mode)
-    if kind is not None:
-        raise refusal(f"{os.fspath(path)}: is {kind}; allowed is a regular file")
 
 
 def limit_of(variable: str, default: int) -> int:
@@ -154,6 +126,25 @@ class NewFile:
     def discard(self) -> None:
         """Remove the temporary file; harmless if it is gone or has got its name."""
         self._finalizer()
+
+
+@contextmanager
+def writing(path: Any, inputs: Iterable[StrPath] = ()) -> Iterator[str]:
+    """Name a temporary file for the block to write, which takes its place at `path` behind it. After an error there is none.
+
+    An OSError of the block without a name, or with that of the temporary file, gets the name `path`.
+    """
+    name = check_path("path", path)
+    new = NewFile(name, inputs)
+    try:
+        yield new.part
+        new.finish()
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, new.part):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), name) from error
+    finally:
+        new.discard()
 
 
 def all_there(paths: Iterable[Path]) -> list[Path]:

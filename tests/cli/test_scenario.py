@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -168,3 +169,12 @@ def test_nonsense_ends_with_a_sentence(tmp_path, capsys):
     assert main(["scenario", str(tmp_path)]) == 2
     assert main(["scenario", str(tmp_path / "missing")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_file_that_is_no_regular_one(tmp_path, capsys):
+    """It is refused at once, by its name: nobody may ever write to a FIFO."""
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path / "fifo", "a FIFO"), (tmp_path, "a directory"), ("/dev/null", "a character device")):
+        assert main(["scenario", str(path)]) == 2
+        assert capsys.readouterr().err == f"kvmmu: {path}: is {kind}; allowed is a regular file\n"

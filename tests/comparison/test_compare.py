@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -401,3 +402,23 @@ def test_pages_of_1g():
     chunk = {"op": np.zeros(3, np.uint8), "addr": np.arange(3, dtype=np.uint64) << np.uint64(30), "access": np.zeros(3, np.uint8)}
     found = kvmmu.compare(Trace(Header(registers=()), [chunk]), [Design(page="1g"), Design(host="nested-npt", page="1g")])
     assert [result.walks for result in found.results] == [3, 3]
+
+
+@pytest.mark.parametrize("text", ["", 'name = "mine"\nsource = "a guess"'])
+def test_costs_of_a_file_without_cycles(tmp_path, text):
+    """They would make every design free."""
+    file = tmp_path / "cost.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"cost\.toml: has no cycles; want one or more of second_level_hit, walk, guest_ref"):
+        CostModel.from_toml(file)
+    file.write_text("walk = 0")
+    assert CostModel.from_toml(file).walk == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_costs_are_read_from_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "f.toml")
+    with pytest.raises(ValueError, match=r"f\.toml: is a FIFO; allowed is a regular file"):
+        CostModel.from_toml(tmp_path / "f.toml")
+    with pytest.raises(TypeError, match="path: want a path as str or path-like, got int"):
+        CostModel.from_toml(0)

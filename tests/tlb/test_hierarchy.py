@@ -292,6 +292,37 @@ def test_toml_that_cannot_be(tmp_path, text, message):
     assert str(error.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("text", ["", "seed = 3", "level = []", "[psc.2]\nsets = 1\nways = 4"])
+def test_toml_without_levels(tmp_path, text):
+    """It is a file that somebody forgot to fill; a hierarchy without levels is made in Python."""
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.toml: has no level; want one or more \[\[level\]\] tables with name"):
+        TlbHierarchy.from_toml(path)
+    path.write_text('[[level]]\nname = "a"\nsets = 1\nways = 1\n[nested]')
+    with pytest.raises(ValueError, match=r"a\.toml: nested: has no level"):
+        TlbHierarchy.from_toml(path)
+    assert TlbHierarchy([]).levels == ()
+
+
+@pytest.mark.parametrize("path", [0, True, b"a.toml", None])
+def test_toml_of_no_path(path):
+    """An integer is no descriptor of a file that is open."""
+    with pytest.raises(TypeError, match=f"path: want a path as str or path-like, got {type(path).__name__}"):
+        TlbHierarchy.from_toml(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_toml_of_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "f.toml")
+    with pytest.raises(ValueError, match=r"f\.toml: is a FIFO; allowed is a regular file"):
+        TlbHierarchy.from_toml(tmp_path / "f.toml")
+    with pytest.raises(ValueError, match="is a directory; allowed is a regular file"):
+        TlbHierarchy.from_toml(tmp_path)
+    with pytest.raises(ValueError, match="path: is empty"):
+        TlbHierarchy.from_toml("")
+
+
 @pytest.mark.parametrize("name", TlbHierarchy.presets())
 def test_presets(name):
     """Each is read, and says where its figures are from."""
