@@ -3,12 +3,11 @@
 import argparse
 import json
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from kvmmu.cli.output import INTERRUPTED, OK
+from kvmmu.cli.output import INTERRUPTED, OK, check_outputs, cleaning_up
 from kvmmu.cli.parsing import Commands, add_phase, command
-from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
+from kvmmu.cli.sources import WHAT, add_format, files_of, open_any, path_of, toml_files
 from kvmmu.comparison.compare import compare
 from kvmmu.comparison.comparison import Comparison
 from kvmmu.comparison.cost import CostModel
@@ -51,6 +50,8 @@ def add(commands: Commands) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     tlbs: dict[str, Any] = {name: name for name in _some("tlb", args.tlb, None)}
+    check_outputs({"--parquet": args.parquet, "--html": args.html, "--plot": args.plot},
+                  [*files_of(path_of(args)), *toml_files(*tlbs, args.cost)])
     designs = _designs(_some("host", args.host, HOSTS), _some("page", args.page, PAGE_POLICIES), tlbs)
     source = open_any(args)
     title = source.name if isinstance(source, Recording) else source.header.name
@@ -62,7 +63,8 @@ def _compare(args: argparse.Namespace) -> int:
     else:
         with progress_bar(f"comparing {title or path_of(args).name}") as progress:
             found = compare(source, designs, cost=args.cost, progress=progress)
-    _write(found, args)
+    with cleaning_up():
+        _write(found, args)
     if args.json:
         say(json.dumps(found.to_dict()))
     elif args.csv:
@@ -97,11 +99,9 @@ def _designs(hosts: list[str], pages: list[str], tlbs: dict[str, Any]) -> list[D
 
 
 def _write(found: Comparison, args: argparse.Namespace) -> None:
-    if args.parquet:
+    if args.parquet is not None:
         found.to_parquet(args.parquet)
-    if args.html:
+    if args.html is not None:
         found.to_html(args.html)
-    if args.plot:
-        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot: {args.plot} has another suffix; want .png, .svg or .pdf")
+    if args.plot is not None:
         found.plot(args.plot)

@@ -5,13 +5,12 @@ import json
 import os
 from pathlib import Path
 
-from kvmmu.cli.output import OK, cleaning_up
+from kvmmu.cli.output import OK, check_outputs, cleaning_up
 from kvmmu.cli.parsing import Commands, add_phase, command, count
 from kvmmu.cli.sources import WHAT, add_format, files_of, open_any, path_of
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.terminal import printable, say
 from kvmmu.traces import Recording, convert
-from kvmmu.traces._files import check_output
 from kvmmu.traces.parquet import COMPRESSIONS, LAYOUTS
 
 __all__ = ["add"]
@@ -43,7 +42,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    check_output(args.out, files_of(path_of(args)))
+    check_outputs({"OUT.parquet": args.out}, files_of(path_of(args)))
     if Path(args.out).suffix.lower() in _OTHER_FORMATS:
         raise ValueError(f"{args.out}: what is written is a Parquet trace; give it a name that ends in .parquet")
     source = open_any(args)

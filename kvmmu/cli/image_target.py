@@ -6,7 +6,7 @@ from typing import Any
 
 import kvmmu
 from kvmmu.cli.parsing import add_phase, address
-from kvmmu.cli.sources import open_with_tables
+from kvmmu.cli.sources import files_of, open_with_tables, path_of
 from kvmmu.images import Image, is_image, open_image
 from kvmmu.replay.recorded_machine import trace_start
 from kvmmu.replay.register_events import use_context
@@ -17,9 +17,11 @@ from kvmmu.traces.opening import find_format
 from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_registers", "add_target", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
+__all__ = ["add_image_options", "add_registers", "add_target", "image_of", "image_vcpu", "image_files", "source_vcpu", "space_of",
+           "target_files", "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
+_VMWARE = (".vmem", ".vmss", ".vmsn")      # files of an image that lie beside each other
 _MODES = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
 
 
@@ -59,6 +61,18 @@ def image_of(args: argparse.Namespace) -> Image | None:
     for damage in image.damage:
         warn(f"kvmmu: {path}: {damage}")
     return image
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """Return the files that an image may be read from."""
+    path = Path(path)
+    return [path.with_suffix(suffix) for suffix in _VMWARE] if path.suffix in _VMWARE else [path]
+
+
+def target_files(args: argparse.Namespace) -> list[Path]:
+    """Return the files that what the arguments name may be read from."""
+    path = path_of(args)
+    return [*files_of(path), *image_files(path)]
 
 
 def _is_trace(path: str) -> bool:

@@ -3,14 +3,17 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from kvmmu.arch.files import NewFile, StrPath
 from kvmmu.replay.terminal import StreamError
+from kvmmu.report.figure import check_figure_path
 
-__all__ = ["BAD", "BUG", "INTERRUPTED", "MISMATCH", "OK", "Deadly", "cleaning_up", "drop_output", "flush", "stopping"]
+__all__ = ["BAD", "BUG", "INTERRUPTED", "MISMATCH", "OK", "Deadly", "check_outputs", "cleaning_up", "drop_output", "flush",
+           "stopping"]
 
 OK, MISMATCH, BAD, BUG, INTERRUPTED = 0, 1, 2, 3, 130           # exit status
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
@@ -32,6 +35,27 @@ def drop_output() -> None:
     """Let what Python still wants to flush at exit go nowhere."""
     with suppress(AttributeError, OSError, ValueError):             # no stdout, or none with a descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[StrPath]) -> None:
+    """Refuse files to write, by option, before any work: those that are read, those of two options, and what cannot be written.
+
+    The option `--plot` also has to name a format of figures.
+    """
+    inputs, known = list(inputs), dict[str, str]()
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if not path:
+            raise ValueError(f"{option}: is empty; want the name of a file")
+        if option == "--plot":
+            check_figure_path(option, path)
+        target = os.path.realpath(path)
+        if target in known:
+            raise ValueError(f"{option} {path}: is the file of {known[target]}, too; want another file")
+        known[target] = option
+        with cleaning_up():
+            NewFile(path, inputs).discard()             # its folder can be written
 
 
 class Deadly(BaseException):

@@ -3,16 +3,14 @@
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-from kvmmu.cli.image_target import add_target, image_of, space_of, target_vcpu
-from kvmmu.cli.output import OK, cleaning_up
+from kvmmu.arch.files import writing
+from kvmmu.cli.image_target import add_target, image_of, space_of, target_files, target_vcpu
+from kvmmu.cli.output import OK, check_outputs, cleaning_up
 from kvmmu.cli.parsing import Commands, address, command
-from kvmmu.cli.sources import files_of, path_of
 from kvmmu.replay.terminal import printable, say, write
 from kvmmu.report.address_space import mapping_lines, plot_mappings, summary
 from kvmmu.traces._arrow import pyarrow
-from kvmmu.traces._files import NewFile
 from kvmmu.walk.mapped import Mappings
 
 __all__ = ["add"]
@@ -46,6 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def _pt(args: argparse.Namespace) -> int:
+    check_outputs({"--parquet": args.parquet, "--plot": args.plot}, target_files(args))
     name, vcpu = target_vcpu(args, image_of(args))
     if args.stop is not None and args.stop < args.start:
         raise ValueError(f"--stop {args.stop:#x}: lies below --start {args.start:#x}")
@@ -56,7 +55,8 @@ def _pt(args: argparse.Namespace) -> int:
     only = True if args.wx else None
     found = found.where(writable=only, executable=only, user=True if args.user else None, size=_SIZES[args.size])
     if args.plot is not None:
-        plot_mappings(found, args.plot, title=f"{name}: {space_of(vcpu)}")
+        with cleaning_up():
+            plot_mappings(found, args.plot, title=printable(f"{name}: {space_of(vcpu)}"))
     if args.json:
         rows = [dict(zip(_names(), row, strict=True)) for row in _rows(found)]
         regs = {name: getattr(vcpu.regs, name) for name in ("cr0", "cr3", "cr4", "efer")}
@@ -64,7 +64,7 @@ def _pt(args: argparse.Namespace) -> int:
     elif args.csv:
         _write_lines([",".join(_names()), *(",".join(_csv(value) for value in row) for row in _rows(found))])
     elif args.parquet is not None:
-        _write_parquet(found, args.parquet, files_of(path_of(args)))
+        _write_parquet(found, args.parquet)
     elif args.plot is not None:
         say(f"{name}: {space_of(vcpu)}")
         say(f"{printable(args.plot)}: {summary(found)}")
@@ -94,11 +94,9 @@ def _write_lines(lines: list[str]) -> None:
         write("\n".join(lines[start:start + _LINES]) + "\n")
 
 
-def _write_parquet(found: Mappings, path: str, inputs: list[Path]) -> None:
+def _write_parquet(found: Mappings, path: str) -> None:
     arrow, columns = pyarrow(), found.to_dict()
     table = arrow.table({name: columns[column] for name, column in zip(_names(), _COLUMNS, strict=True)})
-    with cleaning_up():
-        file = NewFile(path, inputs)
-        arrow.parquet.write_table(table, file.part)
-        file.finish()
+    with cleaning_up(), writing(path) as part:
+        arrow.parquet.write_table(table, part)
     say(f"{printable(path)}: {len(found):,} ranges")

@@ -4,10 +4,10 @@ import argparse
 import json
 from typing import Any
 
-from kvmmu.cli.image_target import add_registers, image_vcpu
-from kvmmu.cli.output import MISMATCH, OK, Deadly, flush, stopping
+from kvmmu.cli.image_target import add_registers, image_files, image_vcpu
+from kvmmu.cli.output import MISMATCH, OK, Deadly, check_outputs, flush, stopping
 from kvmmu.cli.parsing import Commands, add_phase, command
-from kvmmu.cli.sources import WHAT, add_format, open_any, path_of
+from kvmmu.cli.sources import WHAT, add_format, files_of, open_any, path_of, toml_files
 from kvmmu.cli.synthetic import synthetic_tables
 from kvmmu.images import open_image
 from kvmmu.mmu.host import Host
@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
     run.add_argument("--backing", choices=("4k", "2m", "1g"), help="with --machine: pages of the host (default: 2m)")
     keep = run.add_argument_group("a long replay")
     keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
-    keep.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how often (default: 60)")
+    keep.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="how often (default: 60)")
     keep.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same trace and options")
     run.add_argument("--scheduler", metavar="ADDRESS", help="replay a Parquet trace of accesses alone in parts: threads, "
                      "processes, or the address of a scheduler of Dask (extra dask; docs/scale.md)")
@@ -71,6 +71,12 @@ def add(commands: Commands) -> None:
 
 
 def _replay(args: argparse.Namespace) -> int:
+    if args.checkpoint_every is not None and args.checkpoint is None:
+        raise ValueError(f"--checkpoint-every {args.checkpoint_every:g}: no checkpoints are written; allowed with --checkpoint "
+                         "FILE")
+    every = 60.0 if args.checkpoint_every is None else args.checkpoint_every
+    check_outputs({"--checkpoint": args.checkpoint},        # which may be that of --resume
+                  [*files_of(path_of(args)), *image_files(args.image or ""), *toml_files(args.tlb)])
     source = open_any(args)
     if args.image is not None and isinstance(source, Recording):
         raise ValueError(f"--image {args.image}: {path_of(args)} is a recording, which brings its own memory; "
@@ -82,7 +88,7 @@ def _replay(args: argparse.Namespace) -> int:
             with progress_bar(f"replaying {' '.join(filter(None, (titled.name, titled.phase)))}",
                               args.resume is not None) as progress:
                 report = replay(source, progress=_progress(progress, args), tlb=args.tlb, checkpoint=args.checkpoint,
-                                checkpoint_every=args.checkpoint_every, resume=args.resume, scheduler=args.scheduler, **order,
+                                checkpoint_every=every, resume=args.resume, scheduler=args.scheduler, **order,
                                 **_machine(args))
         except (ReplayInterrupted, TraceError) as stop:
             if stop.report is not None and stop.report.accesses:

@@ -11,7 +11,8 @@ from kvmmu.traces.opening import find_format, formats
 from kvmmu.traces.recording import recording_files
 from kvmmu.traces.source import is_recording, open_source
 
-__all__ = ["BUNDLED", "WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of"]
+__all__ = ["BUNDLED", "WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of",
+           "toml_files"]
 
 _BOOLEANS = {"yes": True, "no": False, "true": True, "false": False}
 
@@ -46,6 +47,11 @@ def files_of(path: Path) -> list[Path]:
     if is_recording(path):
         return recording_files(path)
     return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] if path.exists() else []
+
+
+def toml_files(*names: str | None) -> list[Path]:
+    """Return the files among the names of presets and TOML files."""
+    return [Path(name) for name in names if name is not None and name.endswith(".toml")]
 
 
 def format_options(args: argparse.Namespace, path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from kvmmu.arch._bits import Access, Status
 from kvmmu.arch.faults import error_code_text
-from kvmmu.cli.image_target import add_image_options, image_of, image_vcpu, source_vcpu
-from kvmmu.cli.output import MISMATCH, OK
+from kvmmu.cli.image_target import add_image_options, image_of, image_vcpu, source_vcpu, target_files
+from kvmmu.cli.output import MISMATCH, OK, check_outputs, cleaning_up
 from kvmmu.cli.parsing import Commands, access_of, add_phase, address, command
 from kvmmu.cli.sources import open_with_tables
 from kvmmu.replay.terminal import say
@@ -46,6 +46,7 @@ def add(commands: Commands) -> None:
 def _walk(args: argparse.Namespace) -> int:
     if args.plot is not None and len(args.gva) > 1:
         raise ValueError(f"--plot: a figure shows one walk, got {len(args.gva)} addresses")
+    check_outputs({"--plot": args.plot}, target_files(args))
     image, source = image_of(args), None
     if image is None:
         source = open_with_tables(args)
@@ -58,7 +59,8 @@ def _walk(args: argparse.Namespace) -> int:
     records = [vcpu.gva_walk.walk_record(gva, args.access) for gva in args.gva]
     seconds = time.perf_counter() - started
     if args.plot is not None:
-        plot_walk(records[0], args.plot)
+        with cleaning_up():
+            plot_walk(records[0], args.plot)
     recorded = [_recorded_gpas(source, ctx, record.gva) if isinstance(source, Recording) else [] for record in records]
     verified = [record.gpa in gpas for record, gpas in zip(records, recorded, strict=True)]
     # the tables of a dyn phase move on: an address recorded later proves nothing about its start

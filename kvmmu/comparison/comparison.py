@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch.files import writing
 from kvmmu.comparison.cost import CostModel
 from kvmmu.comparison.design import Design
 from kvmmu.comparison.machines import HostRun
@@ -208,15 +209,19 @@ class Comparison:
         return text.getvalue()
 
     def to_parquet(self, path: str | PathLike[str]) -> None:
-        """Write the designs as a Parquet file, a row each.
+        """Write the designs as a Parquet file, a row each: whole, or not at all.
 
         Raises
         ------
         ImportError
             PyArrow is missing.
+        OSError
+            The file cannot be written, or there is something else than a regular file.
         """
         arrow = pyarrow()
-        arrow.parquet.write_table(arrow.table(self.columns()), path)
+        table = arrow.table(_encodable(self.columns()))
+        with writing(path) as part:
+            arrow.parquet.write_table(table, part)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Draw the comparison: misses over TLB size, references, walks by references, exits over time, the address space.
@@ -234,18 +239,20 @@ class Comparison:
         ------
         ImportError
             matplotlib is missing.
+        ValueError, OSError
+            `path` has another suffix, or cannot be written.
         """
         from kvmmu.report.comparison_figure import plot_comparison
 
         return plot_comparison(self.data(), path)
 
     def to_html(self, path: str | PathLike[str] | None = None) -> str:
-        """Return the comparison as one HTML page that needs no network; save it if there is a path."""
+        """Return the comparison as one HTML page that needs no network; save it if there is a path: whole, or not at all."""
         from kvmmu.report.comparison_page import comparison_page
 
         text = comparison_page(self.data())
         if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
+            with writing(path) as part, open(part, "w", encoding="utf-8") as file:
                 file.write(text)
         return text
 
@@ -256,12 +263,22 @@ class Comparison:
 
     def data(self) -> dict[str, Any]:
         """Return what the pictures are drawn from: `to_dict()`, exits and faults over time, and regions of the address space."""
-        return self.to_dict() | {
-            "tables": self.tables(), "regions": {page: rows.tolist() for page, rows in self.regions.items()},
-            "exits_over_time": {result.design.name: _over_time(result.host.position, result.host.count)
+        found: dict[str, Any] = _encodable(self.to_dict())
+        return found | {
+            "tables": _encodable(self.tables()), "regions": {page: rows.tolist() for page, rows in self.regions.items()},
+            "exits_over_time": {_encodable(result.design.name): _over_time(result.host.position, result.host.count)
                                 for result in self.results if result.host.position.size},
             "faults_over_time": {name: _over_time(positions, np.ones(positions.size, np.uint64))
                                  for name, positions in self.faults.items() if positions.size}}
+
+
+def _encodable(value: Any) -> Any:
+    """Return plain data whose texts have no lone surrogates, as a file name that is no UTF-8 has: they are \\udcff there."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def curve_points(curve: NDArray[np.uint64]) -> list[list[int]]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch.files import NewFile, writing
 from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.traces import Chunk, Recording, RecordingError, Trace
-from kvmmu.traces._files import NewFile, writing
 from kvmmu.traces._npz import StrPath, open_npz
 from kvmmu.traces.conversion import recording_header
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvmmu.arch._bits import Acc
-from kvmmu.report.figure import matplotlib_or_error
+from kvmmu.report.figure import check_figure_path, matplotlib_or_error, save_figure
 from kvmmu.walk.mapped import Mapping, Mappings
 
 __all__ = ["mapping_lines", "plot_mappings", "summary"]
@@ -91,8 +91,12 @@ def plot_mappings(mappings: Mappings, path: str | PathLike[str] | None = None, *
     ------
     ImportError
         matplotlib is missing.
+    ValueError, OSError
+        `path` has another suffix, or cannot be written.
     """
     matplotlib = matplotlib_or_error()
+    if path is not None:
+        check_figure_path("path", path)
     rows = _groups(mappings)
     left_out = max(0, len(rows) - _ROWS)
     if left_out:
@@ -113,7 +117,7 @@ def plot_mappings(mappings: Mappings, path: str | PathLike[str] | None = None, *
     axes.legend(handles=[matplotlib.patches.Patch(color=colour, label=label) for label, colour in _COLOURS], fontsize=7, ncols=4,
                 loc="upper center", bbox_to_anchor=(0.4, -0.5 / figure.get_figheight()), frameon=False)
     if path is not None:
-        figure.savefig(path)
+        save_figure(figure, path)
     return figure
 
 

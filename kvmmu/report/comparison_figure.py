@@ -17,7 +17,7 @@ from kvmmu.report.comparison_data import (
     refs_bars,
     refs_shares,
 )
-from kvmmu.report.figure import matplotlib_or_error
+from kvmmu.report.figure import check_figure_path, matplotlib_or_error, save_figure
 
 __all__ = ["plot_comparison"]
 
@@ -44,8 +44,12 @@ def plot_comparison(data: dict[str, Any], path: str | PathLike[str] | None = Non
     ------
     ImportError
         matplotlib is missing.
+    ValueError, OSError
+        `path` has another suffix, or cannot be written.
     """
     matplotlib = matplotlib_or_error()
+    if path is not None:
+        check_figure_path("path", path)
     maps = [(page, *groups_of(regions)) for page, regions in data["regions"].items() if regions][:1]
     bars = 0.9 + _ROW * len(data["designs"])
     map_rows = max((len(groups) for _, groups, _ in maps), default=0)
@@ -69,7 +73,7 @@ def plot_comparison(data: dict[str, Any], path: str | PathLike[str] | None = Non
     for page, groups, left_out in maps:
         _map(figure.add_subplot(grid[3, :]), page, groups, left_out, matplotlib)
     if path is not None:
-        figure.savefig(path)
+        save_figure(figure, path)
     return figure
 
 

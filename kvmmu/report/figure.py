@@ -1,10 +1,12 @@
 """A walk as a figure: its entries in the order of their reads, in two stages as the grid of the manuals. Needs matplotlib."""
 
+import os
 import textwrap
 from typing import TYPE_CHECKING, Any
 
 from kvmmu.arch._bits import Status
 from kvmmu.arch.faults import access_text, nested_title
+from kvmmu.arch.files import check_path, writing
 from kvmmu.arch.words import rights_text
 from kvmmu.walk.record import WalkRecord, WalkStep, size_text
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["matplotlib_or_error", "plot_walk"]
+__all__ = ["FIGURE_SUFFIXES", "check_figure_path", "matplotlib_or_error", "plot_walk", "save_figure"]
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 # All lengths are inches, which are also the units of the axes.
 _CELL_WIDTH, _CELL_HEIGHT = 1.78, 0.92
@@ -48,6 +52,22 @@ def matplotlib_or_error() -> Any:
     return matplotlib
 
 
+def check_figure_path(name: str, path: "str | PathLike[str]") -> str:
+    """Return the format of a figure by the suffix of the path that it is to be saved at."""
+    suffix = os.path.splitext(check_path(name, path))[1].lower()
+    if suffix not in FIGURE_SUFFIXES:
+        raise ValueError(f"{name}: {os.fspath(path)} ends in {suffix or 'no suffix'}; want {', '.join(FIGURE_SUFFIXES[:-1])} "
+                         f"or {FIGURE_SUFFIXES[-1]}")
+    return suffix[1:]
+
+
+def save_figure(figure: "Figure", path: "str | PathLike[str]") -> None:
+    """Save a figure: whole, or not at all."""
+    kind = check_figure_path("path", path)
+    with writing(path) as part:
+        figure.savefig(part, format=kind)
+
+
 def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax: "Axes | None" = None) -> "Figure":
     """Draw one walk: each entry with its index, place, rights and flags, numbered in the order of the reads.
 
@@ -72,8 +92,12 @@ def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax:
     ------
     ImportError
         matplotlib is missing.
+    ValueError, OSError
+        `path` has another suffix, or cannot be written.
     """
     matplotlib = matplotlib_or_error()
+    if path is not None:
+        check_figure_path("path", path)
     drawing = _Drawing(record)
     figure = None if ax is None else ax.get_figure(root=True)
     if ax is None or figure is None:
@@ -81,7 +105,7 @@ def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax:
         ax = figure.add_axes((0, 0, 1, 1))
     drawing.draw(ax)
     if path is not None:
-        figure.savefig(path)
+        save_figure(figure, path)
     return figure
 
 

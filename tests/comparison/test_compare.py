@@ -394,7 +394,7 @@ def test_figure(tmp_path, capsys):
     assert all(axes.get_xlabel() for axes in figure.axes[:6])
     assert (tmp_path / "out.svg").stat().st_size > 10_000
     assert main(["compare", "bundled-lackey", "--plot", "out.bmp"]) == 2
-    assert "another suffix" in capsys.readouterr().err
+    assert "--plot: out.bmp ends in .bmp; want .png, .svg or .pdf" in capsys.readouterr().err
 
 
 def test_pages_of_1g():

@@ -248,8 +248,24 @@ def test_the_command_draws_one_walk(tmp_path, capsys):
 
 
 def test_a_format_that_matplotlib_does_not_write(tmp_path, capsys):
-    assert cli.main(["walk", "bundled", "0x402000", "--plot", str(tmp_path / "walk.xyz")]) == 2
-    assert "kvmmu: Format 'xyz' is not supported" in capsys.readouterr().err
+    """Allowed is what the help says, the same for all commands and functions, also if matplotlib writes more."""
+    for name, suffix in (("walk.xyz", ".xyz"), ("walk.jpg", ".jpg"), ("walk", "no suffix"), (".png", "no suffix")):
+        path = tmp_path / name
+        for command in (["walk", "bundled", "0x402000"], ["pt", "bundled"], ["compare", "bundled-lackey"]):
+            assert cli.main([*command, "--plot", str(path)]) == 2
+            assert capsys.readouterr().err == f"kvmmu: --plot: {path} ends in {suffix}; want .png, .svg or .pdf\n"
+        with pytest.raises(ValueError, match=f"path: .* ends in {suffix}; want .png, .svg or .pdf"):
+            kvmmu.plot_walk(flat_record("4l"), path)
+    with pytest.raises(ValueError, match="path: is empty"):
+        kvmmu.plot_walk(flat_record("4l"), "")
+    with pytest.raises(TypeError, match="path: want a path as str or path-like, got int"):
+        kvmmu.plot_walk(flat_record("4l"), 5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suffix_is_of_any_case(tmp_path):
+    kvmmu.plot_walk(flat_record("4l"), tmp_path / "walk.PNG")
+    assert (tmp_path / "walk.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib(monkeypatch):
