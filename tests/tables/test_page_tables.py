@@ -531,3 +531,14 @@ def test_page_tables_of_several_threads():
     there = np.arange(80_000) // 4 % 2 == 1
     assert ((t.status == Status.OK) == there).all()
     assert (t.gpa[there] >> np.uint64(12) == np.flatnonzero(there)).all()
+
+
+def test_a_page_set_of_several_threads():
+    gva = np.random.default_rng(0).integers(0, 1 << 40, 200_000, np.uint64)
+    pages = np.unique(gva >> np.uint64(12))
+    for _ in range(3):
+        found, counts = PageSet(), []
+        in_threads(*[lambda found=found, counts=counts: counts.append(found.add(gva)) for _ in range(4)],
+                   lambda found=found: [found.pages() for _ in range(20)])
+        assert sum(counts) == len(found) == pages.size
+        assert (found.pages() == pages).all()
