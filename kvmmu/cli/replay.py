@@ -152,7 +152,7 @@ def _show(report: Report, as_json: bool) -> None:
         return
     tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
     if isinstance(report, MachineReport):
-        tables = tables[:2] + machine_tables(report)
+        tables += machine_tables(report)
     show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))
     for example in report.examples:
         say(f"MISMATCH {example}")
