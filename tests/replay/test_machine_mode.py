@@ -296,6 +296,28 @@ def test_the_command_on_the_machine_of_an_image(tmp_path, capsys):
     assert [words[-1] for words in told] == ["1", "2"]
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    (["--machine", "ept"], "--machine ept: TRACE brings no registers and page tables; want --image FILE, too, or no --machine; "
+     "kvmmu compare runs such a trace under several hosts"),
+    (["--machine", "ept", "--page", "2m", "--pager"], "--page, --pager: a machine runs on the page tables that there are; "
+     "allowed without --machine"),
+    (["--machine", "npt", "--image", "IMAGE", "--checkpoint", "x"],
+     "--checkpoint: the state of a whole machine is not kept in a file; allowed without --machine"),
+    (["--machine", "npt", "--image", "IMAGE", "--resume", "x"],
+     "--resume: the state of a whole machine is not kept in a file; allowed without --machine"),
+    (["--image", "IMAGE", "--checkpoint", "x"], "--checkpoint: the memory of an image is not kept in a file; allowed without "
+     "--image"),
+    (["--machine", "npt", "--image", "IMAGE", "--scheduler", "threads"],
+     "--scheduler threads: a machine runs in one process; allowed without --machine")])
+def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
+    """Messages name options and commands, not arguments and functions of Python."""
+    image, trace = tmp_path / "dump.elf", tmp_path / "trace.csv"
+    image.write_bytes(image_files.qemu_core(image_files.Guest()))
+    trace.write_text("va,type\n0x400000,R\n")
+    assert main(["replay", str(trace), *(str(image) if option == "IMAGE" else option for option in options)]) == 2
+    assert capsys.readouterr().err == f"kvmmu: {message.replace('TRACE', str(trace))}\n"
+
+
 def test_command(capsys):
     path = str(DATA / "linux" / "l5")
     assert main(["replay", path, "--machine", "npt", "--backing", "4k"]) == 0
