@@ -92,6 +92,8 @@ def plot_mappings(mappings: Mappings, path: str | PathLike[str] | None = None, *
     ImportError
         matplotlib is missing.
     """
+    if not isinstance(mappings, Mappings):
+        raise TypeError(f"mappings: want a Mappings, got {type(mappings).__name__}")
     matplotlib = matplotlib_or_error()
     rows = _groups(mappings)
     left_out = max(0, len(rows) - _ROWS)

@@ -1,7 +1,7 @@
 """Pager: demand paging, as a guest kernel's page-fault handler does it."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,6 +83,11 @@ class Pager(PageTables):
         top = min(shape.below, 1 << check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX))
         self._region = _growing_region(top) if mem is None else _region_of(mem)
         super().__init__(self._region.mem, mode, frames=self._region)
+
+    @classmethod
+    def for_addresses(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a pager maps addresses as they are touched."""
+        raise TypeError("for_addresses: a Pager maps pages as they are touched; want PageTables.for_addresses(), or touch(gva)")
 
     def __repr__(self) -> str:
         return f"Pager({self.page!r}, {self.frames!r}, mode={self.mode!r}: {self.faults} faults, {self.pages} pages)"

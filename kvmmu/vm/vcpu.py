@@ -554,6 +554,8 @@ class Vcpu(PartOfMachine):
             if out is not None:
                 raise ValueError("out: is for arrays")
             return (self._made or self._machine()).access_one(gva, access, self.rip)  # type: ignore[arg-type]  # checked there
+        if out is not None and not isinstance(out, Accesses):
+            raise TypeError(f"out: want an Accesses or None, got {type(out).__name__}")
         columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
         self._machine().access(gva, access, columns.arrays())
         return columns
