@@ -67,6 +67,7 @@ class Pager(PageTables):
     Notes
     -----
     Pages can be read, written and executed by user and supervisor. Copy-on-write, the page cache and NUMA are not modelled.
+    Threads may touch pages of one pager, and replay traces with it: the pages are those of all, and so are the counters.
 
     Examples
     --------
@@ -141,12 +142,13 @@ class Pager(PageTables):
         if not self._edited:
             small, large = self._filler.small_pages, self._filler.large_pages
             return (small, large) if self._level == 1 else (0, small + large)
-        entries, large = self._present_entries([self.root]), 0
-        for level in range(self._shape.levels, 1, -1):
-            pages = entries & np.uint64(Pte.PAGE_SIZE if level in self._shape.sizes.values() else 0) != 0
-            large += int(np.count_nonzero(pages))
-            entries = self._present_entries((entries[~pages] & np.uint64(GPA_LIMIT - PAGE_SIZE)).tolist())
-        return entries.size, large
+        with self._lock:
+            entries, large = self._present_entries([self.root]), 0
+            for level in range(self._shape.levels, 1, -1):
+                pages = entries & np.uint64(Pte.PAGE_SIZE if level in self._shape.sizes.values() else 0) != 0
+                large += int(np.count_nonzero(pages))
+                entries = self._present_entries((entries[~pages] & np.uint64(GPA_LIMIT - PAGE_SIZE)).tolist())
+            return entries.size, large
 
     def _present_entries(self, tables: list[int]) -> NDArray[np.uint64]:
         data = b"".join(self.mem.read(table, PAGE_SIZE) for table in tables)
@@ -194,9 +196,10 @@ class Pager(PageTables):
             raise ValueError(f"gva: {int(addr[row]):#x} (row {row}) is wider than the {bits} bits of mode {self.mode!r}")
         if size is not None:
             size = _checked_sizes(size, addr.size)
-        before = self.faults
-        self._touch(addr, size, 0, addr.size)
-        return self.faults - before
+        with self._lock:
+            before = self.faults
+            self._touch(addr, size, 0, addr.size)
+            return self.faults - before
 
     def _touch_until_promotion(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, start: int) -> int:
         """Touch addresses from row `start` on, up to one that makes a large page replace small ones.
@@ -208,7 +211,8 @@ class Pager(PageTables):
         int
             The first row that was not touched. Row `start` always is, whatever it makes.
         """
-        return self._touch(addr, size, start, start + 1)
+        with self._lock:
+            return self._touch(addr, size, start, start + 1)
 
     def _touch(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, done: int, pauses_from: int) -> int:
         before, tries = (-1, -1, -1), 0
