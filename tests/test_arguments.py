@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integers, flags, bytes and masked arrays as callers pass them: taken whatever their width, or refused by name."""
 
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -42,11 +43,13 @@ from kvmmu import (
     PageFormat,
     Pml,
     Regs,
+    TlbHierarchy,
     Tracepoints,
     Translation,
 )
 from kvmmu.arch.arguments import check_bytes, check_integers
 from kvmmu.oracles import run_scenario
+from kvmmu.report.address_space import plot_mappings
 from kvmmu.traces import Header, ParquetTrace, RegisterSet, Stage, convert
 
 NUMPY = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
@@ -361,6 +364,30 @@ def test_numbers_in_the_text_of_a_header():
         assert good in text
         with pytest.raises(kvmmu.traces.TraceError, match="header"):
             Header.from_json(text.replace(good, bad))
+
+
+def test_objects_of_another_kind():
+    """The message names the argument and what is allowed."""
+    vcpu = paging_off()
+    gva = np.zeros(3, np.uint64)
+    stats = TlbHierarchy.preset("skylake").stats()
+    record = vcpu.gva_walk.walk_record(0)
+    for call, words in [
+            (lambda: kvmmu.PageTables.for_addresses("x", gva), "mem: want a GuestMemory or None, got str"),
+            (lambda: vcpu.access(gva, out=gva), "out: want an Accesses or None, got ndarray"),
+            (lambda: kvmmu.regs_from_vmcb(None, PAGE), "mem: want a GuestMemory or another object with is_backed() and read(), "
+                                                       "got NoneType"),
+            (lambda: kvmmu.npt_from_vmcb(b"", PAGE, cr4=0, efer=0), "mem: want a GuestMemory or another object with"),
+            (lambda: kvmmu.ept_from_vmcs12(5, PAGE), "mem: want a GuestMemory or another object with"),
+            (lambda: kvmmu.plot_walk(5), "record: want a WalkRecord, got int"),
+            (lambda: kvmmu.plot_walk(record, 5), "path: want a path or None, got int"),
+            (lambda: kvmmu.plot_walk(record, None, 5), "ax: want an Axes of matplotlib or None, got int"),
+            (lambda: plot_mappings([]), "mappings: want a Mappings, got list"),
+            (lambda: stats.under_host(None, gva), "host: want a TlbStats, got NoneType"),
+            (lambda: stats.under_host(stats, None), "by_refs: want an ndarray of uint64, got NoneType"),
+            (lambda: kvmmu.Pager.for_addresses(None, gva), "for_addresses: a Pager maps pages as they are touched; want ")]:
+        with pytest.raises(TypeError, match=f"^{re.escape(words)}"):
+            call()
 
 
 # ---- the checks themselves -------------------------------------------------------------------------------------------------

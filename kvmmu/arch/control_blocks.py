@@ -58,6 +58,8 @@ class _Block:
     """The page of one control block."""
 
     def __init__(self, mem: Memory, gpa: int, name: str) -> None:
+        if not (hasattr(mem, "is_backed") and hasattr(mem, "read")):
+            raise TypeError(f"mem: want a GuestMemory or another object with is_backed() and read(), got {type(mem).__name__}")
         gpa = check_pages(f"{name.lower()}_gpa", gpa, 0, GPA_LIMIT - 1)
         if not mem.is_backed(gpa, PAGE_SIZE):
             raise ValueError(f"{name}: no memory at {gpa:#x}")

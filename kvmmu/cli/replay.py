@@ -81,7 +81,9 @@ def _replay(args: argparse.Namespace) -> int:
     if args.image is not None and isinstance(source, Recording):
         raise ValueError(f"--image {args.image}: {path_of(args)} is a recording, which brings its own memory; "
                          "allowed with traces")
-    order = _order(args, isinstance(source, Recording) or bool(source.header.registers))
+    has_tables = isinstance(source, Recording) or bool(source.header.registers)
+    _check_combination(args, has_tables)
+    order = _order(args, has_tables)
     titled = source if isinstance(source, Recording) else source.header
     with stopping() as ended_by:
         try:
@@ -103,6 +105,25 @@ def _replay(args: argparse.Namespace) -> int:
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
     _show(report, args.json)
     return MISMATCH if report.mismatches else OK
+
+
+def _check_combination(args: argparse.Namespace, has_tables: bool) -> None:
+    """Refuse options that do not go together, by their names on the command line."""
+    of_tables = [f"--{name}" for name in ("mode", "page", "frames", "pager") if getattr(args, name)]
+    kept = [f"--{name}" for name in ("checkpoint", "resume") if getattr(args, name) is not None]
+    if args.machine is None:
+        if kept and args.image is not None:
+            raise ValueError(f"{kept[0]}: the memory of an image is not kept in a file; allowed without --image")
+        return
+    if of_tables and args.image is None:
+        raise ValueError(f"{', '.join(of_tables)}: a machine runs on the page tables that there are; allowed without --machine")
+    if not has_tables and args.image is None:
+        raise ValueError(f"--machine {args.machine}: {path_of(args)} brings no registers and page tables; want --image FILE, "
+                         "too, or no --machine; kvmmu compare runs such a trace under several hosts")
+    if kept:
+        raise ValueError(f"{kept[0]}: the state of a whole machine is not kept in a file; allowed without --machine")
+    if args.scheduler is not None:
+        raise ValueError(f"--scheduler {args.scheduler}: a machine runs in one process; allowed without --machine")
 
 
 def _progress(progress: Any, args: argparse.Namespace) -> Any:
@@ -158,7 +179,7 @@ def _show(report: Report, as_json: bool) -> None:
         return
     tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
     if isinstance(report, MachineReport):
-        tables = tables[:2] + machine_tables(report)
+        tables += machine_tables(report)
     show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))
     for example in report.examples:
         say(f"MISMATCH {example}")

@@ -18,8 +18,8 @@ from kvmmu.arch.registers import Regs, pdpte_gpas
 from kvmmu.replay.checkpoint import Checkpoints
 from kvmmu.replay.machine_start import BACKINGS, Backing, HostKind, MachineStart, given_machine, made_machine
 from kvmmu.replay.register_events import Context, pdptrs_at, registers_of
-from kvmmu.replay.result import ReplayInterrupted, Report
-from kvmmu.replay.row_run import MakeTlbs
+from kvmmu.replay.result import ReplayInterrupted, Report, failed_walks
+from kvmmu.replay.row_run import MakeTlbs, fault_text, mode_of
 from kvmmu.replay.trace_replay import replay_trace, with_file
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.tlb.processor import invpcid_operands
@@ -33,6 +33,7 @@ __all__ = ["SHADOW_EXITS", "MachineReport", "replay_machine"]
 # Instructions and events that a host with shadow paging intercepts, and one with two-dimensional paging does not
 SHADOW_EXITS = {Op.MOV_CR3: "MOV to CR3", Op.INVLPG: "INVLPG", Op.INVPCID: "INVPCID", Op.PAGE_FAULT: "guest page faults"}
 _SAMPLES = 256                                  # of dirty pages over time
+_CONTEXTS = 1024                                # that are told from each other, to count them
 _EXITS_TO_L1 = (Status.EPT_VIOLATION, Status.EPT_MISCONFIG, Status.NESTED_PAGE_FAULT, Status.PML_FULL)
 _FLUSHES = ("tlb_flush", "remote_tlb_flush", "remote_tlb_flush_requests")
 Progress = Callable[[int, int], object]
@@ -164,11 +165,15 @@ class _MachineRun:
             raise ValueError("host: a nested guest with a second stage runs in the trace; want 'ept' or 'npt', got 'shadow'")
         self.first = [self._loaded(context) for context in start.starts]
         self.states = list(self.first)
+        self.seen = set(self.first)                     # contexts so far, up to a number of them
         if start.loads:
             self._load_start()
         self.accesses = self.verified = self.unchecked = self.mismatches = self.writes = self.to_l1 = 0
         self.kinds, self.rets = np.zeros(3, np.int64), np.zeros(256, np.int64)
+        self.error_codes: Counter[int] = Counter()      # of walks that fail, without a recorded address
+        self.statuses = np.zeros(256, np.int64)
         self.events: Counter[Op] = Counter()
+        self.faults: Counter[tuple[int, int]] = Counter()       # recorded: events and error codes
         self.pieces: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
         self.mmio = 0
         self.host_exits = 0
@@ -215,13 +220,18 @@ class _MachineRun:
         """Count what the accesses of a chunk met. IN pieces: their results, in order."""
         is_access = chunk.op < Op.MOV_CR3
         op, recorded = chunk.op[is_access], chunk.gpa[is_access]
-        gpa, hpa, status, ret, exits = (np.concatenate([getattr(piece, name) for piece in pieces])
-                                        for name in ("gpa", "hpa", "status", "ret", "exits"))
+        gpa, hpa, status, code, ret, exits = (np.concatenate([getattr(piece, name) for piece in pieces])
+                                              for name in ("gpa", "hpa", "status", "error_code", "ret", "exits"))
         known = recorded != np.uint64(INVALID_GPA)
         good = known & (gpa == recorded)
         self.verified += int(np.count_nonzero(good))
         self.mismatches += int(np.count_nonzero(known & ~good))
         self.unchecked += int(np.count_nonzero(~known))
+        if status.any():
+            failed = ~known & (status != Status.OK)
+            self.statuses += np.bincount(status[failed], minlength=256)
+            codes, counts = np.unique(code[failed & (status == Status.PAGE_FAULT)], return_counts=True)
+            self.error_codes.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
         self.kinds += np.bincount(op & np.uint8(OP_KIND), minlength=4)[:3]
         self.mmio += int(np.count_nonzero(op & np.uint8(OP_MMIO)))
         took = np.flatnonzero(exits)
@@ -243,6 +253,8 @@ class _MachineRun:
         if op in (Op.MEMORY, Op.MEMORY_WORD):
             return
         self.events[op] += 1
+        if op in (Op.PAGE_FAULT, Op.NPT_FAULT):
+            self.faults[op, value] += 1
         try:
             if op == Op.GUEST_WRITE:
                 self._write(addr, value, int(chunk.size[row]))
@@ -254,8 +266,10 @@ class _MachineRun:
                 self._restart()
             elif op in (Op.SET_REGS, Op.VMENTER, Op.VMEXIT):
                 self._use(vcpu, self._loaded(self.contexts[value]))
+                self._note_context(vcpu)
             elif op in (Op.MOV_CR3, Op.MOV_CR0, Op.MOV_CR4, Op.WRMSR_EFER, Op.WRPKRU, Op.WRMSR_PKRS):
                 self._load(vcpu, op, value)
+                self._note_context(vcpu)
         except (GuestFault, ValueError) as error:
             raise TraceError(f"{op.name} in row {row} of the chunk behind access {self.accesses}: {error}") from error
 
@@ -301,6 +315,10 @@ class _MachineRun:
             one.set_regs(**registers)
         self.states[vcpu] = context
 
+    def _note_context(self, vcpu: int) -> None:
+        if len(self.seen) < _CONTEXTS:
+            self.seen.add(self.states[vcpu])
+
     def _load(self, vcpu: int, op: Op, value: int) -> None:
         """Carry out a register load by the guest, whose legality the recorded CPU has checked."""
         context = self.states[vcpu]
@@ -344,16 +362,17 @@ class _MachineRun:
                  for name, count in self.vm.stats.items()}
         pages = len(self.vm.sptes()["sp"])
         found = MachineReport(
-            name=header.name, phase=header.phase, mode=header.mode, complete=complete, accesses=self.accesses,
+            name=header.name, phase=header.phase, mode=mode_of(header), complete=complete, accesses=self.accesses,
             verified=self.verified,
             kinds=dict(zip(("load", "store", "fetch"), self.kinds.tolist(), strict=True)), mismatches=self.mismatches,
-            table_writes=self.writes, contexts=len(header.contexts), unchecked=self.unchecked, mmio=self.mmio,
+            table_writes=self.writes, contexts=len(header.contexts) or len(self.seen), unchecked=self.unchecked, mmio=self.mmio,
             host=self.host, backing=self.backing, exits=self._exits(stats), exits_to_l1=self.to_l1, stats=stats,
             shadow_pages=pages, table_bytes=PAGE_SIZE * pages,
             sptes={size: stats[f"pages_{size}"] for size in BACKINGS},
             flushes={name: stats[name] for name in _FLUSHES if name in stats},
-            faults_checked=False, dirty_over_time=self._samples(), seconds=time.perf_counter() - self.started)
-        found.faults = {"recorded": self.events[Op.PAGE_FAULT]} if self.events[Op.PAGE_FAULT] else {}
+            walk_faults=failed_walks(self.error_codes, self.statuses.tolist()), faults_checked=False,
+            dirty_over_time=self._samples(), seconds=time.perf_counter() - self.started)
+        found.faults = {fault_text(*fault): count for fault, count in self.faults.items()}
         found.by_ret = {RetPf(code).name: int(count) for code, count in enumerate(self.rets.tolist()) if count}
         if self.pieces:
             found.exit_position, found.exit_count = (np.concatenate(column) for column in zip(*self.pieces, strict=True))

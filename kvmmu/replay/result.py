@@ -1,6 +1,6 @@
 """The Report of a replay, its mismatches, and how a replay ends early."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -11,7 +11,7 @@ from kvmmu.replay._replay import RowLoop
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.walk.html import table_html
 
-__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport", "take_counts"]
+__all__ = ["EXPLAINED", "Mismatch", "Report", "ReplayInterrupted", "SyntheticReport", "failed_walks", "take_counts"]
 
 EXPLAINED = 20
 
@@ -57,7 +57,8 @@ class Report:
     kinds : dict of str to int
         Accesses by load, store and fetch.
     page_sizes : dict of str to int
-        Accesses that reached memory (as recorded, if that is known) by the size of the page they hit.
+        Accesses that reached memory (as recorded, if that is known) by the size of the page they hit. Not counted in mode
+        "machine".
     faults, faults_reproduced : dict of str to int
         Recorded page faults by error code, and those that the walk reproduces with the same error code.
     faults_checked : bool
@@ -143,15 +144,20 @@ class Report:
         return "".join(tables)
 
 
+def failed_walks(error_codes: Mapping[int, int], statuses: Sequence[int]) -> dict[str, int]:
+    """Return failed walks for people: page faults by error code, others by their status. IN statuses: how often each was."""
+    return {error_code_text(code): count for code, count in error_codes.items()} | {
+        Status(status).name: count for status, count in enumerate(statuses)
+        if count and status not in (Status.OK, Status.PAGE_FAULT)}
+
+
 def take_counts(report: Report, loop: RowLoop, sizes: Sequence[str]) -> None:
     """Note in a report what a loop of rows has counted. IN sizes: the names of pages by the level of their leaf."""
     report.kinds = dict(zip(("load", "store", "fetch"), loop.kinds, strict=True))
     report.accesses, report.mmio, report.table_writes = loop.accesses, loop.mmio, loop.writes
     report.verified, report.unchecked, report.mismatches = loop.verified, loop.unchecked, loop.mismatches
     report.page_sizes = {size: count for size, count in zip(sizes, loop.page_sizes, strict=True) if count}
-    report.walk_faults = {error_code_text(code): count for code, count in loop.error_codes.items()} | {
-        Status(status).name: count for status, count in enumerate(loop.statuses)
-        if count and status not in (Status.OK, Status.PAGE_FAULT)}
+    report.walk_faults = failed_walks(loop.error_codes, loop.statuses)
 
 
 @dataclass(repr=False)

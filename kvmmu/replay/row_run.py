@@ -27,11 +27,11 @@ from kvmmu.replay.register_events import (
 from kvmmu.replay.result import EXPLAINED, Mismatch, Report, take_counts
 from kvmmu.replay.trace_memory import SetUp, TraceMemory, check_pages, pages_at, put_pages
 from kvmmu.tlb.processor import ProcessorTlbs
-from kvmmu.traces import Chunk, Header, Recording, RegisterSet, TraceError
+from kvmmu.traces import Chunk, Header, Recording, TraceError
 from kvmmu.traces._recorded_rows import RecordedRows
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["MakeTlbs", "RowRun", "new_vcpu"]
+__all__ = ["MakeTlbs", "RowRun", "fault_text", "mode_of", "new_vcpu"]
 
 _STRETCH = 1 << 20                      # rows of a recording between two calls of progress
 _MOST_ROWS = 1 << 62
@@ -48,7 +48,11 @@ def new_vcpu(mem: GuestMemory, header: Header) -> Vcpu:
     return Vcpu(mem, cpu=cpu, tdp="ept")
 
 
-def _mode_of(regs: RegisterSet) -> str:
+def mode_of(header: Header) -> str:
+    """Return the paging mode that a header names, else that of its first vCPU's registers."""
+    if header.mode:
+        return header.mode
+    regs = header.registers[0]
     if not regs.cr0 & Cr0.PG:
         return "off"
     if not regs.cr4 & Cr4.PAE:
@@ -152,7 +156,7 @@ class RowRun:
         """Return what was found so far."""
         header, loop = self.header, self.loop
         report = Report(
-            name=header.name, phase=header.phase, mode=header.mode or _mode_of(header.registers[0]), accesses=0,
+            name=header.name, phase=header.phase, mode=mode_of(header), accesses=0,
             complete=complete, faults_checked=header.tables_at == "start", examples=self.examples,
             contexts=len(header.contexts), waited=self.waited, seconds=time.perf_counter() - self.started)
         if loop is None:
@@ -161,8 +165,8 @@ class RowRun:
         take_counts(report, loop, sizes)
         report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.contexts = len(header.contexts) or len(self.registers.seen)
-        counted = {_fault_text(*fault): count for fault, count in loop.fault_counts.items()}
-        others = {_fault_text(*fault): count for fault, count in self.other_faults.items()}
+        counted = {fault_text(*fault): count for fault, count in loop.fault_counts.items()}
+        others = {fault_text(*fault): count for fault, count in self.other_faults.items()}
         report.faults = {code: counted.get(code, 0) + others.get(code, 0) for code in {**counted, **others}}
         if report.faults_checked:
             report.faults_reproduced = counted
@@ -358,6 +362,6 @@ class RowRun:
         return "no fault"
 
 
-def _fault_text(op: int, code: int) -> str:
+def fault_text(op: int, code: int) -> str:
     """Return a recorded fault, as reports name it."""
     return error_code_text(code) if op == Op.PAGE_FAULT else f"#NPF {npf_info_text(code)}"

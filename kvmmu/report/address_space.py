@@ -94,6 +94,8 @@ def plot_mappings(mappings: Mappings, path: str | PathLike[str] | None = None, *
     ValueError, OSError
         `path` has another suffix, or cannot be written.
     """
+    if not isinstance(mappings, Mappings):
+        raise TypeError(f"mappings: want a Mappings, got {type(mappings).__name__}")
     matplotlib = matplotlib_or_error()
     if path is not None:
         check_figure_path("path", path)

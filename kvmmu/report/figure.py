@@ -95,6 +95,12 @@ def plot_walk(record: WalkRecord, path: "str | PathLike[str] | None" = None, ax:
     ValueError, OSError
         `path` has another suffix, or cannot be written.
     """
+    if not isinstance(record, WalkRecord):
+        raise TypeError(f"record: want a WalkRecord, got {type(record).__name__}")
+    if path is not None and not isinstance(path, str) and not hasattr(path, "__fspath__") and not hasattr(path, "write"):
+        raise TypeError(f"path: want a path or None, got {type(path).__name__}")
+    if ax is not None and not hasattr(ax, "get_figure"):
+        raise TypeError(f"ax: want an Axes of matplotlib or None, got {type(ax).__name__}")
     matplotlib = matplotlib_or_error()
     if path is not None:
         check_figure_path("path", path)

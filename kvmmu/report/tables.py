@@ -35,9 +35,9 @@ def replay_tables(report: Report) -> list[Table]:
     tables: list[Table] = [
         (printable(", ".join(filter(None, titles))), ("", ""), summary),
         ("Accesses by kind", ("kind", "accesses"), [(kind, f"{count:,}") for kind, count in report.kinds.items()]),
-        ("By page size", ("page", "accesses"),
-         [(size, f"{count:,}") for size, count in report.page_sizes.items()]),
     ]
+    if report.page_sizes:
+        tables.append(("By page size", ("page", "accesses"), [(size, f"{count:,}") for size, count in report.page_sizes.items()]))
     if report.walk_faults:
         tables.append(("Walks that fail, without a recorded address", ("error code or status", "accesses"),
                        [(code, f"{count:,}") for code, count in sorted(report.walk_faults.items())]))

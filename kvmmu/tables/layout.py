@@ -127,6 +127,8 @@ class Plan(NamedTuple):
 def plan_tables(mem: GuestMemory | None, gva: ArrayLike | PageSet, page: str, frames: str, seed: int, mode: str,
                 thp_share: float) -> Plan:
     """Plan the tables of `PageTables.for_addresses()`, which documents the parameters."""
+    if mem is not None and not isinstance(mem, GuestMemory):
+        raise TypeError(f"mem: want a GuestMemory or None, got {type(mem).__name__}")
     shape = check_layout(page, frames, mode, thp_share)
     if isinstance(gva, PageSet):
         touched = gva

@@ -1,19 +1,22 @@
 """Pager: demand paging, as a guest kernel's page-fault handler does it."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvmmu.arch._bits import MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE, Pte
+from kvmmu.arch._bits import GPA_LIMIT, MAXPHYADDR_MAX, MAXPHYADDR_MIN, PAGE_SIZE, Pte
 from kvmmu.arch.arguments import check_int, check_name
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._filler import BEFORE_PROMOTION, OUT_OF_LARGE_FRAMES, OUT_OF_SMALL_FRAMES, PageFiller
 from kvmmu.tables.layout import SEED_MAX, Frames, Page, check_layout
 from kvmmu.tables.modes import MODES, Mode
 from kvmmu.tables.page_tables import PageTables
-from kvmmu.tables.rows import as_words
+from kvmmu.tables.rows import Rows, as_words
 
 __all__ = ["Pager"]
 
@@ -21,6 +24,8 @@ _FIRST_SLOT = 1 << 20                   # bytes; each further slot for tables is
 _TRIES = 16                              # of one row; it takes a frame for each level and for the page
 _PAGES_AT_ONCE = 1 << 16                # "random" shuffles so many
 _LEVELS = {"4k": 1, "thp": 1, "2m": 2, "1g": 3}
+_claims = Lock()                        # of slots by pagers
+_claimants: "WeakSet[Pager]" = WeakSet()
 
 
 class Pager(PageTables):
@@ -36,7 +41,8 @@ class Pager(PageTables):
     mode : {"32", "pae", "4l", "5l"}
         Format of the tables.
     mem : GuestMemory, optional
-        Its largest slot, all of it, gives frames: for pages from the beginning, for tables from the end. By default a new memory
+        Its largest slot, all of it, gives frames: for pages from the beginning, for tables from the end. Two pagers cannot share
+        a slot. By default a new memory
         that grows with the tables, from 2**`maxphyaddr` downwards; pages lie from 0 upwards, where it has no bytes.
     thp_share : float
         For "thp": more than 0, at most 1.
@@ -82,8 +88,25 @@ class Pager(PageTables):
         self._small = next(size for size, level in shape.sizes.items() if level == self._level)
         self._large = 1 << shape.large_shift
         top = min(shape.below, 1 << check_int("maxphyaddr", maxphyaddr, MAXPHYADDR_MIN, MAXPHYADDR_MAX))
-        self._region = _growing_region(top) if mem is None else _region_of(mem)
-        super().__init__(self._region.mem, mode, frames=self._region)
+        self._edited = False            # by map(), unmap() or protect(), which the counters of pages do not follow
+        if mem is None:
+            self._region = _growing_region(top)
+            super().__init__(self._region.mem, mode, frames=self._region)
+            return
+        with _claims:
+            self._region = _region_of(mem)
+            self._slot = tuple(self._region.place[:2])
+            for other in _claimants:
+                if other.mem is mem and other._slot[0] < self._slot[1] and self._slot[0] < other._slot[1]:
+                    raise ValueError(f"mem: another Pager takes frames from its slot at {self._slot[0]:#x}; want that pager, or "
+                                     "a memory without one")
+            super().__init__(mem, mode, frames=self._region)
+            _claimants.add(self)
+
+    @classmethod
+    def for_addresses(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a pager maps addresses as they are touched."""
+        raise TypeError("for_addresses: a Pager maps pages as they are touched; want PageTables.for_addresses(), or touch(gva)")
 
     def __repr__(self) -> str:
         return f"Pager({self.page!r}, {self.frames!r}, mode={self.mode!r}: {self.faults} faults, {self.pages} pages)"
@@ -108,11 +131,34 @@ class Pager(PageTables):
 
     @property
     def pages(self) -> int:
-        return self._filler.small_pages + self._filler.large_pages
+        return sum(self._page_counts())
 
     @property
     def huge_pages(self) -> int:
-        return self._filler.large_pages + (self._filler.small_pages if self._level > 1 else 0)
+        return self._page_counts()[1]
+
+    def _page_counts(self) -> tuple[int, int]:
+        """Return how many 4K pages are mapped, and how many larger ones: counters, or what the tables say if they were edited."""
+        if not self._edited:
+            small, large = self._filler.small_pages, self._filler.large_pages
+            return (small, large) if self._level == 1 else (0, small + large)
+        with self._lock:
+            entries, large = self._present_entries([self.root]), 0
+            for level in range(self._shape.levels, 1, -1):
+                pages = entries & np.uint64(Pte.PAGE_SIZE if level in self._shape.sizes.values() else 0) != 0
+                large += int(np.count_nonzero(pages))
+                entries = self._present_entries((entries[~pages] & np.uint64(GPA_LIMIT - PAGE_SIZE)).tolist())
+            return entries.size, large
+
+    def _present_entries(self, tables: list[int]) -> NDArray[np.uint64]:
+        data = b"".join(self.mem.read(table, PAGE_SIZE) for table in tables)
+        entries: NDArray[np.uint64] = np.frombuffer(data, "<u4" if self.mode == "32" else "<u8").astype(np.uint64)
+        present: NDArray[np.uint64] = entries[entries & np.uint64(Pte.PRESENT) != 0]
+        return present
+
+    def _run(self, kernel: Callable[[int], tuple[int, int]], rows: Rows) -> None:
+        self._edited = True
+        super()._run(kernel, rows)
 
     @property
     def promotions(self) -> int:
@@ -128,7 +174,7 @@ class Pager(PageTables):
         Parameters
         ----------
         gva : array of integers, shape (n,)
-            Linear addresses (bytes). Those that are not canonical are passed over.
+            Linear addresses (bytes). Those that are not canonical are passed over; in modes "32" and "pae" they have 32 bits.
         size : ndarray of uint8, shape (n,), optional
             Bytes of each access; one that reaches into the next page touches both. By default 1.
 
@@ -141,8 +187,15 @@ class Pager(PageTables):
         ------
         MemoryError
             No frames are left; the rows before are mapped.
+        ValueError, TypeError
+            A wider address, or sizes that are no such array. Nothing was mapped.
         """
-        addr = as_words("gva", gva)
+        addr, bits = as_words("gva", gva), self._shape.addr_bits
+        if not self._shape.signed and addr.size and int(addr.max()) >> bits:
+            row = int(np.argmax(addr >> np.uint64(bits) != 0))
+            raise ValueError(f"gva: {int(addr[row]):#x} (row {row}) is wider than the {bits} bits of mode {self.mode!r}")
+        if size is not None:
+            size = _checked_sizes(size, addr.size)
         with self._lock:
             before = self.faults
             self._touch(addr, size, 0, addr.size)
@@ -241,6 +294,14 @@ class _Region:
             return np.array([self._returned.pop()], np.uint64)
         self._low = first + count * size if count else self._low
         return np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(size)
+
+
+def _checked_sizes(size: Any, n: int) -> NDArray[np.uint8]:
+    if not isinstance(size, np.ndarray):
+        raise TypeError(f"size: want an ndarray of uint8 or None, got {type(size).__name__}")
+    if size.dtype != np.uint8 or size.shape != (n,):
+        raise ValueError(f"size: want uint8 of shape ({n},), got {size.dtype} of shape {size.shape}")
+    return np.ascontiguousarray(size)
 
 
 def _growing_region(top: int) -> _Region:

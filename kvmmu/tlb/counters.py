@@ -137,6 +137,10 @@ class TlbStats:
 
     def under_host(self, host: "TlbStats", by_refs: NDArray[np.uint64]) -> "TlbStats":
         """Return these counters with those of the host's translations."""
+        if not isinstance(host, TlbStats):
+            raise TypeError(f"host: want a TlbStats, got {type(host).__name__}")
+        if not isinstance(by_refs, np.ndarray):
+            raise TypeError(f"by_refs: want an ndarray of uint64, got {type(by_refs).__name__}")
         hits = {name: int(hits.sum()) for name, hits in zip(host.names, host.hits, strict=True)}
         return replace(self, host_refs=host.guest_refs, host_cached_refs=host.cached_refs, host_hits=hits,
                        host_walks=int(host.walks.sum()), walks_by_all_refs=by_refs)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from kvmmu.arch._bits import Cr0, Cr4
+from kvmmu.arch._bits import Cr0, Cr4, Efer
 from kvmmu.arch.faults import GuestFault
 from kvmmu.arch.registers import CpuModel, Regs, TableSpace, admit, with_registers
 from kvmmu.arch.second_stages import Ept, Npt, Stage
@@ -16,6 +16,7 @@ from kvmmu.walk.pagewalk import PageWalk, new_walk
 
 _PG, _WP = int(Cr0.PG), int(Cr0.WP)
 _ROLE_CR4 = int(Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
+_NO_CR4, _NO_EFER = int(Cr4.PKS | Cr4.LASS), int(Efer.UAIE)      # that KVM offers no guest
 _REGISTERS = frozenset(register.name for register in fields(Regs))
 _RESET = Regs(cr0=0x60000010, cr3=0, cr4=0, efer=0)
 
@@ -125,8 +126,8 @@ class GuestState:
         self.gva_walk._init(smm=self.smm, guest_mode=self.guest_mode)
         return changed
 
-    def enter_nested(self, stage: Stage | None, registers: Mapping[str, Any]) -> None:
-        """Run L2 under a second stage, or without one; on a fault nothing has changed."""
+    def enter_nested(self, stage: Stage | None, registers: Mapping[str, Any], *, on_machine: bool) -> None:
+        """Run L2 under a second stage, or without one; on an error nothing has changed. IN on_machine: as `check_offered()`."""
         l1_regs = self.regs if self.l1_regs is None else self.l1_regs
         l2_regs = with_registers(l1_regs, **{"pdptrs": None, **known_registers(registers)})
         before = self.second
@@ -137,7 +138,9 @@ class GuestState:
             if second is None:
                 admit(self.cpu, l2_regs, self.mem)
             regs = self.admit(l2_regs, second)
-        except GuestFault:
+            if on_machine:
+                check_offered(self.regs, regs)
+        except (GuestFault, ValueError):
             self._use_second(before)
             raise
         self.l1_regs = l1_regs
@@ -206,6 +209,14 @@ def changes_roles(before: Regs, after: Regs) -> bool:
     """Return True if a MOV to CR0 or CR4 changes what roles are made of; CR0.WP counts for nothing while paging is off."""
     cr0 = before.cr0 ^ after.cr0
     return bool(cr0 & _PG or (cr0 & _WP and after.cr0 & _PG) or (before.cr4 ^ after.cr4) & _ROLE_CR4)
+
+
+def check_offered(before: Regs, after: Regs) -> None:
+    """Raise if registers turn on what KVM offers no guest. Walks have it, so only a vCPU that runs on a machine is checked."""
+    if cr4 := after.cr4 & ~before.cr4 & _NO_CR4:
+        raise ValueError(f"cr4 {after.cr4:#x}: KVM offers no guest PKS and LASS; want {cr4:#x} clear")
+    if after.efer & ~before.efer & _NO_EFER:
+        raise ValueError(f"efer {after.efer:#x}: KVM offers no guest upper address ignore; want UAIE clear")
 
 
 def known_registers(registers: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ from kvmmu.memory._memory import GuestMemory
 from kvmmu.mmu.host import Host
 from kvmmu.tlb._tlb import Tlb
 from kvmmu.vm.guest_accesses import read_emulated, store, write_emulated
-from kvmmu.vm.guest_state import GuestState, changes_roles, known_registers
+from kvmmu.vm.guest_state import GuestState, changes_roles, check_offered, known_registers
 from kvmmu.vm.locked import PartOfMachine, as_bytes, locked
 from kvmmu.vm.snapshot import load_into, take_snapshot
 from kvmmu.vm.virtual_machine import PageSize, VirtualMachine
@@ -229,14 +229,19 @@ class Vcpu(PartOfMachine):
         ------
         GeneralProtection
             The registers in force are illegal on the new model; nothing changed.
+        ValueError
+            The vCPU runs on a machine, which has no memory encryption (`c_bit`); nothing changed.
         """
         return self._guest.cpu
 
     @cpu.setter
     @locked
     def cpu(self, cpu: CpuModel) -> None:
-        self._guest.set_cpu(_check_cpu(cpu))
-        if (running := self._running()) is not None:
+        running = self._running()
+        if _check_cpu(cpu).c_bit is not None and running is not None:
+            raise ValueError(f"c_bit {cpu.c_bit}: the machine has no memory encryption; want None")
+        self._guest.set_cpu(cpu)
+        if running is not None:
             running.set_cpu()
             self._flush_guest()
 
@@ -268,6 +273,8 @@ class Vcpu(PartOfMachine):
         ------
         GeneralProtection
             The resulting state is illegal; nothing changed.
+        ValueError
+            The vCPU runs on a machine, and KVM offers no guest what CR4.PKS, CR4.LASS or EFER.UAIE turn on; nothing changed.
         TypeError
             No such register, or no Regs.
         """
@@ -278,8 +285,10 @@ class Vcpu(PartOfMachine):
         stale: dict[str, Any] = {} if _LOADS_PDPTRS.isdisjoint(loaded) else {"pdptrs": None}
         guest, before = self._guest, self._guest.regs
         after = guest.admit(with_registers(before, **(stale | loaded)), guest.second)
-        guest.load(after)
         running = self._running()
+        if running is not None:
+            check_offered(before, after)
+        guest.load(after)
         if running is not None and ((stale and after.pdptrs is not None) or _of_tables(before) != _of_tables(after)):
             running.reset_context()
             self._flush_guest()
@@ -297,13 +306,17 @@ class Vcpu(PartOfMachine):
         GeneralProtection
             The transition is illegal; nothing changed.
         ValueError
-            No such control register, or a value wider than the guest's operand.
+            No such control register, a value wider than the guest's operand, or CR4.PKS and CR4.LASS on a machine: KVM offers
+            them to no guest.
         """
         n, value = check_choice("n", n, (0, 3, 4)), check_word("value", value)
         guest, before = self._guest, self._guest.regs
         after = after_mov_cr(guest.cpu, before, n, value, guest.table_space(guest.second))
+        running = self._running()
+        if n == 4 and running is not None:
+            check_offered(before, after)
         guest.load(after)
-        if (running := self._running()) is None:
+        if running is None:
             return
         if n == 3:
             running.mov_cr3(before.cr3, bool(after.cr4 & _PCIDE and value & CR3_NOFLUSH), before.pdptrs != after.pdptrs)
@@ -323,10 +336,15 @@ class Vcpu(PartOfMachine):
         ------
         GeneralProtection
             A reserved bit, or LME changed while paging; nothing changed.
+        ValueError
+            UAIE on a machine: KVM offers no guest upper address ignore.
         """
-        before = self._guest.regs
-        self._guest.load(after_wrmsr_efer(self._guest.cpu, before, check_word("value", value)))
-        if (before.efer ^ self._guest.regs.efer) & (Efer.NX | Efer.LME) and (running := self._running()) is not None:
+        before, running = self._guest.regs, self._running()
+        after = after_wrmsr_efer(self._guest.cpu, before, check_word("value", value))
+        if running is not None:
+            check_offered(before, after)
+        self._guest.load(after)
+        if (before.efer ^ after.efer) & (Efer.NX | Efer.LME) and running is not None:
             running.reset_context()
             self._flush_guest()
 
@@ -536,6 +554,8 @@ class Vcpu(PartOfMachine):
             if out is not None:
                 raise ValueError("out: is for arrays")
             return (self._made or self._machine()).access_one(gva, access, self.rip)  # type: ignore[arg-type]  # checked there
+        if out is not None and not isinstance(out, Accesses):
+            raise TypeError(f"out: want an Accesses or None, got {type(out).__name__}")
         columns = Accesses.empty(gva.size) if out is None else out.check(gva.size)
         self._machine().access(gva, access, columns.arrays())
         return columns
@@ -669,7 +689,8 @@ class Vcpu(PartOfMachine):
         GeneralProtection, NestedFault
             L2's registers are illegal, or the second stage does not reach its PDPTEs; nothing changed.
         ValueError
-            A second stage without two-dimensional paging on the host, or one that VM entry refuses.
+            A second stage without two-dimensional paging on the host, one that VM entry refuses, or registers that turn on what
+            KVM offers no guest, as for `set_regs()`.
         """
         if stage is not None and not isinstance(stage, (Ept, Npt)):
             raise TypeError(f"stage: want an Ept, an Npt or None, got {type(stage).__name__}")
@@ -677,7 +698,7 @@ class Vcpu(PartOfMachine):
             raise ValueError("stage: a host without two-dimensional paging (tdp=None) has no nested EPT or NPT; want None")
         if stage is not None and stage.root & self.cpu.rsvd_gpa_bits:
             raise ValueError(f"root {stage.root:#x}: bits beyond MAXPHYADDR {self.cpu.maxphyaddr} are reserved")
-        self._guest.enter_nested(stage, registers)
+        self._guest.enter_nested(stage, registers, on_machine=self._running() is not None)
         self._flush_guest()
 
     @locked

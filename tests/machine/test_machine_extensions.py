@@ -89,6 +89,40 @@ def test_what_kvm_does_not_offer(tdp, registers, cpu, words):
         vcpu.access(8, Access.USER)
 
 
+@pytest.mark.parametrize("tdp", ["ept", "npt", None])
+def test_writes_of_what_kvm_does_not_offer(tdp):
+    """Refused behind the first access, all or nothing; the vCPU goes on as it was. The walks of a vCPU alone take them."""
+    vcpu = machine(tdp)
+    assert vcpu.access(8, Access.USER).gpa == 0x5008
+    regs, cpu = vcpu.regs, vcpu.cpu
+    loads = [(lambda: vcpu.wrmsr_efer(0xD00 | UAIE), "efer 0x100d00: KVM offers no guest upper address ignore"),
+             (lambda: vcpu.mov_cr(4, 0x20 | LASS), "cr4 0x8000020: KVM offers no guest PKS and LASS; want 0x8000000 clear"),
+             (lambda: vcpu.mov_cr(4, 0x20 | PKS | LASS), "want 0x9000000 clear"),
+             (lambda: vcpu.set_regs(cr4=0x20 | PKS, pkrs=4), "want 0x1000000 clear"),
+             (lambda: vcpu.set_regs(**LONG | {"efer": 0xD00 | UAIE}), "efer"),
+             (lambda: vcpu.enter_nested(None, cr4=0x20 | LASS), "cr4"),
+             (lambda: setattr(vcpu, "cpu", CpuModel(c_bit=51)), "c_bit 51: the machine has no memory encryption; want None")]
+    if tdp == "ept":
+        loads.append((lambda: vcpu.enter_nested(Ept(0x801E), **LONG | {"cr4": 0x20 | LASS}), "cr4"))
+    for load, words in loads:
+        with pytest.raises(ValueError, match=words):
+            load()
+        assert (vcpu.regs, vcpu.cpu, vcpu.mmu_is_nested) == (regs, cpu, False)
+        assert vcpu.access(8, Access.USER).gpa == vcpu.gva_walk.gva_to_gpa(8, Access.USER) == 0x5008
+        assert (vcpu.guest_mmu is None) == (tdp is None)
+    assert vcpu.vm.audit() == []
+    alone = Vcpu(vcpu.mem, tdp=tdp)
+    alone.set_regs(**LONG)
+    alone.mov_cr(4, 0x20 | LASS)
+    alone.wrmsr_efer(0xD00 | UAIE)
+    assert alone.gva_walk.gva_to_gpa(8, Access.USER) == 0x5008
+    with pytest.raises(ValueError, match="cr4"):
+        alone.access(8, Access.USER)
+    alone.wrmsr_efer(0xD00)                             # what is off can stay off, and what is on be taken off
+    alone.mov_cr(4, 0x20)
+    assert alone.access(8, Access.USER).gpa == 0x5008
+
+
 @pytest.mark.parametrize("stage", [{"spptp": 0x9000}, {"ve": 0x9000}, {"eptp": 0x801E | 1 << 7}])
 def test_what_kvm_does_not_offer_l1(stage):
     """Sub-page permissions, #VE and supervisor shadow-stack control: the walk has them, the machine refuses to shadow them."""

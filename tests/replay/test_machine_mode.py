@@ -15,6 +15,7 @@ import kvmmu
 from kvmmu import CpuModel, GuestMemory, Host, PageTables, TlbHierarchy, TlbLevel, Vm
 from kvmmu.cli.command import main
 from kvmmu.replay import machine_replay
+from kvmmu.report.tables import replay_tables
 from kvmmu.traces import Header, Op, Recording, RegisterSet, Trace, TraceError
 from kvmmu.traces.conversion import recording_header
 from kvmmu.traces.foreign import Brings, ForeignTrace
@@ -102,6 +103,33 @@ def test_events():
     assert ept.exits == {"EPT violations": 6}                       # four tables, the page, and the page that it becomes
     assert (shadow.exits["MOV to CR3"], shadow.exits["INVLPG"], shadow.table_writes) == (1, 1, 1)
     assert shadow.exits["shadow page faults"] == 2
+
+
+@pytest.mark.parametrize("host", ["ept", "npt", "shadow"])
+def test_accesses_that_fail(host):
+    """Counted by error code or status, as in mode "walk"; so are recorded faults, register sets, and the mode is named."""
+    tables = some_tables()
+    rows = [(0, 0x400000, 0, 4), (0, 0x402000, 0, 4), (0, 0x403000, 0, 0), (1, 0x402000, 0, 6), (0, 1 << 63, 0, 4),
+            (0, 0x402008, 0, 4), (Op.PAGE_FAULT, 0x402000, 4, 0), (Op.PAGE_FAULT, 0x402000, 6, 0),
+            (Op.PAGE_FAULT, 0x402000, 4, 0), (Op.MOV_CR3, 0, tables.root | 1 << 3, 0), (0, 0x401000, 0, 4)]
+    report = kvmmu.replay(trace_of(tables, rows), mode="machine", host=host)
+    plain = kvmmu.replay(trace_of(tables, rows))
+    assert report.walk_faults == {"0x4 (U)": 2, "0x0": 1, "0x6 (W U)": 1, "NON_CANONICAL": 1} == plain.walk_faults
+    assert report.faults == {"0x4 (U)": 2, "0x6 (W U)": 1} == plain.faults
+    assert (report.mode, report.contexts, report.page_sizes) == ("4l", 2, {})
+    assert (plain.mode, plain.contexts, plain.page_sizes) == ("4l", 2, {"4K": 2})
+    titles = [title for title, _, _ in replay_tables(report)]
+    assert "Walks that fail, without a recorded address" in titles
+    assert "By page size" not in titles
+
+
+def test_recorded_addresses_that_fail_are_mismatches():
+    """An access whose recorded address is not reached is no walk without one."""
+    trace = trace_of(some_tables(), [(0, 0x402000, 0, 4), (0, 0x402000, 0, 4)])
+    gpa = np.full(trace._chunks[0]["op"].size, 2**64 - 1, np.uint64)
+    gpa[-1] = 0x5000
+    report = kvmmu.replay(Trace(trace.header, [trace._chunks[0] | {"gpa": gpa}]), mode="machine")
+    assert (report.walk_faults, report.unchecked, report.mismatches) == ({"0x4 (U)": 1}, 1, 1)
 
 
 def test_arguments(capsys):
@@ -260,6 +288,34 @@ def test_the_command_on_the_machine_of_an_image(tmp_path, capsys):
     assert main(["replay", str(trace), "--image", str(image), "--machine", "npt", "--backing", "4k", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["host"], found["backing"], found["accesses"]) == ("npt", "4k", 2)
+    trace.write_text("va,type\n0x400000,R\n0x700000,R\n0x700000,R\n")
+    assert main(["replay", str(trace), "--image", str(image), "--machine", "ept"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[0].endswith("mode 4l")
+    told = [line.strip(" │").split() for line in text.splitlines() if "(U)" in line or "register contexts" in line]
+    assert [words[-1] for words in told] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--machine", "ept"], "--machine ept: TRACE brings no registers and page tables; want --image FILE, too, or no --machine; "
+     "kvmmu compare runs such a trace under several hosts"),
+    (["--machine", "ept", "--page", "2m", "--pager"], "--page, --pager: a machine runs on the page tables that there are; "
+     "allowed without --machine"),
+    (["--machine", "npt", "--image", "IMAGE", "--checkpoint", "x"],
+     "--checkpoint: the state of a whole machine is not kept in a file; allowed without --machine"),
+    (["--machine", "npt", "--image", "IMAGE", "--resume", "x"],
+     "--resume: the state of a whole machine is not kept in a file; allowed without --machine"),
+    (["--image", "IMAGE", "--checkpoint", "x"], "--checkpoint: the memory of an image is not kept in a file; allowed without "
+     "--image"),
+    (["--machine", "npt", "--image", "IMAGE", "--scheduler", "threads"],
+     "--scheduler threads: a machine runs in one process; allowed without --machine")])
+def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
+    """Messages name options and commands, not arguments and functions of Python."""
+    image, trace = tmp_path / "dump.elf", tmp_path / "trace.csv"
+    image.write_bytes(image_files.qemu_core(image_files.Guest()))
+    trace.write_text("va,type\n0x400000,R\n")
+    assert main(["replay", str(trace), *(str(image) if option == "IMAGE" else option for option in options)]) == 2
+    assert capsys.readouterr().err == f"kvmmu: {message.replace('TRACE', str(trace))}\n"
 
 
 def test_command(capsys):

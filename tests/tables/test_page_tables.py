@@ -467,6 +467,73 @@ def test_pager_in_given_memory_says_when_it_is_full():
     assert len({*reached.gpa.tolist(), *pager.table_frames}) == 64
 
 
+def test_pagers_do_not_share_a_slot():
+    """The second would give out the frames of the first. Another slot, or one whose pager is gone, is free."""
+    mem = GuestMemory(1 << 20)
+    first = Pager(mem=mem)
+    gva = np.arange(100, dtype=np.uint64) * PAGE
+    first.touch(gva)
+    with pytest.raises(ValueError, match="mem: another Pager takes frames from its slot at 0x0; want that pager, or a memory"):
+        Pager("2m", mem=mem, mode="pae")
+    assert (first.pages, first.touch(gva)) == (100, 0)
+    vcpu = Vcpu(mem)
+    vcpu.set_regs(first.regs())
+    assert not vcpu.gva_walk.translate(gva, int(Access.USER)).status.any()
+    assert Pager(mem=mem.copy()).touch(gva) == 100
+    mem.add_slot(1 << 30, 2 << 20)                      # the largest now
+    second = Pager(mem=mem)
+    assert second.touch(gva) == 100
+    assert not vcpu.gva_walk.translate(gva, int(Access.USER)).status.any()
+    del second
+    assert Pager(mem=mem).touch(gva) == 100
+
+
+@pytest.mark.parametrize("mode", LEGACY)
+def test_pages_of_a_pager_whose_tables_are_edited(mode):
+    """Mapped now: what was unmapped is not counted, what was mapped or split is."""
+    pager = Pager(mode=mode)
+    gva = np.arange(256, dtype=np.uint64) * PAGE
+    pager.touch(gva)
+    pager.unmap(gva[:100])
+    assert (pager.pages, pager.huge_pages, pager.faults) == (156, 0, 256)
+    assert pager.touch(gva[:10]) == 10
+    large = SIZES[mode][1]
+    pager.map(4 * large, 0, large)
+    assert (pager.pages, pager.huge_pages) == (167, 1)
+    pager.unmap(4 * large)                              # splits it
+    assert (pager.pages, pager.huge_pages) == (166 + large // PAGE - 1, 0)
+    pager.unmap(gva)
+    pager.unmap(4 * large, large)
+    assert (pager.pages, pager.huge_pages) == (0, 0)
+    whole = Pager("2m", mode=mode)
+    whole.touch(np.arange(3, dtype=np.uint64) * large)
+    assert (whole.pages, whole.huge_pages) == (3, 3)
+    whole.unmap(0, large)
+    assert (whole.pages, whole.huge_pages) == (2, 2)
+
+
+@pytest.mark.parametrize("mode", ["32", "pae"])
+def test_a_pager_refuses_wide_addresses(mode):
+    """As a replay does; nothing is touched."""
+    pager = Pager(mode=mode)
+    with pytest.raises(ValueError, match=rf"gva: 0x10000000000 \(row 1\) is wider than the 32 bits of mode '{mode}'"):
+        pager.touch(np.array([0x1000, 2**40, 2**41], np.uint64))
+    assert (pager.pages, pager.faults) == (0, 0)
+    assert pager.touch([2**32 - 1]) == 1
+    assert pager.touch([]) == 0
+
+
+@pytest.mark.parametrize(("size", "error", "words"), [
+    ([8], TypeError, "size: want an ndarray of uint8 or None, got list"),
+    (np.full(1, 8), ValueError, r"size: want uint8 of shape \(1,\), got int64 of shape \(1,\)"),
+    (np.full(2, 8, np.uint8), ValueError, r"size: want uint8 of shape \(1,\), got uint8 of shape \(2,\)")])
+def test_a_pager_refuses_sizes(size, error, words):
+    pager = Pager()
+    with pytest.raises(error, match=words):
+        pager.touch([0xFFC], size)
+    assert pager.faults == 0
+
+
 @pytest.mark.parametrize("frames", [2, 3, 4, 5, 6, 64, 65, 66, 67])
 def test_a_pager_whose_memory_is_full(frames):
     """Pages and tables do not take the last frames from each other for ever."""
