@@ -72,6 +72,39 @@ def test_csv_without_names(tmp_path):
     assert ([255, 16], [1, 0]) == (found["addr"].tolist(), found["op"].tolist())
 
 
+@pytest.mark.parametrize(("text", "options", "addresses"), [
+    ("0x7f0000001000,R\n0x7f0000002000,W\n", {"columns": "addr=0,op=1"}, [0x7F0000001000, 0x7F0000002000]),
+    ("R,0x10\nW,0x20\n", {"columns": {"addr": 1, "op": 0}}, [16, 32]),
+    ("R;0x10\nW;0x20\n", {"columns": "addr=f1,op=f0"}, [16, 32]),
+    ("00001000\n00002000\n", {}, [1000, 2000]), ("00001000,R\n00002000,W\n", {"columns": "addr=0"}, [1000, 2000]),
+    ("16,va\n32,va\n", {"columns": "addr=0"}, [16, 32]), ("where,what\n16,R\n", {"columns": "addr=0,op=1"}, [16]),
+    ("where,1\n16,2\n", {"columns": "addr=where"}, [16]), ("va,1\n16,2\n", {}, [16]), ("va\n16\n", {}, [16]),
+    ("addr,rw\nff,R\n", {"base": 16}, [255]), ("ff,R\n10,W\n", {"base": 16, "columns": "addr=0,op=1"}, [255, 16]),
+    ("place,rw\nff,R\n", {"base": 16, "columns": "addr=0,op=1"}, [255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=0"}, [0xADD, 255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=add"}, [255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=0", "header": True}, [255]),
+    ("ff\n10\n", {"base": 16}, [255, 16]), ("1,R\n2,R\n", {"columns": "addr=0", "header": True}, [2]),
+])
+def test_csv_first_line(text, options, addresses, tmp_path):
+    """The first line is a row if its address is a number."""
+    assert addresses == read(write(tmp_path, "a.csv", text.encode()), "csv", **options)["addr"].tolist()
+
+
+@pytest.mark.parametrize(("text", "options", "message"), [
+    ("0x1000,R\n", {}, "there are f0, f1, in the first line '0x1000', 'R'; if these are names, say header=yes"),
+    ("7f0000001000,R\n", {"columns": "addr=0"}, "line 1: the address is '7f0000001000', no decimal number; say base=16"),
+    ("ffff800000001000\n", {}, "line 1: the address is 'ffff800000001000', no decimal number; say base=16"),
+    ("va,rw\nff80,R\n", {},
+     "line 2: va is 'ff80'; allowed is a number of 64 bits; hexadecimal without 0x takes base=16 (--option base=16)"),
+    ("10,R\nff80,R\n", {"columns": "addr=0"}, "line 2: f0 is 'ff80'; allowed is a number of 64 bits; hexadecimal without 0x"),
+    (",R\n16,R\n", {"columns": "addr=0"}, "line 1: f0 is ''; allowed is a number of 64 bits"),
+    ("1,R\n", {"columns": "addr=va"}, "addr shall be column 'va'; there are f0, f1, in the first line '1', 'R'"),
+])
+def test_csv_first_line_refused(text, options, message, tmp_path):
+    assert message in until_damage(open_trace(write(tmp_path, "a.csv", text.encode()), "csv", **options))[1]
+
+
 def test_csv_threads_are_numbered(tmp_path):
     found = read(write(tmp_path, "a.csv", b"addr,tid\n1,900\n2,7\n3,900\n4,100000\n"))
     assert [0, 1, 0, 2] == found["vcpu"].tolist()
