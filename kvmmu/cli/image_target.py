@@ -17,7 +17,8 @@ from kvmmu.traces.opening import UnknownFormatError, find_format
 from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_registers", "add_target", "image_hint", "image_of", "image_vcpu", "source_vcpu", "space_of", "target_vcpu"]
+__all__ = ["add_image_options", "add_registers", "add_target", "image_hint", "image_of", "image_vcpu", "source_vcpu", "space_of",
+           "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 _MODES = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
@@ -81,8 +82,8 @@ def image_hint(error: UnknownFormatError) -> str:
     if is_image(error.path):
         return (f"{error.path}: is a memory image ({best}), no trace: kvmmu pt shows its page tables, kvmmu replay TRACE "
                 "--image FILE walks a trace on them")
-    return (f"{error.path}: is a memory image ({best}) that is compressed, no trace; decompress it first: an image is mapped, not "
-            "read. kvmmu pt then shows its page tables, kvmmu replay TRACE --image FILE walks a trace on them")
+    return (f"{error.path}: is a memory image ({best}) that is compressed, no trace; decompress it first: an image is mapped, "
+            "not read. kvmmu pt then shows its page tables, kvmmu replay TRACE --image FILE walks a trace on them")
 
 
 def _given_registers(args: argparse.Namespace) -> dict[str, Any]:

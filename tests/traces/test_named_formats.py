@@ -173,6 +173,7 @@ def test_parquet_types(tmp_path):
 
 @pytest.mark.parametrize(("columns", "reason"), [
     ({"va": [1.5]}, "column 'va' is double; allowed is an integer type or text"), ({"va": ["zz"]}, "va: ArrowInvalid"),
+    ({"va": [True]}, "column 'va' is bool; allowed is an integer type or text"),
     ({"va": [1, None]}, "row 1: va is null; allowed are nulls in gpa and ip"),
     ({"x": [1]}, "no column is an address; there are x"),
     ({"va": [1], "vcpu": [70000]}, "row 0: vcpu is 70000; allowed is 0 to 65535"),
@@ -260,7 +261,10 @@ def npy(shape, dtype="<u8", data=b""):
 @pytest.mark.parametrize(("content", "reason"), [
     (npy((3, 3)), "has the shape (3, 3)"), (npy((1 << 62,)), "more than any file"), (npy((1,), "|O"), "pickled objects"),
     (npy((4,), data=b"\1" * 17), "ends at byte 145; 2 elements of 4 are missing"),
-    (npy((1,), "<f8", b"\1" * 8), "'addr' is float64"),
+    (npy((1,), "<f8", b"\1" * 8), "'addr' is float64"), (npy((1,), "|b1", b"\1"), "'addr' is bool; allowed is an integer type"),
+    (npy((1,), [("va", "<u8", (2,))], b"\1" * 16), "a.npy: 'va' has elements of the shape (2,) of uint64; allowed is one number"),
+    (npy((1,), [("va", "<u8"), ("op", "S1", (2,))], b"\1" * 10), "a.npy: 'op' has elements of the shape (2,) of |S1; allowed is"),
+    (npy((1,), [("va", "<u8"), ("size", "|b1")], b"\1" * 9), "a.npy: 'size' is bool; allowed is an integer type"),
     (npy((1,), data=b"\1" * 9), "goes on behind its 1 elements, at byte 136"), (npy((1 << 50,)), "elements of"),
     (b"\x93NUMPY\7\0abc", "npy version (7, 0)"), (b"\x93NUMPY\1\0\xff\xff{", "not a whole numpy array"),
 ])
@@ -277,3 +281,15 @@ def test_npz_refusals(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\3\4" + b"\0" * 100)
     with pytest.raises(TraceError, match="not a whole numpy archive"):
         list(open_trace(tmp_path / "a.npz").chunks())
+
+
+def test_npz_with_a_name_that_is_no_utf_8(tmp_path):
+    """As a damaged directory: the flag says UTF-8, the byte is none."""
+    path = tmp_path / "bad.npz"
+    np.savez(path, addr=np.arange(5))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"addr.npy")] = 0x8B
+    content[content.rfind(b"PK\1\2") + 9] |= 8
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=r"bad\.npz: not a whole numpy archive \('utf-8' codec can't decode byte 0x8b"):
+        list(open_trace(path).chunks())
