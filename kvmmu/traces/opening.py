@@ -10,6 +10,7 @@ from warnings import warn
 import numpy as np
 
 from kvmmu.arch._bits import INVALID_GPA, Op
+from kvmmu.arch.arguments import check_path
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes
@@ -120,6 +121,7 @@ def find_format(path: StrPath, format: str | None = None) -> Format:
     FileNotFoundError
     """
     known = formats()
+    check_path("path", path, "a trace")
     if format is not None:
         if format not in known:
             raise ValueError(f"format: is {format!r}; allowed is {', '.join(sorted(known))}")
