@@ -344,8 +344,10 @@ class ParquetWriter:
             raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: want one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if not isinstance(header, Header):
+            raise TypeError(f"header: want a Header, got {type(header).__name__}")
         self._pa = pyarrow()
-        self.path = Path(path)
+        self.path = Path(check_path("path", path, "a trace"))
         self.header = header
         self.rows = self.accesses = 0
         self.vcpus = 1
