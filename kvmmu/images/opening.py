@@ -118,6 +118,11 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
         It is not there, or no name is given.
     ImportError
         An optional package is needed; the message names the extra.
+
+    Notes
+    -----
+    The file must not become shorter while the image is in use (a second dump to the same name truncates it first): reading a
+    part of a mapped file that is gone ends the process with SIGBUS.
     """
     if not isinstance(path, (str, bytes, PathLike)):
         if not callable(getattr(path, "read", None)):

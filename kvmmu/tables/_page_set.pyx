@@ -7,6 +7,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from kvmmu.arch._bits cimport PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from kvmmu.memory._lock cimport MachineLock
 from kvmmu.memory._memory cimport hash_gfn
 
 cdef enum:
@@ -69,11 +70,13 @@ cdef bint add_rows(page_table *t, const uint64_t *addr, const uint8_t *size, siz
 
 
 cdef class PageSet:
-    """Numbers of 4K pages, each once, in an open-addressing table at most half full."""
+    """Numbers of 4K pages, each once, in an open-addressing table at most half full. Threads wait for each other."""
 
     cdef page_table t
+    cdef MachineLock lock
 
     def __cinit__(self):
+        self.lock = MachineLock()
         self.t.keys = <uint64_t *>calloc(FIRST_CAPACITY, sizeof(uint64_t))
         if self.t.keys is NULL:
             raise MemoryError
@@ -100,7 +103,7 @@ cdef class PageSet:
         int
             How many of them are new.
         """
-        cdef size_t before = self.t.count, rows = addr.shape[0]
+        cdef size_t before, rows = addr.shape[0]
         cdef page_table *t = &self.t
         cdef bint memory = True
         cdef const uint8_t *sizes = NULL
@@ -109,21 +112,25 @@ cdef class PageSet:
                 raise ValueError(f"size: {size.shape[0]} rows, addr has {rows}")
             if rows:
                 sizes = &size[0]
-        if rows:
-            with nogil:
-                memory = add_rows(t, &addr[0], sizes, rows)
-        if not memory:
-            raise MemoryError
-        return self.t.count - before
+        with self.lock:
+            before = t.count
+            if rows:
+                with nogil:
+                    memory = add_rows(t, &addr[0], sizes, rows)
+            if not memory:
+                raise MemoryError
+            return t.count - before
 
     def pages(self):
         """Page numbers (address >> 12), ascending: ndarray of uint64."""
         cdef size_t i, n = 0
-        found = np.empty(self.t.count, np.uint64)
-        cdef uint64_t[::1] rows = found
-        for i in range(self.t.mask + 1):
-            if self.t.keys[i]:
-                rows[n] = self.t.keys[i] - 1
-                n += 1
+        cdef uint64_t[::1] rows
+        with self.lock:
+            found = np.empty(self.t.count, np.uint64)
+            rows = found
+            for i in range(self.t.mask + 1):
+                if self.t.keys[i]:
+                    rows[n] = self.t.keys[i] - 1
+                    n += 1
         found.sort()
         return found

@@ -10,6 +10,7 @@ from kvmmu.arch._bits import EPTP_AD, EPTP_LEVEL_SHIFT, EPTP_MT_WB, PAGE_SIZE, P
 from kvmmu.arch.arguments import check_bool, check_name, check_word
 from kvmmu.arch.registers import RegisterValues, Regs
 from kvmmu.arch.second_stages import Ept, Npt
+from kvmmu.memory._lock import MachineLock
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.tables._builder import STATUS_NAMES, TableBuilder
 from kvmmu.tables._page_set import PageSet
@@ -60,6 +61,10 @@ class PageTables:
         An argument that is none of the above.
     MemoryError
         There is no frame for the root.
+
+    Notes
+    -----
+    Threads may change the same tables: a call waits until that of another thread has ended.
 
     Examples
     --------
@@ -114,6 +119,7 @@ class PageTables:
         self._shape = shape = MODES[mode]
         self._store = _store_function(writer, vm, vcpu, direct_map)
         self._frames = frame_source(frames, mem, shape.below)
+        self._lock = MachineLock()                      # of the tables, not of a machine
         self._own: set[int] = set()
         self._at_once = _FRAMES_AT_ONCE
         self._builder = self._make_builder(self._store is not None)
@@ -311,18 +317,19 @@ class PageTables:
 
     def _run(self, kernel: Callable[[int], tuple[int, int]], rows: Rows) -> None:
         """Carry out rows, with more frames whenever there are none left."""
-        done = 0
-        while True:
-            try:
-                done, status = self._settle(*kernel(done))
-            finally:
-                self._repeat_stores()
-            if not self._wants_frames(status):
-                break
-            if not self._supply():
-                raise MemoryError(f"no frame is left for page tables: {done} of {rows.gva.size} rows are done, "
-                                  f"{int(rows.gva[done]):#x} is not; give more frames, or memory with pages of zeros")
-        self._finish(done, status, f"{int(rows.gva[done]):#x}" if done < rows.gva.size else "")
+        with self._lock:
+            done = 0
+            while True:
+                try:
+                    done, status = self._settle(*kernel(done))
+                finally:
+                    self._repeat_stores()
+                if not self._wants_frames(status):
+                    break
+                if not self._supply():
+                    raise MemoryError(f"no frame is left for page tables: {done} of {rows.gva.size} rows are done, "
+                                      f"{int(rows.gva[done]):#x} is not; give more frames, or memory with pages of zeros")
+            self._finish(done, status, f"{int(rows.gva[done]):#x}" if done < rows.gva.size else "")
 
     @staticmethod
     def _wants_frames(status: int) -> bool:

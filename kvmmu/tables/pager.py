@@ -61,6 +61,7 @@ class Pager(PageTables):
     Notes
     -----
     Pages can be read, written and executed by user and supervisor. Copy-on-write, the page cache and NUMA are not modelled.
+    Threads may touch pages of one pager, and replay traces with it: the pages are those of all, and so are the counters.
 
     Examples
     --------
@@ -142,9 +143,10 @@ class Pager(PageTables):
             No frames are left; the rows before are mapped.
         """
         addr = as_words("gva", gva)
-        before = self.faults
-        self._touch(addr, size, 0, addr.size)
-        return self.faults - before
+        with self._lock:
+            before = self.faults
+            self._touch(addr, size, 0, addr.size)
+            return self.faults - before
 
     def _touch_until_promotion(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, start: int) -> int:
         """Touch addresses from row `start` on, up to one that makes a large page replace small ones.
@@ -156,7 +158,8 @@ class Pager(PageTables):
         int
             The first row that was not touched. Row `start` always is, whatever it makes.
         """
-        return self._touch(addr, size, start, start + 1)
+        with self._lock:
+            return self._touch(addr, size, start, start + 1)
 
     def _touch(self, addr: NDArray[np.uint64], size: NDArray[np.uint8] | None, done: int, pauses_from: int) -> int:
         before, tries = (-1, -1, -1), 0

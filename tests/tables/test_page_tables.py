@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PageTables, PageTables.for_addresses() and Pager: what they map is what the oracle and the walks find."""
 
+import threading
+
 import numpy as np
 import oracle
 import oracle_nested
@@ -475,3 +477,68 @@ def test_a_pager_whose_memory_is_full(frames):
 
     with pytest.raises(MemoryError, match="no frames? (is|are) left"):
         fill()
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------------
+
+def in_threads(*bodies):
+    """Run functions side by side; what they raise is raised."""
+    errors = []
+
+    def run(body):
+        try:
+            body()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize(("page", "frames"), [("4k", "linear"), ("thp", "random"), ("2m", "linear")])
+def test_a_pager_of_several_threads(page, frames):
+    """The same pages as of one thread, whoever touches them."""
+    gva = np.random.default_rng(0).integers(0, 1 << 32, 100_000, np.uint64)
+    alone = Pager(page, frames)
+    alone.touch(gva)
+    for _ in range(3):
+        pager, counts = Pager(page, frames), []
+        in_threads(*[lambda pager=pager, counts=counts: counts.append(pager.touch(gva)) for _ in range(4)])
+        assert (sum(counts), pager.faults, pager.pages) == (alone.faults, alone.faults, alone.pages)
+        vcpu = Vcpu(pager.mem)
+        vcpu.set_regs(pager.regs())
+        assert (vcpu.gva_walk.translate(gva).status == Status.OK).all()
+
+
+def test_page_tables_of_several_threads():
+    """Each thread maps and unmaps pages of its own: what is left is what each of them left."""
+    tables = PageTables(GuestMemory(64 << 20))
+
+    def work(n):
+        gva = (np.arange(20_000, dtype=np.uint64) * np.uint64(4) + np.uint64(n)) << np.uint64(12)
+        for _ in range(3):
+            tables.map(gva, gva)
+            tables.unmap(gva[::2])
+
+    in_threads(*[lambda n=n: work(n) for n in range(4)])
+    vcpu = Vcpu(tables.mem)
+    vcpu.set_regs(tables.regs())
+    t = vcpu.gva_walk.translate(np.arange(80_000, dtype=np.uint64) << np.uint64(12))
+    there = np.arange(80_000) // 4 % 2 == 1
+    assert ((t.status == Status.OK) == there).all()
+    assert (t.gpa[there] >> np.uint64(12) == np.flatnonzero(there)).all()
+
+
+def test_a_page_set_of_several_threads():
+    gva = np.random.default_rng(0).integers(0, 1 << 40, 200_000, np.uint64)
+    pages = np.unique(gva >> np.uint64(12))
+    for _ in range(3):
+        found, counts = PageSet(), []
+        in_threads(*[lambda found=found, counts=counts: counts.append(found.add(gva)) for _ in range(4)],
+                   lambda found=found: [found.pages() for _ in range(20)])
+        assert sum(counts) == len(found) == pages.size
+        assert (found.pages() == pages).all()
