@@ -48,9 +48,12 @@ from kvmmu import (
     Translation,
 )
 from kvmmu.arch.arguments import check_bytes, check_integers
+from kvmmu.images import is_image, open_image
 from kvmmu.oracles import run_scenario
 from kvmmu.report.address_space import plot_mappings
-from kvmmu.traces import Header, ParquetTrace, RegisterSet, Stage, convert
+from kvmmu.traces import Header, ParquetTrace, Recording, RegisterSet, Stage, convert, open_trace
+from kvmmu.traces.opening import describe_trace
+from kvmmu.traces.source import open_source
 
 NUMPY = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
 
@@ -418,3 +421,30 @@ def test_bytes_are_not_copied():
     data = bytearray(8)
     check_bytes("name", data)[3] = 7
     assert data[3] == 7
+
+
+# ---- paths -------------------------------------------------------------------------------------------------------------
+
+OPENERS = {
+    "open_trace": ("path", "a trace", open_trace), "describe_trace": ("path", "a trace", describe_trace),
+    "ParquetTrace": ("path", "a trace", ParquetTrace), "open_source": ("path", "a recording or trace", open_source),
+    "Recording": ("path", "a recording", Recording.open), "open_image": ("path", "an image", open_image),
+    "replay": ("trace", "a recording or trace", kvmmu.replay),
+    "compare": ("trace", "a recording or trace", lambda path: kvmmu.compare(path, [kvmmu.Design(tlb="zen3")])),
+    "compare elsewhere": ("trace", "a recording or trace",
+                          lambda path: kvmmu.compare(path, [kvmmu.Design(tlb="zen3")], scheduler="threads"))}
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_paths_of_nothing_and_of_bytes(opener, tmp_path, monkeypatch):
+    """An empty name is not the current folder, and bytes are no path and no chunks."""
+    monkeypatch.chdir(tmp_path)
+    if opener == "ParquetTrace" or "elsewhere" in opener:
+        pytest.importorskip("pyarrow" if opener == "ParquetTrace" else "dask")
+    argument, what, call = OPENERS[opener]
+    with pytest.raises(FileNotFoundError, match=f"^{argument}: no name of {what} is given$"):
+        call("")
+    for value in (b"abc", b""):
+        with pytest.raises(TypeError, match=rf"^{argument}: want a path as str or path-like, got bytes; os\.fsdecode\(\) makes"):
+            call(value)
+    assert not is_image("")

@@ -7,6 +7,7 @@ objects with `__index__` are integers; bools, floats and strings are not.
 import operator
 import sys
 from collections.abc import Iterable
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
 
 __all__ = ["check_bool", "check_bools", "check_bytes", "check_choice", "check_gpa", "check_int", "check_integers",
-           "check_length", "check_name", "check_pages", "check_threads", "check_word", "check_words", "is_masked",
+           "check_length", "check_name", "check_pages", "check_path", "check_threads", "check_word", "check_words", "is_masked",
            "refuse_masked"]
 
 MAX_THREADS = 1024                      # far beyond what makes a batch faster; each is made when it is wanted
@@ -93,6 +94,16 @@ def check_bool(name: str, value: Any) -> bool:
     if number not in (0, 1):
         raise ValueError(f"{name}: want True or False, got {_text(number)}")
     return number == 1
+
+
+def check_path(name: str, value: Any, what: str) -> Any:
+    """Return value if it is a path as text, and no empty one, which Path() takes for the current folder. IN what: it names."""
+    if not isinstance(value, (str, PathLike)) or not isinstance(fspath(value), str):
+        raise TypeError(f"{name}: want a path as str or path-like, got {type(value).__name__}; "
+                        "os.fsdecode() makes a str of bytes")
+    if not fspath(value):
+        raise FileNotFoundError(f"{name}: no name of {what} is given")
+    return value
 
 
 def check_words(name: str, values: Any, count: int, bits: int = 64) -> tuple[int, ...]:

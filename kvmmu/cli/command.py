@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import kvmmu
 from kvmmu.cli import compare, convert, diff, info, pt, read, replay, scenario, spt, walk
+from kvmmu.cli.image_target import image_hint
 from kvmmu.cli.output import BAD, BUG, INTERRUPTED, OK, Deadly, drop_output, flush
 from kvmmu.cli.parsing import Parser, epilog
 from kvmmu.replay.terminal import StreamError, warn
+from kvmmu.traces.opening import UnknownFormatError
 
 __all__ = ["main"]
 
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = error.filename is not None and error.strerror is not None
         warn(f"kvmmu: {os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
              if named else f"kvmmu: {error}")
+    except UnknownFormatError as error:
+        warn(f"kvmmu: {image_hint(error) or error}")
     except (ValueError, ImportError, kvmmu.GuestFault) as error:
         warn(f"kvmmu: {error}")
     except Exception:  # exit status 1 would say that there is a mismatch

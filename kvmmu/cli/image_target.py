@@ -7,18 +7,18 @@ from typing import Any
 import kvmmu
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import files_of, open_with_tables, path_of
-from kvmmu.images import Image, is_image, open_image
+from kvmmu.images import Image, image_formats, is_image, open_image
 from kvmmu.replay.recorded_machine import trace_start
 from kvmmu.replay.register_events import use_context
 from kvmmu.replay.terminal import warn
 from kvmmu.replay.trace_replay import recording_vcpu
 from kvmmu.traces import ParquetTrace, Recording, TraceError
-from kvmmu.traces.opening import find_format
+from kvmmu.traces.opening import UnknownFormatError, find_format
 from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_registers", "add_target", "image_of", "image_vcpu", "image_files", "source_vcpu", "space_of",
-           "target_files", "target_vcpu"]
+__all__ = ["add_image_options", "add_registers", "add_target", "image_files", "image_hint", "image_of", "image_vcpu", "source_vcpu",
+           "space_of", "target_files", "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 _VMWARE = (".vmem", ".vmss", ".vmsn")      # files of an image that lie beside each other
@@ -84,6 +84,19 @@ def _is_trace(path: str) -> bool:
     except TraceError:
         return False
     return True
+
+
+def image_hint(error: UnknownFormatError) -> str:
+    """Return what to do with a file that is no trace but a memory image, compressed or not; else an empty string."""
+    scores = {name: format.sniff(error.head, error.path) for name, format in image_formats().items() if name != "raw"}
+    best = max(scores, key=lambda name: scores[name])
+    if not scores[best]:
+        return ""
+    if is_image(error.path):
+        return (f"{error.path}: is a memory image ({best}), no trace: kvmmu pt shows its page tables, kvmmu replay TRACE "
+                "--image FILE walks a trace on them")
+    return (f"{error.path}: is a memory image ({best}) that is compressed, no trace; decompress it first: an image is mapped, "
+            "not read. kvmmu pt then shows its page tables, kvmmu replay TRACE --image FILE walks a trace on them")
 
 
 def _given_registers(args: argparse.Namespace) -> dict[str, Any]:

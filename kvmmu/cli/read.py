@@ -21,8 +21,8 @@ def add(commands: Commands) -> None:
     read = command(commands, "read", _read, "print bytes at a linear address",
                    "Print bytes of a memory image, a recording or a trace, at a linear address or, with --physical, at a "
                    "guest-physical one. Rights do not count. A part that is not mapped, or of which the file has no bytes, is an "
-                   "error, after the bytes before it. Of a recording or a trace there are page tables alone: all other memory "
-                   "is 0.",
+                   "error, after the bytes before it. A recording or a trace has page tables alone: other memory of its guest is "
+                   "such a part, or 0 where the file has memory around the tables.",
                    "read dump.elf 0xffffffff81000000 64", "read dump.elf 0x400000 0x1000 --raw > page")
     add_target(read)
     read.add_argument("gva", type=address, metavar="GVA", help="address, hexadecimal with 0x")

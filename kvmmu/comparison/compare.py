@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._bits import Access
+from kvmmu.arch.arguments import check_path
 from kvmmu.comparison.comparison import Comparison, DesignResult
 from kvmmu.comparison.cost import CostModel, cost_of
 from kvmmu.comparison.design import Design
@@ -144,7 +145,8 @@ def _checked(designs: Iterable[Design]) -> list[Design]:
 
 def _opener(trace: Any, phase: str | None) -> Callable[[], Trace]:
     """Return a function that gives the trace from its beginning."""
-    if isinstance(trace, str) or hasattr(trace, "__fspath__"):
+    if isinstance(trace, (str, bytes, bytearray)) or hasattr(trace, "__fspath__"):
+        check_path("trace", trace, "a recording or trace")
         from kvmmu.traces.source import open_source
 
         source: Any = open_source(trace, phase=phase)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch.arguments import check_path
 from kvmmu.comparison.comparison import Comparison
 from kvmmu.comparison.design import Design
 from kvmmu.comparison.machines import HostRun
@@ -35,7 +36,8 @@ class TaskResult(NamedTuple):
 
 def place_of(trace: Any, phase: str | None) -> tuple[str, str | None]:
     """Return where a worker finds a trace: its path, and the phase of a recording."""
-    if isinstance(trace, str) or hasattr(trace, "__fspath__"):
+    if isinstance(trace, (str, bytes, bytearray)) or hasattr(trace, "__fspath__"):
+        check_path("trace", trace, "a recording or trace")
         return str(Path(trace).resolve()), phase
     if isinstance(trace, Recording):
         return str(Path(trace.path).resolve()), trace.phase

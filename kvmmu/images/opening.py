@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 from warnings import warn
 
-from kvmmu.arch.arguments import check_name
+from kvmmu.arch.arguments import check_name, check_path
 from kvmmu.images._file import ImageError, StrPath
 from kvmmu.images.image import Image
 from kvmmu.images.reader import PhysicalReader, open_reader
@@ -72,7 +72,7 @@ def _head_of(path: Path) -> bytes:
 
 def find_image_format(path: StrPath) -> Format | None:
     """Return the format of a file, told by its content; None if it is none of those that are known."""
-    _check_path(path)
+    check_path("path", path, "an image")
     known = _all_formats()
     head = _head_of(Path(path))
     scores = {name: format.sniff(head, Path(path)) for name, format in known.items()}
@@ -82,7 +82,9 @@ def find_image_format(path: StrPath) -> Format | None:
 
 def is_image(path: StrPath) -> bool:
     """True if a path is a file in some image format but raw, which any file of whole pages may be."""
-    _check_path(path)
+    if path == "":
+        return False
+    check_path("path", path, "an image")
     found = find_image_format(path) if Path(path).is_file() else None
     return found is not None and found.name != "raw"
 
@@ -113,6 +115,7 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
     ValueError, TypeError
         There is no such format, or option.
     FileNotFoundError
+        It is not there, or no name is given.
     ImportError
         An optional package is needed; the message names the extra.
 
@@ -128,7 +131,7 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
             raise ValueError(f"format: an object with read(gpa, n) has none, got {format!r}")
         _check_options("an object with read(gpa, n)", open_reader, options)
         return open_reader(path, **options)
-    _check_path(path)
+    check_path("path", path, "an image")
     known = _all_formats()
     if format is not None:
         check_name("format", format, tuple(sorted(known)))
@@ -140,11 +143,6 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
         raise ImageError(path, _unknown(_head_of(Path(path)), sorted(known)), 0)
     _check_options(f"format {found.name!r}", found.open, options)
     return found.open(path, **options)
-
-
-def _check_path(path: Any) -> None:
-    if not isinstance(path, (str, PathLike)) or not isinstance(fspath(path), str):
-        raise TypeError(f"path: want a path as str or path-like, got {type(path).__name__}; os.fsdecode() makes a str of bytes")
 
 
 def _check_options(what: str, function: Callable[..., Image], options: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -96,12 +98,15 @@ def read_file(path: StrPath) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 # ---- which trace -------------------------------------------------------------------------------------------------------
 
 def identity_of(source: Recording | Trace) -> dict[str, Any]:
-    """Return what tells a trace from others: of a recording a digest; else its header, and sizes, times and ends of files."""
+    """Return what tells a trace from others: of a recording a digest; else its header, and sizes, times and ends of files.
+
+    A name is none of it: files may be renamed.
+    """
     from hashlib import sha256
     if isinstance(source, Recording):
         return {"name": source.name, "phase": source.phase, "sha256": _digest_of_recording(source)}
     path = getattr(source, "path", None)
-    found: dict[str, Any] = {"header": sha256(source.header.to_json().encode()).hexdigest()}
+    found: dict[str, Any] = {"header": sha256(replace(source.header, name="").to_json().encode()).hexdigest()}
     files = _files_of(source)
     return found | _files_identity(Path(path), files) if path is not None and files else found
 
@@ -219,7 +224,8 @@ class Checkpoints:
         for name in {**header["replay"], **self._header["replay"]}:
             was, now = header["replay"].get(name), self._header["replay"].get(name)
             if was != now:
-                raise CheckpointError(f"{path}: {name}: the checkpoint was made with {_shortened(was)}, asked for is "
+                place, was, now = _first_difference(name, was, now)
+                raise CheckpointError(f"{path}: {place}: the checkpoint was made with {_shortened(was)}, asked for is "
                                       f"{_shortened(now)}; want the same arguments")
 
     # ---- signals -------------------------------------------------------------------------------------------------------
@@ -312,6 +318,19 @@ class _Busy:
         if owner._pending:
             owner._pending = False
             owner._stop(owner._number, None)
+
+
+def _first_difference(place: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the first place within plain data where two values differ, and what both have there."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                return _first_difference(f"{place}.{name}", was.get(name), now.get(name))
+    if isinstance(was, list) and isinstance(now, list):
+        for number, (old, new) in enumerate(zip_longest(was, now)):
+            if old != new:
+                return _first_difference(f"{place}[{number}]", old, new)
+    return place, was, now
 
 
 def _shortened(value: Any) -> str:

@@ -19,10 +19,12 @@ from kvmmu.traces.on_memory import TraceOnMemory
 from kvmmu.vm.vcpu import Vcpu, Vm
 from kvmmu.vm.virtual_machine import PageSize
 
-__all__ = ["BACKINGS", "TDP_OF", "Backing", "HostKind", "MachineStart", "given_machine", "made_machine", "registers_in_force"]
+__all__ = ["BACKINGS", "HOSTS", "TDP_OF", "Backing", "HostKind", "MachineStart", "given_machine", "made_machine",
+           "registers_in_force"]
 
 Backing = PageSize
 HostKind = Literal["ept", "npt", "shadow"]
+HOSTS: tuple[HostKind, ...] = get_args(HostKind)
 BACKINGS: tuple[Backing, ...] = get_args(Backing)
 TDP_OF: dict[str, Literal["ept", "npt"] | None] = {"ept": "ept", "npt": "npt", "shadow": None}
 _HOST_OF: dict[str | None, HostKind] = {"ept": "ept", "npt": "npt", None: "shadow"}

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from kvmmu.arch.arguments import check_name, check_path
 from kvmmu.replay.checkpoint import Checkpoints, check_seconds
 from kvmmu.replay.machine_replay import replay_machine
-from kvmmu.replay.machine_start import BACKINGS, Backing, HostKind, registers_in_force
+from kvmmu.replay.machine_start import BACKINGS, HOSTS, Backing, HostKind, registers_in_force
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.register_events import use_context
 from kvmmu.replay.result import Mismatch, Report
 from kvmmu.replay.scheduling import check_scheduler
-from kvmmu.replay.synthetic import TablesToOrder, replay_synthetic
+from kvmmu.replay.synthetic import TablesToOrder, check_order, replay_synthetic
 from kvmmu.replay.trace_replay import recording_vcpu, replay_recording, replay_trace
 from kvmmu.tables.layout import Frames, Page
 from kvmmu.tables.modes import Mode
@@ -114,28 +115,22 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
     A Parquet trace and an iterable are replayed in memory that does not depend on their length; other threads decode a
     Parquet trace ahead of the walk.
     """
-    if mode not in ("walk", "machine"):
-        raise ValueError(f"mode: want 'walk' or 'machine', got {mode!r}")
     tlbs = None
     if tlb is not None:
         hierarchy = tlb_of("tlb", tlb)
         tlbs = partial(ProcessorTlbs, [TlbOfHost(hierarchy)])
-    machine, vm = _machine_and_vcpu(vm, mode)
     order = _order(paging, page, frames, pager)
-    source = _source(trace, vm, phase, order, mode)
+    _check_choices(mode, host, backing, progress, scheduler)
     every = check_seconds("checkpoint_every", checkpoint_every)
     kept = [name for name, given in (("checkpoint", checkpoint), ("resume", resume)) if given is not None]
     if kept and (mode == "machine" or vm is not None):
         raise ValueError(f"{kept[0]}: the state of a whole machine cannot be kept in a file; want None, or mode 'walk'"
                          if mode == "machine" else f"{kept[0]}: the memory of a vm is not kept in a file; want None, or a trace "
                          "that brings its memory, or none")
-    if mode == "machine" and scheduler is not None:
-        raise ValueError("scheduler: a machine runs in one process; want None, or one trace per machine by replay_each()")
+    machine, vm = _machine_and_vcpu(vm, mode)
+    source = _source(trace, vm, phase, order, mode)
     if mode == "machine":
         return _machine(source, machine, order, tlb, host, backing, progress)
-    for name, given in (("host", host), ("backing", backing)):
-        if given is not None:
-            raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
     if scheduler is not None:
         return _in_parts(source, vm, order, tlb, scheduler, kept, progress)
     checkpoints = None
@@ -144,13 +139,28 @@ def replay(trace: Recording | Trace | StrPath | Iterable[Any], vm: Vm | Vcpu | N
         checkpoints = Checkpoints(source, _settings(made, tlbs), checkpoint, every, resume)
     if callable(progress):
         return _replay(source, vm, order, progress, tlbs, checkpoints)
-    if not isinstance(progress, bool):
-        raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
     if not progress:
         return _replay(source, vm, order, None, tlbs, checkpoints)
     name = source.name if isinstance(source, Recording) else source.header.name
     with progress_bar(f"replaying {name}", resume is not None) as bar:
         return _replay(source, vm, order, bar, tlbs, checkpoints)
+
+
+def _check_choices(mode: Any, host: Any, backing: Any, progress: Any, scheduler: Any) -> None:
+    """Raise ValueError or TypeError if one of these is not what is allowed, whatever the trace is."""
+    if mode not in ("walk", "machine"):
+        raise ValueError(f"mode: want 'walk' or 'machine', got {mode!r}")
+    for name, given, names in (("host", host, HOSTS), ("backing", backing, BACKINGS)):
+        if given is not None and mode == "walk":
+            raise ValueError(f"{name}: is of mode 'machine'; want None, got {given!r}")
+        if given is not None:
+            check_name(name, given, names)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress: want a bool or a callable, got {type(progress).__name__}")
+    if scheduler is not None:
+        check_scheduler(scheduler)
+        if mode == "machine":
+            raise ValueError("scheduler: a machine runs in one process; want None, or one trace per machine by replay_each()")
 
 
 def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, progress: Progress | None,
@@ -170,7 +180,6 @@ def _replay(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | N
 def _in_parts(source: Recording | Trace, vm: Vcpu | None, order: TablesToOrder | None, tlb: Any, scheduler: str, kept: list[str],
               progress: bool | Progress) -> Report:
     """Replay a trace in parts, wherever a scheduler has workers."""
-    scheduler = check_scheduler(scheduler)
     for name, given in (("vm", vm), ("pager", None if order is None else order.pager), *((name, True) for name in kept)):
         if given is not None:
             raise ValueError(f"{name}: is of one process; want None, or no scheduler")
@@ -229,7 +238,10 @@ def _order(paging: Any, page: Any, frames: Any, pager: Any) -> TablesToOrder | N
     """Return the tables that a caller asks for; None if it says nothing about them."""
     given = {name: value for name, value in (("paging", paging), ("page", page), ("frames", frames)) if value is not None}
     if pager is None:
-        return TablesToOrder(**given) if given else None
+        order = TablesToOrder(**given) if given else None
+        if order is not None:
+            check_order(order)
+        return order
     if not isinstance(pager, Pager):
         raise TypeError(f"pager: want a Pager or None, got {type(pager).__name__}")
     for name, value in given.items():
@@ -254,7 +266,8 @@ def _source(trace: Any, vm: Vcpu | None, phase: str | None, order: TablesToOrder
     """Return what to replay: a Recording or a Trace."""
     if isinstance(trace, (Recording, Trace)):
         source: Recording | Trace = trace
-    elif isinstance(trace, str) or hasattr(trace, "__fspath__"):
+    elif isinstance(trace, (str, bytes, bytearray)) or hasattr(trace, "__fspath__"):
+        check_path("trace", trace, "a recording or trace")
         from kvmmu.traces.source import open_source  # the readers of other formats take time to load
 
         source = open_source(trace, phase=phase)

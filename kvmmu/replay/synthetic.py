@@ -19,7 +19,7 @@ from kvmmu.replay.trace_memory import LIMIT_VARIABLE, check_pages, memory_limit,
 from kvmmu.replay.trace_replay import with_file
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tables.layout import Frames, Page, PageLayout, check_layout, layout_pages, tables_needed
-from kvmmu.tables.modes import Mode
+from kvmmu.tables.modes import Mode, ModeShape
 from kvmmu.tables.page_tables import PageTables
 from kvmmu.tables.pager import Pager
 from kvmmu.tlb.processor import ProcessorTlbs
@@ -53,6 +53,13 @@ class TablesToOrder(NamedTuple):
     page: Page = "4k"
     frames: Frames = "linear"
     pager: Pager | None = None
+
+
+def check_order(order: TablesToOrder) -> ModeShape:
+    """Return the shape of the tables that are asked for; raises ValueError or TypeError if there are none such."""
+    if order.paging not in _GUEST_MODES:
+        raise ValueError(f"paging: is {order.paging!r}; allowed is {', '.join(_GUEST_MODES)}")
+    return check_layout(order.page, order.frames, order.paging, _THP_SHARE)
 
 
 def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | None = None,
@@ -103,9 +110,7 @@ class SyntheticRun:
                  tlbs: Callable[[int], ProcessorTlbs] | None, keeper: Checkpoints) -> None:
         self.tlbs = None if tlbs is None else tlbs(1)
         self.trace, self.order, self.progress = trace, order, progress
-        if order.paging not in _GUEST_MODES:
-            raise ValueError(f"paging: is {order.paging!r}; allowed is {', '.join(_GUEST_MODES)}")
-        self.shape = check_layout(order.page, order.frames, order.paging, _THP_SHARE)
+        self.shape = check_order(order)
         level_shifts = {level: size.bit_length() - 1 for size, level in self.shape.sizes.items()}
         self.shifts = [PAGE_SHIFT, *(level_shifts.get(level, PAGE_SHIFT) for level in (1, 2, 3))]
         self.started = time.perf_counter()

@@ -17,6 +17,7 @@ __all__ = ["FORMAT", "CsvFormat"]
 
 _DELIMITERS = (",", "\t", ";", "|", " ")
 _WIDE = ("addr", "ip", "gpa")       # fields of 64 bits without sign
+_BASE = "base=16 (--option base=16)"
 _BLOCK = 1 << 20                    # bytes of text that become one batch
 
 
@@ -34,7 +35,7 @@ class CsvFormat:
             return 60
         named = any(suffix.lower() in (".csv", ".tsv") for suffix in path.suffixes)
         lines = [part.strip() for part in head.split(b"\n")[:100]][:-1]
-        if lines and all(_is_number(part) for part in lines):
+        if lines and all(_number(part.decode("latin-1"), 10) is not None for part in lines):
             return 30
         return 25 if named else 0
 
@@ -51,7 +52,7 @@ class CsvFormat:
         delimiter : str, optional
             Told by the first line otherwise.
         header : bool, optional
-            The first line has names. By default it does if a field of it is no number.
+            The first line has names. By default it does if its address is no number, or it has a column's usual name.
         base : {10, 16}
             16: addresses are hexadecimal without 0x.
         vcpus : int
@@ -82,11 +83,39 @@ def _delimiter_of(line: str) -> str:
     return next((mark for mark in _DELIMITERS if mark in line), ",")
 
 
-def _is_number(text: bytes | str) -> bool:
+def _number(text: str, base: int) -> int | None:
+    """Return a number of a field; None if it is none in this base."""
     try:
-        int(text, 0)
+        return int(text, 16 if base == 16 or text[:2].lower() == "0x" else 10)
     except ValueError:
+        return None
+
+
+def _is_hexadecimal(text: str) -> bool:
+    """True if a text is rather an address in hexadecimal without 0x than a name: no name begins with a digit."""
+    return _number(text, 16) is not None and (text[0].isdigit() or len(text) >= 8 and any(mark.isdigit() for mark in text))
+
+
+def _has_names(path: Path, fields: list[str], given: Mapping[str, str | int], base: int) -> bool:
+    """True if the first line of a file has names: its address is no number, or one of its fields is a name.
+
+    Raises
+    ------
+    TraceError
+        Its address is a hexadecimal number, and the base is 10.
+    """
+    chosen = str(given.get("addr", "0" if len(fields) == 1 else ""))
+    place = chosen if chosen.isdecimal() or chosen in fields else chosen.removeprefix("f")      # f0, f1: columns without names
+    if not place.isdecimal() or int(place) >= len(fields):
+        if chosen in fields or any(field.lower() in SYNONYMS["addr"] for field in fields):
+            return True
+        return all(_number(field, base) is None for field in fields)
+    address = fields[int(place)]
+    if address == "" or _number(address, base) is not None:
         return False
+    if base == 10 and _is_hexadecimal(address):
+        raise TraceError(f"{path}: line 1: the address is {address!r}, no decimal number; say {_BASE} if it is hexadecimal "
+                         "without 0x, header=yes (--option header=yes) if it is a name")
     return True
 
 
@@ -145,14 +174,16 @@ class _Table:
         line = head.split(b"\n", 1)[0].decode("utf-8", "replace").strip("\r\ufeff")
         self._delimiter = delimiter or _delimiter_of(line)
         fields = [field.strip().strip('"') for field in line.split(self._delimiter)]
-        self._header = any(not _is_number(field) for field in fields) and base == 10 if header is None else header
+        self._header = _has_names(path, fields, given, base) if header is None else header
         names = fields if self._header else [f"f{place}" for place in range(len(fields))]
         if len(set(names)) < len(names):
             raise TraceError(f"{path}: two of its columns have one name: {', '.join(names)}")
         if not given and not self._header and len(names) == 1:
             given = {"addr": 0}
         self._names = names
-        self._naming = Naming(path, names, given)
+        self._naming = Naming(path, names, given, None if self._header else (
+            f"{', '.join(names)}, in the first line {', '.join(map(repr, fields))}; if these are names, say header=yes "
+            "(--option header=yes)"))
         self._lines = _Lines(stream)
 
     def _open(self, types: Mapping[str, Any], on_invalid: Any = None) -> Any:
@@ -257,14 +288,14 @@ class _Table:
             if field == "op":
                 values[field] = text
                 continue
-            value: int | None
-            try:
-                value = int(text, 16 if wide and self._base == 16 or text[:2].lower() == "0x" else 10)
-            except ValueError:
-                value = 0xFFFF_FFFF_FFFF_FFFF if field == "gpa" and not text else None
+            value = _number(text, self._base if wide else 10)
+            if value is None and field == "gpa" and not text:
+                value = 0xFFFF_FFFF_FFFF_FFFF
             if value is None or not (0 <= value < 1 << 64 if wide else -1 << 63 <= value < 1 << 63):
-                bits = "64 bits" if wide else "63 bits with sign"
-                return {}, f"{self._naming.fields[field]} is {text!r}; allowed is a number of {bits}"
+                allowed = f"a number of {'64 bits' if wide else '63 bits with sign'}"
+                if wide and value is None and _number(text, 16) is not None:
+                    allowed += f"; hexadecimal without 0x takes {_BASE}"
+                return {}, f"{self._naming.fields[field]} is {text!r}; allowed is {allowed}"
             values[field] = value
         return values, ""
 

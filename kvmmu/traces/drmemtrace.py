@@ -178,7 +178,9 @@ class _Members:
     def __init__(self, path: Path) -> None:
         try:
             self._archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except OSError:
+            raise
+        except Exception as error:      # damaged directories raise a dozen types
             raise TraceError(f"{path}: is not a whole zip archive ({error})") from None
         self._names = sorted((info.filename for info in self._archive.infolist()), reverse=True)
         self._member: Any = None

@@ -28,6 +28,7 @@ class TraceError(ValueError):
     report: Any = None
 
 
+_STRINGS = ("name", "phase", "mode", "source", "tables_at")
 _WORDS = ("ncr3", "cr4", "efer", "eptp")    # of a stage; its other parts are flags
 
 
@@ -121,6 +122,15 @@ class RegisterSet:
                 raise TraceError(f"{error}; allowed are four numbers of 64 bits") from None
 
 
+def _check_sets(name: str, sets: Any) -> tuple[RegisterSet, ...]:
+    if not isinstance(sets, (tuple, list)):
+        raise TypeError(f"{name}: want a tuple of RegisterSets, got {type(sets).__name__}")
+    for i, regs in enumerate(sets):
+        if not isinstance(regs, RegisterSet):
+            raise TypeError(f"{name}[{i}]: want a RegisterSet, got {type(regs).__name__}")
+    return tuple(sets)
+
+
 @dataclass(frozen=True)
 class Header:
     """The header of a trace: what holds for all of it.
@@ -159,6 +169,13 @@ class Header:
     vcpus: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("registers", "contexts"):
+            object.__setattr__(self, name, _check_sets(name, getattr(self, name)))
+        if not isinstance(self.cpu, Mapping):
+            raise TypeError(f"cpu: want a mapping, got {type(self.cpu).__name__}")
+        for name in _STRINGS:
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: want a string, got {type(getattr(self, name)).__name__}")
         if len(self.registers) > MAX_VCPUS:
             raise TraceError(f"registers: of {len(self.registers)} vCPUs; allowed are at most {MAX_VCPUS}")
         if not self.registers and self.contexts:
@@ -177,7 +194,7 @@ class Header:
     def to_json(self) -> str:
         """Return the header as text: registers and addresses are hexadecimal strings."""
         import json
-        plain = {"version": VERSION, **{name: getattr(self, name) for name in ("name", "phase", "mode", "source", "tables_at")},
+        plain = {"version": VERSION, **{name: getattr(self, name) for name in _STRINGS},
                  "pdpte_clear": hex(self.pdpte_clear), "cpu": dict(self.cpu),
                  "registers": [_plain_registers(regs) for regs in self.registers],
                  "contexts": [_plain_registers(regs) for regs in self.contexts]}
@@ -199,7 +216,7 @@ class Header:
             raise TraceError(f"header: version: is missing or not {VERSION}, the one that is known")
         known = set(cls.__dataclass_fields__)
         values: dict[str, Any] = {name: value for name, value in plain.items() if name in known}    # others are of later versions
-        for name in ("name", "phase", "mode", "source", "tables_at"):
+        for name in _STRINGS:
             if not isinstance(values.get(name, ""), str):
                 raise TraceError(f"header: {name}: is {values[name]!r}; allowed is a string")
         if "registers" not in values:

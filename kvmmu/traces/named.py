@@ -60,6 +60,8 @@ class Naming:
         Of the file's columns, in order.
     given : dict
         As of parse_columns().
+    there : str, optional
+        The names for messages, if there is more to say of them.
 
     Attributes
     ----------
@@ -72,7 +74,8 @@ class Naming:
         There is no address, or a column that was named is not there.
     """
 
-    def __init__(self, path: Path, names: list[str], given: Mapping[str, str | int]) -> None:
+    def __init__(self, path: Path, names: list[str], given: Mapping[str, str | int], there: str | None = None) -> None:
+        there = there or ", ".join(names)
         self.fields: dict[str, str] = {}
         lower = {name.strip().lower(): name for name in reversed(names)}
         for field, wanted in given.items():
@@ -81,7 +84,7 @@ class Naming:
                     raise TraceError(f"{path}: {field} shall be column {wanted}; there are {len(names)}, from 0")
                 wanted = names[int(wanted)]
             if wanted not in names:
-                raise TraceError(f"{path}: {field} shall be column {wanted!r}; there are {', '.join(names)}")
+                raise TraceError(f"{path}: {field} shall be column {wanted!r}; there are {there}")
             self.fields[field] = wanted
         taken = set(self.fields.values())
         for field, synonyms in SYNONYMS.items():
@@ -90,8 +93,8 @@ class Naming:
                 self.fields[field] = found
                 taken.add(found)
         if "addr" not in self.fields:
-            raise TraceError(f"{path}: no column is an address; there are {', '.join(names)}. Say which is: columns={{'addr': "
-                             f"NAME}}, --columns addr=NAME. Names that are known: {', '.join(SYNONYMS['addr'])}")
+            raise TraceError(f"{path}: no column is an address; there are {there}. Say which is: columns={{'addr': NAME}}, "
+                             f"--columns addr=NAME. Names that are known: {', '.join(SYNONYMS['addr'])}")
 
     @property
     def numbered(self) -> bool:

@@ -40,7 +40,7 @@ class NumpyFormat:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except Exception:               # damaged directories raise a dozen types
             return 40 if path.suffix == ".npz" else 0
         return 90 if names and all(name.endswith(".npy") for name in names) else 0
 
@@ -177,7 +177,9 @@ def _of_archive(path: Path, given: Mapping[str, str | int]) -> Iterator[Columns]
         try:
             archive = opened.enter_context(zipfile.ZipFile(path))
             names = [name.removesuffix(".npy") for name in archive.namelist()]
-        except zipfile.BadZipFile as error:
+        except OSError:
+            raise
+        except Exception as error:      # damaged directories raise a dozen types
             raise TraceError(f"{path}: not a whole numpy archive ({error})") from None
         naming = Naming(path, names, given)
         arrays: dict[str, _Array] = {}
@@ -215,13 +217,17 @@ def _of_archive(path: Path, given: Mapping[str, str | int]) -> Iterator[Columns]
 
 def _integers(path: Path, name: str, field: str, column: NDArray[Any]) -> NDArray[Any]:
     """Return a column as integers of this machine's byte order; kinds of accesses may be words."""
+    if column.ndim != 1:
+        raise TraceError(f"{path}: {name!r} has elements of the shape {column.shape[1:]} of {column.dtype}; allowed is one "
+                         "number each")
     if field == "op" and column.dtype.kind in "SU" and column.dtype.itemsize <= 4 * _MAX_WORD:
         words, places = np.unique(column, return_inverse=True)
         return kinds_of([word.decode("latin-1") if isinstance(word, bytes) else str(word) for word in words.tolist()])[places]
-    if column.dtype.kind == "b":
+    if field == "op" and column.dtype.kind == "b":
         return column.astype(np.uint8)
     if column.dtype.kind not in "iu":
-        raise TraceError(f"{path}: {name!r} is {column.dtype}; allowed is an integer type{' or words' if field == 'op' else ''}")
+        raise TraceError(f"{path}: {name!r} is {column.dtype}; allowed is an integer type"
+                         f"{', bool or words' if field == 'op' else ''}")
     return np.ascontiguousarray(column, column.dtype.newbyteorder("="))
 
 

@@ -10,6 +10,7 @@ from warnings import warn
 import numpy as np
 
 from kvmmu.arch._bits import INVALID_GPA, Op
+from kvmmu.arch.arguments import check_path
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes
@@ -18,7 +19,7 @@ from kvmmu.traces.header import TraceError
 from kvmmu.traces.parquet import NoTraceError, ParquetTrace, is_parquet
 from kvmmu.traces.stream import Trace
 
-__all__ = ["GROUP", "Count", "describe_trace", "find_format", "formats", "open_trace"]
+__all__ = ["GROUP", "Count", "UnknownFormatError", "describe_trace", "find_format", "formats", "open_trace"]
 
 GROUP = "kvmmu.traces"              # of entry points
 # The formats that come with kvmmu: module and name of the object in it.
@@ -27,6 +28,21 @@ _OWN = (("lackey", "FORMAT"), ("champsim", "FORMAT"), ("drmemtrace", "FORMAT"), 
         ("tables", "FORMAT"), ("csv", "FORMAT"), ("numpy_arrays", "FORMAT"), ("numpy_arrays", "RAW"))
 _SHOWN = 48                         # bytes of an unknown file in the message
 _LEAST_SCORE = 1
+
+
+class UnknownFormatError(TraceError):
+    """A file is in no trace format that is known.
+
+    Attributes
+    ----------
+    path : Path
+    head : bytes
+        Its first bytes, decompressed.
+    """
+
+    def __init__(self, path: Path, head: bytes, message: str) -> None:
+        super().__init__(message)
+        self.path, self.head = path, head
 
 
 class _KvmmuParquet:
@@ -105,6 +121,7 @@ def find_format(path: StrPath, format: str | None = None) -> Format:
     FileNotFoundError
     """
     known = formats()
+    check_path("path", path, "a trace")
     if format is not None:
         if format not in known:
             raise ValueError(f"format: is {format!r}; allowed is {', '.join(sorted(known))}")
@@ -116,7 +133,7 @@ def find_format(path: StrPath, format: str | None = None) -> Format:
     scores = {name: candidate.sniff(head, path) for name, candidate in known.items()}
     best = max(scores, key=lambda name: scores[name])
     if scores[best] < _LEAST_SCORE:
-        raise TraceError(_unknown(path, head, sorted(known)))
+        raise UnknownFormatError(path, head, _unknown(path, head, sorted(known)))
     return known[best]
 
 

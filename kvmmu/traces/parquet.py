@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from kvmmu.arch._bits import INVALID_GPA, Op
-from kvmmu.arch.arguments import check_bool, check_threads
+from kvmmu.arch.arguments import check_bool, check_path, check_threads
 from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile, StrPath, open_regular
 from kvmmu.traces._places import MAX_PAIRS, addresses_of, find_places
@@ -132,7 +132,7 @@ class ParquetTrace(Trace):
 
     def __init__(self, path: StrPath, *, decoders: int | None = None, lean: bool = True) -> None:
         self._pa = pyarrow()
-        self.path = Path(path)
+        self.path = Path(check_path("path", path, "a trace"))
         self._lean = check_bool("lean", lean)
         self._decoders = min(4, os.cpu_count() or 1) if decoders is None else check_threads("decoders", decoders)
         self._local = threading.local()
@@ -344,8 +344,10 @@ class ParquetWriter:
             raise ValueError(f"compression: want one of {', '.join(COMPRESSIONS)}, got {compression!r}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: want one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if not isinstance(header, Header):
+            raise TypeError(f"header: want a Header, got {type(header).__name__}")
         self._pa = pyarrow()
-        self.path = Path(path)
+        self.path = Path(check_path("path", path, "a trace"))
         self.header = header
         self.rows = self.accesses = 0
         self.vcpus = 1

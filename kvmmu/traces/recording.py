@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch.arguments import check_int, check_name
+from kvmmu.arch.arguments import check_int, check_name, check_path
 from kvmmu.traces import _schema
 from kvmmu.traces._files import all_there, kind_of, open_regular
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
@@ -194,7 +194,7 @@ class Recording:
         ImportError
             A file is `.zst` and this machine has no reader for it.
         """
-        root, phase = _locate(Path(path), phase)
+        root, phase = _locate(Path(check_path("path", path, "a recording")), phase)
         phases = tuple(p for p in PHASES if find_npz(root / f"{p}_trace.npz"))
         phase = _choose_phase(root, phases, phase)
         meta = _Meta(root / META)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from kvmmu.arch.arguments import check_path
 from kvmmu.traces._files import kind_of
 from kvmmu.traces._npz import StrPath, find_npz
 from kvmmu.traces._recorded_rows import RecordedRows
@@ -51,9 +52,7 @@ def open_source(path: StrPath, format: str | None = None, phase: str | None = No
     ImportError
         An optional package is needed; the message names the extra.
     """
-    if not str(path):
-        raise FileNotFoundError("no name of a recording or trace is given")
-    path = Path(path)
+    path = Path(check_path("path", path, "a recording or trace"))
     if format is None and is_recording(path):
         if options:
             raise TypeError(f"{path}: a recording has no option {next(iter(options))!r}")

@@ -117,6 +117,8 @@ class _RowCheck:
                 raise TraceError(f"column {name!r} is missing; there are {', '.join(columns) or 'none'}")
         for name, column in columns.items():
             if column is None:
+                if name in NEEDED:
+                    raise TraceError(f"column {name!r} is None; allowed is a one-dimensional array of {COLUMNS[name]}")
                 continue
             if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype != np.dtype(COLUMNS[name]):
                 what = f"{column.dtype} of shape {column.shape}" if isinstance(column, np.ndarray) else type(column).__name__
@@ -238,6 +240,8 @@ class Trace:
     """
 
     def __init__(self, header: Header, chunks: Iterable[Any]) -> None:
+        if not isinstance(header, Header):
+            raise TypeError(f"header: want a Header, got {type(header).__name__}")
         self.header = header
         self._chunks = chunks
 

@@ -96,7 +96,7 @@ def _arrays(pa: Any, path: Path, naming: Naming, batch: Any, row: int) -> tuple[
                 column = pa.compute.cast(column, pa.uint64())
             except pa.ArrowInvalid as error:
                 raise TraceError(f"{path}: row {row} or one of {len(column)} behind it: {name}: {_described(error)}") from None
-        if pa.types.is_boolean(column.type):
+        if field == "op" and pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
         if not pa.types.is_integer(column.type):
             raise TraceError(f"{path}: column {name!r} is {column.type}; allowed is an integer type"

@@ -2,6 +2,7 @@
 """The command on memory images: pt, read, walk, info."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -98,6 +99,33 @@ def test_pt_equals_info_tlb(capsys, tmp_path):
         (flags >> 1 & 1, flags >> 3 & 1, flags >> 4 & 1) for flags in tlb["flags"].tolist()]
 
 
+@pytest.mark.parametrize("command", [["replay"], ["spt"], ["compare"], ["convert"]])
+def test_an_image_in_the_place_of_a_trace(command, capsys, dump, tmp_path):
+    """The message says what it is, and which command takes it."""
+    path, _ = dump
+    after = [tmp_path / "out.parquet"] if command == ["convert"] else []
+    packed = tmp_path / "dump.elf.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for file, words in ((path, "is a memory image (elf), no trace: kvmmu pt shows its page tables, kvmmu replay TRACE --image"),
+                        (packed, "is a memory image (elf) that is compressed, no trace; decompress it first")):
+        assert main([*command, str(file), *map(str, after)]) == 2
+        err = capsys.readouterr().err
+        assert f"kvmmu: {file}: {words}" in err
+        assert "Formats that can be read" not in err
+
+
+def test_info_of_a_compressed_image(capsys):
+    pytest.importorskip("zstandard", reason="zstandard is not installed (extra zstd)")
+    assert main(["info", str(DATA / "images" / "linux-l4.ptonly.elf.zst")]) == 2
+    assert "is a memory image (elf) that is compressed, no trace; decompress it first" in capsys.readouterr().err
+
+
+def test_no_image_and_no_trace(capsys, tmp_path):
+    (tmp_path / "a").write_bytes(b"\x01\x02\x03")
+    assert main(["info", str(tmp_path / "a")]) == 2
+    assert "is in no format that is known; it begins with 01 02 03" in capsys.readouterr().err
+
+
 def test_pt_of_a_recording(capsys):
     """Recordings have tables, too."""
     assert "4-level paging" in run(capsys, "pt", "bundled", "--wx").splitlines()[0]
@@ -113,6 +141,18 @@ def test_read(capsys, dump):
     assert out[0].startswith(f"0000000000400ff8  {expected.hex(' ')}  |")
     out = run(capsys, "read", path, "0x3000", "4", "--physical")
     assert out.startswith(f"0000000000003000  {guest.bytes(0x3000, 0x3004).hex(' ')} ")
+
+
+def test_read_of_a_recording(capsys):
+    """As the help says: page tables are there, data are not."""
+    with pytest.raises(SystemExit):
+        main(["read", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A recording or a trace has page tables alone: other memory of its guest is such a part, or 0 where" in text
+    assert main(["read", "bundled", "0x401000", "16"]) == 2
+    assert "linear address 0x401000: no memory at guest-physical address 0x13c2f000; 0x0 of 0x10" in capsys.readouterr().err
+    assert bytes(16) != bytes.fromhex(run(capsys, "read", "bundled", "0x26b4000", "16", "--physical").split("  ")[1])
+    assert run(capsys, "read", "bundled", "0x1000000", "16", "--physical").split("  ")[1] == bytes(16).hex(" ")
 
 
 def test_read_raw(capfdbinary, dump):

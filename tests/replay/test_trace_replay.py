@@ -551,3 +551,24 @@ def test_a_chunk_that_says_that_all_addresses_are_known():
     rows = Chunk.checked(rows_of((Op.LOAD, 1 << 21, 0, 0)) | {"gpa": np.array([2**64 - 1], np.uint64)}, header())
     report = kvmmu.replay(Trace(header(), [memory_rows(tables()), replace(rows, all_known=True, has_events=False)]))
     assert (report.verified, report.unchecked, report.walk_faults) == (0, 1, {"0x0": 1})
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"page": "x"}, "page: want '4k', '2m', '1g' or 'thp', got 'x'"), ({"page": 5}, "page: want .* got 5"),
+    ({"frames": "x"}, "frames: want 'linear' or 'random', got 'x'"), ({"paging": "x"}, "paging: is 'x'; allowed is 32, pae"),
+    ({"paging": "32", "page": "1g"}, "page: mode '32' has no 1G pages"), ({"pager": 1}, "pager: want a Pager or None, got int"),
+    ({"mode": "x"}, "mode: want 'walk' or 'machine', got 'x'"), ({"host": "x"}, "host: is of mode 'machine'; want None, got 'x'"),
+    ({"mode": "machine", "host": "x"}, "host: want 'ept', 'npt' or 'shadow', got 'x'"),
+    ({"mode": "machine", "backing": "x"}, "backing: want '4k', '2m' or '1g', got 'x'"),
+    ({"progress": 1}, "progress: want a bool or a callable, got int"),
+    ({"checkpoint_every": -1}, "checkpoint_every: want a number"),
+    ({"scheduler": "x"}, "scheduler: want 'threads' or 'processes', got 'x'"), ({"scheduler": 1}, "scheduler: want .* got int"),
+    ({"tlb": 5}, "tlb: want"), ({"vm": 5}, "vm: want a Vm, a Vcpu or None, got int"),
+])
+def test_arguments_are_checked_before_the_trace(given, words):
+    """A trace without tables that is read once would be refused for that."""
+    once = Trace(Header(registers=()), iter([]))
+    with pytest.raises((ValueError, TypeError), match=f"^{words}"):
+        kvmmu.replay(once, **given)
+    with pytest.raises(ValueError, match="^(pager: the chunks of a Trace are read once|mode: 'machine' is for)"):
+        kvmmu.replay(once, **{"mode": "machine"} if "mode" in given else {})

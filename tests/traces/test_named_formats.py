@@ -72,6 +72,39 @@ def test_csv_without_names(tmp_path):
     assert ([255, 16], [1, 0]) == (found["addr"].tolist(), found["op"].tolist())
 
 
+@pytest.mark.parametrize(("text", "options", "addresses"), [
+    ("0x7f0000001000,R\n0x7f0000002000,W\n", {"columns": "addr=0,op=1"}, [0x7F0000001000, 0x7F0000002000]),
+    ("R,0x10\nW,0x20\n", {"columns": {"addr": 1, "op": 0}}, [16, 32]),
+    ("R;0x10\nW;0x20\n", {"columns": "addr=f1,op=f0"}, [16, 32]),
+    ("00001000\n00002000\n", {}, [1000, 2000]), ("00001000,R\n00002000,W\n", {"columns": "addr=0"}, [1000, 2000]),
+    ("16,va\n32,va\n", {"columns": "addr=0"}, [16, 32]), ("where,what\n16,R\n", {"columns": "addr=0,op=1"}, [16]),
+    ("where,1\n16,2\n", {"columns": "addr=where"}, [16]), ("va,1\n16,2\n", {}, [16]), ("va\n16\n", {}, [16]),
+    ("addr,rw\nff,R\n", {"base": 16}, [255]), ("ff,R\n10,W\n", {"base": 16, "columns": "addr=0,op=1"}, [255, 16]),
+    ("place,rw\nff,R\n", {"base": 16, "columns": "addr=0,op=1"}, [255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=0"}, [0xADD, 255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=add"}, [255]),
+    ("add,rw\nff,R\n", {"base": 16, "columns": "addr=0", "header": True}, [255]),
+    ("ff\n10\n", {"base": 16}, [255, 16]), ("1,R\n2,R\n", {"columns": "addr=0", "header": True}, [2]),
+])
+def test_csv_first_line(text, options, addresses, tmp_path):
+    """The first line is a row if its address is a number."""
+    assert addresses == read(write(tmp_path, "a.csv", text.encode()), "csv", **options)["addr"].tolist()
+
+
+@pytest.mark.parametrize(("text", "options", "message"), [
+    ("0x1000,R\n", {}, "there are f0, f1, in the first line '0x1000', 'R'; if these are names, say header=yes"),
+    ("7f0000001000,R\n", {"columns": "addr=0"}, "line 1: the address is '7f0000001000', no decimal number; say base=16"),
+    ("ffff800000001000\n", {}, "line 1: the address is 'ffff800000001000', no decimal number; say base=16"),
+    ("va,rw\nff80,R\n", {},
+     "line 2: va is 'ff80'; allowed is a number of 64 bits; hexadecimal without 0x takes base=16 (--option base=16)"),
+    ("10,R\nff80,R\n", {"columns": "addr=0"}, "line 2: f0 is 'ff80'; allowed is a number of 64 bits; hexadecimal without 0x"),
+    (",R\n16,R\n", {"columns": "addr=0"}, "line 1: f0 is ''; allowed is a number of 64 bits"),
+    ("1,R\n", {"columns": "addr=va"}, "addr shall be column 'va'; there are f0, f1, in the first line '1', 'R'"),
+])
+def test_csv_first_line_refused(text, options, message, tmp_path):
+    assert message in until_damage(open_trace(write(tmp_path, "a.csv", text.encode()), "csv", **options))[1]
+
+
 def test_csv_threads_are_numbered(tmp_path):
     found = read(write(tmp_path, "a.csv", b"addr,tid\n1,900\n2,7\n3,900\n4,100000\n"))
     assert [0, 1, 0, 2] == found["vcpu"].tolist()
@@ -140,6 +173,7 @@ def test_parquet_types(tmp_path):
 
 @pytest.mark.parametrize(("columns", "reason"), [
     ({"va": [1.5]}, "column 'va' is double; allowed is an integer type or text"), ({"va": ["zz"]}, "va: ArrowInvalid"),
+    ({"va": [True]}, "column 'va' is bool; allowed is an integer type or text"),
     ({"va": [1, None]}, "row 1: va is null; allowed are nulls in gpa and ip"),
     ({"x": [1]}, "no column is an address; there are x"),
     ({"va": [1], "vcpu": [70000]}, "row 0: vcpu is 70000; allowed is 0 to 65535"),
@@ -227,7 +261,10 @@ def npy(shape, dtype="<u8", data=b""):
 @pytest.mark.parametrize(("content", "reason"), [
     (npy((3, 3)), "has the shape (3, 3)"), (npy((1 << 62,)), "more than any file"), (npy((1,), "|O"), "pickled objects"),
     (npy((4,), data=b"\1" * 17), "ends at byte 145; 2 elements of 4 are missing"),
-    (npy((1,), "<f8", b"\1" * 8), "'addr' is float64"),
+    (npy((1,), "<f8", b"\1" * 8), "'addr' is float64"), (npy((1,), "|b1", b"\1"), "'addr' is bool; allowed is an integer type"),
+    (npy((1,), [("va", "<u8", (2,))], b"\1" * 16), "a.npy: 'va' has elements of the shape (2,) of uint64; allowed is one number"),
+    (npy((1,), [("va", "<u8"), ("op", "S1", (2,))], b"\1" * 10), "a.npy: 'op' has elements of the shape (2,) of |S1; allowed is"),
+    (npy((1,), [("va", "<u8"), ("size", "|b1")], b"\1" * 9), "a.npy: 'size' is bool; allowed is an integer type"),
     (npy((1,), data=b"\1" * 9), "goes on behind its 1 elements, at byte 136"), (npy((1 << 50,)), "elements of"),
     (b"\x93NUMPY\7\0abc", "npy version (7, 0)"), (b"\x93NUMPY\1\0\xff\xff{", "not a whole numpy array"),
 ])
@@ -244,3 +281,15 @@ def test_npz_refusals(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\3\4" + b"\0" * 100)
     with pytest.raises(TraceError, match="not a whole numpy archive"):
         list(open_trace(tmp_path / "a.npz").chunks())
+
+
+def test_npz_with_a_name_that_is_no_utf_8(tmp_path):
+    """As a damaged directory: the flag says UTF-8, the byte is none."""
+    path = tmp_path / "bad.npz"
+    np.savez(path, addr=np.arange(5))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"addr.npy")] = 0x8B
+    content[content.rfind(b"PK\1\2") + 9] |= 8
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=r"bad\.npz: not a whole numpy archive \('utf-8' codec can't decode byte 0x8b"):
+        list(open_trace(path).chunks())

@@ -344,10 +344,42 @@ def test_columns_that_are_refused(change, words, tmp_path):
 @pytest.mark.parametrize(("columns", "words"), [
     (PLAIN | {"addr": np.zeros(2, np.uint64)}, "2 rows, others have 3"), (PLAIN | {"addr": [0, 0, 0]}, "is list"),
     (PLAIN | {"addr": np.zeros((3, 1), np.uint64)}, r"\(3, 1\)"), (PLAIN | {"more": np.zeros(3, np.uint64)}, "'more' is unknown"),
+    (PLAIN | {"addr": None}, "column 'addr' is None; allowed is a one-dimensional array of uint64"),
     ({}, "'op' is missing")])
 def test_arrays_that_are_refused(columns, words):
     with pytest.raises(TraceError, match=words):
         Chunk.checked(columns, many())
+
+
+@pytest.mark.parametrize("name", ["op", "addr", "access"])
+def test_a_trace_without_a_column_is_refused_by_all_that_read_it(name):
+    for source in ([PLAIN | {name: None}], [replace(Chunk.checked(PLAIN, many()), **{name: None})]):
+        trace = Trace(Header(registers=()), source)
+        for run in (lambda trace: kvmmu.replay(trace, pager=kvmmu.Pager()),
+                    lambda trace: kvmmu.compare(trace, [kvmmu.Design(tlb="zen3")])):
+            with pytest.raises(TraceError, match=f"column '{name}' is (None|missing); "):
+                run(trace)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"registers": 5}, "registers: want a tuple of RegisterSets, got int"), ({"registers": REGS}, "registers: .* RegisterSet"),
+    ({"registers": (REGS, 5)}, r"registers\[1\]: want a RegisterSet, got int"),
+    ({"registers": (REGS,), "contexts": 5}, "contexts: want a tuple of RegisterSets, got int"),
+    ({"registers": (REGS,), "contexts": (None,)}, r"contexts\[0\]: want a RegisterSet, got NoneType"),
+    ({"registers": (), "cpu": 5}, "cpu: want a mapping, got int"), ({"registers": (), "name": 5}, "name: want a string, got int"),
+    ({"registers": (), "source": None}, "source: want a string, got NoneType"),
+])
+def test_headers_of_other_types(given, words):
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        Header(**given)
+
+
+def test_what_is_no_header(tmp_path):
+    for make in (lambda: ParquetWriter(tmp_path / "a.parquet", 5), lambda: Trace(5, [])):
+        with pytest.raises(TypeError, match="^header: want a Header, got int$"):
+            make()
+    assert list(tmp_path.iterdir()) == []
+    assert Header(registers=[REGS]) == Header(registers=(REGS,))
 
 
 def test_events_without_their_column_are_refused():
