@@ -17,8 +17,8 @@ from kvmmu.traces.opening import UnknownFormatError, find_format
 from kvmmu.traces.source import is_recording
 from kvmmu.vm.vcpu import Vcpu
 
-__all__ = ["add_image_options", "add_registers", "add_target", "image_files", "image_hint", "image_of", "image_vcpu", "source_vcpu",
-           "space_of", "target_files", "target_vcpu"]
+__all__ = ["add_image_options", "add_registers", "add_target", "image_files", "image_hint", "image_of", "image_vcpu",
+           "source_vcpu", "space_of", "target_files", "target_vcpu"]
 
 _REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs")
 _VMWARE = (".vmem", ".vmss", ".vmsn")      # files of an image that lie beside each other
