@@ -64,8 +64,8 @@ def plot_comparison(data: dict[str, Any], path: str | PathLike[str] | None = Non
         _bars(figure.add_subplot(grid[0, 1]), f"Cycles per access ({data['cost']['name']})", "cycles per access", *costs)
     axes = figure.add_subplot(grid[1, 0])
     _lines(axes, "Misses over TLB size", "TLB entries (fully associative LRU)", "misses per 1,000 accesses", curves(data))
+    axes.set_xlim(left=1)                               # a curve of one access has no place on a scale of logarithms
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left=1)
     _lines(figure.add_subplot(grid[1, 1]), "References per walk", "entries read by a walk", "share of walks, percent",
            refs_shares(data))
     _lines(figure.add_subplot(grid[2, 0]), "Exits over time", "accesses", "exits until then", exits_over_time(data))
