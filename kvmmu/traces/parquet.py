@@ -48,7 +48,8 @@ def schema(layout: str = "plain") -> Any:
     pa = pyarrow()
     columns = COLUMNS if layout == "plain" else (
         {"op": "uint8"} | _PLACES | {name: dtype for name, dtype in COLUMNS.items() if name not in _PLACED})
-    return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in NULLABLE) for name, dtype in columns.items()])
+    nullable = NULLABLE if layout == "plain" else ("ip",)
+    return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in nullable) for name, dtype in columns.items()])
 
 
 def is_parquet(path: StrPath) -> bool:
@@ -403,17 +404,20 @@ class ParquetWriter:
         """Return a row group: some rows as Arrow has them."""
         pa, op, addr, gpa = self._pa, chunk.op[part], chunk.addr[part], chunk.gpa[part]
         rows, events = op.size, op >= Op.MOV_CR3 if chunk.has_events else None
-        value = None if events is None or chunk.value is None else pa.array(chunk.value[part], mask=~events)
+        value = np.zeros(rows, np.uint64)
+        if events is not None and chunk.value is not None:
+            np.copyto(value, chunk.value[part], where=events)
         columns = {"op": op, "access": chunk.access[part],
                    "size": np.ones(rows, np.uint8) if chunk.size is None else chunk.size[part],
                    "vcpu": np.zeros(rows, np.uint16) if chunk.vcpu is None else chunk.vcpu[part],
-                   "value": pa.nulls(rows, pa.uint64()) if value is None else value,
+                   "value": value,
                    "ip": pa.nulls(rows, pa.uint64()) if chunk.ip is None else pa.array(chunk.ip[part], mask=chunk.ip[part] == 0)}
         if events is not None and events.any():
             gpa = np.where(events, np.uint64(INVALID_GPA), gpa)
         if self._layout == "plain":
             unknown = None if chunk.all_known and events is None else gpa == np.uint64(INVALID_GPA)
-            columns |= {"addr": addr, "gpa": pa.array(gpa, mask=unknown)}
+            columns |= {"addr": addr, "gpa": pa.array(gpa, mask=unknown),
+                        "value": pa.nulls(rows, pa.uint64()) if events is None else pa.array(value, mask=~events)}
         else:
             place, page, frame = find_places(addr, gpa)
             columns |= {"place": place} | {name: np.pad(pairs, (0, rows - pairs.size), "edge")          # one run behind them
