@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from children import outcome
 
-from kvmmu import INVALID_GPA, Access, Accesses, Ept, GuestMemory, Host, Npt, Tracepoints, Vcpu, Vm
+from kvmmu import INVALID_GPA, Access, Accesses, Ept, GuestMemory, Host, Npt, Status, Tracepoints, Vcpu, Vm
 from kvmmu.memory._lock import MachineLock
 from kvmmu.walk.batch._job import set_rows_of_thread
 
@@ -406,3 +406,26 @@ def test_a_lock_that_was_waited_for_at_a_fork_is_free_in_the_child():
         assert outcome(take) == (0, "ok bool")
     waiting.join()
     assert outcome(take) == (0, "ok bool")
+
+
+def test_an_interrupted_batch_leaves_no_threads():
+    """Those of a batch that Ctrl-C ended are gone soon; the next batch has others."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    vcpu = Vcpu(GuestMemory(1 << 20))
+    vcpu.set_regs(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+    walk, gva = vcpu.gva_walk, np.arange(60_000_000, dtype=np.uint64) << np.uint64(14)      # a quarter of a second
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(KeyboardInterrupt):
+            walk.translate(gva, threads=2, fields=("status",))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("kvmmu_") for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvmmu_")]
+    assert (walk.translate(gva[:1_000_000], threads=2).status == Status.PAGE_FAULT).all()

@@ -81,6 +81,15 @@ cdef list submit(run, Py_ssize_t count):
     return futures
 
 
+cdef int leave_pool() except -1:
+    """Let the threads of the pool end when they have done what they have; the next batch has new ones."""
+    left = pool
+    _forget_pool()
+    if left is not None:
+        left.shutdown(wait=False)
+    return 0
+
+
 cdef uint64_t now() noexcept nogil:
     """Return nanoseconds since some moment."""
     cdef timespec t
@@ -238,6 +247,7 @@ cdef class Job:
                     other.result()
         except BaseException:
             kvmmu_store32(&self.stopped, 1)             # they stop soon, whether somebody waits for them or not
+            leave_pool()
             for other in others:
                 if not other.cancel():
                     other.exception()
