@@ -93,6 +93,21 @@ def bench_all_cold(race, rng, pages):
                   rounds=ROUNDS * (20 if pages == SMALL else 2), after=lambda: (tables.level(1) & np.uint64(A)).all())
 
 
+def race_contexts(race, rng, tables, pages, sets):
+    """A random one of the register sets for each row."""
+    walk = tables.vcpu.gva_walk
+    contexts, ctx, out = walk.prepare(sets), rng.integers(0, len(sets), ROWS, np.uint32), Translation.empty(ROWS)
+
+    def translate(gva, access):
+        walk.translate(gva, access, regs=contexts, ctx=ctx, out=out)
+
+    def between():
+        tables.chill()
+        guest(pages).chill()
+
+    against_plain(race, rng, f"{len(sets)} register sets, one per row", tables, pages, translate=translate, between=between)
+
+
 @pytest.mark.parametrize("pages", PAGES)
 def bench_mixed_contexts(race, rng, pages):
     """Eight register sets of four roles, one of them without paging: a random one for each row."""
@@ -101,37 +116,14 @@ def bench_mixed_contexts(race, rng, pages):
     sets = [own, Regs(own.cr0, own.cr3, own.cr4 & ~(1 << 21), own.efer), Regs(own.cr0 & ~(1 << 16), own.cr3, own.cr4, own.efer),
             Regs(own.cr0, own.cr3 | 0x18, own.cr4, own.efer), Regs(own.cr0 & ~(1 << 31), 0, 0, 0)]
     sets += [own, own, sets[1]]
-    walk = tables.vcpu.gva_walk
-    contexts = walk.prepare(sets)
-    ctx = rng.integers(0, len(sets), ROWS, np.uint32)
-    out = Translation.empty(ROWS)
-
-    def translate(gva, access):
-        walk.translate(gva, access, regs=contexts, ctx=ctx, out=out)
-
-    def between():
-        tables.chill()
-        guest(pages).chill()
-
-    against_plain(race, rng, "8 register sets, one per row", tables, pages, translate=translate, between=between)
+    race_contexts(race, rng, tables, pages, sets)
 
 
 @pytest.mark.parametrize("pages", PAGES)
 def bench_many_contexts(race, rng, pages):
     """512 register sets of eight roles, with other protection keys and CR3 flags: a random one for each row."""
     tables = Guest(pages)
-    own, walk = tables.vcpu.regs, tables.vcpu.gva_walk
-    contexts = walk.prepare([
-        Regs(own.cr0 & ~(WP * (i & 1)), own.cr3 | (i >> 3 & 3) << 3, own.cr4 & ~(SMAP * (i >> 1 & 1) | SMEP * (i >> 2 & 1)),
-             own.efer, pkru=i >> 5 << 2) for i in range(512)])
-    ctx = rng.integers(0, 512, ROWS, np.uint32)
-    out = Translation.empty(ROWS)
-
-    def translate(gva, access):
-        walk.translate(gva, access, regs=contexts, ctx=ctx, out=out)
-
-    def between():
-        tables.chill()
-        guest(pages).chill()
-
-    against_plain(race, rng, "512 register sets, one per row", tables, pages, translate=translate, between=between)
+    own = tables.vcpu.regs
+    sets = [Regs(own.cr0 & ~(WP * (i & 1)), own.cr3 | (i >> 3 & 3) << 3, own.cr4 & ~(SMAP * (i >> 1 & 1) | SMEP * (i >> 2 & 1)),
+                 own.efer, pkru=i >> 5 << 2) for i in range(512)]
+    race_contexts(race, rng, tables, pages, sets)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an access costs in each task of a replay in parts, in CPU time: the figures of docs/scale.md.
+"""Measure the CPU time of an access in each task of a replay in parts, for docs/scale.md.
 
     python benchmarks/bench_scale.py [ROWS [WORKERS ...]]
     python benchmarks/bench_scale.py stream ROWS

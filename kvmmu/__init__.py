@@ -84,7 +84,7 @@ __all__ = [
     "get_include", "npt_from_vmcb", "open_image", "open_trace", "plot_walk", "regs_from_vmcb", "replay",
 ]
 __version__ = "0.1.0"
-# Where the names lie that are loaded when they are first asked for. They take half as long to load as all the others.
+# The modules of names that are loaded when they are first asked for. They take half as long to load as all the others.
 _LOADED_LATER = {
     "Comparison": "comparison.comparison", "CostModel": "comparison.cost", "Design": "comparison.design",
     "ReplayInterrupted": "replay.result", "Report": "replay.result", "TlbDetails": "tlb.counters",

@@ -312,6 +312,17 @@ def check_combination(regs: Regs) -> None:
         raise _gp("cet-without-wp", "CR4.CET needs CR0.WP")
 
 
+def paging_mode(cr0: int, cr4: int, efer: int) -> str:
+    """Return the paging mode of registers: "off", "32", "pae", "4l" or "5l"."""
+    if not cr0 & Cr0.PG:
+        return "off"
+    if not cr4 & Cr4.PAE:
+        return "32"
+    if not efer & Efer.LMA:
+        return "pae"
+    return "5l" if cr4 & Cr4.LA57 else "4l"
+
+
 def pdpte_gpas(cr3: int) -> tuple[int, ...]:
     """Return where the four PDPTEs at a CR3 lie in guest-physical memory: one behind the other, in one page."""
     base = cr3 & CR3_PAE_PDPT

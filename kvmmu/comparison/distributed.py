@@ -22,7 +22,7 @@ Compare = Callable[..., Comparison]
 
 
 class TaskResult(NamedTuple):
-    """What a task has found, without its designs."""
+    """The results of a task, without its designs."""
 
     name: str
     accesses: int

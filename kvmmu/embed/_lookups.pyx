@@ -23,6 +23,15 @@ cdef inline uint32_t resolve(const c_vcpu *v, uint32_t access) noexcept nogil:
     return resolved_access((access | v.ac) & <uint32_t>ANY_ACCESS)
 
 
+cdef int walk_asked(kvmmu_vcpu handle, uint64_t gva, uint32_t access, const void *out, c_vcpu **v, walk_result *r) noexcept nogil:
+    """Walk an address for a function that wants a result. OUT v, r: if it is KVMMU_OK."""
+    cdef int code
+    v[0] = vcpu_asked(handle, True, out, &code)
+    if v[0] is NULL:
+        return code
+    return walk_row(v[0], gva, access, r) if is_access(access) else KVMMU_E_ARGUMENT
+
+
 # ---- two stages --------------------------------------------------------------------------------------------------------
 
 cdef uint32_t exit_reason(uint8_t status) noexcept nogil:
@@ -38,14 +47,9 @@ cdef uint32_t exit_reason(uint8_t status) noexcept nogil:
 
 
 cdef int c_translate_nested(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_nested_result *out) noexcept nogil:
-    cdef int code
     cdef walk_result r
-    cdef c_vcpu *v = vcpu_asked(handle, True, out, &code)
-    if v is NULL:
-        return code
-    if not is_access(access):
-        return KVMMU_E_ARGUMENT
-    code = walk_row(v, gva, access, &r)
+    cdef c_vcpu *v
+    cdef int code = walk_asked(handle, gva, access, out, &v, &r)
     if code != KVMMU_OK:
         return code
     memset(out, 0, sizeof(kvmmu_nested_result))
@@ -102,14 +106,9 @@ cdef void put_mapping(const c_vcpu *v, const walk_result *r, kvmmu_mapping *out)
 
 
 cdef int c_lookup(kvmmu_vcpu handle, uint64_t gva, uint32_t access, kvmmu_mapping *out) noexcept nogil:
-    cdef int code
     cdef walk_result r
-    cdef c_vcpu *v = vcpu_asked(handle, True, out, &code)
-    if v is NULL:
-        return code
-    if not is_access(access):
-        return KVMMU_E_ARGUMENT
-    code = walk_row(v, gva, access, &r)
+    cdef c_vcpu *v
+    cdef int code = walk_asked(handle, gva, access, out, &v, &r)
     if code != KVMMU_OK:
         return code
     put_mapping(v, &r, out)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import PAGE_SHIFT, Acc, Access, Cr0, Cr4, Efer, NpfInfo, Op
+from kvmmu.arch._bits import PAGE_SHIFT, Acc, Access, Cr0, NpfInfo, Op
 from kvmmu.arch.arguments import check_int
 from kvmmu.arch.faults import GuestFault, NestedFault, access_text, error_code_text, npf_info_text
-from kvmmu.arch.registers import CpuModel, Regs
+from kvmmu.arch.registers import CpuModel, Regs, paging_mode
 from kvmmu.arch.second_stages import Npt
 from kvmmu.memory._memory import GuestMemory
 from kvmmu.replay._replay import AT_EVENT, AT_MISMATCHES, END, RowLoop, new_row_loop
@@ -53,13 +53,7 @@ def mode_of(header: Header) -> str:
     if header.mode:
         return header.mode
     regs = header.registers[0]
-    if not regs.cr0 & Cr0.PG:
-        return "off"
-    if not regs.cr4 & Cr4.PAE:
-        return "32"
-    if not regs.efer & Efer.LMA:
-        return "pae"
-    return "5l" if regs.cr4 & Cr4.LA57 else "4l"
+    return paging_mode(regs.cr0, regs.cr4, regs.efer)
 
 
 class RowRun:

@@ -37,7 +37,7 @@ def check_scheduler(scheduler: Any) -> str:
 
 
 class _Computing:
-    """Where graphs are computed, for as long as a `computing()` block lasts."""
+    """A scheduler of graphs, for as long as a `computing()` block lasts."""
 
     def __init__(self, scheduler: str, client: Any) -> None:
         self._scheduler, self._client = scheduler, client

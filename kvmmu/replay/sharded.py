@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What rows from `start` to `stop` of a trace have led to."""
+    """The counters of the rows from `start` to `stop` of a trace."""
 
     counts: U64
     unmapped: int

@@ -13,3 +13,7 @@ cdef struct key_counts:
 cdef int counts_init(key_counts *c) noexcept nogil       # -1 without memory
 cdef void counts_free(key_counts *c) noexcept nogil
 cdef bint counts_add(key_counts *c, uint64_t key, uint64_t more) noexcept nogil      # False without memory
+# Return keys and their counts as an ndarray, a row each.
+cdef object counts_rows(const key_counts *c)
+# Return a copy of some words as an ndarray.
+cdef object words_at(const uint64_t *from_, size_t count)

@@ -1,9 +1,11 @@
 """Counters by key, as `_counts.pxd` describes them."""
 
+import numpy as np
+
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from kvmmu.memory._memory cimport hash_gfn
 from kvmmu.tlb._counts cimport key_counts
@@ -64,3 +66,27 @@ cdef bint counts_add(key_counts *c, uint64_t key, uint64_t more) noexcept nogil:
         c.used += 1
     c.counts[place] += more
     return True
+
+
+cdef object words_at(const uint64_t *from_, size_t count):
+    cdef uint64_t[::1] out
+    found = np.empty(count, np.uint64)
+    if count:
+        out = found
+        memcpy(&out[0], from_, count * sizeof(uint64_t))
+    return found
+
+
+cdef object counts_rows(const key_counts *c):
+    cdef size_t i
+    cdef Py_ssize_t row = 0
+    found = np.empty((c.used + (c.zero != 0), 2), np.uint64)
+    cdef uint64_t[:, ::1] rows = found
+    if c.zero:
+        rows[0, 0], rows[0, 1] = 0, c.zero
+        row = 1
+    for i in range(c.mask + 1):
+        if c.keys[i]:
+            rows[row, 0], rows[row, 1] = c.keys[i], c.counts[i]
+            row += 1
+    return found

@@ -3,11 +3,11 @@
 import numpy as np
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from kvmmu.arch._bits cimport PAGE_SHIFT
 from kvmmu.memory._lock cimport MachineLock
-from kvmmu.tlb._counts cimport key_counts
+from kvmmu.tlb._counts cimport counts_rows, words_at
 from kvmmu.tlb._details cimport (
     DETAIL_LEVELS, MISS_CLASSES, MOST_REFERENCES, details_clear, details_free, details_new, tlb_details,
 )
@@ -27,32 +27,6 @@ cdef inline uint64_t tag_bits() noexcept nogil:
 
 cdef inline uint64_t tag_of(uint32_t number, bint is_global) noexcept nogil:
     return (<uint64_t>1 << KEY_VALID_SHIFT | <uint64_t>number << KEY_TAG_SHIFT | <uint64_t>is_global << KEY_GLOBAL_SHIFT)
-
-
-cdef object words(const uint64_t *from_, Py_ssize_t count):
-    """Return a copy of some words as an ndarray."""
-    cdef uint64_t[::1] out
-    found = np.empty(count, np.uint64)
-    if count:
-        out = found
-        memcpy(&out[0], from_, count * sizeof(uint64_t))
-    return found
-
-
-cdef object counted(const key_counts *c):
-    """Return keys and their counts, a row each."""
-    cdef size_t i
-    cdef Py_ssize_t row = 0
-    found = np.empty((c.used + (c.zero != 0), 2), np.uint64)
-    cdef uint64_t[:, ::1] rows = found
-    if c.zero:
-        rows[0, 0], rows[0, 1] = 0, c.zero
-        row = 1
-    for i in range(c.mask + 1):
-        if c.keys[i]:
-            rows[row, 0], rows[row, 1] = c.keys[i], c.counts[i]
-            row += 1
-    return found
 
 
 cdef int check_shape(uint32_t sets, uint32_t ways, int policy) except -1:
@@ -241,9 +215,9 @@ cdef class TlbLevels:
         replaced (level), and the ints references, unmapped."""
         cdef int i
         with self.lock:
-            return {"hits": words(&self.h.hits[0][0], self.h.count * CLASSES).reshape(self.h.count, KINDS, 2, SIZES),
-                    "walks": words(&self.h.walks[0], CLASSES).reshape(KINDS, 2, SIZES),
-                    "psc_hits": words(&self.h.psc_hits[0], UPPER_LEVELS),
+            return {"hits": words_at(&self.h.hits[0][0], self.h.count * CLASSES).reshape(self.h.count, KINDS, 2, SIZES),
+                    "walks": words_at(&self.h.walks[0], CLASSES).reshape(KINDS, 2, SIZES),
+                    "psc_hits": words_at(&self.h.psc_hits[0], UPPER_LEVELS),
                     "replaced": np.array([self.h.levels[i].s.replaced for i in range(self.h.count)], np.uint64),
                     "references": int(self.h.references), "cached_references": int(self.h.cached_references),
                     "unmapped": int(self.h.unmapped)}
@@ -259,10 +233,10 @@ cdef class TlbLevels:
                 return None
             if d.out_of_memory:
                 raise MemoryError("no memory was left for the details of a TLB hierarchy")
-            return {"misses": words(&d.misses[0][0], self.h.count * MISS_CLASSES).reshape(self.h.count, MISS_CLASSES),
-                    "by_references": words(d.by_references, MOST_REFERENCES), "pages": counted(&d.pages),
-                    "ips": counted(&d.ips) if d.has_ips else None,
-                    "distances": words(d.distances.counts, d.distances.longest + 1 if d.distances.longest else 0) if d.curve
+            return {"misses": words_at(&d.misses[0][0], self.h.count * MISS_CLASSES).reshape(self.h.count, MISS_CLASSES),
+                    "by_references": words_at(d.by_references, MOST_REFERENCES), "pages": counts_rows(&d.pages),
+                    "ips": counts_rows(&d.ips) if d.has_ips else None,
+                    "distances": words_at(d.distances.counts, d.distances.longest + 1 if d.distances.longest else 0) if d.curve
                     else None, "first_uses": int(d.distances.first_uses), "after_removals": int(d.distances.after_removals)}
 
     def clear_counters(self):
@@ -285,4 +259,4 @@ cdef class TlbLevels:
             raise ValueError(f"number: want 0 to {self.h.count - 1}, got {number}")
         with self.lock:
             s = &self.h.levels[number].s
-            return words(s.keys, <Py_ssize_t>s.sets * s.stride).reshape(s.sets, s.stride)[:, :s.ways].copy()
+            return words_at(s.keys, <Py_ssize_t>s.sets * s.stride).reshape(s.sets, s.stride)[:, :s.ways].copy()

@@ -20,7 +20,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memcpy
 
-from kvmmu.tlb._counts cimport counts_add, key_counts
+from kvmmu.tlb._counts cimport counts_add, counts_rows, key_counts, words_at
 from kvmmu.tlb._details cimport MISS_CLASSES, MOST_REFERENCES, details_clear, tlb_details
 from kvmmu.tlb._hierarchy cimport TlbLevels
 from kvmmu.tlb._levels cimport CLASSES, SIZES, UPPER_LEVELS, tlb_levels
@@ -34,15 +34,6 @@ cdef enum:
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------------
-
-cdef object words_at(const uint64_t *from_, size_t count):
-    cdef uint64_t[::1] out
-    found = np.empty(count, np.uint64)
-    if count:
-        out = found
-        memcpy(&out[0], from_, count * sizeof(uint64_t))
-    return found
-
 
 cdef int save_structure(dict state, str name, const key_structure *s) except -1:
     keys = words_at(s.keys, <size_t>s.sets * s.stride).reshape(s.sets, s.stride)
@@ -68,22 +59,6 @@ cdef int save_recency(dict state, str name, const recency *r) except -1:
     return 0
 
 
-cdef object counted(const key_counts *c):
-    cdef uint64_t[:, ::1] rows
-    cdef size_t i
-    cdef Py_ssize_t row = 0
-    found = np.empty((c.used + (c.zero != 0), 2), np.uint64)
-    rows = found
-    if c.zero:
-        rows[0, 0], rows[0, 1] = 0, c.zero
-        row = 1
-    for i in range(c.mask + 1):
-        if c.keys[i]:
-            rows[row, 0], rows[row, 1] = c.keys[i], c.counts[i]
-            row += 1
-    return found
-
-
 cdef int save_details(dict state, const tlb_details *d) except -1:
     cdef int i
     if d.out_of_memory:
@@ -91,7 +66,7 @@ cdef int save_details(dict state, const tlb_details *d) except -1:
     state["misses"] = words_at(&d.misses[0][0], d.count * MISS_CLASSES).reshape(d.count, MISS_CLASSES)
     state["by_references"] = words_at(d.by_references, MOST_REFERENCES)
     state["details"] = np.array([d.has_ips, d.distances.first_uses, d.distances.after_removals], np.uint64)
-    state["pages"], state["ips"] = counted(&d.pages), counted(&d.ips)
+    state["pages"], state["ips"] = counts_rows(&d.pages), counts_rows(&d.ips)
     for i in range(d.count):
         save_recency(state, f"asked{i}", &d.asked[i])
     if d.curve:

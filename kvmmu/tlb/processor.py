@@ -5,8 +5,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kvmmu.arch._bits import CR3_NOFLUSH, CR3_PCID, Cr0, Cr4, Efer, Op
-from kvmmu.arch.registers import Regs
+from kvmmu.arch._bits import CR3_NOFLUSH, CR3_PCID, Cr0, Cr4, Op
+from kvmmu.arch.registers import Regs, paging_mode
 from kvmmu.arch.second_stages import Stage
 from kvmmu.tlb._stream import TlbStream
 from kvmmu.tlb.counters import TlbStats, sum_of
@@ -166,10 +166,5 @@ def _pcid_of(regs: Regs) -> int:
 
 def _mode_of(regs: Regs) -> str:
     """Return the paging mode, that of 4 levels with paging off: no access is to a page then."""
-    if not regs.cr0 & Cr0.PG:
-        return "4l"
-    if not regs.cr4 & Cr4.PAE:
-        return "32"
-    if not regs.efer & Efer.LMA:
-        return "pae"
-    return "5l" if regs.cr4 & Cr4.LA57 else "4l"
+    mode = paging_mode(regs.cr0, regs.cr4, regs.efer)
+    return "4l" if mode == "off" else mode

@@ -448,7 +448,8 @@ def test_a_checkpoint_of_something_else(stopped, tmp_path):
         kvmmu.replay(make(), tlb=TLB, resume=other)
 
 
-def test_a_trace_file_that_was_changed(tmp_path):
+def stopped_file(tmp_path, **arguments):
+    """The accesses of a trace, its file, and a checkpoint of a replay of it that was stopped."""
     addr, size, op = accesses_of("4l")
     file, state = tmp_path / "trace.npz", tmp_path / "state.npz"
     np.savez(file, addr=addr, size=size, op=op)
@@ -456,7 +457,12 @@ def test_a_trace_file_that_was_changed(tmp_path):
     def stop(done, total):
         raise KeyboardInterrupt
     with pytest.raises(ReplayInterrupted):
-        kvmmu.replay(file, checkpoint=state, progress=stop)
+        kvmmu.replay(file, checkpoint=state, progress=stop, **arguments)
+    return (addr, size, op), file, state
+
+
+def test_a_trace_file_that_was_changed(tmp_path):
+    (addr, size, op), file, state = stopped_file(tmp_path)
     addr[-1] ^= np.uint64(0x1000)
     np.savez(file, addr=addr, size=size, op=op)
     with pytest.raises(CheckpointError, match="a checkpoint of another trace, or of this one before it was changed"):
@@ -473,14 +479,7 @@ def test_first_difference(was, now, found):
 
 def test_a_trace_file_that_was_renamed(tmp_path):
     """The name is not what tells a trace from others; two processors with like beginnings are told apart where they differ."""
-    addr, size, op = accesses_of("4l")
-    file, state = tmp_path / "trace.npz", tmp_path / "state.npz"
-    np.savez(file, addr=addr, size=size, op=op)
-
-    def stop(done, total):
-        raise KeyboardInterrupt
-    with pytest.raises(ReplayInterrupted):
-        kvmmu.replay(file, checkpoint=state, progress=stop, tlb="zen3")
+    (addr, _, _), file, state = stopped_file(tmp_path, tlb="zen3")
     file = file.rename(tmp_path / "renamed.npz")
     once, resumed = kvmmu.replay(file, tlb="zen3"), kvmmu.replay(file, resume=state, tlb="zen3")
     assert once.accesses == len(addr)

@@ -211,8 +211,8 @@ typedef struct kvmmu_registers {
     uint32_t pkrs;
 } kvmmu_registers;
 
-/* What translates guest-physical addresses further: its tables, and all that has an address below, lie in the memory of the vCPU, as
- * the tables and pages of the guest do behind it. */
+/* A second stage, which translates guest-physical addresses further. Its tables, and all that has an address below, lie in the
+ * memory of the vCPU, as the tables and pages of the guest do behind it. */
 typedef struct kvmmu_second_stage {
     uint32_t size;        /* sizeof(kvmmu_second_stage) */
     uint32_t flags;       /* KVMMU_STAGE_* */

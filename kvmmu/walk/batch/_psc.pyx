@@ -28,6 +28,14 @@ from kvmmu.walk.batch._psc cimport UPPER_BITS, UPPER_ID_SHIFT, cached_walk, mark
 cdef uint64_t[512] NO_TABLE             # read where a table lies in a hole: zeros are not present in any format
 
 
+cdef inline uint64_t entry_offset(int format, uint64_t addr, int level) noexcept nogil:
+    """Return the offset of the entry of an address in its table of a level."""
+    addr >>= kvmmu_level_shift(format, level)
+    if format == KVMMU_FORMAT_32:
+        return (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
+    return (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
+
+
 cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexcept nogil:
     cdef uint64_t hva = psce & PSCE_HVA_MASK
     cdef int level = <int>kvmmu_psce_level(psce), format = s.w.format
@@ -35,22 +43,11 @@ cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexc
         return hva
     if hva == <uint64_t><uintptr_t>NO_TABLE or level >= s.w.level:
         return 0
-    addr >>= kvmmu_level_shift(format, level)
-    if format == KVMMU_FORMAT_32:
-        return hva - (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
-    return hva - (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
+    return hva - entry_offset(format, addr, level)
 
 
 cdef inline upper_walk *upper_of(const cached_walk *s, uint64_t region) noexcept nogil:
     return &s.upper[(region ^ region >> UPPER_BITS ^ s.rules.walk_id << 3) & ((1 << UPPER_BITS) - 1)]
-
-
-cdef inline uint64_t level_2_offset(int format, uint64_t addr) noexcept nogil:
-    """Return the offset of the entry of an address in its table of level 2."""
-    addr >>= kvmmu_level_shift(format, PG_LEVEL_2M)
-    if format == KVMMU_FORMAT_32:
-        return (addr & PT32_INDEX_MASK) * sizeof(uint32_t)
-    return (addr & PT64_INDEX_MASK) * sizeof(uint64_t)
 
 
 cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes) noexcept nogil:
@@ -63,7 +60,7 @@ cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes)
         region = addr >> kvmmu_level_shift(format, PG_LEVEL_1G)
         u = upper_of(s, region)
         if u.tag == (region | s.upper_id):
-            kvmmu_prefetch(u.table + level_2_offset(format, addr))
+            kvmmu_prefetch(u.table + entry_offset(format, addr, PG_LEVEL_2M))
 
 
 cdef void enter_psce(kvmmu_psc_entry *p, uint64_t tag, uint64_t psce) noexcept nogil:
