@@ -42,7 +42,6 @@ cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots
     if not kvmmu_is_canonical(addr, shift):
         return 0
     tlb_invlpg(m.tlb, addr)
-    m.vcpu.mmio_cached = False
     if not m.k.tdp_enabled:
         invalidate(modes, &m.vcpu.root_mmu, addr, current, ROOTS_ALL if prev_roots else 0)
     return 0
@@ -113,7 +112,6 @@ cdef int load_cr3(Modes modes, uint64_t before, bint noflush, bint pdptrs_change
 cdef void leave_roots(machine *m) noexcept nogil:
     if not m.k.tdp_enabled:
         free_mmu_roots(m.vcpu, &m.vcpu.root_mmu)
-        m.vcpu.mmio_cached = False
 
 
 cdef void flush_all(machine *m) noexcept nogil:

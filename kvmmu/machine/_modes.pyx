@@ -138,7 +138,6 @@ cdef class Modes:
         self.stage = None
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.root_mmu)
         free_mmu_roots(self.m.vcpu, &self.m.vcpu.guest_mmu)
-        self.m.vcpu.mmio_cached = False
         self.m.vcpu.root_mmu.root_role = self.m.vcpu.guest_mmu.root_role = 0
         host = self.kvm.host
         self.cpu_caps.npt_host = self.kvm_caps.npt_host = host.tdp == "npt"
@@ -229,7 +228,7 @@ cdef class Modes:
         if self.m.mmu != mmu:
             self.m.mmu = self.m.vcpu.mmu = mmu
             self.m.root_hpa = 0
-            self.m.vcpu.mmio_cached = False
+            self.m.vcpu.mmio_gva = 0
             self.m.vcpu.requests |= REQ_LOAD_MMU_PGD
             self.rights_role = 0
         return 0

@@ -13,6 +13,7 @@ from shadow_guests import (
     MB2,
     MMU_PRESENT,
     MMU_WRITABLE,
+    OTHER,
     PAGE,
     TABLES,
     A,
@@ -149,6 +150,23 @@ def test_mmio_entries_follow_the_guests_tables():
     guest.write_pte(GVA, DATA | P | W | U | A | D)
     guest.vcpu.invlpg(GVA)
     assert (OK, DATA, 0) == guest.outcome(GVA)
+    assert INVALID != int(guest.touch(GVA).hpa[0])
+
+
+def test_synchronization_takes_an_mmio_entry_for_one_of_the_slots_of_now():
+    """A slot came in its place meanwhile: accesses go on as MMIO until the entry is dropped, reads by KVM itself as well."""
+    guest = ShadowGuest((GVA, GB1, LEAF), (GVA + PAGE, DATA, LEAF))
+    guest.touch(GVA, GVA + PAGE)
+    guest.write_pte(GVA + PAGE, OTHER | P | W | U | A | D)              # the table is not synchronized now
+    guest.vm.add_slot(GB1, PAGE)
+    guest.vcpu.mov_cr(3, guest.vcpu.regs.cr3)
+    for _ in range(2):
+        reached = guest.touch(GVA)
+        assert (RetPf.EMULATE, INVALID) == (int(reached.ret[0]), int(reached.hpa[0]))
+    guest.write_pte(GVA, DATA | P | W | U | A | D)
+    guest.write_pte(GVA, GB1 | P | W | U | A | D)
+    guest.vcpu.invlpg(GVA)
+    guest.vm.add_slot(2 * GB1, PAGE)
     assert INVALID != int(guest.touch(GVA).hpa[0])
 
 

@@ -52,6 +52,8 @@ class EptTables(PageTables):
 class NestedDriver(ShadowDriver):
     """One machine with L1 and L2, and what both may see."""
 
+    mmio_in_mind = False                # L2's pages are known by nGPA, which is no linear address
+
     def __init__(self, configuration, mode="4l", seed=0):
         host, options = configuration
         self.rng = np.random.default_rng(seed)

@@ -32,6 +32,8 @@ SHADOW_CONFIGURATIONS = {
 class ShadowDriver(SharedTables, Driver):
     """One machine without two-dimensional paging, its guest, and what the guest may see."""
 
+    mmio_in_mind = True                 # by its linear address
+    was_mmio = frozenset()              # frames
     emulates_reads = True               # of memory where MMIO was: synchronization keeps such entries, whatever slots there are
 
     def __init__(self, host, mode="4l", seed=0):
@@ -207,7 +209,10 @@ class ShadowDriver(SharedTables, Driver):
         if slot is None or (slot["readonly"] and write):
             assert ret == RetPf.EMULATE
             assert hpa == INVALID, f"MMIO at {gpa:#x} reached {hpa:#x}"
+            self.was_mmio |= {gpa >> 12}
             return
+        if self.mmio_in_mind and hpa == INVALID and ret == RetPf.EMULATE and gpa >> 12 in self.was_mmio:
+            return                                          # synchronization took the entry for one of the slots of now
         want = self.host_address(gpa)
         assert hpa == want or (moved and hpa != INVALID), f"{gpa:#x} reached {hpa:#x}, the host page is at {want:#x}"
         if write:
@@ -320,7 +325,9 @@ class ShadowDriver(SharedTables, Driver):
         except GuestFault as error:
             self.check_fault(gva, now, error)
             return
-        if isinstance(reached, int):                                        # KVM's own walk
+        if isinstance(reached, int):                                        # KVM's own walk, but for MMIO that it has in mind
+            if not reached and self.may_be_mmio(gva, i):
+                return
             assert now[0] == Status.OK
             assert reached == (size if self.is_there(now[1]) else 0)
             gpa = now[1] + offset
@@ -328,9 +335,13 @@ class ShadowDriver(SharedTables, Driver):
             gpa = reached.gpa
             self.check_access(gva, i, (Status.OK, gpa - offset, 0), reached.ret, now)
             self.check_host(gpa, reached.hpa, reached.ret, True)
-        if self.is_there(gpa):
+        if self.is_there(gpa) and (isinstance(reached, int) or reached.hpa != INVALID):
             assert self.mem.read(gpa, size) == data
             self.note(gpa, size)
+
+    def may_be_mmio(self, gva, i):
+        pages = [gpa for status, gpa, _ in (outcomes[i] for outcomes in self.seen[self.pcid][gva]) if status == Status.OK]
+        return any(self.slot_of(gpa) is None or gpa >> 12 in self.was_mmio for gpa in pages)
 
     def check_fault(self, gva, now, error):
         assert isinstance(error, PageFault), error

@@ -107,7 +107,7 @@ class _Sequence:
             self._store_emulated: 2, self._change_slot: 1, self._change_small_slot: 1, self._log: 2,
             self._read_log: 2, self._drop_pages: 2,
             self._protect: 0.5, self._limit_pages: 2 if self.crowded else 0.2, self._load_oddly: 2, self._cross_pages: 3,
-            self._break_rules: 0.5}
+            self._break_rules: 0.5, self._move_mmio: 2}
 
     # ---- the guest's memory ------------------------------------------------------------------------------------------
 
@@ -294,6 +294,27 @@ class _Sequence:
         gpa, value = self._entry()
         if gpa < 4 << 20 or self.slot_1_there and self.slot_1_at == SLOT_1_GPA:
             self._add("host_write", gpa=f"{gpa:#x}", val=f"{value:#x}")
+
+    def _move_mmio(self):
+        """MMIO, and then something else in its place that KVM was not told of: it may have the MMIO in mind."""
+        page = self.random.randrange(16)
+        va = f"{self.random.choice(REGIONS) + 0x200000 * self.random.randrange(4) + 0x1000 * page + 8:#x}"
+        self._write_silently_to_all(page, HOLE | self.random.choice(LEAF_FLAGS))
+        self._add("load", 3, va=va)
+        for _ in range(self.random.randrange(3)):
+            self.random.choice((
+                self._invlpg, self._load, self._store, self._store_emulated, self._write_pte_emulated, self._mov_cr3,
+                self._mov_cr4, self._set_sregs, self._change_small_slot, lambda: self._add("invlpg", 0, va=va),
+                lambda: self._add("store", self.random.choice((0, 3)), va=va, val=self._value())))()
+        self._write_silently_to_all(page, self._pte())
+        if self.random.random() < 0.5:
+            self._add("load", 0, va=va)
+        else:
+            self._add("store", 0, va=va, val=self._value())
+
+    def _write_silently_to_all(self, page, value):
+        for pt in PTS:
+            self._add("host_write", gpa=f"{pt + 8 * page:#x}", val=f"{value:#x}")
 
     def _invlpg(self):
         self._add("invlpg", 0, va=f"{self._va() & ~0xFFF:#x}")

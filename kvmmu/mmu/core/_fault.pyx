@@ -240,17 +240,16 @@ cdef inline uint64_t mmio_generation(const kvm *k) noexcept nogil:
 cdef void cache_mmio(kvm_vcpu *vcpu, uint64_t gva, uint64_t gfn, uint32_t access) noexcept nogil:
     if vcpu.kvm.memslot_gen & MEMSLOT_GEN_UPDATE_IN_PROGRESS:
         return
-    vcpu.mmio_cached = True
     vcpu.mmio_gva = 0 if vcpu.mmu == &vcpu.guest_mmu else gva >> PAGE_SHIFT << PAGE_SHIFT     # an nGPA is no linear address
     vcpu.mmio_gfn, vcpu.mmio_gen = gfn, vcpu.kvm.memslot_gen
     vcpu.mmio_access = <uint32_t>((access & vcpu.kvm.spte.mmio_access_mask) | ACC_READ_MASK)
 
 
 cdef bint is_mmio_cached(const kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil:
-    if not vcpu.mmio_cached or vcpu.mmio_gen != vcpu.kvm.memslot_gen:
+    if vcpu.mmio_gen != vcpu.kvm.memslot_gen:
         return False
     if direct:
-        return vcpu.mmio_gfn == addr >> PAGE_SHIFT
+        return vcpu.mmio_gfn != 0 and vcpu.mmio_gfn == addr >> PAGE_SHIFT
     return vcpu.mmio_gva != 0 and vcpu.mmio_gva == addr >> PAGE_SHIFT << PAGE_SHIFT
 
 

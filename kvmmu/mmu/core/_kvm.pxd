@@ -160,9 +160,9 @@ cdef struct kvm_vcpu:
     bint injected                   # the last fault was the guest's: it is in `guest_fault`
     bint allow_retry                # the last write may be repeated instead of emulated, after `unprotect_and_retry()`
     walk_result guest_fault
-    uint64_t mmio_gva, mmio_gfn, mmio_gen
+    uint64_t mmio_gva               # page of the last MMIO that the vCPU has in mind; 0: of no linear address
+    uint64_t mmio_gfn, mmio_gen     # its frame, if not 0, and the memslot generation that this holds for
     uint32_t mmio_access
-    bint mmio_cached
     uint64_t last_retry_eip, last_retry_addr
     uint32_t pml_page               # of the arena: the processor's log of dirty pages; 0: none
     uint16_t pml_index              # of its next entry, once `gone` is set

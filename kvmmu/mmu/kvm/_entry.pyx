@@ -138,6 +138,7 @@ cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil:
         free_tdp_root(vcpu.kvm, mmu)
     else:
         free_shadow_roots(vcpu.kvm, mmu, ROOTS_ALL)
+    vcpu.mmio_gva = 0
 
 
 cdef void drain_pml(kvm_vcpu *vcpu, uint16_t index) noexcept nogil:

@@ -293,7 +293,7 @@ cdef void new_pgd(kvm_vcpu *vcpu, uint64_t pgd, bint sync) noexcept nogil:
     vcpu.requests |= REQ_LOAD_MMU_PGD
     if sync:
         vcpu.requests |= REQ_MMU_SYNC | REQ_TLB_FLUSH
-    vcpu.mmio_cached = False
+    vcpu.mmio_gva = 0
     if not mmu.root_role & ROLE_DIRECT_MASK:
         vcpu.kvm.pages[mmu.root.sp].write_flooding_count = 0
 

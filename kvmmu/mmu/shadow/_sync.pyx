@@ -118,10 +118,11 @@ cdef void sync_root(kvm_vcpu *vcpu, uint32_t root) noexcept nogil:
 
 cdef void sync_roots(kvm_vcpu *vcpu) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
-    if mmu.root_role & ROLE_DIRECT_MASK or not mmu.root.valid or mmu.root.sp == 0:
+    if mmu.root_role & ROLE_DIRECT_MASK or not mmu.root.valid:
         return
-    vcpu.mmio_cached = False
-    sync_root(vcpu, mmu.root.sp)
+    vcpu.mmio_gva = 0
+    if mmu.root.sp:
+        sync_root(vcpu, mmu.root.sp)
 
 
 cdef void invalidate_addr_in_root(kvm_vcpu *vcpu, uint64_t addr, uint32_t root) noexcept nogil:
@@ -149,6 +150,8 @@ cdef void mmu_invalidate_addr(kvm_vcpu *vcpu, kvm_mmu *mmu, uint64_t addr, bint 
     cdef int i
     if mmu.root_role & ROLE_DIRECT_MASK:
         return
+    if vcpu.mmio_gva == addr >> PAGE_SHIFT << PAGE_SHIFT:
+        vcpu.mmio_gva = 0
     if current and mmu.root.valid:
         invalidate_addr_in_root(vcpu, addr, mmu.root.sp)
     for i in range(PREV_ROOTS):
