@@ -596,6 +596,18 @@ def test_stale_translations_live_until_they_are_flushed():
     assert Status.OK == int(touch(vcpu, 0x2000, access=Access.WRITE).status[0])
 
 
+@pytest.mark.parametrize("host", [EPT, NPT, Host(tdp=None, maxphyaddr=46)])
+def test_invalidations_in_smm_count_outside_of_it(host):
+    """INVLPG is for every root of the host's that the processor has translations by, one that it comes back to as well."""
+    vm, vcpu = machine(host, maps=((0x1000, 0x3000),))
+    touch(vcpu, 0x1000)
+    vcpu.smm = True
+    vm.write_guest_physical(vcpu.tables.entry_gpa(0x1000, 1), (0x4000 | 3).to_bytes(8, "little"))
+    vcpu.invlpg(0x1000)
+    vcpu.smm = False
+    assert 0x4000 == int(touch(vcpu, 0x1000).gpa[0])
+
+
 def test_global_translations_and_pcids():
     """MOV to CR3 spares global entries and other PCIDs; bit 63 spares all; CR4.PGE takes them too."""
     _, vcpu = machine(maps=((0x1000, 0x3000, "p w u g"), (0x2000, 0x4000)))

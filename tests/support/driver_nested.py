@@ -164,6 +164,8 @@ class NestedDriver(ShadowDriver):
         self.remember()
 
     def check_access(self, gva, i, got, ret, now=None):
+        if "l2" in self.options and ret == RetPf.FIXED:
+            ret = RetPf.SPURIOUS                            # the walk of now may have been that of one of L2's tables
         super().check_access(gva, i, (got[0], got[1], 0), ret, now)
 
     def check_ad(self, gva, access, walked):

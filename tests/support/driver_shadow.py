@@ -179,7 +179,7 @@ class ShadowDriver(SharedTables, Driver):
         allowed = {outcomes[i] for outcomes in self.seen[self.pcid][gva]}
         assert got in allowed, f"{gva:#x} {ACCESSES[i]!r}: got {got}, the tables allow {allowed}"
         changed, now = now is not None, now or self.outcomes()[gva][i]
-        if got[0] == Status.OK and ret == RetPf.EMULATE and self.slot_of(got[1]) is None:
+        if got[0] == Status.OK and ret == RetPf.EMULATE and self.is_known_as_mmio(got[1]):
             return                                                          # KVM keeps in mind what page was MMIO last
         if got[0] != Status.OK or ret in (RetPf.FIXED, RetPf.EMULATE):
             assert got == now, f"{gva:#x} {ACCESSES[i]!r}: a walk of now came to {got}, the tables say {now}"
@@ -188,6 +188,10 @@ class ShadowDriver(SharedTables, Driver):
                 self.flush_pages(self.pcid, self.page_of(gva))
         elif self.paging and got == now and not changed:
             self.check_ad(gva, ACCESSES[i], ret in (RetPf.FIXED, RetPf.EMULATE))
+
+    def is_known_as_mmio(self, gpa):
+        """There is no slot, or there was none: synchronization takes an MMIO entry for one of the slots of now."""
+        return self.slot_of(gpa) is None or (self.mmio_in_mind and gpa >> 12 in self.was_mmio)
 
     def check_ad(self, gva, access, walked):
         """A is set in every entry, or at least in the leaf; D as well, if this was a write."""
@@ -211,8 +215,8 @@ class ShadowDriver(SharedTables, Driver):
             assert hpa == INVALID, f"MMIO at {gpa:#x} reached {hpa:#x}"
             self.was_mmio |= {gpa >> 12}
             return
-        if self.mmio_in_mind and hpa == INVALID and ret == RetPf.EMULATE and gpa >> 12 in self.was_mmio:
-            return                                          # synchronization took the entry for one of the slots of now
+        if hpa == INVALID and ret == RetPf.EMULATE and self.is_known_as_mmio(gpa):
+            return
         want = self.host_address(gpa)
         assert hpa == want or (moved and hpa != INVALID), f"{gpa:#x} reached {hpa:#x}, the host page is at {want:#x}"
         if write:
@@ -341,7 +345,7 @@ class ShadowDriver(SharedTables, Driver):
 
     def may_be_mmio(self, gva, i):
         pages = [gpa for status, gpa, _ in (outcomes[i] for outcomes in self.seen[self.pcid][gva]) if status == Status.OK]
-        return any(self.slot_of(gpa) is None or gpa >> 12 in self.was_mmio for gpa in pages)
+        return any(map(self.is_known_as_mmio, pages))
 
     def check_fault(self, gva, now, error):
         assert isinstance(error, PageFault), error

@@ -180,6 +180,7 @@ cdef int load_tdp_root(kvm_vcpu *vcpu) noexcept nogil:
     if not mmu.root.valid:
         mmu.root.sp = tdp_get_root(vcpu.kvm, mmu.root_role)
         mmu.root.valid = mmu.root.sp != 0
+        vcpu.requests |= REQ_TLB_FLUSH                  # the same root as before, too: under another one its translations grew old
     return 0 if mmu.root.valid else -ENOMEM
 
 
