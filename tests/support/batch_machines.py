@@ -175,6 +175,25 @@ def second_tables(rng, kind, *, base=0x60, odd=0.0, upper_odd=0.0, cold=0.0, max
     return pages, below[0]
 
 
+def dense_ept(rng, odd, upper_odd, cold):
+    """(pages, root frame) of an EPT in which every index leads somewhere, as in dense_tables()."""
+    pages, root = dense_tables(rng, "4l", odd=0, upper_odd=0)
+    tables = np.array(list(pages))
+    lowest = tables[-6:].tolist()
+    for frame, words in pages.items():
+        words &= ~np.uint64(0xFFF)
+        words |= np.uint64(EPT_LEAF | EPT_AD if frame in lowest else 7 | 0x100)
+        words[chosen(rng, words.size, cold)] &= ~np.uint64(EPT_AD)
+        ept_mutated(rng, words, tables, odd if frame in lowest else upper_odd)
+    return pages, root
+
+
+def rows_of_many_tables(rng, n, bits):
+    """n addresses, each most likely with a last table of its own, in few regions of 1 GiB. IN bits: of an address"""
+    regions = rng.integers(0, 1 << (bits - 30), 90, np.uint64) << np.uint64(30)
+    return rng.choice(regions, n) | rng.integers(0, 1 << 30, n, np.uint64)
+
+
 def stage_of(rng, kind, root, **more):
     """An Ept or Npt over `second_tables`, its options at random."""
     bit = rng.integers(0, 2, 4).tolist()

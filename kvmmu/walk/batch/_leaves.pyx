@@ -8,17 +8,17 @@ from kvmmu.arch._bits cimport ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIF
 from kvmmu.arch._format cimport access_info_of, kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
-    PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
+    PSCE_ACCESSED_CLEAR_SHIFT, PSC_BITS, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
     kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level, kvmmu_read_entry,
     kvmmu_set_psce, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, rights_count, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
-from kvmmu.walk.batch._psc cimport (
-    back_off, cached_walk, fetch_upper, is_backing_off, psce_of, remember_table, reset_backoff, table_of,
-)
+from kvmmu.walk.batch._psc cimport back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of
 
 cdef enum:
+    # Tables found from which on most are no longer cached when they are asked for again: as many as the cache has entries
+    DESCENT_TABLES = 1 << PSC_BITS
     MOST_FORMATS = 16               # of walks that are alike: there are fewer combinations of WP, SMEP, SMAP and so on in a trace
 
 
@@ -26,14 +26,15 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
                       bint far) noexcept nogil:
     cdef uint64_t lanes, fresh, addr, psce
     cdef size_t lane
-    lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
+    if s.found > DESCENT_TABLES and s.descent.care and s.checker.level == PG_LEVEL_4K:
+        lanes = kernels.descend[s.w.format](l, &s.descent, gva)
+    else:
+        lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
     l.noncanonical = l.accessed_clear = 0
     l.level = s.checker.level
     l.miss = lanes
     lanes &= wanted
     fresh = lanes
-    if far:
-        fetch_upper(s, gva, lanes)
     while lanes:
         lane = kvmmu_first_bit(lanes)
         lanes &= lanes - 1

@@ -12,7 +12,9 @@ with a clear accessed bit in its upper part says so, and the rows that would set
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.walk.batch._kernels cimport kvmmu_leaf_checker, kvmmu_leaf_rules, kvmmu_memo_entry, kvmmu_psc_entry
+from kvmmu.walk.batch._kernels cimport (
+    kvmmu_descent, kvmmu_leaf_checker, kvmmu_leaf_rules, kvmmu_memo_entry, kvmmu_psc_entry, kvmmu_upper_walk,
+)
 
 # A way that did not pay is left alone for a number of blocks, which doubles up to a limit.
 cdef struct backoff:
@@ -22,23 +24,10 @@ cdef struct backoff:
 cdef enum:
     MAX_BACKOFF = 31            # one try in 32 blocks: about 3% more work where a way never pays
 
-# The upper part of a walk that came to the table of level 2 without a clear accessed bit: it serves all addresses of a region of
-# 1 GiB. Kept for each region, so that a walk over very many tables reads the entry of level 2 alone.
-cdef struct upper_walk:
-    uint64_t tag                # number of the region, and the walk id from UPPER_ID_SHIFT on; 0: free
-    uint64_t table              # address in the host of the table
-    uint64_t rights
-    bint readonly               # of the table's memory
-    bint write_refused          # by the second stage, of the table
-
-cdef enum:
-    UPPER_BITS = 11             # regions: 2 TiB, whose last tables take 4 GiB
-    UPPER_ID_SHIFT = 40         # beyond the regions of 64-bit addresses
-
 # The memory of the cache of a batch, or of a thread's part of it.
 cdef struct walk_tables:
     kvmmu_psc_entry *psc[2]     # of the first stage, of the second; 1 << PSC_BITS each
-    upper_walk *upper[2]        # 1 << UPPER_BITS each
+    kvmmu_upper_walk *upper[2]  # 1 << UPPER_BITS each
     kvmmu_memo_entry *memo
 
 # One stage of a walk of a batch, with what is cached of it.
@@ -47,8 +36,8 @@ cdef struct cached_walk:
     cached_walk *second         # the second stage under w, or NULL
     kvmmu_leaf_rules rules      # rules.walk_id tells its entries in the cache from those of other walks
     size_t found                # entries so far
-    upper_walk *upper
-    uint64_t upper_id           # the part of its tags
+    kvmmu_upper_walk *upper
+    kvmmu_descent descent       # care 0: there is none
     uint8_t *touched            # NULL, or the words of memory that entries depend on: mark_word()
     # of 64 rows: see `_leaves.pxd`
     kvmmu_leaf_checker checker
@@ -90,8 +79,6 @@ cdef uint64_t psce_of(cached_walk *s, uint64_t addr) noexcept nogil
 # Find the psce of addr anew, and cache it; 0: it cannot be known
 cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil
 
-# Fetch the entries of level 2 of these addresses, as far as their tables are known. IN lanes: a bit for each
-cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes) noexcept nogil
 
 # A filter over the words of memory that cached entries depend on. A clear bit means: none depends on the words of this bit.
 cdef enum:

@@ -6,24 +6,24 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport get_guest_pgd, kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PT32_INDEX_MASK, PT64_INDEX_MASK,
-    PT_PRESENT_MASK,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, EPT_MT_XWR_MASK, EPT_RWX_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K,
+    PT32_INDEX_MASK, PT64_INDEX_MASK, PT_PRESENT_MASK,
 )
 from kvmmu.arch._gpte cimport (
-    KVMMU_FORMAT_32, KVMMU_FORMAT_64, gpte_access, gpte_index, gpte_rights, guest_walker, guest_walker32,
+    KVMMU_FORMAT_32, KVMMU_FORMAT_64, KVMMU_FORMAT_EPT, gpte_access, gpte_index, gpte_rights, guest_walker, guest_walker32,
     guest_walker64, guest_walkerEPT, has_pdptrs, is_rsvd_bits_set, kvmmu_is_good_pdpte, kvmmu_level_shift, kvmmu_pdpte_gpa,
     kvmmu_pdpte_index, read_gpte,
 )
 from kvmmu.memory._maker cimport check_maker, maker
-from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
+from kvmmu.memory._memory cimport gpa_to_hva, guest_slot, kvmmu_read64
 from kvmmu.walk.batch._kernels cimport (
-    MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
+    KVMMU_UPPER_SLOT, MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
     PSCE_READONLY_SHIFT, PSCE_TABLE_SHIFT, PSCE_WRITE_REFUSED_SHIFT, PSC_ADDR_MASK, PSC_BITS, PSC_TAG_ACCESSED_CLEAR,
-    PSC_WALK_ID_BITS, kvmmu_addr_tag, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_memo_entry, kvmmu_prefetch, kvmmu_psc_entry,
-    kvmmu_psc_slot, kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
+    PSC_WALK_ID_BITS, UPPER_BITS, UPPER_ID_SHIFT, kvmmu_addr_tag, kvmmu_descent, kvmmu_entry_hva, kvmmu_memo_entry,
+    kvmmu_psc_entry, kvmmu_psc_slot, kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_upper_walk, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
-from kvmmu.walk.batch._psc cimport UPPER_BITS, UPPER_ID_SHIFT, cached_walk, mark_word, reset_backoff, upper_walk, walk_tables
+from kvmmu.walk.batch._psc cimport cached_walk, mark_word, reset_backoff, walk_tables
 
 cdef uint64_t[512] NO_TABLE             # read where a table lies in a hole: zeros are not present in any format
 
@@ -46,21 +46,8 @@ cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexc
     return hva - entry_offset(format, addr, level)
 
 
-cdef inline upper_walk *upper_of(const cached_walk *s, uint64_t region) noexcept nogil:
-    return &s.upper[(region ^ region >> UPPER_BITS ^ s.rules.walk_id << 3) & ((1 << UPPER_BITS) - 1)]
-
-
-cdef void fetch_upper(const cached_walk *s, const uint64_t *gva, uint64_t lanes) noexcept nogil:
-    cdef const upper_walk *u
-    cdef uint64_t addr, region
-    cdef int format = s.w.format
-    while lanes:
-        addr = gva[kvmmu_first_bit(lanes)] & s.checker.gva_mask
-        lanes &= lanes - 1
-        region = addr >> kvmmu_level_shift(format, PG_LEVEL_1G)
-        u = upper_of(s, region)
-        if u.tag == (region | s.upper_id):
-            kvmmu_prefetch(u.table + entry_offset(format, addr, PG_LEVEL_2M))
+cdef inline kvmmu_upper_walk *upper_of(const cached_walk *s, uint64_t region) noexcept nogil:
+    return &s.upper[KVMMU_UPPER_SLOT(region, s.rules.walk_id)]
 
 
 cdef void enter_psce(kvmmu_psc_entry *p, uint64_t tag, uint64_t psce) noexcept nogil:
@@ -75,12 +62,33 @@ cdef void remember_table(cached_walk *s, uint64_t psce, uint64_t addr) noexcept 
                    (psce & ~PSCE_HVA_MASK) | table | <uint64_t>1 << PSCE_TABLE_SHIFT)
 
 
+cdef void init_descent(cached_walk *s) noexcept nogil:
+    """Work out which entries of level 2 lead to tables of the largest slot."""
+    cdef const kvm_pagewalk *w = s.w
+    cdef const guest_slot *slot = w.mem.slots
+    cdef kvmmu_descent *d = &s.descent
+    cdef uint64_t hva = <uint64_t><uintptr_t>slot.hva
+    d.want = s.rules.accessed_mask | (EPT_RWX_MASK if w.format == KVMMU_FORMAT_EPT else w.present_mask)
+    d.care = d.want | w.page_size_mask | w.fmt.rsvd_bits_mask[0][PG_LEVEL_2M - 1]
+    if w.format == KVMMU_FORMAT_EPT:
+        d.care |= EPT_MT_XWR_MASK
+    if d.want & w.fmt.rsvd_bits_mask[0][PG_LEVEL_2M - 1] or hva + slot.size > PSCE_HVA_MASK or w.format == KVMMU_FORMAT_32:
+        d.care = 0
+    d.upper, d.walk_id, d.gva_mask, d.base = s.upper, s.rules.walk_id, s.checker.gva_mask, w.base_mask
+    d.nothing = s.checker.nothing
+    d.gpa, d.size, d.hva = slot.gpa, slot.size, hva - slot.gpa
+    d.psce = <uint64_t>PG_LEVEL_4K << PSCE_LEVEL_SHIFT | <uint64_t>1 << PSCE_TABLE_SHIFT | (
+        <uint64_t>slot.readonly << PSCE_READONLY_SHIFT)
+    d.psce_here = <uint64_t>PG_LEVEL_2M << PSCE_LEVEL_SHIFT
+    d.present_mask, d.page_size_mask = w.present_mask, w.page_size_mask
+
+
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
                            uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil:
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
-    s.upper, s.upper_id = tables.upper[stage], <uint64_t>walk_id << UPPER_ID_SHIFT
+    s.upper = tables.upper[stage]
     s.rules.fmt = w.fmt
     s.rules.present_mask, s.rules.page_size_mask, s.rules.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
     s.rules.accessed_mask, s.rules.address_mask = w.accessed_mask, w.address_mask
@@ -100,6 +108,9 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.checker.nothing = <uint64_t><uintptr_t>NO_TABLE
     s.has_masks = False
     reset_backoff(&s.mask_backoff, 1)
+    s.descent.care = 0
+    if second is NULL and touched is NULL and w.fmt is not NULL:
+        init_descent(s)
 
 
 cdef bint cached_table_gpa(const cached_walk *second, uint64_t ngpa, uint64_t *gpa, bint *write_refused) noexcept nogil:
@@ -149,8 +160,9 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
     cdef bint readonly = False, accessed_clear = False, write_refused = False
     cdef bint asks_second = w.ngpa is not NULL and not w.ngpa.table_access      # for every update of an entry
     cdef uint64_t region = addr >> kvmmu_level_shift(w.format, PG_LEVEL_1G)
-    cdef upper_walk *u = upper_of(s, region)
-    cdef bint is_known = u.tag == (region | s.upper_id)
+    cdef kvmmu_upper_walk *u = upper_of(s, region)
+    cdef uint64_t upper_tag = region | <uint64_t>s.rules.walk_id << UPPER_ID_SHIFT
+    cdef bint is_known = u.tag == upper_tag
     if is_known:
         level, rights, readonly, write_refused = PG_LEVEL_2M, u.rights, u.readonly, u.write_refused
     elif has_pdptrs(walker, level):
@@ -183,7 +195,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
             if hva is NULL:
                 return psce_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), accessed_clear, True, False)
             if level == PG_LEVEL_2M and not accessed_clear:
-                u.tag, u.table, u.rights = region | s.upper_id, <uint64_t><uintptr_t>(hva - offset), rights
+                u.tag, u.table, u.rights = upper_tag, <uint64_t><uintptr_t>(hva - offset), rights
                 u.readonly, u.write_refused = readonly, write_refused
         if level == PG_LEVEL_4K:
             return psce_word(hva - offset, level, gpte_access(walker, rights), accessed_clear, readonly, write_refused)
@@ -234,7 +246,7 @@ cdef void forget_all(walk_tables *tables) noexcept nogil:
     cdef int stage
     for stage in range(2):
         memset(tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
-        memset(tables.upper[stage], 0, sizeof(upper_walk) << UPPER_BITS)
+        memset(tables.upper[stage], 0, sizeof(kvmmu_upper_walk) << UPPER_BITS)
     memset(tables.memo, 0, sizeof(kvmmu_memo_entry) << MEMO_BITS)
 
 
@@ -249,7 +261,7 @@ cdef class WalkCache:
         check_maker(mark, "a WalkCache is made by a batch")
         for stage in range(2):
             self.tables.psc[stage] = <kvmmu_psc_entry *>calloc(1 << PSC_BITS, sizeof(kvmmu_psc_entry))
-            self.tables.upper[stage] = <upper_walk *>calloc(1 << UPPER_BITS, sizeof(upper_walk))
+            self.tables.upper[stage] = <kvmmu_upper_walk *>calloc(1 << UPPER_BITS, sizeof(kvmmu_upper_walk))
             whole = whole and self.tables.psc[stage] is not NULL and self.tables.upper[stage] is not NULL
         self.tables.memo = <kvmmu_memo_entry *>calloc(1 << MEMO_BITS, sizeof(kvmmu_memo_entry))
         if not whole or self.tables.memo is NULL:
@@ -270,7 +282,7 @@ cdef class WalkCache:
         if self.next_walk_id + count > (<uint64_t>1 << PSC_WALK_ID_BITS):
             for stage in range(2):
                 memset(self.tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
-                memset(self.tables.upper[stage], 0, sizeof(upper_walk) << UPPER_BITS)
+                memset(self.tables.upper[stage], 0, sizeof(kvmmu_upper_walk) << UPPER_BITS)
             self.next_walk_id = 1
         first = self.next_walk_id
         self.next_walk_id = first + <uint32_t>count

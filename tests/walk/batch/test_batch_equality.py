@@ -17,12 +17,15 @@ from batch_machines import (
     Image,
     Machine,
     compare,
+    dense_ept,
     dense_tables,
     random_access,
     random_controls,
     random_rows,
     row_by_row,
+    rows_of_many_tables,
     second_tables,
+    sign_extended,
     stage_of,
 )
 from builders import LEVELS, PageTables, random_tables, words_to_pages
@@ -129,6 +132,27 @@ def test_adversarial_tables(mode, conformance):
         except GeneralProtection:
             continue
     assert walked > ROUNDS
+
+
+@pytest.mark.parametrize("mode", ["4l", "5l", "ept4"])
+@pytest.mark.parametrize("name", SETS)
+def test_more_tables_than_are_remembered(mode, name):
+    """46,080 last tables, a few frames behind them: most are found again by the entry above."""
+    use_instruction_set(name)
+    for seed in range(3 * ROUNDS):
+        rng = np.random.default_rng((12, seed, len(mode), MODES.index(mode) if mode in MODES else 9))
+        odd = {"odd": 0.01, "upper_odd": (0.02, 0.15, 0.02)[seed % 3], "cold": (0, 0.4, 0.05)[seed % 3]}
+        if mode == "ept4":
+            pages, root = dense_ept(rng, **odd)
+            regs, stage = Regs(cr0=1, cr3=0, cr4=0, efer=0), stage_of(rng, "ept4", root, ad=True, mbec=False)
+            rows = rows_of_many_tables(rng, 90_000, 40)
+        else:
+            pages, root = dense_tables(rng, mode, maxphyaddr=40, **odd)
+            regs, stage = random_controls(rng, mode, root), None
+            rows = sign_extended(rows_of_many_tables(rng, 90_000, 57 if mode == "5l" else 48), mode)
+        readonly = frozenset(pages) if seed % 3 == 1 else frozenset()
+        machine = Machine(Image(pages, readonly, "runs"), CpuModel(maxphyaddr=40), [(regs, stage)], nested=stage is not None)
+        compare(machine, rows, random_access(rng, rows.size), fields=COLUMNS[:4], set_ad=seed % 3 < 2, why=f"{mode} seed {seed}")
 
 
 @pytest.mark.parametrize("mode", ["off", *MODES])

@@ -61,6 +61,50 @@ KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_leaf_block *l, const st
     return miss;
 }
 
+/* Point lane i at its entry of level 2. OUT rights, here: of its upper walk */
+KVMMU_INLINE void descend_to_entry(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, size_t i,
+                                   uint64_t *rights, uint64_t *here)
+{
+    const uint64_t addr = gva[i] & d->gva_mask, region = addr >> KVMMU_LEVEL_SHIFT(format, PG_LEVEL_1G);
+    const struct kvmmu_upper_walk *u = &d->upper[KVMMU_UPPER_SLOT(region, d->walk_id)];
+    const int known = u->tag == (region | (uint64_t)d->walk_id << UPPER_ID_SHIFT);
+    l->entry[i] = known ? u->table + (addr >> (KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M) - 3) & PT64_INDEX_MASK << 3) : d->nothing;
+    rights[i] = u->rights;
+    here[i] = known ? d->psce_here | (uint64_t)(u->readonly != 0) << PSCE_READONLY_SHIFT : 0;
+    __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+}
+
+/* Read the entry of level 2 of lane i. Returns 1 if it does not tell where the last entry is. */
+KVMMU_INLINE uint64_t descend_to_leaf(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, size_t i,
+                                      const uint64_t *rights, const uint64_t *here)
+{
+    const uint64_t pte = kvmmu_read_entry(format, l->entry[i]), gpa = pte & d->base;
+    const int passes = ((pte ^ d->want) & d->care) == 0 && gpa - d->gpa < d->size;
+    const int ends = here[i] && (!(pte & d->present_mask) || pte & d->page_size_mask);
+    const uint64_t acc = KVMMU_GPTE_ACCESS(format, rights[i] & (passes ? KVMMU_GPTE_RIGHTS(format, pte) : ~UINT64_C(0)));
+    const uint64_t hva = passes ? d->hva + gpa : ends ? l->entry[i] : d->nothing;
+    l->psce[i] = hva | (passes || ends ? acc << PSCE_ACCESS_SHIFT | (passes ? d->psce : here[i]) : 0);
+    l->entry[i] = hva + (passes ? KVMMU_TABLE_OFFSET(format, gva[i] & d->gva_mask) : 0);
+    __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+    return !(passes || ends);
+}
+
+KVMMU_INLINE uint64_t descend_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva)
+{
+    enum { AHEAD = 16 }; /* lanes whose entries of level 2 are on the way */
+    uint64_t rights[KVMMU_BLOCK_ROWS], here[KVMMU_BLOCK_ROWS], miss = 0;
+    size_t i;
+    for (i = 0; i < AHEAD; i++)
+        descend_to_entry(format, l, d, gva, i, rights, here);
+    for (; i < KVMMU_BLOCK_ROWS; i++) {
+        descend_to_entry(format, l, d, gva, i, rights, here);
+        miss |= descend_to_leaf(format, l, d, gva, i - AHEAD, rights, here) << (i - AHEAD);
+    }
+    for (i -= AHEAD; i < KVMMU_BLOCK_ROWS; i++)
+        miss |= descend_to_leaf(format, l, d, gva, i, rights, here) << i;
+    return miss;
+}
+
 KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,
                                 uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
 {
@@ -296,10 +340,18 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
         check_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
     }
 
+#define KVMMU_DESCEND(format, name, target)                                                                                         \
+    target static uint64_t descend_##name(struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva)             \
+    {                                                                                                                               \
+        return descend_body(format, l, d, gva);                                                                                     \
+    }
+
 #define KVMMU_KERNELS(name, target, find, accept, recall)                                                                      \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_32, 32_##name, target, find, accept)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_64, 64_##name, target, find, accept)                                                          \
     KVMMU_FORMAT_FUNCTIONS(KVMMU_FORMAT_EPT, ept_##name, target, find, accept)                                                        \
+    KVMMU_DESCEND(KVMMU_FORMAT_64, 64_##name, target)                                                                               \
+    KVMMU_DESCEND(KVMMU_FORMAT_EPT, ept_##name, target)                                                                             \
     target static uint64_t recall_##name(const struct kvmmu_memo_entry *memo, const uint64_t *gva, const uint8_t *access,             \
                                          const uint32_t *ctx, uint64_t memo_id, uint64_t *gpa, uint8_t *level, uint8_t *status,       \
                                          uint32_t *error_code)                                                                      \
@@ -318,6 +370,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
         pre_process_body(rules, gva, access, out);                                                                                  \
     }                                                                                                                               \
     const struct kvmmu_kernels kvmmu_kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
+                                                          {0, descend_64_##name, descend_ept_##name},                               \
                                                           {accept_32_##name, accept_64_##name, accept_ept_##name},                        \
                                                           {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
                                                           recall_##name, emit_##name, pre_process_##name};

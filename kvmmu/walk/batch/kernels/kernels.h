@@ -13,6 +13,10 @@
 /* Look the upper levels up. OUT psce, entry. Returns the lanes whose entry is not cached, or has an accessed bit clear above it.
  * IN far: last entries are probably not in the cache of the CPU, and are prefetched. */
 typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, int far);
+/* Find tables of last entries by the upper walks of their regions and the entries of level 2. Returns the lanes whose table this does
+ * not tell. OUT psce, entry, which is prefetched. Not of 32-bit tables, which are
+ * few. */
+typedef uint64_t (*kvmmu_descend_fn)(struct kvmmu_leaf_block *, const struct kvmmu_descent *, const uint64_t *gva);
 /* Read the last entries, and compare them with the accept masks. Returns the lanes that are not accepted. OUT pte; gpa: of accepted
  * lanes; slow: lanes not accepted for an accessed or dirty bit alone; level (or NULL): of all; status, error_code (or NULL): as if
  * all were accepted. */
@@ -36,6 +40,7 @@ typedef void (*kvmmu_pre_process_fn)(const struct kvmmu_linear_rules *, const ui
 
 struct kvmmu_kernels { /* [KVMMU_FORMAT_*] */
     kvmmu_find_fn find[3];
+    kvmmu_descend_fn descend[3];
     kvmmu_accept_fn accept[3];
     kvmmu_check_fn check[3];
     kvmmu_recall_fn recall;
