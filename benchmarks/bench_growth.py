@@ -1,15 +1,23 @@
-"""How translations a second fall as the tables grow, and rise as the batch grows."""
+"""How translations a second fall as the tables grow and lie in more slots, and rise as the batch grows."""
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
 from bench_batch import TAKE
+from bench_machine import NPT, SHADOW, machine
 from cases import SMALL, Batch, guest
 from conftest import QUICK, ROUNDS, ROWS
-from tables import Guest, accesses
+from tables import MAXPHYADDR, PAGE, Guest, accesses
+
+import kvmmu
+from kvmmu import Access, Accesses, CpuModel, GuestMemory, Vcpu
+from kvmmu.traces import Op
 
 FOOTPRINTS = [12, 16, 18, 20, 22, 24, 26] if QUICK else [12, 14, 16, 18, 20, 22, 24, 26, 28, 30]
+MACHINE_FOOTPRINTS = [12, 16, 20, 22] if QUICK else [12, 14, 16, 18, 20, 22, 24, 25]
+SLOTS = [1, 64, 4096] if QUICK else [1, 4, 16, 64, 256, 1024, 4096, 16384]
 BATCHES = [10 ** n for n in range(7 if QUICK else 8)]
 UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -28,6 +36,67 @@ def bench_footprint(race, rng, shift):
          between=batch.tables.chill, check=batch.check, x=1 << shift, rounds=3 if QUICK else min(ROUNDS, 7))
     del batch
     gc.collect()
+
+
+@pytest.mark.parametrize("shift", FOOTPRINTS)
+def bench_replay_footprint(race, rng, shift):
+    """A trace in memory, walked in order on leaf tables of 2**shift bytes."""
+    gc.collect()
+    rows = ROWS // 2
+    batch = Batch(Guest((1 << shift) // 8), rng, rows)
+
+    def fresh():
+        gva, access, index = batch.fresh()
+        op = np.where(access & np.uint8(Access.FETCH), Op.FETCH, access & np.uint8(Access.WRITE) != 0).astype(np.uint8)
+        return {"op": op, "addr": gva, "access": access, "size": np.ones(rows, np.uint8)}, index
+
+    def replay(chunk, _):
+        assert kvmmu.replay([chunk], batch.tables.vcpu).accesses == rows
+
+    race("Replay footprint", f"{size_text(1 << shift)} of leaf tables", TAKE, replay,
+         lambda _, index: batch.take(None, None, index), fresh, rows=rows, between=batch.tables.chill, x=1 << shift,
+         rounds=3 if QUICK else min(ROUNDS, 5))
+
+
+@pytest.mark.parametrize(("name", "host"), [("NPT", NPT), ("shadow", SHADOW)])
+@pytest.mark.parametrize("shift", MACHINE_FOOTPRINTS)
+def bench_machine_footprint(race, rng, name, host, shift):
+    """Random accesses to pages that the machine has mapped, in leaf tables of 2**shift bytes of the guest's and of the host's."""
+    rows, pages = ROWS // 2, (1 << shift) // 8
+    _, vcpu, gva = machine(host, pages=pages)
+    vcpu.access(gva, Access.WRITE)
+    out, taken, leaves = Accesses.empty(rows), np.empty(rows, np.uint64), gva.copy()
+
+    def check(rows_of, index):
+        vcpu.access(rows_of, 0, out=out)
+        assert (out.gpa == rows_of).all()
+        assert not out.exits.any()
+
+    def fresh():
+        index = rng.integers(0, pages, rows)
+        return gva[index], index
+
+    race("Machine footprint", f"{name}, {size_text(1 << shift)} of leaf tables", TAKE,
+         lambda rows_of, _: vcpu.access(rows_of, 0, out=out), lambda _, index: leaves.take(index, out=taken, mode="clip"), fresh,
+         rows=rows, check=check, x=1 << shift, rounds=3 if QUICK else min(ROUNDS, 5))
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def bench_slots(race, rng, slots):
+    """One page in each of 32,768 leaf tables, which lie in so many slots."""
+    tables = guest(SMALL, spread=True)
+    batch = Batch(tables, rng, ROWS)
+    data = tables.memory.view(np.uint8)
+    pages = data.size // PAGE
+    edges = [pages * i // slots * PAGE for i in range(slots)] + [data.size]
+    memory = GuestMemory(data[:edges[1]])
+    for start, end in itertools.pairwise(edges[1:]):
+        memory.add_slot(start, data[start:end])
+    vcpu = Vcpu(memory, cpu=CpuModel(maxphyaddr=MAXPHYADDR))
+    vcpu.set_regs(tables.vcpu.regs)
+    batch.walk = vcpu.gva_walk
+    race("Slots", f"{slots:,} slot{'s' if slots > 1 else ''}", TAKE, batch.translate, batch.take, batch.fresh, rows=ROWS,
+         between=tables.chill, check=batch.check, x=slots, rounds=3 if QUICK else min(ROUNDS, 7))
 
 
 @pytest.mark.parametrize("rows", BATCHES)

@@ -13,8 +13,13 @@ import sys
 from pathlib import Path
 
 GROUPS = ("Batch", "Modes", "Two stages", "Cliffs", "Threads", "Traces", "Replay", "Scalar", "Calls", "Machine", "Embedding",
-          "Images", "Mappings", "Copies", "Peers", "Footprint", "Batch size")
+          "Images", "Mappings", "Copies", "Peers", "TLB hierarchy", "Footprint", "Replay footprint",
+          "Machine footprint", "Slots", "Batch size")
 HEADINGS = ("", "case", "against", "ours ns", "theirs ns", "ratio", "quartiles", "bar", "")
+LEAF_TABLES = "bytes of leaf tables"
+PLOTS = (("Footprint", LEAF_TABLES, "footprint.svg"), ("Replay footprint", LEAF_TABLES, "replay_footprint.svg"),
+         ("Machine footprint", LEAF_TABLES, "machine_footprint.svg"), ("Slots", "slots", "slots.svg"),
+         ("Batch size", "rows", "batch_size.svg"), ("Threads", "threads", "threads.svg"))
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 COMMAND = "make bench"
 
@@ -27,6 +32,7 @@ class Row:
         self.ours, self.theirs, self.ratio = info["ours_ns"], info["theirs_ns"], info["ratio"]
         self.low, self.high, self.gain = info["low"], info["high"], info["gain"]
         self.bars, self.x = info["bars"], info["x"]
+        self.kind = self.case.rpartition(", ")[0]           # which line of a plot
 
     @property
     def rate(self):
@@ -52,11 +58,17 @@ class Row:
                 ", ".join(map(self.bar_text, self.bars)), verdict)
 
 
+def groups_of(rows):
+    """All groups of a run in the order of the report, those that GROUPS does not know last."""
+    return [*GROUPS, *sorted({row.group for row in rows} - set(GROUPS))]
+
+
 def read(path):
-    """(rows in the order of GROUPS, the whole file)."""
+    """(rows in the order of their groups, the whole file)."""
     run = json.loads(Path(path).read_text())
     rows = [Row(benchmark["extra_info"]) for benchmark in run["benchmarks"]]
-    return sorted(rows, key=lambda row: GROUPS.index(row.group)), run
+    order = groups_of(rows)
+    return sorted(rows, key=lambda row: order.index(row.group)), run
 
 
 def skipped_lines(run):
@@ -112,7 +124,7 @@ def print_table(rows, run):
 def markdown(rows, run, plots):
     """The results for performance.md."""
     lines = [BEGIN, "", *(f"{line}  " for line in about(run)), ""]
-    for group in GROUPS:
+    for group in groups_of(rows):
         chosen = [row for row in rows if row.group == group]
         if not chosen:
             continue
@@ -137,8 +149,7 @@ def draw(rows, folder):
         return {}
     matplotlib.rcParams.update({"svg.hashsalt": "kvmmu", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     plots = {}
-    for group, label, name in (("Footprint", "bytes of leaf tables", "footprint.svg"), ("Batch size", "rows", "batch_size.svg"),
-                               ("Threads", "threads", "threads.svg")):
+    for group, label, name in PLOTS:
         chosen = sorted((row for row in rows if row.group == group), key=lambda row: row.x)
         if not chosen:
             continue
@@ -150,11 +161,14 @@ def draw(rows, folder):
             axes.set_ylim(0)
             axes.set_xticks([1, *(row.x for row in chosen)])
         else:
-            axes.plot([row.x for row in chosen], [row.ours for row in chosen], "o-", label="kvmmu")
-            axes.plot([row.x for row in chosen], [row.theirs for row in chosen], "s--", label=chosen[0].against)
+            kinds = sorted({row.kind for row in chosen})
+            for kind in kinds:
+                some = [row for row in chosen if row.kind == kind]
+                axes.plot([row.x for row in some], [row.ours for row in some], "o-", label=f"kvmmu{kind and ', '}{kind}")
+            axes.plot([row.x for row in some], [row.theirs for row in some], "s--", label=some[0].against)
             axes.set(ylabel="ns per translation", xscale="log", yscale="log")
-            if group == "Footprint":
-                axes.set_xticks([row.x for row in chosen], [row.case.split(" of ")[0] for row in chosen], fontsize=7)
+            if label == LEAF_TABLES:
+                axes.set_xticks([row.x for row in some], [row.case.split(", ")[-1].split(" of ")[0] for row in some], fontsize=7)
                 axes.minorticks_off()
             axes.legend(frameon=False)
         figure.savefig(folder / name, metadata={"Date": None})
