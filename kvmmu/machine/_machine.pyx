@@ -234,11 +234,13 @@ cdef class Machine:
             self.modes.update()
             load_cr3(self.modes, before, bool(noflush), bool(pdptrs_changed))
 
-    def reset_context(self):
-        """Leave every root of a shadow MMU: registers that roles are made of were written."""
+    def reset_context(self, flush=False):
+        """Leave every root of a shadow MMU: registers that roles are made of were written. flush: as `flush_guest()`, too"""
         with self.kvm.lock:
             self.modes.update()
             leave_roots(self.m)
+            if flush:
+                flush_all(self.m)
 
     def flush_guest(self):
         """Drop every translation of the guest, global ones too."""

@@ -290,8 +290,7 @@ class Vcpu(PartOfMachine):
             check_offered(before, after)
         guest.load(after)
         if running is not None and ((stale and after.pdptrs is not None) or _of_tables(before) != _of_tables(after)):
-            running.reset_context()
-            self._flush_guest()
+            running.reset_context(True)
 
     @locked
     def mov_cr(self, n: int, value: int) -> None:
@@ -345,8 +344,7 @@ class Vcpu(PartOfMachine):
             check_offered(before, after)
         self._guest.load(after)
         if (before.efer ^ after.efer) & (Efer.NX | Efer.LME) and running is not None:
-            running.reset_context()
-            self._flush_guest()
+            running.reset_context(True)
 
     @locked
     def wrpkru(self, value: int) -> None:
