@@ -1,13 +1,15 @@
-"""TLB hierarchies against a plain simulator in C, on seven streams; the same walks on both sides."""
+"""TLB hierarchies against a plain simulator in C, on seven streams and recorded guests; the same walks on both sides."""
 
 import ctypes
 
 import numpy as np
 import pytest
+from bench_traces import recordings
 from compiled import Missing, plain_tlb
 from conftest import QUICK
 
 from kvmmu import TlbHierarchy, TlbLevel
+from kvmmu.traces import Recording
 
 GROUP = "TLB hierarchy"
 ACCESSES = 2_000_000 if QUICK else 10_000_000
@@ -35,11 +37,22 @@ STREAMS = {
 @pytest.mark.parametrize("stream", STREAMS)
 def bench_streams(race, skipped, rng, stream):
     """64 entries in 4 ways before 1536 in 12, LRU, 4K pages."""
+    race_plain(race, skipped, stream, STREAMS[stream](rng).astype(np.uint64), [("at least", 1.0)])
+
+
+@pytest.mark.parametrize(("name", "path", "phase"), recordings()[:1 if QUICK else None])
+def bench_recorded(race, skipped, name, path, phase):
+    """All accesses of a recorded guest, one address space after the other as they ran."""
+    recording = Recording.open(path, phase)
+    gva = recording.pages_gva[recording.pidx].astype(np.uint64) + recording.off.astype(np.uint64)
+    race_plain(race, skipped, f"accesses of {name}", gva, [("at least", 1.0), ("rate", 250)])
+
+
+def race_plain(race, skipped, case, gva, bars):
     try:
         plain = plain_tlb()
     except Missing as missing:
-        skipped(GROUP, stream, "a plain simulator in C", str(missing))
-    gva = STREAMS[stream](rng).astype(np.uint64)
+        skipped(GROUP, case, "a plain simulator in C", str(missing))
     tlb = TlbHierarchy([TlbLevel("L1", 16, 4), TlbLevel("L2", 128, 12)])
     state = ctypes.create_string_buffer(plain.plain_tlb_size())
     rows = len(gva)
@@ -47,5 +60,5 @@ def bench_streams(race, skipped, rng, stream):
     plain.plain_tlb_run(state, gva.ctypes.data, rows)
     assert int(tlb.stats().walks.sum()) == np.frombuffer(state.raw, np.uint64)[-1]
 
-    race(GROUP, stream, "a plain simulator in C", lambda: tlb.access(gva),
-         lambda: plain.plain_tlb_run(state, gva.ctypes.data, rows), lambda: (), rows=rows, gain=True, bars=[("at least", 1.0)])
+    race(GROUP, case, "a plain simulator in C", lambda: tlb.access(gva),
+         lambda: plain.plain_tlb_run(state, gva.ctypes.data, rows), lambda: (), rows=rows, gain=True, bars=bars)
