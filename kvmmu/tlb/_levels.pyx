@@ -7,7 +7,7 @@ from libc.string cimport memset
 from kvmmu.arch._bits cimport ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, PAGE_SHIFT
 from kvmmu.tlb._details cimport details_remove, details_remove_all, details_take
 from kvmmu.tlb._levels cimport (
-    INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, KINDS, MOST_LINEAR_BITS, NOWHERE, SIZES, UPPER_LEVELS, WAY_PORTABLE, WAY_SCALAR,
+    INCLUSION_EXCLUSIVE, INCLUSION_INCLUSIVE, KINDS, MOST_LINEAR_BITS, NOWHERE, SIZES, UPPER_LEVELS, WAY_PORTABLE,
     tlb_level, tlb_levels, tlb_rows, tlb_way,
 )
 from kvmmu.tlb._structure cimport (
@@ -31,6 +31,7 @@ cdef extern from "kvmmu/tlb/_lru_rows.h" nogil:
         int count
         key_structure *levels[16]
         uint32_t asked[19]
+        uint32_t all_asked[3]
         uint64_t (*hits)[18]
         uint64_t *walks
         uint64_t references_read, unmapped
@@ -41,6 +42,7 @@ cdef extern from "kvmmu/tlb/_lru_rows.h" nogil:
 
 cdef enum:
     DETAIL_ROWS = 2048                  # whose results are held until their details are taken
+    FEW_ROWS = 48                       # fewer go through the levels one by one
 
 
 # ---- one access --------------------------------------------------------------------------------------------------------
@@ -187,6 +189,11 @@ cdef void run_lru_rows(tlb_levels *h, const tlb_rows *rows, bint portable) noexc
             for size in range(SIZES):
                 if h.levels[i].kinds >> (kind // 2) & 1 and h.levels[i].sizes >> size & 1:
                     r.asked[kind * SIZES + size] |= <uint32_t>1 << i
+    for size in range(SIZES):
+        r.all_asked[size] = r.asked[size]
+        for kind in range(2 * KINDS):
+            if r.asked[kind * SIZES + size] != r.asked[size]:
+                r.all_asked[size] = 0
     r.hits, r.walks = h.hits, h.walks
     r.references_read = r.unmapped = 0
     r.walk, r.h, r.root_level, r.has_psc = walk_of_lru, h, h.root_level, 0
@@ -195,6 +202,16 @@ cdef void run_lru_rows(tlb_levels *h, const tlb_rows *rows, bint portable) noexc
     kvmmu_lru_run(r, portable)
     h.references += r.references_read
     h.unmapped += r.unmapped
+
+
+cdef void run_fitting(tlb_levels *h, const tlb_rows *rows, tlb_way how) noexcept nogil:
+    """The same in the way that is the fastest for these levels and so many rows."""
+    if how == WAY_PORTABLE and h.is_lru:
+        run_lru_rows(h, rows, True)
+    elif how == WAY_FASTEST and h.is_lru and rows.rows >= FEW_ROWS:
+        run_lru_rows(h, rows, False)
+    else:
+        run_rows(h, rows)
 
 
 cdef void take_details(tlb_levels *h, const tlb_rows *r) noexcept nogil:
@@ -221,10 +238,7 @@ cdef void run_levels(tlb_levels *h, const tlb_rows *rows, tlb_way how) noexcept 
     cdef tlb_rows part
     cdef size_t start = 0
     if h.details is NULL:
-        if h.is_lru and how != WAY_SCALAR:
-            run_lru_rows(h, rows, how == WAY_PORTABLE)
-        else:
-            run_rows(h, rows)
+        run_fitting(h, rows, how)
         return
     while start < rows.rows:
         part = rows[0]
@@ -244,10 +258,7 @@ cdef void run_levels(tlb_levels *h, const tlb_rows *rows, tlb_way how) noexcept 
             part.references += start
         else:
             part.references = &references[0]
-        if h.is_lru and how != WAY_SCALAR:
-            run_lru_rows(h, &part, how == WAY_PORTABLE)
-        else:
-            run_rows(h, &part)
+        run_fitting(h, &part, how)
         take_details(h, &part)
         start += part.rows
 

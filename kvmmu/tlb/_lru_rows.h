@@ -46,6 +46,7 @@ struct kvmmu_lru_rows {
     int count;                  /* levels */
     struct kvmmu_key_structure *levels[16];
     uint32_t asked[KVMMU_LRU_CLASSES + 1]; /* bit per level */
+    uint32_t all_asked[3];      /* by size: what all its classes ask; 0 if that is not the same */
     uint64_t (*hits)[KVMMU_LRU_CLASSES];   /* by level */
     uint64_t *walks;
     uint64_t references_read, unmapped;
@@ -62,14 +63,32 @@ struct kvmmu_lru_block {
     uint8_t read[KVMMU_LRU_BLOCK];
     uint16_t waiting[KVMMU_LRU_BLOCK];      /* keys that no level has served so far */
     unsigned count, waits;
-    int one_class;                          /* that of all rows, or -1 */
+    int one_class;                          /* what all rows ask is that of this class; -1: of class[] */
+    int is_mixed;                           /* rows are of several classes, which one_class does not tell */
+    uint64_t of_class[KVMMU_LRU_CLASSES];   /* rows that no level has served so far, if is_mixed */
     uint32_t rare;                          /* bit per level that served less than 1 in 16 keys of the block before */
     _Alignas(64) uint64_t nobody[KVMMU_LRU_MOST_WAYS];  /* a set for keys that do not ask a level */
-    /* by which of four keys are that of the row before: the order that puts the others first, and their rows */
-    _Alignas(64) uint32_t pack[16][8];
-    uint64_t pack_rows[16];
-    _Alignas(64) int64_t up_to[KVMMU_LRU_MOST_WAYS][KVMMU_LRU_MOST_WAYS];  /* by way: -1 for the ways up to it, then 0 */
 };
+
+/* By way: -1 for the ways up to it, then 0. */
+#define UP_TO_3(way, k) -((k) <= (way)), -((k) + 1 <= (way)), -((k) + 2 <= (way)), -((k) + 3 <= (way))
+#define UP_TO(way) {UP_TO_3(way, 0), UP_TO_3(way, 4), UP_TO_3(way, 8), UP_TO_3(way, 12)}
+static const _Alignas(64) int64_t kvmmu_lru_up_to[KVMMU_LRU_MOST_WAYS][KVMMU_LRU_MOST_WAYS] = {
+    UP_TO(0), UP_TO(1), UP_TO(2), UP_TO(3), UP_TO(4), UP_TO(5), UP_TO(6), UP_TO(7),
+    UP_TO(8), UP_TO(9), UP_TO(10), UP_TO(11), UP_TO(12), UP_TO(13), UP_TO(14), UP_TO(15)};
+
+/* By which of four keys are that of the row before: the order that puts the others first, and their rows. */
+struct kvmmu_lru_order {
+    _Alignas(32) uint32_t halves[8];
+    uint64_t rows;
+};
+#define ORDER(a, b, c, d) {{2 * (a), 2 * (a) + 1, 2 * (b), 2 * (b) + 1, 2 * (c), 2 * (c) + 1, 2 * (d), 2 * (d) + 1}, \
+                           (a) | (b) << 16 | UINT64_C(c) << 32 | UINT64_C(d) << 48}
+static const struct kvmmu_lru_order kvmmu_lru_pack[16] = {
+    ORDER(0, 1, 2, 3), ORDER(1, 2, 3, 0), ORDER(0, 2, 3, 0), ORDER(2, 3, 0, 0),
+    ORDER(0, 1, 3, 0), ORDER(1, 3, 0, 0), ORDER(0, 3, 0, 0), ORDER(3, 0, 0, 0),
+    ORDER(0, 1, 2, 0), ORDER(1, 2, 0, 0), ORDER(0, 2, 0, 0), ORDER(2, 0, 0, 0),
+    ORDER(0, 1, 0, 0), ORDER(1, 0, 0, 0), ORDER(0, 0, 0, 0), ORDER(0, 0, 0, 0)};
 
 /* ---- keys -------------------------------------------------------------------------------------------------------------- */
 
@@ -98,15 +117,16 @@ static void kvmmu_lru_take_keys(struct kvmmu_lru_rows *r, struct kvmmu_lru_block
     b->count = n;
 }
 
-/* The same where all rows are of one class that asks a level. */
+/* The same where all rows ask the same levels, so that rows of one page are alike whatever their class. */
 static void kvmmu_lru_take_keys_alike_any(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start, size_t stop, unsigned size)
 {
-    const uint64_t *const gva = r->gva, mask = r->addr_mask, tag = r->tags[size][0];
+    const uint64_t *const gva = r->gva, mask = r->addr_mask, *const tags = r->tags[size];
+    const uint8_t *const is_global = r->is_global;
     const int shift = r->shifts[size];
     uint64_t last = 0;
     unsigned n = 0;
     for (size_t i = start; i < stop; i++) {
-        const uint64_t key = (gva[i] & mask) >> shift | tag;
+        const uint64_t key = (gva[i] & mask) >> shift | tags[is_global && is_global[i]];
         b->key[n] = key;
         b->row[n] = (uint16_t)(i - start);
         n += key != last;
@@ -117,10 +137,12 @@ static void kvmmu_lru_take_keys_alike_any(struct kvmmu_lru_rows *r, struct kvmmu
 
 #if KVMMU_LRU_AVX2
 /* Four rows at a time: those whose key is not that of the row before are stored side by side. */
-static KVMMU_LRU_FOR_AVX2 void kvmmu_lru_take_keys_alike_avx2(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start,
-                                                             size_t stop, unsigned size)
+KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_take_keys_vectors(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start,
+                                                                    size_t stop, unsigned size, const int some_global)
 {
-    const __m256i mask = _mm256_set1_epi64x((long long)r->addr_mask), tag = _mm256_set1_epi64x((long long)r->tags[size][0]);
+    const __m256i mask = _mm256_set1_epi64x((long long)r->addr_mask), zero = _mm256_setzero_si256();
+    const __m256i local = _mm256_set1_epi64x((long long)r->tags[size][0]), global = _mm256_set1_epi64x((long long)r->tags[size][1]);
+    const uint8_t *const is_global = some_global ? r->is_global + start : NULL;
     const __m128i shift = _mm_cvtsi32_si128(r->shifts[size]);
     const uint64_t *const gva = r->gva + start;
     const size_t rows = stop - start;
@@ -129,27 +151,42 @@ static KVMMU_LRU_FOR_AVX2 void kvmmu_lru_take_keys_alike_avx2(struct kvmmu_lru_r
     size_t i = 0;
     for (; i + 4 <= rows; i += 4) {
         const __m256i addr = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(gva + i)), mask);
+        __m256i tag = local;
+        if (some_global) {
+            int32_t four;
+            memcpy(&four, is_global + i, sizeof four);
+            tag = _mm256_blendv_epi8(global, local, _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), zero));
+        }
         const __m256i key = _mm256_or_si256(_mm256_srl_epi64(addr, shift), tag);
         const __m256i one_before = _mm256_blend_epi32(_mm256_permute4x64_epi64(key, 0x90), _mm256_permute4x64_epi64(before, 0xFF), 3);
         const unsigned same = (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(key, one_before)));
         before = key;
         if (same == 15)
             continue;
-        const __m256i order = _mm256_load_si256((const __m256i *)b->pack[same]);
-        const uint64_t row = i * UINT64_C(0x0001000100010001) + b->pack_rows[same];
+        const __m256i order = _mm256_load_si256((const __m256i *)kvmmu_lru_pack[same].halves);
+        const uint64_t row = i * UINT64_C(0x0001000100010001) + kvmmu_lru_pack[same].rows;
         _mm256_storeu_si256((__m256i *)(b->key + n), _mm256_permutevar8x32_epi32(key, order));
         memcpy(b->row + n, &row, sizeof row);
         n += 4 - (unsigned)__builtin_popcount(same);
     }
     uint64_t last = rows >= 4 ? (uint64_t)_mm256_extract_epi64(before, 3) : 0;
     for (; i < rows; i++) {
-        const uint64_t key = (gva[i] & r->addr_mask) >> r->shifts[size] | r->tags[size][0];
+        const uint64_t key = (gva[i] & r->addr_mask) >> r->shifts[size] | r->tags[size][some_global && is_global[i]];
         b->key[n] = key;
         b->row[n] = (uint16_t)i;
         n += key != last;
         last = key;
     }
     b->count = n;
+}
+
+static KVMMU_LRU_FOR_AVX2 void kvmmu_lru_take_keys_alike_avx2(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start,
+                                                             size_t stop, unsigned size)
+{
+    if (r->is_global)
+        kvmmu_lru_take_keys_vectors(r, b, start, stop, size, 1);
+    else
+        kvmmu_lru_take_keys_vectors(r, b, start, stop, size, 0);
 }
 #endif
 
@@ -190,11 +227,14 @@ static void kvmmu_lru_ask_any(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *
 }
 
 #if KVMMU_LRU_AVX2
+/* What a level does with most keys of a block: it finds hardly any, or finds them first in their sets, or neither. */
+enum kvmmu_lru_habit { KVMMU_LRU_ANY, KVMMU_LRU_RARE, KVMMU_LRU_FRONT };
+
 KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, int level,
-                                                              const int vectors, const int alike, const int rare)
+                                                              const int vectors, const int alike, const enum kvmmu_lru_habit habit)
 {
     struct kvmmu_key_structure *const s = r->levels[level];
-    const uint32_t sets = s->sets, set_mask = s->set_mask;
+    const uint32_t sets = s->sets, set_mask = s->set_mask, stride = 4 * (unsigned)vectors;
     const unsigned last = s->ways - 1, all = b->waits;
     uint64_t *const keys = s->keys, *const hits = r->hits[level];
     unsigned waits = 0;
@@ -203,7 +243,11 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
         const unsigned entry = b->waiting[i];
         const uint64_t key = b->key[entry];
         const unsigned asks = alike ? 1 : r->asked[b->class[entry]] >> level & 1;
-        uint64_t *const set = asks ? keys + kvmmu_lru_set(key, sets, set_mask) * (4 * (unsigned)vectors) : b->nobody;
+        uint64_t *const set = asks ? keys + kvmmu_lru_set(key, sets, set_mask) * stride : b->nobody;
+        if (habit == KVMMU_LRU_FRONT && set[0] == key) { /* nothing moves */
+            b->found[entry] = (uint8_t)level;
+            continue;
+        }
         const __m256i wanted = _mm256_set1_epi64x((long long)key);
         __m256i old[4], before = wanted;
         unsigned found = 0;
@@ -213,7 +257,7 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
         }
         /* whether the last way is empty, from the register: memory is slow to give part of what was stored as a whole */
         const __m256i empty = _mm256_cmpeq_epi64(old[vectors - 1], _mm256_setzero_si256());
-        if (rare && !found && last == 4 * (unsigned)vectors - 1) { /* the usual case: all ways move by one */
+        if (habit == KVMMU_LRU_RARE && !found && last == stride - 1) { /* the usual case: all ways move by one */
             for (int v = 0; v < vectors; v++) {
                 _mm256_store_si256((__m256i *)set + v, _mm256_blend_epi32(_mm256_permute4x64_epi64(old[v], 0x90),
                                                                           _mm256_permute4x64_epi64(before, 0xFF), 3));
@@ -225,7 +269,7 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
         }
         const unsigned way = (unsigned)__builtin_ctz(found | 1u << last);
         for (int v = 0; v < vectors; v++) {
-            const __m256i lanes = _mm256_load_si256((const __m256i *)b->up_to[way] + v);
+            const __m256i lanes = _mm256_load_si256((const __m256i *)kvmmu_lru_up_to[way] + v);
             const __m256i moved = _mm256_blend_epi32(_mm256_permute4x64_epi64(old[v], 0x90),
                                                      _mm256_permute4x64_epi64(before, 0xFF), 3);
             _mm256_store_si256((__m256i *)set + v, _mm256_castpd_si256(_mm256_blendv_pd(
@@ -244,40 +288,48 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
     b->waits = waits;
 }
 
+/* Whether most of a sample of the keys that wait are first in their sets, where nothing moves. */
+static int kvmmu_lru_finds_first(const struct kvmmu_lru_rows *r, const struct kvmmu_lru_block *b, int level)
+{
+    enum { SAMPLE = 16, ENOUGH = 11 }; /* tuned by hand */
+    const struct kvmmu_key_structure *const s = r->levels[level];
+    unsigned found = 0;
+    if (b->waits < 4 * SAMPLE)
+        return 0;
+    for (unsigned k = 0; k < SAMPLE; k++) {
+        const uint64_t key = b->key[b->waiting[b->waits / SAMPLE * k]];
+        found += s->keys[kvmmu_lru_set(key, s->sets, s->set_mask) * s->stride] == key;
+    }
+    return found >= ENOUGH;
+}
+
+KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_ways(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, int level,
+                                                           const int vectors)
+{
+    if (b->one_class < 0)
+        kvmmu_lru_ask_vectors(r, b, level, vectors, 0, KVMMU_LRU_ANY);
+    else if (b->rare >> level & 1)
+        kvmmu_lru_ask_vectors(r, b, level, vectors, 1, KVMMU_LRU_RARE);
+    else if (kvmmu_lru_finds_first(r, b, level))
+        kvmmu_lru_ask_vectors(r, b, level, vectors, 1, KVMMU_LRU_FRONT);
+    else
+        kvmmu_lru_ask_vectors(r, b, level, vectors, 1, KVMMU_LRU_ANY);
+}
+
 static KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_avx2(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, int level)
 {
     switch (r->levels[level]->stride) {
     case 4:
-        if (b->one_class < 0)
-            kvmmu_lru_ask_vectors(r, b, level, 1, 0, 0);
-        else if (b->rare >> level & 1)
-            kvmmu_lru_ask_vectors(r, b, level, 1, 1, 1);
-        else
-            kvmmu_lru_ask_vectors(r, b, level, 1, 1, 0);
+        kvmmu_lru_ask_ways(r, b, level, 1);
         break;
     case 8:
-        if (b->one_class < 0)
-            kvmmu_lru_ask_vectors(r, b, level, 2, 0, 0);
-        else if (b->rare >> level & 1)
-            kvmmu_lru_ask_vectors(r, b, level, 2, 1, 1);
-        else
-            kvmmu_lru_ask_vectors(r, b, level, 2, 1, 0);
+        kvmmu_lru_ask_ways(r, b, level, 2);
         break;
     case 12:
-        if (b->one_class < 0)
-            kvmmu_lru_ask_vectors(r, b, level, 3, 0, 0);
-        else if (b->rare >> level & 1)
-            kvmmu_lru_ask_vectors(r, b, level, 3, 1, 1);
-        else
-            kvmmu_lru_ask_vectors(r, b, level, 3, 1, 0);
+        kvmmu_lru_ask_ways(r, b, level, 3);
         break;
     case 16:
-        if (b->one_class < 0)
-            kvmmu_lru_ask_vectors(r, b, level, 4, 0, 0);
-        else if (b->rare >> level & 1)
-            kvmmu_lru_ask_vectors(r, b, level, 4, 1, 1);
-        else
-            kvmmu_lru_ask_vectors(r, b, level, 4, 1, 0);
+        kvmmu_lru_ask_ways(r, b, level, 4);
         break;
     default:
         kvmmu_lru_ask_any(r, b, level);
@@ -285,19 +337,62 @@ static KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_avx2(struct kvmmu_lru_rows *r, stru
 }
 #endif
 
-/* Keys of a block whose rows are all of one class; rows that repeat the page of the one before are hits of the first level. */
-static void kvmmu_lru_take_keys_alike(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start, size_t stop,
-                                      unsigned place, unsigned size, int portable)
+/* Rows by class. */
+static void kvmmu_lru_count_classes(const struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start, size_t stop, unsigned size)
 {
+    uint32_t counts[4][KVMMU_LRU_CLASSES] = {{0}};      /* apart, or each would wait for the one before */
+    for (size_t i = start; i < stop; i++)
+        counts[i & 3][r->class_of[r->access[i]]]++;
+    memset(b->of_class, 0, sizeof b->of_class);
+    for (unsigned place = size; place < KVMMU_LRU_CLASSES; place += 3)
+        b->of_class[place] = counts[0][place - size] + counts[1][place - size] + counts[2][place - size] + counts[3][place - size];
+}
+
+/* The level has served all rows but those of keys that wait. */
+static void kvmmu_lru_count_served(const struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start, int level, unsigned size)
+{
+    uint64_t left[KVMMU_LRU_CLASSES] = {0};
+    for (unsigned i = 0; i < b->waits; i++)
+        left[r->class_of[r->access[start + b->row[b->waiting[i]]]] + size]++;
+    for (unsigned place = size; place < KVMMU_LRU_CLASSES; place += 3) {
+        r->hits[level][place] += b->of_class[place] - left[place];
+        b->of_class[place] = left[place];
+    }
+}
+
+/* The size of all rows of a block; 3: they differ, or have no page. */
+static unsigned kvmmu_lru_size_of(const struct kvmmu_lru_rows *r, size_t start, size_t stop)
+{
+    const unsigned size = r->leaf[start * r->leaf_stride] - 1u;
+    uint8_t differ = 0;
+    if (r->leaf_stride)
+        for (size_t i = start; i < stop; i++)
+            differ |= r->leaf[i] ^ r->leaf[start];
+    return differ || size > 2 ? 3 : size;
+}
+
+/* Keys of a block, and what is known of the classes of its rows. */
+static void kvmmu_lru_begin(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, size_t start, size_t stop, int portable)
+{
+    const unsigned size = kvmmu_lru_size_of(r, start, stop), place = r->class_of[r->access[start * r->access_stride]] + size;
+    b->is_mixed = r->access_stride != 0;
+    b->one_class = -1;
+    if (size > 2 || !(b->is_mixed ? r->all_asked[size] : r->asked[place])) {
+        kvmmu_lru_take_keys(r, b, start, stop);
+        return;
+    }
 #if KVMMU_LRU_AVX2
     if (!portable)
         kvmmu_lru_take_keys_alike_avx2(r, b, start, stop, size);
     else
 #endif
         kvmmu_lru_take_keys_alike_any(r, b, start, stop, size);
-    memset(b->class, (int)place, b->count);
-    r->hits[__builtin_ctz(r->asked[place])][place] += stop - start - b->count;
     b->one_class = (int)place;
+    memset(b->class, (int)place, b->count);
+    if (b->is_mixed)
+        kvmmu_lru_count_classes(r, b, start, stop, size);
+    else                                    /* rows that repeat the page of the one before are hits of the first level */
+        r->hits[__builtin_ctz(r->asked[place])][place] += stop - start - b->count;
 }
 
 /* ---- a block ------------------------------------------------------------------------------------------------------------ */
@@ -307,8 +402,11 @@ static void kvmmu_lru_walk(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, 
 {
     if (r->references)
         memset(b->read, 0, b->count);
-    if (b->one_class >= 0)
+    if (b->one_class >= 0 && !b->is_mixed)
         r->walks[b->one_class] += b->waits;
+    else if (b->one_class >= 0)
+        for (unsigned place = 0; place < KVMMU_LRU_CLASSES; place++)
+            r->walks[place] += b->of_class[place];
     if (b->one_class >= 0 && !r->has_psc && !r->references) {
         const int size = b->one_class % 3;
         r->references_read += (uint64_t)b->waits * (unsigned)(r->root_level > size ? r->root_level - size : 1);
@@ -355,36 +453,16 @@ static void kvmmu_lru_write(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b,
 static void kvmmu_lru_run(struct kvmmu_lru_rows *r, int portable)
 {
     struct kvmmu_lru_block b;
-    const unsigned size = r->rows && !r->leaf_stride ? r->leaf[0] - 1u : 3;
-    const unsigned place = size <= 2 && !r->access_stride && !r->is_global ? r->class_of[r->access[0]] + size : KVMMU_LRU_UNMAPPED;
 #if KVMMU_LRU_AVX2
     portable |= !__builtin_cpu_supports("avx2");
 #endif
     memset(b.nobody, 0, sizeof b.nobody);
     b.rare = 0;
-    for (int way = 0; way < KVMMU_LRU_MOST_WAYS; way++)
-        for (int k = 0; k < KVMMU_LRU_MOST_WAYS; k++)
-            b.up_to[way][k] = -(k <= way);
-    for (unsigned same = 0; same < 16; same++) {
-        unsigned n = 0;
-        memset(b.pack[same], 0, sizeof b.pack[same]);
-        b.pack_rows[same] = 0;
-        for (unsigned k = 0; k < 4; k++) {
-            if (same >> k & 1)
-                continue;
-            b.pack[same][2 * n] = 2 * k;
-            b.pack[same][2 * n + 1] = 2 * k + 1;
-            b.pack_rows[same] |= (uint64_t)k << (16 * n++);
-        }
-    }
     for (int level = 0; level < r->count; level++)
         r->levels[level]->last = 0;
     for (size_t start = 0, stop; start < r->rows; start = stop) {
         stop = r->rows - start < KVMMU_LRU_BLOCK ? r->rows : start + KVMMU_LRU_BLOCK;
-        if (r->asked[place])
-            kvmmu_lru_take_keys_alike(r, &b, start, stop, place, size, portable);
-        else
-            kvmmu_lru_take_keys(r, &b, start, stop);
+        kvmmu_lru_begin(r, &b, start, stop, portable);
         for (unsigned entry = 0; entry < b.count; entry++)
             b.waiting[entry] = (uint16_t)entry;
         b.waits = b.count;
@@ -399,7 +477,9 @@ static void kvmmu_lru_run(struct kvmmu_lru_rows *r, int portable)
             else
 #endif
                 kvmmu_lru_ask_any(r, &b, level);
-            if (b.one_class >= 0)
+            if (b.one_class >= 0 && b.is_mixed)
+                kvmmu_lru_count_served(r, &b, start, level, (unsigned)b.one_class % 3);
+            else if (b.one_class >= 0)
                 r->hits[level][b.one_class] += before - b.waits;
             b.rare &= ~(UINT32_C(1) << level);
             b.rare |= (uint32_t)(16 * (before - b.waits) < before) << level;

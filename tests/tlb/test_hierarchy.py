@@ -142,19 +142,31 @@ def test_random_hierarchies():
 
 def stream(rng, rows):
     """Addresses of which some streams have many, some few repetitions."""
-    kind = rng.integers(5)
+    kind = rng.integers(6)
     page = [lambda: rng.integers(0, 40, rows), lambda: rng.integers(0, 1 << 20, rows),
             lambda: np.arange(rows) + rng.integers(1 << 30),
-            lambda: np.repeat(rng.integers(0, 200, rows // 7 + 1), 7)[:rows], lambda: np.arange(rows) // 600][kind]()
+            lambda: np.repeat(rng.integers(0, 200, rows // 7 + 1), 7)[:rows], lambda: np.arange(rows) // 600,
+            lambda: np.where(rng.random(rows) < 0.03, rng.integers(0, 30, rows), np.arange(rows) % 3)][kind]()
     return page.astype(np.uint64) << np.uint64(12) | rng.integers(0, 4096, rows, np.uint64)
 
 
-@pytest.mark.parametrize("seed", range(24))
+def sizes_of(rng, rows):
+    """Levels of leaves: one for all, each its own, or in long runs; 0 is no page."""
+    kind = rng.integers(4)
+    if kind == 0:
+        return rng.integers(0, 4, rows).astype(np.uint8)
+    if kind == 1:
+        return np.repeat(rng.integers(0, 4, rows // 700 + 1), 700)[:rows].astype(np.uint8)
+    return np.full(1, 1, np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(36))
 def test_long_streams(seed):
     """Blocks with vectors, blocks without, and one access at a time agree; one class of accesses, or many."""
     rng, levels = np.random.default_rng(seed), []
     for i in range(rng.integers(1, 5)):
-        levels.append(random_level(random.Random(f"{seed} {i}"), f"l{i}", levels, True))
+        level = random_level(random.Random(f"{seed} {i}"), f"l{i}", levels, True)
+        levels.append(TlbLevel(f"l{i}", level.sets, level.ways) if seed % 3 else level)         # of all kinds and sizes
     psc = {2: TlbLevel("pde", 2, 4)} if seed % 2 else {}
     hierarchies = {how: TlbHierarchy(levels, psc=psc) for how in (None, "portable", "scalar")}
     for part in range(6):
@@ -162,11 +174,12 @@ def test_long_streams(seed):
         gva = stream(rng, rows)
         access = np.full(1, Access.WRITE, np.uint8) if part % 2 else rng.choice(
             np.array([Access.READ, Access.WRITE | Access.USER, Access.FETCH], np.uint8), rows)
-        leaf = np.full(1, 1, np.uint8) if part % 3 else rng.integers(0, 4, rows).astype(np.uint8)
+        leaf = sizes_of(rng, rows)
+        is_global = (rng.random(rows) < 0.2).astype(np.uint8) if rng.random() < 0.4 else None
         seen = {}
         for how, tlb in hierarchies.items():
             columns = np.full(rows, 7, np.uint8), np.full(rows, 7, np.uint8)
-            tlb._core.run(gva, access, leaf, None, *columns, how)
+            tlb._core.run(gva, access, leaf, is_global, *columns, how)
             seen[how] = [column.tolist() for column in columns]
         assert seen[None] == seen["scalar"] == seen["portable"]
     counters = {how: tlb.stats().to_dict() for how, tlb in hierarchies.items()}

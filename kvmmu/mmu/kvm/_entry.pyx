@@ -180,7 +180,7 @@ cdef int load_tdp_root(kvm_vcpu *vcpu) noexcept nogil:
     if not mmu.root.valid:
         mmu.root.sp = tdp_get_root(vcpu.kvm, mmu.root_role)
         mmu.root.valid = mmu.root.sp != 0
-        vcpu.requests |= REQ_TLB_FLUSH                  # the same root as before, too: under another one its translations grew old
+        vcpu.requests |= REQ_TLB_FLUSH                  # of the same root, too: its translations grew old under another one
     return 0 if mmu.root.valid else -ENOMEM
 
 
