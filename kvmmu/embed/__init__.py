@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """kvmmu inside other programs: the function table for C, the MMU of an emulator, commands of a debugger."""
 # Below: arch, memory, _walk, walk, report, kvmmu
 # Order: _structs, _page_cache, _nested_walk, _vcpus, _lookups, _memories, _models, _registers, c_api, _tlb_fill,

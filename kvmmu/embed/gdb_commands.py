@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Commands for GDB that walk the page tables of a remote target: QEMU's gdbstub, or any target whose memory is physical.
 
     (gdb) source PATH                       the path: python3 -c "import kvmmu.embed; print(kvmmu.embed.gdb_path())"

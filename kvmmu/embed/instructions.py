@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The instructions that read memory only to write it, which an emulator has to know.
 
 A processor asks for the right to write at the read of such an operand, so that its #PF says W. Emulators load first and store

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Unicorn runs the code of a guest, kvmmu is its MMU.
 
 Unicorn's virtual TLB asks kvmmu for each page (UC_HOOK_TLB_FILL). A #PF, and any other exception, is delivered through the

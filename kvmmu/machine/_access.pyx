@@ -182,8 +182,9 @@ cdef int slow_access(machine *m, uint64_t addr, uint32_t access, access_result *
     m.vcpu.eflags_ac = access & <uint32_t>ACCESS_AC_MASK
     while True:
         if m.vcpu.requests or not m.mmu.root.valid:
-            if machine_prepare_root(m):
-                return -1
+            ret = machine_prepare_root(m)
+            if ret:
+                return ret
         m.hw.gva_to_gpa(&m.hw, addr, access, True, &r)                              # step 3
         if r.status == STATUS_OK:
             fill_tlb(m, addr, access, &r, out)

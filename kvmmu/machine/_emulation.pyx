@@ -14,8 +14,8 @@ from kvmmu.memory._memory cimport kvmmu_store
 from kvmmu.mmu.core._fault cimport host_reads, host_writes, is_mmio_cached
 from kvmmu.mmu.core._kvm cimport kvm, memslots_of
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, host_page_of, host_pfn_of, kvm_memory_slot, mark_slot_dirty
-from kvmmu.mmu.kvm._entry cimport inject_guest_fault, unprotect_and_retry
-from kvmmu.mmu.shadow._guest_tables cimport trace_walk
+from kvmmu.mmu.kvm._entry cimport account_guest_fault, unprotect_and_retry
+from kvmmu.mmu.shadow._guest_tables cimport account_walk
 from kvmmu.mmu.shadow._track cimport track_write
 from kvmmu.tlb._tlb cimport tlb_invlpg
 
@@ -37,7 +37,7 @@ cdef void emulated_write(machine *m, kvm_memory_slot *slot, uint64_t gpa) noexce
 
 
 cdef bint is_known_as_mmio(const machine *m, uint64_t addr, uint32_t access) noexcept nogil:
-    """True if KVM has in mind that the page is MMIO and that its rights allow the access: it does not walk then."""
+    """True if the page is in the MMIO cache, whose rights allow the access: KVM does not walk then."""
     if access & ACCESS_FETCH_MASK or not is_mmio_cached(m.vcpu, addr, False):
         return False
     return m.sw.cpu_role & ROLE_DIRECT_MASK or not permission_fault(m.sw.fmt, m.sw.vcpu.keys, m.vcpu.mmio_access, 0, access)
@@ -60,12 +60,12 @@ cdef void machine_emulate(machine *m, uint64_t addr, uint32_t access, access_res
         return
     n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
     k.trace.vcpu = m.vcpu.id
-    trace_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
+    account_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
     if r.status != STATUS_OK:
         set_fault(out, &r)
         by_ngpa_walk = r.fault_gpa != INVALID_GPA
         if r.status != STATUS_NON_CANONICAL:
-            inject_guest_fault(m.vcpu, r.fault_gpa if by_ngpa_walk else addr, &r, by_ngpa_walk)
+            account_guest_fault(m.vcpu, r.fault_gpa if by_ngpa_walk else addr, &r, by_ngpa_walk)
             tlb_invlpg(m.tlb, addr)
         return
     out.status, out.error_code = STATUS_OK, 0
@@ -93,7 +93,7 @@ cdef bint repeats_write(machine *m, uint64_t addr, uint32_t access, uint64_t exi
     if m.page_table_writing or not m.vcpu.allow_retry:
         return False
     n = m.sw.walk_addr(&m.sw, addr, access, &r, steps)
-    trace_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
+    account_walk(m.vcpu, &m.sw, addr, access, &r, steps, n)
     if r.status != STATUS_OK or not unprotect_and_retry(m.vcpu, exit_addr, r.gpa >> PAGE_SHIFT):
         return False
     m.k.stats.insn_emulation += 1

@@ -10,9 +10,9 @@ from kvmmu.machine._state cimport machine
 
 # INVLPG, and the delivery of a fault: invalidate a linear address; one that is not canonical has no translations. IN current,
 # prev_roots: in tables of the present root, of the previous roots
-cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots) except -1
+cdef int invalidate_gva(Modes modes, uint64_t gva, uint32_t roots) except -1
 # The same of an address of L2's in the tables that shadow L1's second stage
-cdef int invalidate_ngpa(Modes modes, uint64_t ngpa, bint current, bint prev_roots) except -1
+cdef int invalidate_ngpa(Modes modes, uint64_t ngpa, uint32_t roots) except -1
 # INVPCID. IN type, pcid, gva: as of the instruction, checked
 cdef int flush_by_pcid(Modes modes, int type, uint32_t pcid, uint64_t gva) except -1
 # MOV to CR3: flush translations of its PCID, global ones excepted, unless noflush; take a root of the new CR3. IN before: the

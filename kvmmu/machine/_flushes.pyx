@@ -8,10 +8,10 @@ from kvmmu.machine._mmus cimport mmu_width
 from kvmmu.machine._modes cimport Modes
 from kvmmu.machine._state cimport machine
 from kvmmu.mmu.core._kvm cimport (
-    PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu, kvm_mmu_root, sp_hpa,
+    PREV_ROOTS, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, ROOT_CURRENT, kvm, kvm_mmu, kvm_mmu_root, sp_hpa,
 )
 from kvmmu.mmu.kvm._entry cimport free_mmu_roots
-from kvmmu.mmu.shadow._roots cimport ROOTS_ALL, ROOT_CURRENT, free_shadow_roots, new_pgd, prev_roots_of
+from kvmmu.mmu.shadow._roots cimport free_shadow_roots, new_pgd, prev_roots_of
 from kvmmu.mmu.shadow._sync cimport mmu_invalidate_addr
 from kvmmu.tlb._tlb cimport (
     tlb_flush_pcid, tlb_flush_space, tlb_flush_space_of, tlb_invalidate_page_in, tlb_invlpg, tlb_invpcid_address,
@@ -27,15 +27,15 @@ cdef enum:
 
 # ---- an address ----------------------------------------------------------------------------------------------------------
 
-cdef int invalidate(Modes modes, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) except -1:
+cdef int invalidate(Modes modes, kvm_mmu *mmu, uint64_t addr, uint32_t roots) except -1:
     """Let the tables that shadow the guest's agree with them at an address, if their MMU is active."""
     if mmu == modes.m.mmu:
         modes.kvm.sync()
-        mmu_invalidate_addr(modes.m.vcpu, mmu, addr, current, prev_roots)
+        mmu_invalidate_addr(modes.m.vcpu, mmu, addr, roots)
     return 0
 
 
-cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots) except -1:
+cdef int invalidate_gva(Modes modes, uint64_t gva, uint32_t roots) except -1:
     cdef machine *m = &modes.m
     cdef uint64_t addr = gva & m.hw.gva_mask
     cdef int shift = modes.widest_shift if m.hw.canonical_shift else 0
@@ -43,15 +43,15 @@ cdef int invalidate_gva(Modes modes, uint64_t gva, bint current, bint prev_roots
         return 0
     tlb_invlpg(m.tlb, addr)
     if not m.k.tdp_enabled:
-        invalidate(modes, &m.vcpu.root_mmu, addr, current, ROOTS_ALL if prev_roots else 0)
+        invalidate(modes, &m.vcpu.root_mmu, addr, roots)
     return 0
 
 
-cdef int invalidate_ngpa(Modes modes, uint64_t ngpa, bint current, bint prev_roots) except -1:
+cdef int invalidate_ngpa(Modes modes, uint64_t ngpa, uint32_t roots) except -1:
     cdef machine *m = &modes.m
     if m.mmu == &m.vcpu.guest_mmu and ngpa >> mmu_width(m.mmu):
         return 0
-    invalidate(modes, &m.vcpu.guest_mmu, ngpa, current, ROOTS_ALL if prev_roots else 0)
+    invalidate(modes, &m.vcpu.guest_mmu, ngpa, roots)
     m.vcpu.requests |= REQ_TLB_FLUSH
     return 0
 
@@ -67,7 +67,7 @@ cdef void invalidate_pcid(machine *m, uint32_t pcid) noexcept nogil:
     if pcid == active_pcid(m):
         m.vcpu.requests |= REQ_MMU_SYNC | REQ_TLB_FLUSH
     if m.arch.cr4 & CR4_PCIDE_MASK:                     # else every load of CR3 synchronizes
-        free_shadow_roots(m.k, &m.vcpu.root_mmu, prev_roots_of(&m.vcpu.root_mmu, pcid, CR3_PCID_MASK) << 1)
+        free_shadow_roots(m.k, &m.vcpu.root_mmu, prev_roots_of(&m.vcpu.root_mmu, pcid, CR3_PCID_MASK))
 
 
 cdef int flush_by_pcid(Modes modes, int type, uint32_t pcid, uint64_t gva) except -1:
@@ -77,8 +77,8 @@ cdef int flush_by_pcid(Modes modes, int type, uint32_t pcid, uint64_t gva) excep
         tlb_invpcid_address(m.tlb, pcid, gva)
         if shadowed:
             m.k.stats.invlpg += 1
-            invalidate(modes, &m.vcpu.root_mmu, gva, pcid == active_pcid(m),
-                       prev_roots_of(&m.vcpu.root_mmu, pcid, CR3_PCID_MASK))
+            invalidate(modes, &m.vcpu.root_mmu, gva, prev_roots_of(&m.vcpu.root_mmu, pcid, CR3_PCID_MASK) | (
+                <uint32_t>ROOT_CURRENT if pcid == active_pcid(m) else 0))
     elif type == INVPCID_SINGLE:
         tlb_flush_pcid(m.tlb, pcid)
         if shadowed:
@@ -103,7 +103,7 @@ cdef int load_cr3(Modes modes, uint64_t before, bint noflush, bint pdptrs_change
     if pdptrs_changed:
         free_shadow_roots(m.k, &m.vcpu.root_mmu, ROOT_CURRENT)
     if cr3 != before:
-        new_pgd(m.vcpu, cr3, False)
+        new_pgd(m.vcpu, cr3)
     if not noflush:
         invalidate_pcid(m, active_pcid(m))
     return 0
@@ -135,7 +135,7 @@ cdef inline bint is_of_guest_mode(const kvm *k, const kvm_mmu_root *root) noexce
 cdef void flush_ept(machine *m, bint every, uint64_t eptp) noexcept nogil:
     cdef kvm_mmu *mmu = &m.vcpu.guest_mmu
     cdef uint64_t mask = 0 if every else PT64_BASE_ADDR_MASK
-    cdef uint32_t roots = prev_roots_of(mmu, eptp & mask, mask) << 1
+    cdef uint32_t roots = prev_roots_of(mmu, eptp & mask, mask)
     cdef int i
     if mmu.root.valid and (mmu.root.pgd ^ eptp) & mask == 0:
         roots |= ROOT_CURRENT

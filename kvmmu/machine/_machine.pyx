@@ -24,6 +24,7 @@ from kvmmu.machine._flushes cimport (
 from kvmmu.machine._mmus cimport new_shadow_mmu, new_tdp_mmu, raise_errno
 from kvmmu.machine._modes cimport new_modes
 from kvmmu.machine._state cimport access_result, use_arena
+from kvmmu.mmu.core._kvm cimport ROOTS_ALL, ROOTS_PREVIOUS, ROOT_CURRENT
 from kvmmu.mmu.core._page cimport first_spte
 from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
@@ -39,8 +40,12 @@ cdef extern from "Python.h":
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two checks for signals: Ctrl-C seems immediate, at no cost
 
 
+cdef uint32_t roots_of(current, prev_roots) except? 0:
+    return (<uint32_t>ROOT_CURRENT if current else 0) | (<uint32_t>ROOTS_PREVIOUS if prev_roots else 0)
+
+
 cdef class Machine:
-    """One vCPU on its host. Every method takes the lock of the machine, and what changed in the registers.
+    """One vCPU on its host. Methods take the lock of the machine; those that act for the guest take new registers first.
 
     Parameters
     ----------
@@ -187,21 +192,21 @@ cdef class Machine:
         with self.kvm.lock:
             self.modes.update()
             self.kvm.k.stats.invlpg += 1
-            invalidate_gva(self.modes, addr, True, True)
+            invalidate_gva(self.modes, addr, ROOTS_ALL)
 
     def invalidate_addr(self, gva, current, prev_roots):
         """Drop translations of a linear address, in the TLB and in tables that shadow the guest's, of the roots named."""
         cdef uint64_t addr = check_scalar_gva(gva)
         with self.kvm.lock:
             self.modes.update()
-            invalidate_gva(self.modes, addr, bool(current), bool(prev_roots))
+            invalidate_gva(self.modes, addr, roots_of(current, prev_roots))
 
     def invalidate_ngpa(self, ngpa, current, prev_roots):
         """Drop translations of an address of L2's, in the tables that shadow L1's second stage."""
         cdef uint64_t addr = check_scalar_gva(ngpa)
         with self.kvm.lock:
             self.modes.update()
-            invalidate_ngpa(self.modes, addr, bool(current), bool(prev_roots))
+            invalidate_ngpa(self.modes, addr, roots_of(current, prev_roots))
 
     def invpcid(self, type, pcid, gva):
         """INVPCID, with arguments that are checked."""

@@ -293,7 +293,7 @@ cdef class Modes:
             if (before ^ self.second.n.cpu_role) & ROLE_LEVEL_MASK:     # L1 has changed its paging mode
                 free_mmu_roots(self.m.vcpu, mmu)
             mmu.root_role = root_role
-            new_pgd(self.m.vcpu, second.arch.nested_pgd, False)
+            new_pgd(self.m.vcpu, second.arch.nested_pgd)
             init_shadow_format(
                 self.shadow_fmt, &self.kvm.k.spte, <int>(root_role & ROLE_LEVEL_MASK), (root_role & ROLE_CR4_SMEP_MASK) != 0,
                 True, (self.second.n.cpu_role & ROLE_EXT_EXECONLY_MASK) != 0, self.cpu_caps.gbpages)
@@ -313,7 +313,7 @@ cdef class Modes:
         if root_role != mmu.root_role:
             if (root_role ^ mmu.root_role) & ROLE_GUEST_MODE_MASK:     # L1 and L2 come back to their roots
                 mmu.root_role = root_role
-                new_pgd(self.m.vcpu, self.arch.arch.cr3, False)
+                new_pgd(self.m.vcpu, self.arch.arch.cr3)
             else:
                 free_mmu_roots(self.m.vcpu, mmu)
                 mmu.root_role = root_role

@@ -1,7 +1,8 @@
 """The accesses that the rights of a TLB entry allow under the registers in force, as tables.
 
 An access is allowed if the guest's tables, the host's tables and the protection key allow it. Each condition has a table of
-words by rights; bit i of a word stands for the access with index i in permissions[]. A hit ANDs three words.
+words, two by rights, the third by protection key; bit i of a word stands for the access with index i in permissions[]. The AND of
+the three words is kept in the TLB entry, and made again after a change of registers.
 """
 
 from libc.stdint cimport uint16_t, uint32_t

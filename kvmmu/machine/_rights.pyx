@@ -13,7 +13,7 @@ from kvmmu.machine._rights cimport rights_tables
 
 
 cdef void load_rights(rights_tables *rights, const kvm_pagewalk *hw, const kvm_pagewalk *stage) noexcept nogil:
-    """Fill the tables: each condition by itself, with rights that pass the other two."""
+    """Fill the tables, each from the rights of its own condition alone."""
     cdef uint32_t i, acc, pkey, access, user, nested, epoch = rights.epoch + 1
     memset(rights, 0, sizeof(rights_tables))
     rights.epoch = epoch

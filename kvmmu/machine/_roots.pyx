@@ -1,5 +1,6 @@
 """The root that the processor walks from, as `_roots.pxd` describes it."""
 
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmmu.arch._bits cimport (
@@ -25,7 +26,7 @@ cdef void machine_use_tags(machine *m) noexcept nogil:
 cdef int machine_prepare_root(machine *m) noexcept nogil:
     cdef kvm *k = m.k
     if prepare_mmu(m.vcpu):
-        return -1
+        return -ENOMEM
     if use_root(m) and m.mmu.page_fault == tdp_page_fault:
         m.vcpu.requests |= REQ_TLB_FLUSH
     if m.vcpu.requests & REQ_TLB_FLUSH:

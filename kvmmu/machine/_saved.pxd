@@ -10,9 +10,6 @@ from kvmmu.memory._memory cimport SlotTable
 from kvmmu.mmu.core._kvm cimport kvm_vcpu
 from kvmmu.walk._second_stage cimport SecondStage
 
-cdef enum:
-    FORMATS = 5
-
 
 cdef class SavedMachine:
     """Copies of the structs of Modes. Pointers in them are those of then, and are set anew when it is put in force."""

@@ -27,7 +27,7 @@ def save_kvm(Kvm kvm not None):
 
 
 def save_machine(Machine machine not None):
-    """Return the state of a vCPU on its host; None if it has none, because it did not run. With the lock held."""
+    """Return the state of a vCPU on its host. With the lock held."""
     cdef Modes modes = machine.modes
     cdef SavedMachine saved = SavedMachine.__new__(SavedMachine, maker())
     cdef kvm_page_format *formats[5]

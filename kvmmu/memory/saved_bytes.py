@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Copies of the bytes of slots, which take the pages that were written, as far as the kernel tells which ones these are.
 
 Bytes have a base: a file that is mapped copy-on-write, or zeros for memory that numpy has allocated. A page that the process

@@ -211,8 +211,8 @@ cdef class TlbLevels:
             remove_all(&self.h, 0, 0, 0, 0)
 
     def counters(self):
-        """dict of ndarrays of uint64: hits (level, kind, user, size), walks (kind, user, size), psc_hits (level from 2 on),
-        replaced (level), and the ints references, unmapped."""
+        """Return ndarrays of uint64 by name: hits (level, kind, user, size), walks (kind, user, size), psc_hits (level from 2
+        on), replaced (level); and the ints references, cached_references, unmapped."""
         cdef int i
         with self.lock:
             return {"hits": words_at(&self.h.hits[0][0], self.h.count * CLASSES).reshape(self.h.count, KINDS, 2, SIZES),

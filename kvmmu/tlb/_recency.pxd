@@ -7,7 +7,6 @@ which the next miss fills: the keys below it in the stack stay where they are. T
 Keys are numbered as they come. Each use takes a new slot; a Fenwick tree counts the slots in use from a slot on.
 """
 
-from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 cdef enum:

@@ -12,7 +12,6 @@ The set is the page number modulo the number of sets. LRU and FIFO keep the ways
 ways behind it. Tree-PLRU and random replacement keep keys in place, and take the first empty way before any victim.
 """
 
-from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 cdef enum:

@@ -110,7 +110,7 @@ cdef int tlb_copy(tlb *to, const tlb *t) noexcept nogil
 cdef void tlb_swap(tlb *a, tlb *b) noexcept nogil
 # Use a space and a PCID; a space that is new takes a number, if need be by dropping all
 cdef void tlb_use(tlb *t, uint64_t space, uint32_t pcid) noexcept nogil
-# Enter a translation, in the place of the one that was used longest ago. The caller sets page_shift and all that follows
+# Enter a translation: in a free way, that of the same key, or that of the one used longest ago. The caller sets all but `stamp`
 cdef tlb_entry *tlb_fill(tlb *t, uint64_t gva, int level, bint is_global) noexcept nogil
 # Mark the guest's page around gva, of 2**21, 2**22 or 2**30 bytes: it has a smaller entry
 cdef void tlb_remember_split(tlb *t, uint64_t gva, int page_shift) noexcept nogil

@@ -26,7 +26,6 @@ INCLUSIONS = ("none", "inclusive", "exclusive")
 _MOST_ENTRIES, _MOST_LEVELS, _MOST_PLRU_WAYS = 1 << 24, 16, 64
 _TAGS = 1 << 15
 _PCID_BITS = 12
-_WALK = 255
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Accesses of a guest to bytes of memory, by its own instructions and by those that KVM emulates, page by page."""
 
 from typing import TypeVar

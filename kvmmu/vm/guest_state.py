@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GuestState: the registers of one vCPU, and the walks that they make."""
 
 from collections.abc import Mapping

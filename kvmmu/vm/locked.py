@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The lock of a machine's objects, which cannot be copied."""
 
 from collections.abc import Callable

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Snapshots of virtual machines: taken, and put in force again."""
 
 import copy

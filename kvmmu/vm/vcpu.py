@@ -637,8 +637,10 @@ class Vcpu(PartOfMachine):
 
         Raises
         ------
-        PageFault, GeneralProtection
+        PageFault, GeneralProtection, NestedFault
             The bytes before the page that faults were written.
+        ValueError
+            An access that KVM's emulator does not make: to a shadow stack, or a probe.
         """
         gva, access = check_word("gva", gva), check_one_access(access) | _WRITE
         return write_emulated(self._machine(), gva, as_bytes(data), access)

@@ -206,7 +206,7 @@ class VirtualMachine(PartOfMachine):
 
     @locked
     def delete_slot(self, gpa: int) -> NDArray[np.uint8]:
-        """Delete the memslot that begins at gpa, and with it every page table; returns its bytes."""
+        """Delete the memslot that begins at gpa, and the page tables that `slot_zap_all` says; returns its bytes."""
         data = self.mem.remove_slot(gpa)
         self.kvm.sync_slots()
         return data
@@ -377,7 +377,7 @@ class VirtualMachine(PartOfMachine):
         return self.kvm.recover_nx_huge_pages(check_int("ratio", ratio, 1, _COUNT_MAX))
 
     def split_huge_pages(self, gpa: int, size: int, level: PageSize = "4k") -> None:
-        """Split huge mappings of [gpa, gpa + size) down to a level."""
+        """Split huge mappings of [gpa, gpa + size) by the TdpMmu down to a level. Those of a shadow MMU stay."""
         self.kvm.split_huge_pages(*_range(gpa, size), _level("level", level))
 
     def recover_huge_pages(self) -> None:

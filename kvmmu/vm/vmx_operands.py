@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The operands of INVEPT and INVVPID, by which L1 invalidates translations of L2's. VMXON is not modelled."""
 
 from kvmmu.arch.faults import InvalidOpcode, VmFail

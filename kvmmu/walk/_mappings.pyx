@@ -137,7 +137,8 @@ cdef class TableQueries:
         Raises
         ------
         ValueError
-            There are more rows than `limit`, as of tables that point to themselves again and again.
+            There are more rows than `limit`, or more than 64 leaves for each row that it allows, as of tables that point to
+            themselves again and again.
         RuntimeError
             The walk is not in use.
 
@@ -203,6 +204,13 @@ cdef class TableQueries:
         -------
         Mappings
             Those parts of mappings that lie in [gpa, gpa + size), ascending by linear address.
+
+        Raises
+        ------
+        ValueError
+            There are more mappings than `mappings()` finds by default.
+        RuntimeError
+            The walk is not in use.
         """
         gpa = check_gpa("gpa", gpa)
         size = check_int("size", size, 1, int(GPA_LIMIT) - gpa)

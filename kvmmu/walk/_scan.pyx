@@ -41,7 +41,7 @@ cdef enum:
 
 cdef size_t FIRST_ROWS = 4096
 cdef size_t FIRST_TABLES = 1024
-# Leaves that a scan may come to without mapping anything, for each row that is allowed; a table of the second stage that a leaf
+# Leaves that a scan may read for each row that is allowed: some give no row of their own. A table of the second stage that a leaf
 # is cut by counts as one.
 cdef size_t LEAVES_PER_ROW = 64
 cdef size_t LEAVES_PER_LOOK = 1 << 16   # between two looks at signals
@@ -439,8 +439,8 @@ cdef object scan_rows(WalkCopy walk, uint64_t first, uint64_t last, bint merge, 
         if s.end == SCAN_NO_MEMORY:
             raise MemoryError("there is no memory for so many mappings")
         if s.end == SCAN_LIMIT:
-            raise ValueError(f"limit: the tables map more than {limit} ranges; ask for a part of them (start, stop), or "
-                             "allow more (limit)")
+            raise ValueError(f"limit: the tables map more than {limit} ranges, or over {LEAVES_PER_ROW} leaves for each "
+                             "of as many; ask for a part of them (start, stop), or allow more (limit)")
         return rows_of(&s)
     finally:
         free(s.rows)

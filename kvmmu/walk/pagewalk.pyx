@@ -216,7 +216,17 @@ cdef class PageWalk(TableQueries):
         return int(get_guest_pgd(&self.w))
 
     def get_pdptr(self, i):
-        """PDPTE i, 0 to 3: a register, or a word in memory in an NPT and under one. Meaningful under PAE paging only."""
+        """Return PDPTE i, 0 to 3, of PAE paging: a register; in an NPT, under one, and on an NPT host a word in memory.
+
+        Raises
+        ------
+        ValueError
+            No such PDPTE.
+        RuntimeError
+            The walk is not in use.
+        NestedFault
+            The second stage does not map the word.
+        """
         self.check_in_use()
         i = check_int("i", i, 0, 3)
         if self.w.is_nested:
@@ -227,7 +237,7 @@ cdef class PageWalk(TableQueries):
         return int(self.vcpu.arch.pdptrs[i])
 
     def permission_fault(self, pte_access, pkey, access):
-        """True if rights, or PKRU or PKRS, deny an access.
+        """Return the error-code bits of an access that rights, or PKRU or PKRS, deny.
 
         Parameters
         ----------
@@ -386,10 +396,12 @@ cdef class PageWalk(TableQueries):
 
         Raises
         ------
-        PageFault, GeneralProtection
+        PageFault, GeneralProtection, NestedFault
             With `.error_code .address .level .entry .entry_gpa .rule`.
         ValueError
             An address or access out of range.
+        RuntimeError
+            The walk is not in use.
         """
         cdef uint64_t addr = check_scalar_gva(gva)
         cdef uint32_t a = check_scalar_access(access) | rflags_ac(self.registers)
@@ -427,7 +439,7 @@ cdef class PageWalk(TableQueries):
 
         Raises
         ------
-        PageFault, GeneralProtection
+        PageFault, GeneralProtection, NestedFault
             `address` is in the page that failed: the first byte of the next page if it is that one. The accessed and dirty
             bits of the first page are set by then.
         """

@@ -213,7 +213,7 @@ class WalkRecord:
 
 def _html_outcome(record: WalkRecord, indent: str) -> tuple[str, ...]:
     """Return the row in which a walk of the second stage ends."""
-    return (f"{indent}  nGPA {record.gva:#x}", "", record.outcome(), "", "", "", "")
+    return (f"{indent}  {record.first_space} {record.gva:#x}", "", record.outcome(), "", "", "", "")
 
 
 def in_host(record: WalkRecord) -> WalkRecord:

@@ -33,8 +33,8 @@ class Translation:
     error_code : ndarray of uint32, shape (n,)
         The #PF error code as the CPU pushes it; 0 where status is not PAGE_FAULT.
     level : ndarray of uint8, shape (n,)
-        1 4K, 2 2M or 4M, 3 1G; 0 with paging off; on a fault the level that failed. Of the first stage; through `ngpa_walk` of
-        the second one.
+        Level of the leaf of the first stage (of the second one through `ngpa_walk`): 1 4K, 2 2M or 4M, 3 1G; 0 with paging off.
+        On a fault that of the entry that failed, in the stage that failed.
     pte, pte_gpa : ndarray of uint64, shape (n,)
         The leaf, or the entry that failed, and where it lies (INVALID_GPA for a PDPTE register or none).
     pte_access : ndarray of uint8, shape (n,)

@@ -1,7 +1,7 @@
 """The audit: every invariant of the page tables of a machine, checked entry by entry.
 
     pages    each one of a TdpMmu is reached from a root once, knows its parent, has the level, frame and role of its place;
-             for those of a shadow MMU see `_shadow.pyx`
+             for those of a shadow MMU see `_shadow.pxd`
     entries  W, MMU-writable and host-writable; reserved bits; A/D type; no executable huge page under the NX mitigation
     leaves   map the host page that is behind the frame now, no larger than slot and host allow, with no right that role, guest,
              slot, host, write tracking, shadowed tables or dirty log deny
@@ -41,7 +41,7 @@ cdef audit_tdp_page(_Findings f, PageFormat fmt, uint32_t sp, uint64_t base):
             continue
         gfn = base + (<uint64_t>i << (PT64_INDEX_BITS * (level - 1)))
         if not is_shadow_present_pte(spte):
-            f.special(sp, gfn, level, spte)
+            f.not_present(sp, gfn, level, spte)
             continue
         f.entry(fmt, sp, gfn, level, spte)
         if is_last_spte(spte, level):

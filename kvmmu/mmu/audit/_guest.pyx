@@ -38,7 +38,7 @@ cdef const kvm_pagewalk *shadowed_walk(const kvm *k, uint32_t sp) noexcept:
     return NULL
 
 
-cdef uint64_t offset_of(const kvm_mmu_page *page, int i) noexcept:
+cdef uint64_t gpte_index_of(const kvm_mmu_page *page, int i) noexcept:
     """Return the index in its table of the guest's entry that entry i shadows."""
     cdef uint64_t index = i
     if page.role & ROLE_HAS_4_BYTE_GPTE_MASK:
@@ -64,7 +64,7 @@ cdef audit_guest_entry(_Findings f, const kvm_pagewalk *w, uint32_t sp, int i, u
     cdef const kvm_mmu_page *child = NULL
     cdef const kvm_memory_slot *slot = slot_of_sp(k, page, page.gfn)
     cdef int level = sp_level(page)
-    cdef uint64_t gpa = (page.gfn << PAGE_SHIFT) + offset_of(page, i) * gpte_size(w), gpte, frame, gfn = sp_get_gfn(page, i)
+    cdef uint64_t gpa = (page.gfn << PAGE_SHIFT) + gpte_index_of(page, i) * gpte_size(w), gpte, frame, gfn = sp_get_gfn(page, i)
     cdef uint32_t rights, access
     cdef bint table = is_shadow_present_pte(spte) and not is_last_spte(spte, level), leaf
     if slot is NULL:

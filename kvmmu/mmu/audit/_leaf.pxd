@@ -25,4 +25,4 @@ cdef class _Findings:
     cdef leaf(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte, uint32_t access)
     cdef dirty_log(self, const kvm_memory_slot *slot, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
     # Check an entry that is not present
-    cdef special(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte)
+    cdef not_present(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte)

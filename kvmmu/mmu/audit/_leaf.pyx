@@ -35,7 +35,7 @@ cdef class _Findings:
                 if bad & bit:
                     self.report(sp, gfn, level, spte, text)
 
-    cdef special(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte):
+    cdef not_present(self, uint32_t sp, uint64_t gfn, int level, uint64_t spte):
         cdef kvm *k = self.k
         if not is_mmio_spte(&k.spte, spte):
             self.report(sp, gfn, level, spte, "neither empty, nor present, nor MMIO")

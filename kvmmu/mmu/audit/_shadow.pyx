@@ -299,7 +299,7 @@ cdef class _Shadow:
             if not is_valid(page):
                 self.f.report(sp, gfn, level, spte, "an invalid page still maps")
             if not is_shadow_present_pte(spte):
-                self.f.special(sp, gfn, level, spte)
+                self.f.not_present(sp, gfn, level, spte)
             else:
                 self.f.entry(fmt, sp, gfn, level, spte)
                 if is_last_spte(spte, level):

@@ -43,7 +43,7 @@ cdef bint fault_make_spte(kvm *k, uint32_t role, kvm_memory_slot *slot, uint32_t
 # Return an MMIO entry of the present generation, not stored yet
 cdef uint64_t fault_make_mmio_spte(kvm *k, uint64_t gfn, uint32_t access) noexcept nogil
 cdef void trace_mark_mmio_spte(kvm *k, uint64_t sptep, uint64_t gfn, uint32_t access) noexcept nogil
-# True if the vCPU has in mind that addr is MMIO. IN direct: addr is guest-physical, else linear
+# True if addr is in the vCPU's MMIO cache, its last MMIO page. IN direct: addr is guest-physical, else linear
 cdef bint is_mmio_cached(const kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil
 # Handle a fault with RSVD: RET_PF_*. INVALID: a stale generation, take the slow path. -EINVAL: reserved bits in a real entry
 cdef int handle_mmio_page_fault(kvm_vcpu *vcpu, uint64_t addr, bint direct) noexcept nogil

@@ -39,7 +39,7 @@ cdef void init_fault(kvm_vcpu *vcpu, kvm_page_fault *fault, uint64_t addr, uint6
     fault.prefetch = False
     fault.max_level = vcpu.kvm.spte.max_huge_page_level
     fault.req_level = fault.goal_level = PG_LEVEL_4K
-    fault.huge_page_disallowed = fault.write_fault_to_shadow_pgtable = fault.map_writable = False
+    fault.huge_page_disallowed = fault.map_writable = False
     fault.host_page = 0
     fault.gfn = fault.pfn = 0
     fault.slot = NULL
@@ -80,7 +80,6 @@ cdef int populate(kvm *k, kvm_page_fault *fault) noexcept nogil:
     slot.host_page[i] &= ~HOST_READONLY
     move_host_page(slot, fault.gfn)
     fault.host_page = slot.host_page[i]
-    k.mmu_invalidate_seq += 1
     k.unmap_gfns(k, slot, fault.gfn, fault.gfn + 1)
     return RET_PF_RETRY
 
@@ -92,7 +91,6 @@ cdef void host_writes(kvm *k, kvm_memory_slot *slot, uint64_t gfn) noexcept nogi
     slot.host_page[gfn - slot.base_gfn] &= ~(HOST_UNMAPPED | HOST_READONLY)
     if page & HOST_READONLY:
         move_host_page(slot, gfn)
-        k.mmu_invalidate_seq += 1
         k.unmap_gfns(k, slot, gfn, gfn + 1)
 
 

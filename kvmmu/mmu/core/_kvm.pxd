@@ -25,6 +25,9 @@ cdef enum:
     KVM_SHADOW_MMU = 0              # index of the lists that each kind of MMU has for itself
     KVM_TDP_MMU = 1
     PREV_ROOTS = 3
+    ROOT_CURRENT = 1                # a set of roots of an MMU: the present one, and bit i + 1 for prev_roots[i]
+    ROOTS_PREVIOUS = 14
+    ROOTS_ALL = 15
     # requests: work of a vCPU before it runs again
     REQ_TLB_FLUSH = 1
     REQ_FREE_OBSOLETE_ROOTS = 2
@@ -38,7 +41,7 @@ cdef struct kvm_mmu_page:
     uint32_t hash_next              # next in its bucket; of a free page the next free one
     uint32_t prev, next             # in the list that it is on
     uint32_t nx_prev, nx_next       # in a list of possible NX huge pages
-    uint64_t parents                # list head (_rmap): the entries that point here
+    uint64_t parents                # list head (`_pte_list.pxd`): the entries that point here
     uint64_t *shadowed_translation  # gfn << 12 | ACC_* of each entry; NULL for a direct page
     uint64_t unsync_child_bitmap[8]
     uint32_t unsync_children
@@ -57,7 +60,7 @@ cdef struct page_list:
     uint32_t head, tail
     size_t count
 
-# Counters by KVM's names. pages_* and mmu_unsync go down again.
+# Counters by KVM's names. pages_*, mmu_unsync and nx_lpage_splits tell how many there are at present.
 cdef struct kvm_stats:
     int64_t pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_guest, pf_mmio_spte_created
     int64_t invlpg, tlb_flush, remote_tlb_flush_requests
@@ -98,7 +101,6 @@ cdef struct kvm:
     uint64_t n_used_mmu_pages, n_max_mmu_pages
     uint64_t indirect_shadow_pages
     uint8_t mmu_valid_gen
-    uint64_t mmu_invalidate_seq
     uint64_t mmu_invalidate_start, mmu_invalidate_end       # gfns of an invalidation under way; equal: none
     kvm_vcpu **vcpus
     size_t nr_vcpus
@@ -121,7 +123,6 @@ cdef struct kvm_page_fault:
     int req_level                   # largest that host and slot allow
     int goal_level                  # that will be mapped
     bint huge_page_disallowed       # by the NX mitigation
-    bint write_fault_to_shadow_pgtable      # the write hits a table of its own walk
     bint map_writable               # the host lets the page be written
     uint8_t host_page
     uint64_t gfn
@@ -160,7 +161,7 @@ cdef struct kvm_vcpu:
     bint injected                   # the last fault was the guest's: it is in `guest_fault`
     bint allow_retry                # the last write may be repeated instead of emulated, after `unprotect_and_retry()`
     walk_result guest_fault
-    uint64_t mmio_gva               # page of the last MMIO that the vCPU has in mind; 0: of no linear address
+    uint64_t mmio_gva               # MMIO cache: the last MMIO page; 0: of no linear address
     uint64_t mmio_gfn, mmio_gen     # its frame, if not 0, and the memslot generation that this holds for
     uint32_t mmio_access
     uint64_t last_retry_eip, last_retry_addr

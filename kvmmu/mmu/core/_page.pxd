@@ -2,9 +2,9 @@
 
 How the pieces are used by a shadow MMU: reserve at the start of a fault (`reserve_pages()`, `reserve_descs()`); look for a page
 of (gfn, role) from `hash_first()` on; if there is none, `new_shadow_page()` makes one, hashed and last of `active_mmu_pages`.
-`link_parent()` and `unlink_parent()` go with every entry that starts or stops to point to a page. An indirect page of level 3
-or less has frame and rights of each entry (`shadowed_translation`), because its role does not determine them.
-`free_page()` takes a page whose entries are empty and that nothing points to. A TdpMmu uses `alloc_page()`, the lists and
+`link_parent()` and `unlink_parent()` go with every entry that starts or stops to point to a page. An indirect page of level 3 or
+less has frame and rights of each entry (`shadowed_translation`), because its role does not determine them. `free_page()` takes a
+page that nothing points to and whose entries are accounted for; it empties them. A TdpMmu uses `alloc_page()`, the lists and
 `link_parent()`, and no hash.
 """
 

@@ -1,8 +1,9 @@
 """Memslots: guest frames, the host pages behind them, and what the MMUs count per frame.
 
 A slot maps guest frames to bytes (`hva`) and to host frames. Host frames are linear in the guest frame, from `base_pfn`, which
-agrees with `base_gfn` in the low 18 bits so that huge pages can map; when the host takes a page away and gives another, the
-frame moves to the next of SLOT_VERSIONS images of the slot, all over the same bytes. So a stale entry is seen by its address.
+agrees with `base_gfn` in the low 18 bits where the host's pages are larger than 4K, so that huge pages can map; when the host
+takes a page away and gives another, the frame moves to the next of SLOT_VERSIONS images of the slot, all over the same bytes. So
+a stale entry is seen by its address.
 
 The host side of a frame is one byte (`host_page`), NULL while all of the slot is alike: the level that the host maps it at,
 whether it is unmapped or read-only (a zero page before copy-on-write), and its version.

@@ -111,16 +111,6 @@ cdef inline bint is_accessed_spte(const spte_format *f, uint64_t spte) noexcept 
     return (spte & f.accessed_mask) != 0
 
 
-cdef inline bint spte_has_volatile_bits(const spte_format *f, uint64_t spte) noexcept nogil:
-    """True if others may change this entry at any time: a fast page fault its W, the processor its A and D."""
-    if not is_writable_pte(spte) and is_mmu_writable_spte(f, spte):
-        return True
-    if is_access_track_spte(f, spte):
-        return True
-    return spte_ad_enabled(spte) and (
-        not spte & f.accessed_mask or (is_writable_pte(spte) and not spte & f.dirty_mask))
-
-
 cdef inline bint check_writable(const spte_format *f, uint64_t spte) noexcept nogil:
     """True if W, MMU-writable and host-writable of a present leaf are one of the four rows above."""
     if is_mmu_writable_spte(f, spte):
@@ -189,7 +179,7 @@ cdef uint32_t get_mmio_spte_access(const spte_format *f, uint64_t spte) noexcept
 cdef uint64_t make_spte(const spte_format *f, const spte_request *q) noexcept nogil
 # IN hpa: of the child's page
 cdef uint64_t make_nonleaf_spte(const spte_format *f, uint64_t hpa, bint ad_disabled) noexcept nogil
-# A huge SPTE of this level to that of part i of it, one level down, in a page of the given role
+# Return part `index` of a huge SPTE, one level down. IN role: of the page that it goes into
 cdef uint64_t make_small_spte(const spte_format *f, uint64_t huge, uint32_t role, int index) noexcept nogil
 # A small SPTE to the huge one above it; level is that of the result
 cdef uint64_t make_huge_spte(const spte_format *f, uint64_t small, int level) noexcept nogil

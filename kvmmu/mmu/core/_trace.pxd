@@ -26,7 +26,6 @@ cdef enum trace_event_id:
     TRACE_SET_ACCESSED_BIT      # gpa
     TRACE_SET_DIRTY_BIT         # gpa
     TRACE_WALKER_ERROR          # pferr
-    TRACE_EVENTS
 
 cdef struct trace_event:
     uint32_t id

@@ -10,10 +10,10 @@ from kvmmu.mmu.core._kvm cimport kvm, kvm_mmu, kvm_vcpu
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil
 # Serve the requests to the active MMU, and load a root for it: 0, or a negative errno
 cdef int prepare_mmu(kvm_vcpu *vcpu) noexcept nogil
-# Free every root of an MMU, and forget the MMIO that the vCPU has in mind
+# Free every root of an MMU, and clear the vCPU's MMIO cache
 cdef void free_mmu_roots(kvm_vcpu *vcpu, kvm_mmu *mmu) noexcept nogil
-# Deliver a fault that KVM's walk has found to the guest, by the walk that failed
-cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil
+# Account for a fault that KVM's walk has found, and synchronize the shadow entries that could hide it. The caller delivers it
+cdef void account_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil
 # Zap the shadow pages of a frame, so that the guest may repeat a write instead of KVM carrying it out. True if there were
 # some, and the guest is to repeat it. IN addr: of the exit; gfn: that is written
 cdef bint unprotect_and_retry(kvm_vcpu *vcpu, uint64_t addr, uint64_t gfn) noexcept nogil

@@ -14,13 +14,13 @@ from kvmmu.arch._bits cimport (
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_EPT
 from kvmmu.mmu.core._fault cimport handle_mmio_page_fault, init_direct_fault, init_fault
 from kvmmu.mmu.core._kvm cimport (
-    REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, kvm, kvm_mmu,
-    kvm_page_fault, kvm_vcpu, memslots_of,
+    REQ_FREE_OBSOLETE_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, REQ_TLB_FLUSH_GUEST, ROOTS_ALL, ROOT_CURRENT, kvm,
+    kvm_mmu, kvm_page_fault, kvm_vcpu, memslots_of,
 )
 from kvmmu.mmu.core._page cimport first_spte, free_page
 from kvmmu.mmu.core._slots cimport gfn_to_memslot, kvm_memory_slot, mark_slot_dirty
 from kvmmu.mmu.shadow._roots cimport (
-    ROOTS_ALL, free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
+    free_obsolete_roots, free_shadow_roots, load_shadow_root, prev_roots_of, sync_prev_roots,
 )
 from kvmmu.mmu.shadow._sync cimport mmu_invalidate_addr, sync_roots
 from kvmmu.mmu.shadow._track cimport unprotect_gfn
@@ -58,20 +58,19 @@ cdef uint32_t walker_error_code(const kvm_vcpu *vcpu, const walk_result *r) noex
     return r.error_code
 
 
-cdef void inject_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
+cdef void account_guest_fault(kvm_vcpu *vcpu, uint64_t addr, const walk_result *r, bint by_ngpa_walk) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
-    cdef uint32_t error_code = walker_error_code(vcpu, r), prev_roots = 0
+    cdef uint32_t error_code = walker_error_code(vcpu, r)
     cdef bint stale = error_code & PFERR_PRESENT_MASK and not error_code & PFERR_RSVD_MASK
     if not by_ngpa_walk:
         vcpu.kvm.stats.pf_guest += 1
     # an entry that grants more than the guest's tables would fault here for ever
     if stale and by_ngpa_walk == vcpu.kvm.tdp_enabled:
-        mmu_invalidate_addr(vcpu, mmu, addr, True, 0)
+        mmu_invalidate_addr(vcpu, mmu, addr, ROOT_CURRENT)
     # a violation drops the processor's translations of the address by the same tables, whatever else is in the EPTP
     if by_ngpa_walk and mmu.w.format == KVMMU_FORMAT_EPT and not error_code & PFERR_RSVD_MASK and (
             r.status == STATUS_EPT_VIOLATION or r.status == STATUS_PAGE_FAULT):
-        prev_roots = prev_roots_of(mmu, mmu.root.pgd, PT64_BASE_ADDR_MASK)
-        mmu_invalidate_addr(vcpu, mmu, addr, False, prev_roots)
+        mmu_invalidate_addr(vcpu, mmu, addr, prev_roots_of(mmu, mmu.root.pgd, PT64_BASE_ADDR_MASK))
 
 
 cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) noexcept nogil:
@@ -97,7 +96,7 @@ cdef int kvm_mmu_page_fault(kvm_vcpu *vcpu, uint64_t addr, uint64_t error_code) 
             k.stats.bugs += 1
             return -EIO
         if vcpu.injected:
-            inject_guest_fault(vcpu, addr, &vcpu.guest_fault, k.tdp_enabled)
+            account_guest_fault(vcpu, addr, &vcpu.guest_fault, k.tdp_enabled)
     if r < 0:
         return r
     if r == RET_PF_WRITE_PROTECTED:
@@ -180,7 +179,7 @@ cdef int load_tdp_root(kvm_vcpu *vcpu) noexcept nogil:
     if not mmu.root.valid:
         mmu.root.sp = tdp_get_root(vcpu.kvm, mmu.root_role)
         mmu.root.valid = mmu.root.sp != 0
-        vcpu.requests |= REQ_TLB_FLUSH                  # of the same root, too: its translations grew old under another one
+        vcpu.requests |= REQ_TLB_FLUSH                  # of the same root, too: flushes under another one did not reach them
     return 0 if mmu.root.valid else -ENOMEM
 
 

@@ -201,7 +201,6 @@ cdef class Kvm:
                 unmap_gfns(self.k, slot, start, end)
                 for gfn in range(start, end):           # a new page, alike in all frames that it has
                     slot.host_page[gfn - slot.base_gfn] = <uint8_t>level
-            self.k.mmu_invalidate_seq += 1
 
     def invalidate(self, gpa, size, how):
         """The host takes pages away: "unmap" (nothing there until the next access), "move" (other pages at once) or "protect".
@@ -235,7 +234,6 @@ cdef class Kvm:
                         page[0] = (page[0] & ~HOST_LEVEL_MASK) | PG_LEVEL_4K
                 if how in ("unmap", "protect"):
                     limit_level(slot, start, end)
-            self.k.mmu_invalidate_seq += 1
 
     def host_page(self, gpa, as_id=0):
         """Return (host frame, level, unmapped, readonly) of the host page behind gpa."""
@@ -263,7 +261,6 @@ cdef class Kvm:
         """End the invalidation by an mmu notifier."""
         with self.lock:
             self.k.mmu_invalidate_start = self.k.mmu_invalidate_end = 0
-            self.k.mmu_invalidate_seq += 1
 
     def age(self, gpa, size, clear):
         """True if any page was accessed since it was last made old; clear: make all of them old. Nothing is flushed."""
@@ -318,7 +315,7 @@ cdef class Kvm:
                 tdp_clear_dirty_slot(self.k, slot)
             shadow_wrprot_slot(self.k, slot, PG_LEVEL_4K)
             tdp_wrprot_slot(self.k, slot, PG_LEVEL_2M if self.k.spte.pml else PG_LEVEL_4K)
-            flush_remote_tlbs(self.k)                   # in any case: see dirty_log()
+            flush_remote_tlbs(self.k)                   # in any case: see clear_dirty_words()
 
     def dirty_log(self, gpa, clear, as_id=0):
         """Return the frames (uint64, ascending) written since the log was last cleared."""
@@ -448,7 +445,7 @@ cdef class Kvm:
             return zapped + int(tdp_recover_nx_huge_pages(self.k, n))
 
     def split_huge_pages(self, gpa, size, level):
-        """Split huge mappings of [gpa, gpa + size) down to a level."""
+        """Split huge mappings of [gpa, gpa + size) by the TdpMmu down to a level. Those of a shadow MMU stay."""
         cdef kvm_memory_slot *slot
         with self.lock:
             for address, start, end in self.memslots.frames(gpa, size):

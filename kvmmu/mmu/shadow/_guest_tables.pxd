@@ -83,6 +83,6 @@ cdef inline uint64_t first_gpte_gpa(const kvm_mmu_page *sp) noexcept nogil:
 cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, guest_walk *walk) noexcept nogil
 # True if the entry of a level has changed since the walk
 cdef bint gpte_changed(kvm_vcpu *vcpu, const kvm_pagewalk *w, const guest_walk *walk, int level) noexcept nogil
-# Enter a walk that KVM makes in the trace, and its writes in the dirty log
-cdef void trace_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
-                     const walk_step *steps, int n) noexcept nogil
+# Enter a walk that KVM makes in the trace, and its writes in the dirty log; the host has pages now for the tables that it read
+cdef void account_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
+                       const walk_step *steps, int n) noexcept nogil

@@ -23,8 +23,8 @@ cdef uint64_t as_read(const kvm_pagewalk *w, const walk_step *step) noexcept nog
     return pte
 
 
-cdef void trace_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
-                     const walk_step *steps, int n) noexcept nogil:
+cdef void account_walk(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint32_t access, const walk_result *r,
+                       const walk_step *steps, int n) noexcept nogil:
     cdef kvm_memory_slot *slot
     cdef int i
     trace(&vcpu.kvm.trace, TRACE_PAGETABLE_WALK, addr, access & ACCESS_PFEC_MASK)
@@ -50,7 +50,7 @@ cdef bint walk_guest(kvm_vcpu *vcpu, const kvm_pagewalk *w, uint64_t addr, uint3
     cdef walk_step steps[5]
     cdef uint32_t rights = <uint32_t>ACC_ALL
     cdef int i, level, n = w.walk_addr(w, addr, access, &walk.result, steps)
-    trace_walk(vcpu, w, addr, access, &walk.result, steps, n)
+    account_walk(vcpu, w, addr, access, &walk.result, steps, n)
     if walk.result.status != STATUS_OK:
         return False
     walk.top_level = w.level

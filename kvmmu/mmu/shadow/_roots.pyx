@@ -12,7 +12,7 @@ from kvmmu.arch._bits cimport (
 )
 from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_read64
 from kvmmu.mmu.core._kvm cimport (
-    PREV_ROOTS, REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH, kvm, kvm_mmu, kvm_mmu_page, kvm_mmu_root, kvm_vcpu,
+    PREV_ROOTS, REQ_LOAD_MMU_PGD, REQ_TLB_FLUSH, ROOT_CURRENT, kvm, kvm_mmu, kvm_mmu_page, kvm_mmu_root, kvm_vcpu,
     memslots_of, page_list, slot_table, sp_hpa, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport alloc_page, clear_page, first_spte, list_init, reserve_pages
@@ -286,13 +286,11 @@ cdef bint fast_pgd_switch(kvm *k, kvm_mmu *mmu, uint64_t pgd) noexcept nogil:
     return False
 
 
-cdef void new_pgd(kvm_vcpu *vcpu, uint64_t pgd, bint sync) noexcept nogil:
+cdef void new_pgd(kvm_vcpu *vcpu, uint64_t pgd) noexcept nogil:
     cdef kvm_mmu *mmu = vcpu.mmu
     if not fast_pgd_switch(vcpu.kvm, mmu, pgd):
         return
     vcpu.requests |= REQ_LOAD_MMU_PGD
-    if sync:
-        vcpu.requests |= REQ_MMU_SYNC | REQ_TLB_FLUSH
     vcpu.mmio_gva = 0
     if not mmu.root_role & ROLE_DIRECT_MASK:
         vcpu.kvm.pages[mmu.root.sp].write_flooding_count = 0
@@ -303,5 +301,5 @@ cdef uint32_t prev_roots_of(const kvm_mmu *mmu, uint64_t pgd, uint64_t mask) noe
     cdef int i
     for i in range(PREV_ROOTS):
         if mmu.prev_roots[i].valid and mmu.prev_roots[i].pgd & mask == pgd & mask:
-            roots |= <uint32_t>1 << i
+            roots |= <uint32_t>1 << (i + 1)
     return roots

@@ -242,8 +242,6 @@ cdef int fetch(kvm_vcpu *vcpu, kvm_page_fault *fault, const guest_walk *walk, ui
             return RET_PF_RETRY
         if r == 0:
             link_shadow_page(k, it.sptep, sp)
-        if fault.write and table_gfn == fault.gfn:
-            fault.write_fault_to_shadow_pgtable = True
         shadow_walk_next(k, fault.addr, &it)
     hugepage_adjust(vcpu, fault)                        # by now every table on the way forbids huge pages over itself
     trace(&k.trace, TRACE_SPTE_REQUESTED, fault.gfn, fault.pfn, fault.goal_level)
@@ -310,7 +308,7 @@ cdef int shadow_page_fault(kvm_vcpu *vcpu, kvm_page_fault *fault) noexcept nogil
     if w.format != KVMMU_FORMAT_EPT and fault.write and not fault.user and fault.slot is not NULL and (
             not w.cpu_role & ROLE_CR0_WP_MASK and not access & ACC_WRITE_MASK):     # step 4
         access = (access | <uint32_t>ACC_WRITE_MASK) & ~<uint32_t>ACC_USER_MASK
-        if w.cpu_role & ROLE_CR4_SMEP_MASK:             # a page that is the supervisor's now would be his to execute
+        if w.cpu_role & ROLE_CR4_SMEP_MASK:             # U is clear now, so that SMEP would not stop a fetch by the supervisor
             access &= ~<uint32_t>ACC_EXEC_MASK
     return fetch(vcpu, fault, &walk, access)
 

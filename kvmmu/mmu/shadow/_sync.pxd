@@ -15,5 +15,5 @@ cdef void mmu_sync_children(kvm_vcpu *vcpu, uint32_t sp) noexcept nogil
 cdef void sync_roots(kvm_vcpu *vcpu) noexcept nogil
 # Synchronize the entries for addr of the unsync pages below a root
 cdef void invalidate_addr_in_root(kvm_vcpu *vcpu, uint64_t addr, uint32_t root) noexcept nogil
-# Synchronize the entries for addr, for INVLPG (all roots) and when KVM delivers a fault (the present root)
-cdef void mmu_invalidate_addr(kvm_vcpu *vcpu, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) noexcept nogil
+# Synchronize the entries for addr under these roots, for INVLPG (ROOTS_ALL) and when KVM delivers a fault (ROOT_CURRENT)
+cdef void mmu_invalidate_addr(kvm_vcpu *vcpu, kvm_mmu *mmu, uint64_t addr, uint32_t roots) noexcept nogil

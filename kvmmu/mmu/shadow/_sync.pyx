@@ -8,7 +8,8 @@ from kvmmu.arch._bits cimport (
     SPTE_ENT_PER_PAGE,
 )
 from kvmmu.mmu.core._kvm cimport (
-    PREV_ROOTS, flush_remote_tlbs, kvm, kvm_mmu, kvm_mmu_page, kvm_vcpu, page_list, sp_level, spte_to_child,
+    PREV_ROOTS, ROOT_CURRENT, flush_remote_tlbs, kvm, kvm_mmu, kvm_mmu_page, kvm_vcpu, page_list, sp_level,
+    spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, list_init, spte_index
 from kvmmu.mmu.core._rmap cimport slot_of_sp
@@ -146,14 +147,14 @@ cdef void invalidate_addr_in_root(kvm_vcpu *vcpu, uint64_t addr, uint32_t root) 
         sp = spte_to_child(k, spte)
 
 
-cdef void mmu_invalidate_addr(kvm_vcpu *vcpu, kvm_mmu *mmu, uint64_t addr, bint current, uint32_t prev_roots) noexcept nogil:
+cdef void mmu_invalidate_addr(kvm_vcpu *vcpu, kvm_mmu *mmu, uint64_t addr, uint32_t roots) noexcept nogil:
     cdef int i
-    if mmu.root_role & ROLE_DIRECT_MASK:
+    if mmu.root_role & ROLE_DIRECT_MASK or not roots:
         return
     if vcpu.mmio_gva == addr >> PAGE_SHIFT << PAGE_SHIFT:
         vcpu.mmio_gva = 0
-    if current and mmu.root.valid:
+    if roots & ROOT_CURRENT and mmu.root.valid:
         invalidate_addr_in_root(vcpu, addr, mmu.root.sp)
     for i in range(PREV_ROOTS):
-        if (prev_roots >> i) & 1 and mmu.prev_roots[i].valid:
+        if (roots >> (i + 1)) & 1 and mmu.prev_roots[i].valid:
             invalidate_addr_in_root(vcpu, addr, mmu.prev_roots[i].sp)

@@ -1,7 +1,8 @@
 """Writes that KVM carries out for the guest, and the shadow pages of the written frame.
 
-A write of a whole entry zaps the shadow of this entry. A write of another kind zaps the shadow pages of the frame, and so does
-the third write to an upper table that no fault has walked through meanwhile (flooding): the frame is no table any more.
+A write of four bytes or more within one entry, or of one byte at its start, zaps the shadow of this entry. Any other write zaps
+the shadow pages of the frame, and so does the third write to an upper table that no fault has walked through meanwhile
+(flooding): the frame is no table any more.
 """
 
 from libc.stddef cimport size_t

@@ -24,7 +24,7 @@ cdef inline uint64_t gpte_size_of(const kvm_mmu_page *sp) noexcept nogil:
 
 
 cdef bint is_misaligned(const kvm_mmu_page *sp, uint64_t gpa, size_t size) noexcept nogil:
-    """True if the write is not to one entry. A byte at its start is to one entry: a guest may clear a flag there."""
+    """True unless the write is four bytes or more within one entry, or one byte at its start: a guest may clear a flag there."""
     cdef uint64_t offset = gpa & PAGE_OFFSET_MASK, whole = gpte_size_of(sp)
     if size == 1 and offset & (whole - 1) == 0:
         return False

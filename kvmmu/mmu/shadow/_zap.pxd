@@ -26,8 +26,9 @@ cdef inline bint is_obsolete_sp(const kvm *k, const kvm_mmu_page *sp) noexcept n
 
 # Zap all leaves that map the page of this level; True if there were any
 cdef bint zap_rmap(kvm *k, kvm_memory_slot *slot, uint64_t gfn, int level) noexcept nogil
-# Make an entry of any kind empty. IN invalid: not NULL: children that nothing needs any more are zapped with it
+# Make an entry of any kind empty
 cdef void drop_spte(kvm *k, uint64_t sptep) noexcept nogil
+# The same; if invalid is not NULL, a child that nothing needs any more is zapped with it. Returns how many pages were zapped
 cdef size_t zap_spte(kvm *k, uint64_t sptep, page_list *invalid) noexcept nogil
 # Returns how many pages were zapped; others than sp may be among them
 cdef size_t prepare_zap_page(kvm *k, uint32_t sp, page_list *invalid) noexcept nogil

@@ -11,9 +11,9 @@ from kvmmu.mmu.core._slots cimport kvm_memory_slot
 
 # Zap the leaves that map any of [start, end); True if there were any, and a flush is needed
 cdef bint tdp_zap_leafs(kvm *k, int as_id, uint64_t start, uint64_t end) noexcept nogil
-# Make every root invalid, and ask the vCPUs to leave it
+# Make every root invalid. The caller asks the vCPUs to leave theirs
 cdef void tdp_invalidate_all_roots(kvm *k) noexcept nogil
-# Take down invalid roots, leaf tables first; those in use stay, empty, until their vCPUs leave
+# Take down invalid roots, leaf tables first; those in use stay, empty, until their vCPUs leave. Flushes by itself
 cdef void tdp_zap_invalidated_roots(kvm *k) noexcept nogil
 # True if any leaf of [start, end) was accessed. IN clear: make them old. No flush
 cdef bint tdp_age_gfn_range(kvm *k, int as_id, uint64_t start, uint64_t end, bint clear) noexcept nogil

@@ -9,7 +9,7 @@ from kvmmu.arch._bits cimport (
     ROLE_SMM_SHIFT, SHADOW_NONPRESENT_VALUE, SPTE_ENT_PER_PAGE,
 )
 from kvmmu.mmu.core._kvm cimport (
-    KVM_TDP_MMU, REQ_FREE_OBSOLETE_ROOTS, flush_remote_tlbs, kvm, make_all_vcpus_request, memslots_of, spte_to_child,
+    KVM_TDP_MMU, flush_remote_tlbs, kvm, memslots_of, spte_to_child,
 )
 from kvmmu.mmu.core._page cimport first_spte, reserve_pages
 from kvmmu.mmu.core._pte_list cimport pte_list_first, reserve_descs
@@ -26,7 +26,6 @@ from kvmmu.mmu.tdp._tdp cimport tdp_put_root, tdp_set_spte, tdp_split_huge_page
 # The arguments and results of a visit of leaves.
 cdef struct visit:
     int min_level
-    int target_level
     bint flush                      # OUT
     bint young                      # OUT
     bint clear
@@ -42,7 +41,7 @@ ctypedef void (*visitor)(kvm *k, uint64_t sptep, uint64_t gfn, int level, visit 
 
 cdef void visit_page(kvm *k, uint32_t sp, uint64_t base, uint64_t start, uint64_t end, int at_level, visitor fn,
                      visit *v) noexcept nogil:
-    """Visit the present entries of a page for [start, end): leaves, or if at_level is given, all entries of that level."""
+    """Visit entries of a page for [start, end): present leaves; if at_level is given, all of that level but empty ones."""
     cdef int level = <int>(k.pages[sp].role & ROLE_LEVEL_MASK), shift = PT64_INDEX_BITS * (level - 1)
     cdef uint64_t size = pages_per_hpage(level), gfn, spte
     cdef uint64_t i = 0 if start <= base else (start - base) >> shift
@@ -75,7 +74,7 @@ cdef void visit_leaves(kvm *k, int as_id, uint64_t start, uint64_t end, visitor 
 
 cdef visit new_visit() noexcept nogil:
     cdef visit v
-    v.min_level = v.target_level = PG_LEVEL_4K
+    v.min_level = PG_LEVEL_4K
     v.flush = v.young = v.clear = v.wrprot = False
     v.error = 0
     v.mask = v.gfn = 0
@@ -101,7 +100,6 @@ cdef void tdp_invalidate_all_roots(kvm *k) noexcept nogil:
     while root:
         k.pages[root].role |= <uint32_t>ROLE_INVALID_MASK
         root = k.pages[root].next
-    make_all_vcpus_request(k, REQ_FREE_OBSOLETE_ROOTS)
 
 
 cdef void tdp_zap_invalidated_roots(kvm *k) noexcept nogil:

@@ -1,6 +1,6 @@
 """Columns that callers pass, on the way to C, in two steps.
 
-    plain      what Python code of the caller's may have a hand in (subclasses, conversions): an exact ndarray, or an integer
+    plain      an exact ndarray, or an integer; code of the caller's (subclasses, conversions) may run to make it
     column     where the rows of an exact ndarray lie: no code of the caller's runs
 """
 
@@ -25,7 +25,7 @@ cdef object aligned(array, Py_ssize_t itemsize)
 cdef column access_column(access, Py_ssize_t rows, uint8_t *one, uint8_t *all_bits) except *
 # The number of the register set of each row, below count; NULL where one serves all rows. IN ctx: plain, or None
 cdef const uint32_t *context_column(ctx, Py_ssize_t rows, uint64_t count) except? NULL
-# Rows from which on the GIL is released: handing it over takes a tenth of a microsecond, fewer rows 5 of them at most.
+# Rows from which on the GIL is released. Handing it over takes 0.1 us, the fastest rows of as many as long, the slowest 13 us.
 cdef enum:
     MIN_ROWS_WITHOUT_GIL = 64
 

@@ -14,7 +14,7 @@ from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, access_info_of, explici
 from kvmmu.walk.batch._kernels cimport (
     KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_leaf_block, kvmmu_psce_level,
 )
-from kvmmu.walk.batch._leaf cimport leaf_result, rights_count
+from kvmmu.walk.batch._leaf cimport leaf_result, asks_rights
 from kvmmu.walk.batch._leaves cimport (
     MAX_REMAINING_IN_BLOCK, check_leaves, find_leaves, lane_bit, make_accept_masks, set_bits_of,
 )
@@ -40,7 +40,7 @@ cdef enum:
 cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil:
     if order_shows(w):
         return False
-    return w.kind == WALK_TABLES if w.ngpa is NULL else not rights_count(w.ngpa)
+    return w.kind == WALK_TABLES if w.ngpa is NULL else not asks_rights(w.ngpa)
 
 
 cdef uint64_t accept_leaves(batch *b, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, const uint8_t *access,
@@ -264,7 +264,7 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
         if n is NULL:
             gpa = room_for(b, k, &k.a)
         check_leaves(b.kernels, &k.cached.first, &k.a, k.held, k.gva, k.access,
-                     b.more or (n is not NULL and rights_count_for(b, n)), gpa)
+                     b.more or (n is not NULL and batch_asks_rights(b, n)), gpa)
         unknown = k.a.miss & ~(k.a.noncanonical | k.held)
         k.a.slow &= ~(unknown | k.a.noncanonical | k.held)
         k.a.fault &= ~unknown
@@ -292,10 +292,10 @@ cdef void advance_block(batch *b, block *k) noexcept nogil:
     start_second(b, k)
 
 
-cdef inline bint rights_count_for(const batch *b, const kvm_pagewalk *n) noexcept nogil:
+cdef inline bint batch_asks_rights(const batch *b, const kvm_pagewalk *n) noexcept nogil:
     """True if rights of the first stage decide over what this second stage grants to the accesses of a batch: whether a
     shadow-stack access is a supervisor's, too."""
-    return rights_count(n) or (b.shadow_stacks and n.cpu_role & ROLE_EXT_SHADOW_STACK_MASK)
+    return asks_rights(n) or (b.shadow_stacks and n.cpu_role & ROLE_EXT_SHADOW_STACK_MASK)
 
 
 cdef void start_second(batch *b, block *k) noexcept nogil:
@@ -304,7 +304,7 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
     cdef size_t lane
     cdef uint32_t access
     cdef uint64_t pte_access = ACC_ALL
-    cdef bint rights = rights_count_for(b, n)
+    cdef bint rights = batch_asks_rights(b, n)
     for lane in range(KVMMU_BLOCK_ROWS):
         access = explicit_access(k.access[lane])
         if k.w.kind == WALK_SECOND_STAGE:

@@ -12,7 +12,7 @@ from kvmmu.walk.batch._rows cimport batch, batch_columns
 cdef struct place:
     size_t row
     size_t stop                         # of its piece
-    size_t slice                        # rows to walk before it access_info at the clock
+    size_t slice                        # rows to translate before the clock is read again
 
 
 cdef class Job:

@@ -26,7 +26,7 @@ cdef enum:
     # other's time.
     PIECES = 8
     MOST_THREADS = 64               # more count as so many
-    # Rows for each thread below which one thread does it all: the fastest rows (1 ns each) of as many take the time in which
+    # Rows for each thread below which one thread does it all: the fastest rows (2 ns each) of as many take the time in which
     # another thread is woken and waited for.
     FEW_ROWS_OF_THREAD = 16384
     # Rows between two looks at the clock: a tenth of a second or so at first if every row is of the slowest kind (200 ns);

@@ -37,8 +37,8 @@ cdef int check_leaf(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry
 
 cdef inline bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uint64_t entry, uint64_t pte,
                                uint64_t access_info) noexcept nogil:
-    """Set the accessed bit of a leaf and, for a write, its dirty bit; nothing for a probe. False: other bits are to set too, or
-    the race is lost.
+    """Set the accessed bit of a leaf and, for a write, its dirty bit; nothing for a probe. False: the scalar walk must take
+    the row.
 
     IN entry: address of the leaf in the host; pte: what it was; access_info: of the access
     """
@@ -66,6 +66,6 @@ cdef inline bint set_leaf_bits(const kvmmu_leaf_rules *rules, uint64_t psce, uin
     return now & bits == bits and (now ^ pte) & ~(rules.accessed_mask * 3) == 0        # somebody else set them
 
 
-cdef inline bint rights_count(const kvm_pagewalk *n) noexcept nogil:
+cdef inline bint asks_rights(const kvm_pagewalk *n) noexcept nogil:
     """True if rights of the first stage decide over what this second stage grants: MBEC."""
     return n.user_by_pte and n.cpu_role & ROLE_CR4_SMEP_MASK

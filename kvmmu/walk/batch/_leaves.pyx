@@ -12,7 +12,7 @@ from kvmmu.walk.batch._kernels cimport (
     kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level, kvmmu_read_entry,
     kvmmu_set_psce, kvmmu_use_tables,
 )
-from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, rights_count, set_leaf_bits
+from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, asks_rights, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of
 
@@ -70,7 +70,7 @@ cdef bint make_accept_masks(cached_walk *s, uint64_t gva) noexcept nogil:
     psce = psce_of(s, addr)
     if not psce:
         return False
-    if s.w.is_nested and not rights_count(s.w):
+    if s.w.is_nested and not asks_rights(s.w):
         for i in range(<uint32_t>PERMISSIONS_COUNT):
             seconds[i] = <uint8_t>second_stage_access(s.w, i << PERMISSIONS_INDEX_SHIFT, True, ACC_ALL)
         asked = seconds

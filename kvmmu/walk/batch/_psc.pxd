@@ -1,9 +1,9 @@
 """The paging-structure cache of a batch: with it a row reads only the last entry of its walk.
 
 An entry of the cache (`psce`) holds the upper part of a walk: where its last entry lies, and the rights so far. It serves all
-addresses with the same tag, those that share all but the indices of the last two levels; a walk that ends higher (a large page,
-a fault) has its last entry there. Entries are found without setting accessed and dirty bits; where only a walk that sets them
-can tell, there is none.
+addresses with the same tag, those that share all but the index of the last level and the offset in the page; a walk that ends
+higher (a large page, a fault) has its last entry there. Entries are found without setting accessed and dirty bits; where only a
+walk that sets them can tell, there is none.
 
 Entries live as long as a batch. Within it the tables change by accessed and dirty bits alone, on which no entry depends: one
 with a clear accessed bit in its upper part says so, and the rows that would set the bit are walked one by one.

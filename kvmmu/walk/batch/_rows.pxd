@@ -5,7 +5,7 @@ walked by the scalar walk, which is the reference.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.memory._memory cimport kvmmu_load32, kvmmu_load64
@@ -20,7 +20,7 @@ cdef struct more_column:
     size_t size                     # of an element: 1, 4 or 8 bytes
 
 cdef enum:
-    MOST_MORE_COLUMNS = 16          # as many as `fields` may name
+    MOST_MORE_COLUMNS = 16          # no fewer than `fields` may name
 
 # Columns of a batch; a NULL column is not wanted.
 cdef struct batch_columns:

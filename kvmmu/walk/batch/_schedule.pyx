@@ -29,8 +29,8 @@ cdef enum:
     # Changes of the context in 64 rows from which on rows are deferred. One change leaves two runs, which can be blocks.
     MANY_CHANGES = 2
     # Chunks of 64 rows over which the memo is tried: 2,048 rows, half of its entries. If most rows miss, it is left alone for
-    # four times as many chunks, so that trials are a fifth of them at most, and then for ever longer; if nearly all miss in the
-    # first 4 chunks, the trial ends there, and trials are 3%.
+    # four times as many chunks, so that trials are a fifth of them at most, and four times as long after each failed trial, up
+    # to LAST_REST; if nearly all miss in the first 4 chunks, the trial ends there, and trials are 3%.
     TRIAL = 32
     SHORT_TRIAL = 4
     FIRST_REST = 128

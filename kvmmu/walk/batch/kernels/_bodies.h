@@ -334,7 +334,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
     {                                                                                                                               \
         return accept(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
     }                                                                                                                               \
-    target static void judge_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, \
+    target static void check_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, \
                                     const uint8_t *access, uint64_t *gpa)                                                           \
     {                                                                                                                               \
         check_any(format, l, w, gva_mask, gva, access, gpa);                                                                        \
@@ -372,7 +372,7 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
     const struct kvmmu_kernels kvmmu_kernels_##name = {{find_32_##name, find_64_##name, find_ept_##name},                        \
                                                           {0, descend_64_##name, descend_ept_##name},                               \
                                                           {accept_32_##name, accept_64_##name, accept_ept_##name},                        \
-                                                          {judge_32_##name, judge_64_##name, judge_ept_##name},                     \
+                                                          {check_32_##name, check_64_##name, check_ept_##name},                     \
                                                           recall_##name, emit_##name, pre_process_##name};
 
 #endif /* KVMMU_BODIES_H */

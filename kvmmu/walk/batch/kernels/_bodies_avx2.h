@@ -13,7 +13,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t find_words(int format, struct kvmmu_leaf_block 
     const char *psc = (const char *)s->psc;
     const __m256i gva_mask = WORDS(s->gva_mask), zero = _mm256_setzero_si256();
     const __m256i slots = WORDS(((UINT64_C(1) << PSC_BITS) - 1) * sizeof(struct kvmmu_psc_entry));
-    const __m256i place = WORDS(s->walk_slot * sizeof(struct kvmmu_psc_entry)), memo_id = WORDS(s->walk_tag);
+    const __m256i place = WORDS(s->walk_slot * sizeof(struct kvmmu_psc_entry)), walk_tag = WORDS(s->walk_tag);
     const __m256i hva_mask = WORDS(PSCE_HVA_MASK), nothing = WORDS(s->nothing);
     const __m256i index_mask = WORDS(format == KVMMU_FORMAT_32 ? PT32_INDEX_MASK << 2 : PT64_INDEX_MASK << 3);
     uint64_t slot[KVMMU_BLOCK_ROWS] ALIGNED, known_lanes = 0;
@@ -30,7 +30,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t find_words(int format, struct kvmmu_leaf_block 
         const __m256i even = _mm256_loadu2_m128i((const __m128i *)(psc + slot[i + 2]), (const __m128i *)(psc + slot[i]));
         const __m256i odd = _mm256_loadu2_m128i((const __m128i *)(psc + slot[i + 3]), (const __m128i *)(psc + slot[i + 1]));
         const __m256i known = _mm256_cmpeq_epi64(_mm256_unpacklo_epi64(even, odd),
-                                                 _mm256_xor_si256(_mm256_srli_epi64(addr, tag_shift), memo_id));
+                                                 _mm256_xor_si256(_mm256_srli_epi64(addr, tag_shift), walk_tag));
         const __m256i psce = PICK(nothing, _mm256_unpackhi_epi64(even, odd), known);
         const __m256i index = _mm256_and_si256(_mm256_srli_epi64(addr, entry_shift), index_mask);
         known_lanes |= (uint64_t)SIGNS(known) << i;

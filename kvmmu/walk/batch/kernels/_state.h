@@ -12,7 +12,7 @@
 #define KVMMU_ALIGNED(n) __attribute__((aligned(n)))
 
 /* The value of a paging-structure-cache entry: the host address of the table of the last entry (level 1, and whole tables) or of the
- * last entry itself, the rights so far, the level of the last entry, and three flags. */
+ * last entry itself, the rights so far, the level of the last entry, and four flags. */
 #define PSCE_HVA_BITS 48
 #define PSCE_HVA_MASK ((UINT64_C(1) << PSCE_HVA_BITS) - 1)
 #define PSCE_ACCESSED_CLEAR_SHIFT 48 /* an accessed bit above the last entry is clear */
@@ -23,7 +23,7 @@
 #define PSCE_ACCESS_SHIFT 59
 #define PSCE_TABLE_SHIFT 63 /* the address is that of a table: the sign, for a cheap test */
 
-/* The cache is looked up by the part of an address above the indices of the last two levels. */
+/* The cache is looked up by the part of an address above the index of the last level. */
 #define PSC_BITS 15
 #define PSC_WALK_ID_SHIFT 43 /* bits of that part, whether the address is canonical or not */
 #define PSC_WALK_ID_BITS 18
@@ -220,13 +220,13 @@ KVMMU_INLINE uint64_t kvmmu_read_entry(int format, uint64_t hva)
     return whole;
 }
 
-/* Give one lane a paging-structure-cache entry. */
 /* Fetch the word at an address of the host, which may be any. */
 KVMMU_INLINE void kvmmu_prefetch(uint64_t hva)
 {
     __builtin_prefetch((const void *)(uintptr_t)hva, 0, 3);
 }
 
+/* Give one lane a paging-structure-cache entry. */
 KVMMU_INLINE void kvmmu_set_psce(int format, struct kvmmu_leaf_block *l, size_t lane, uint64_t addr, uint64_t psce)
 {
     l->psce[lane] = psce;

@@ -43,9 +43,9 @@ KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_some_bytes(__m256i pte, int high, __m256i 
 {
     const char b = (char)high, d = (char)(high + 8);
     const __m128i of_pte = _mm_setr_epi8(0, 8, -1, -1, b, d, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m128i of_ref = _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 15, -1, -1, -1, -1, -1, -1);
+    const __m128i of_psce = _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 15, -1, -1, -1, -1, -1, -1);
     return _mm256_or_si256(_mm256_shuffle_epi8(pte, _mm256_broadcastsi128_si256(of_pte)),
-                           _mm256_shuffle_epi8(psce, _mm256_broadcastsi128_si256(of_ref)));
+                           _mm256_shuffle_epi8(psce, _mm256_broadcastsi128_si256(of_psce)));
 }
 
 struct kvmmu_row_bytes {
