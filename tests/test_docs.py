@@ -7,6 +7,7 @@ text, alone on a line for any lines. ```toml and ```json are read. Blocks of oth
 not run: none of them has a command of kvmmu.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,16 @@ def test_examples_run(page, tmp_path, monkeypatch):
             run_console(text, where)
         else:
             (tomllib if language == "toml" else json).loads(text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_can_be_pasted(page):
+    """The interactive interpreter before Python 3.13 wants an empty line behind a statement with a body."""
+    for _, line, text in blocks_of(page, "python"):
+        lines = text.splitlines()
+        for statement, following in pairwise(ast.parse(text).body):
+            if hasattr(statement, "body"):
+                assert not lines[statement.end_lineno].strip(), f"{page}:{line - 1 + following.lineno}: want an empty line before"
 
 
 @pytest.mark.parametrize("page", PAGES)
