@@ -41,9 +41,9 @@ class Pager(PageTables):
     mode : {"32", "pae", "4l", "5l"}
         Format of the tables.
     mem : GuestMemory, optional
-        Its largest slot, all of it, gives frames: for pages from the beginning, for tables from the end. Two pagers cannot share
-        a slot. By default a new memory
-        that grows with the tables, from 2**`maxphyaddr` downwards; pages lie from 0 upwards, where it has no bytes.
+        Its largest slot, all of it, gives frames: for pages from the beginning, for tables from the end. Two pagers, or a pager
+        and other `PageTables`, cannot share a slot. By default a new memory that grows with the tables, from 2**`maxphyaddr`
+        downwards; pages lie from 0 upwards, where it has no bytes.
     thp_share : float
         For "thp": more than 0, at most 1.
     seed : int
