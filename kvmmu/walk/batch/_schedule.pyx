@@ -5,6 +5,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from kvmmu._walk cimport WALK_TABLES
+from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport kvmmu_keep_copies
 from kvmmu.walk.batch._blocks cimport drain_blocks, enqueue_rows, enqueue_run, translate_uniform_blocks
@@ -157,6 +159,18 @@ cdef void consider_recall(batch *b) noexcept nogil:
     b.tried = b.missed = 0
 
 
+cdef bint mixes_entry_sizes(const batch *b) noexcept nogil:
+    """True if some contexts have entries of 4 bytes, others of 8: accessed and dirty bits of one are address bits of the other,
+    if their tables are the same memory."""
+    cdef bint short_entries = False, long_entries = False
+    cdef uint64_t i
+    for i in range(b.count):
+        if b.walks[i].kind == WALK_TABLES:
+            short_entries |= b.walks[i].format == KVMMU_FORMAT_32
+            long_entries |= b.walks[i].format != KVMMU_FORMAT_32
+    return short_entries and long_entries
+
+
 cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bint watch) noexcept nogil:
     cdef size_t i
     b.more = b.out.more_count != 0
@@ -179,7 +193,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.recall_backoff = FIRST_REST
     if rows >= FEW_ROWS:
         b.walk_id = work.cache.take_walk_ids(2 * count)
-    b.by_blocks = b.walk_id != 0
+    b.by_blocks = b.walk_id != 0 and not (count > 1 and b.set_ad and mixes_entry_sizes(b))
     if b.by_blocks and not b.more and rows >= MEMO_ROWS:
         b.memo_id = work.cache.take_memo_ids(count)
     b.may_recall = b.recalls = b.memo_id != 0

@@ -28,11 +28,11 @@ from batch_machines import (
     sign_extended,
     stage_of,
 )
-from builders import LEVELS, PageTables, random_tables, words_to_pages
+from builders import LEVELS, PageTables, mode_regs, random_tables, words_to_pages
 from machines import WP, A, D, snapshot
 from random_guests import random_registers
 
-from kvmmu import Access, CpuModel, GeneralProtection, Pml, Regs, Status, Translation
+from kvmmu import Access, CpuModel, GeneralProtection, GuestMemory, Pml, Regs, Status, Translation, Vcpu
 from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 ROUNDS = int(os.environ.get("KVMMU_EQUALITY_ROUNDS", "1"))
@@ -153,6 +153,26 @@ def test_more_tables_than_are_remembered(mode, name):
         readonly = frozenset(pages) if seed % 3 == 1 else frozenset()
         machine = Machine(Image(pages, readonly, "runs"), CpuModel(maxphyaddr=40), [(regs, stage)], nested=stage is not None)
         compare(machine, rows, random_access(rng, rows.size), fields=COLUMNS[:4], set_ad=seed % 3 < 2, why=f"{mode} seed {seed}")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_table_of_entries_of_both_sizes(name):
+    """Accessed and dirty bits of a 4-byte entry are address bits of the 8-byte entry around it: rows keep their order."""
+    use_instruction_set(name)
+    mem = GuestMemory(16 << 12)
+    leaf, pml4, pdpt, directory, small = (frame << 12 for frame in range(1, 6))
+    for table, below in ((pml4, pdpt), (pdpt, directory), (directory, leaf)):
+        mem.write_u64(table, below | 0x67)
+    mem.write_u64(small, leaf | 0x67)
+    mem.write_u64(leaf, 7 << 32 | 0x9067)                               # the upper half: frame 0, neither accessed nor dirty
+    long, short = Regs(**mode_regs("4l", pml4)), Regs(**mode_regs("32", small))
+    walk = Vcpu(mem, cpu=CpuModel(maxphyaddr=46)).gva_walk
+    ctx = np.zeros(300, np.uint32)
+    ctx[[150, 155, 160]] = 1
+    t = walk.translate(np.where(ctx == 1, np.uint64(0x1000), np.uint64(0)), np.where(ctx == 1, 2, 0).astype(np.uint8),
+                       regs=[long, short], ctx=ctx)
+    assert not t.status.any()
+    assert np.array_equal(np.where(ctx == 1, 0, np.where(np.arange(300) < 150, 0x700009000, 0x6700009000)), t.gpa)
 
 
 @pytest.mark.parametrize("mode", ["off", *MODES])
