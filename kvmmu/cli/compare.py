@@ -38,8 +38,8 @@ def add(commands: Commands) -> None:
                      + ", ".join(TlbHierarchy.presets()))
     run.add_argument("--cost", metavar="PRESET|FILE.toml", help="add cycles by a cost model; presets: "
                      + ", ".join(CostModel.presets()))
-    run.add_argument("--scheduler", metavar="ADDRESS", help="compare in tasks: threads, processes, or the address of a scheduler "
-                     "of Dask (extra dask; docs/scale.md)")
+    run.add_argument("--scheduler", metavar="ADDRESS", help="compare in tasks, by Dask (extra dask): threads, processes, or the "
+                     "address of a scheduler (docs/scale.md)")
     form = run.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--csv", action="store_true", help="print one line per design")

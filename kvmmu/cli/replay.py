@@ -64,8 +64,8 @@ def add(commands: Commands) -> None:
     keep.add_argument("--checkpoint", metavar="FILE", help="write the state to a file every so often, and at Ctrl-C or SIGTERM")
     keep.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="how often (default: 60)")
     keep.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same trace and options")
-    run.add_argument("--scheduler", metavar="ADDRESS", help="replay a Parquet trace of accesses alone in parts: threads, "
-                     "processes, or the address of a scheduler of Dask (extra dask; docs/scale.md)")
+    run.add_argument("--scheduler", metavar="ADDRESS", help="replay a Parquet trace of accesses alone in parts, by Dask "
+                     "(extra dask): threads, processes, or the address of a scheduler (docs/scale.md)")
     add_phase(run)
     run.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvmmu import Access, CpuModel, GuestMemory, Status
 from kvmmu.arch.arguments import check_int, check_word
+from kvmmu.arch.extras import missing_extra
 from kvmmu.embed._tlb_fill import new_tlb_fill
 from kvmmu.embed.instructions import writes_what_it_reads
 
@@ -24,7 +25,7 @@ try:
     from unicorn import x86_const as x86
     from unicorn.unicorn_py3.unicorn import uclib
 except ImportError as error:
-    raise ImportError(f"kvmmu.embed.unicorn needs Unicorn 2.1: pip install 'kvmmu[unicorn]' ({error})") from error
+    raise missing_extra(f"kvmmu.embed.unicorn needs Unicorn 2.1 ({error})", "unicorn") from error
 
 __all__ = ["Emulator", "Event"]
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvmmu.arch._bits import GPA_LIMIT, PAGE_SIZE
+from kvmmu.arch.extras import missing_extra
 from kvmmu.images._file import ImageError, ImageFile
 from kvmmu.images._flat import FLAT_SIGNATURE, FlatFile, is_flat
 from kvmmu.images._vmcoreinfo import kernel_root, parse_vmcoreinfo
@@ -166,7 +167,7 @@ def _unpacker(flags: int) -> Callable[[bytes], bytes] | None:
         try:
             import lzo  # type: ignore[import-not-found]
         except ImportError:
-            raise ImportError("pages packed by LZO need python-lzo; install kvmmu[lzo]") from None
+            raise missing_extra("pages packed by LZO need python-lzo", "lzo") from None
         return lambda packed: bytes(lzo.decompress(packed, False, _PAGE))
     return None
 
@@ -180,7 +181,7 @@ def unsnap(packed: bytes, limit: int = _PAGE) -> bytes:
     try:
         import cramjam
     except ImportError:
-        raise ImportError("pages packed by snappy need cramjam; install kvmmu[images]") from None
+        raise missing_extra("pages packed by snappy need cramjam", "images") from None
     length = shift = 0
     for byte in packed[:5]:                     # of what is unpacked, seven bits a byte
         length |= (byte & 0x7F) << shift
@@ -196,7 +197,7 @@ def _unzstd(packed: bytes) -> bytes:
     try:
         import zstandard
     except ImportError:
-        raise ImportError("pages packed by zstd need zstandard; install kvmmu[images]") from None
+        raise missing_extra("pages packed by zstd need zstandard", "images") from None
     return zstandard.ZstdDecompressor(max_window_size=1 << 20).decompress(packed, max_output_size=_PAGE)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvmmu.arch.arguments import check_name
+from kvmmu.arch.extras import missing_extra
 
 __all__ = ["LOCAL", "check_scheduler", "computing", "dask"]
 
@@ -22,8 +23,7 @@ def dask() -> Any:
     try:
         import dask
     except ImportError as error:
-        raise ImportError("scheduler: needs Dask, which is not installed; the extra kvmmu[dask] brings it "
-                          "(pip install 'kvmmu[dask]')") from error
+        raise missing_extra("scheduler: needs Dask, which is not installed", "dask") from error
     return dask
 
 

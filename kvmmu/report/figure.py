@@ -5,6 +5,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from kvmmu.arch._bits import Status
+from kvmmu.arch.extras import missing_extra
 from kvmmu.arch.faults import access_text, nested_title
 from kvmmu.arch.files import check_path, writing
 from kvmmu.arch.words import rights_text
@@ -48,7 +49,7 @@ def matplotlib_or_error() -> Any:
         import matplotlib.figure
         import matplotlib.patches
     except ImportError:
-        raise ImportError("figures need matplotlib; install kvmmu[plot]") from None
+        raise missing_extra("figures need matplotlib", "plot") from None
     return matplotlib
 
 

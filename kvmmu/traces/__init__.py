@@ -1,5 +1,5 @@
 """Readers and writers of memory traces. They know nothing of the MMU and need numpy alone, but for Parquet (extra `arrow`)."""
-# Below: arch._bits, arch.arguments, arch.files, arch.words
+# Below: arch._bits, arch.arguments, arch.extras, arch.files, arch.words
 # Order: _sink, _text, _text_events, _binary, _qemu, _recorded_rows, _arrow, _files, _npz, _schema, header, named, compressed,
 #     _rows, _places, stream, foreign, on_memory, tables, qemu_plugin, qemu_execlog, pinatrace, perf_script, numpy_arrays,
 #     csv, lackey, ftrace, drmemtrace, champsim, parquet, opening, recording, source, conversion

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kvmmu.arch.extras import missing_extra
+
 __all__ = ["pyarrow"]
 
 
@@ -13,5 +15,5 @@ def pyarrow() -> Any:
         import pyarrow.csv
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("CSV and Parquet files need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'") from None
+        raise missing_extra("CSV and Parquet files need PyArrow", "arrow") from None
     return pyarrow

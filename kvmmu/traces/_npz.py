@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmmu.arch.extras import missing_extra
 from kvmmu.traces._files import all_there, limit_of, open_regular
 
 if TYPE_CHECKING:
@@ -300,8 +301,7 @@ def _unzstd(file: Path, source: BinaryIO, limit: int) -> io.BytesIO:
         except Exception as error:  # each reader has its own type for damage
             raise RecordingError(f"{file}: not a whole zstd stream ({_described(error)})") from error
         return output.content
-    raise ImportError(f"{file}: reading .zst needs Python 3.14, the extra kvmmu[zstd] "
-                      "(pip install 'kvmmu[zstd]') or the zstd command line tool")
+    raise missing_extra(f"{file}: reading .zst needs Python 3.14, the zstd command line tool, or the package zstandard", "zstd")
 
 
 def _unzstd_stdlib(source: BinaryIO, output: _Output) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
 
+from kvmmu.arch.extras import missing_extra
 from kvmmu.traces._files import open_regular
 from kvmmu.traces.header import TraceError
 
@@ -182,8 +183,7 @@ def _source_of(path: Path, file: BinaryIO, compression: str) -> _Source:
         try:
             return _Zstd(file)
         except ImportError:
-            raise ImportError(f"{path}: reading .zst needs the package zstandard, the extra kvmmu[zstd]: "
-                              "pip install 'kvmmu[zstd]'") from None
+            raise missing_extra(f"{path}: reading .zst needs the package zstandard", "zstd") from None
     return _Plain(file)
 
 

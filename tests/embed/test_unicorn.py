@@ -389,7 +389,7 @@ def test_without_unicorn():
     """The module says how to get it."""
     code = "import sys; sys.modules['unicorn'] = None\nimport kvmmu.embed.unicorn"
     done = subprocess.run([sys.executable, "-Pc", code], capture_output=True, text=True, check=False)
-    assert "pip install 'kvmmu[unicorn]'" in done.stderr
+    assert f"{sys.executable} -m pip install 'kvmmu[unicorn]'" in done.stderr
 
 
 @pytest.mark.parametrize(("code", "expected"), [

@@ -159,7 +159,7 @@ def test_what_is_refused(trace, monkeypatch):
     with pytest.raises(ValueError, match="pager: cannot go to another process"):
         replay_each([trace], pager=Pager())
     monkeypatch.setitem(__import__("sys").modules, "dask", None)
-    with pytest.raises(ImportError, match=r"the extra kvmmu\[dask\] brings it"):
+    with pytest.raises(ImportError, match=r"the extra kvmmu\[dask\]: .* -m pip install 'kvmmu\[dask\]'"):
         kvmmu.replay(trace, scheduler="threads")
 
 

@@ -207,7 +207,8 @@ def test_without_pyarrow(tmp_path):
                "print(len(next(open_trace('a.lackey').columns())['op']))\n"
                "try: open_trace('a.csv')\nexcept ImportError as error: print(error)")
     done = subprocess.run([sys.executable, "-Pc", program], cwd=tmp_path, text=True, capture_output=True, check=True)
-    assert "2\nCSV and Parquet files need PyArrow, the extra kvmmu[arrow]: pip install 'kvmmu[arrow]'\n" == done.stdout
+    assert (f"2\nCSV and Parquet files need PyArrow, the extra kvmmu[arrow]: {sys.executable} -m pip install 'kvmmu[arrow]'\n"
+            == done.stdout)
 
 
 # ---- numpy -------------------------------------------------------------------------------------------------------------
