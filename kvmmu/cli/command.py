@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import kvmmu
 from kvmmu.cli import compare, convert, diff, info, pt, read, replay, scenario, spt, walk
+from kvmmu.cli.added_formats import raised_by_format
 from kvmmu.cli.image_target import image_hint
 from kvmmu.cli.output import BAD, BUG, INTERRUPTED, OK, Deadly, drop_output, flush
 from kvmmu.cli.parsing import Parser, epilog
@@ -47,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
              if named else f"kvmmu: {error}")
     except UnknownFormatError as error:
         warn(f"kvmmu: {image_hint(error) or error}")
-    except (ValueError, ImportError, kvmmu.GuestFault) as error:
+    except (ImportError, kvmmu.GuestFault) as error:
         warn(f"kvmmu: {error}")
-    except Exception:  # exit status 1 would say that there is a mismatch
-        warn("kvmmu: a bug; please report it with what follows")
-        traceback.print_exc()
-        return BUG
+    except Exception as error:  # exit status 1 would say that there is a mismatch
+        if not isinstance(error, ValueError) and not raised_by_format(error):
+            warn("kvmmu: a bug; please report it with what follows")
+            traceback.print_exc()
+            return BUG
+        warn(f"kvmmu: {raised_by_format(error) or error}")
     return BAD
 
 

@@ -1,11 +1,10 @@
 """Functions that open the recording or trace that a subcommand names."""
 
 import argparse
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvmmu.cli.format_options import option_of, options_of
 from kvmmu.traces import ParquetTrace, Recording, Trace, bundled, is_parquet
 from kvmmu.traces.opening import find_format, formats
 from kvmmu.traces.recording import recording_files
@@ -13,8 +12,6 @@ from kvmmu.traces.source import is_recording, open_source
 
 __all__ = ["BUNDLED", "WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of",
            "toml_files"]
-
-_BOOLEANS = {"yes": True, "no": False, "true": True, "false": False}
 
 BUNDLED = {"bundled": "recording", "bundled-lackey": "lackey"}
 WHAT = ("directory of a recording, a trace file in it, or a trace of any format (docs/formats.md), compressed or not; 'bundled' "
@@ -65,32 +62,11 @@ def format_options(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         what = "--columns" if columns is not None else f"--option {given[0]}"
         raise ValueError(f"{what}: {path} is a recording, whose columns are known")
     found = find_format(path, format)
-    allowed = inspect.signature(found.open).parameters
-    if columns is not None and "columns" not in allowed:
+    if columns is not None and "columns" not in options_of(found):
         raise ValueError(f"--columns: {path} has the format {found.name}, whose columns have no names; allowed with "
                          "csv, parquet and numpy")
     options = {} if columns is None else {"columns": columns}
-    return {"format": format} | options | dict(_option(text, found.name, allowed) for text in given)
-
-
-def _option(text: str, format: str, allowed: Mapping[str, inspect.Parameter]) -> tuple[str, Any]:
-    """The name and the value of an `--option`: of the type that the reader of the format declares."""
-    name, equals, value = text.partition("=")
-    names = sorted(each.name for each in allowed.values() if each.kind is each.KEYWORD_ONLY)
-    if not equals or name not in names:
-        raise ValueError(f"--option {text}: want NAME=VALUE; the options of the format {format} are "
-                         f"{', '.join(names) or 'none'}")
-    kind = str(allowed[name].annotation)
-    if "bool" in kind:
-        if value not in _BOOLEANS:
-            raise ValueError(f"--option {text}: {name} is one of {', '.join(_BOOLEANS)}")
-        return name, _BOOLEANS[value]
-    if "int" in kind and "str" not in kind:
-        try:
-            return name, int(value, 0)
-        except ValueError:
-            raise ValueError(f"--option {text}: {name} is a number, 8 or 0x8") from None
-    return name, value
+    return {"format": format} | options | dict(option_of(text, found) for text in given)
 
 
 def open_any(args: argparse.Namespace) -> Recording | Trace:
