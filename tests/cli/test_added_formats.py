@@ -89,7 +89,7 @@ def test_values_of_another_type_are_refused(added, tmp_path, option, message):
 
 @pytest.mark.parametrize("command", ["replay", "info", "convert", "compare"])
 @pytest.mark.parametrize(("text", "options", "words"), [
-    ("numbers\n4096g\n", (), "the trace format 'numbers' raised ValueError ({}, line 18): invalid literal for int() with base 10"),
+    ("numbers\n4096g\n", (), "the trace format 'numbers' raised ValueError ({}, line 18): invalid literal for int()"),
     ("numbers\n4096\n", ("--option", "step=300"), "the trace format 'numbers' raised OverflowError ({}, line 20): "),
     ("sniff\n", (), "the trace format 'numbers' raised KeyError ({}, line 11): 'no such thing'")])
 def test_exceptions_of_a_format_are_not_bugs_of_kvmmu(added, tmp_path, command, text, options, words):
