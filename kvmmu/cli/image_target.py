@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import kvmmu
+from kvmmu.arch.faults import rule_text
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import files_of, open_with_tables, path_of
 from kvmmu.images import Image, image_formats, is_image, open_image
@@ -144,11 +145,19 @@ def source_vcpu(args: argparse.Namespace, source: Recording | ParquetTrace, ctx:
 
 
 def target_vcpu(args: argparse.Namespace, image: Image | None) -> tuple[str, Vcpu]:
-    """Return a name for people, and a vCPU with the registers that the arguments say. IN image: what `image_of()` returned."""
+    """Return a name for people, and a vCPU with the registers that the arguments say. IN image: what `image_of()` returned.
+
+    Page tables that do not lie in memory are told on standard error.
+    """
     if image is not None:
-        return image_vcpu(args, image)
-    source = open_with_tables(args)
-    return str(source.path), source_vcpu(args, source)[0]
+        name, vcpu = image_vcpu(args, image)
+    else:
+        source = open_with_tables(args)
+        name, vcpu = str(source.path), source_vcpu(args, source)[0]
+    record = vcpu.gva_walk.walk_record(0)
+    if record.rule == "hole" and len(record.steps) == 1:            # every address has this table
+        warn(f"kvmmu: {name}: CR3 {vcpu.regs.cr3:#x}: {rule_text('hole')}")
+    return name, vcpu
 
 
 def space_of(vcpu: Vcpu) -> str:

@@ -271,3 +271,16 @@ def test_parquet_over_the_image_is_refused(capsys, dump):
     assert main(["pt", str(path), "--parquet", str(path)]) == 2
     assert "is the same file as" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [("pt",), ("pt", "--json"), ("diff",), ("read", "0x1000", "0")])
+def test_page_tables_outside_the_image(capsys, tmp_path, command):
+    """CR3 leads where the image has no memory: told on standard error, in the words of `kvmmu walk`."""
+    path = tmp_path / "guest.ram"
+    path.write_bytes(bytes(16 * PAGE))
+    registers = ("--format", "raw", "--cr0", "0x80000001", "--cr4", "0x20", "--efer", "0x500", "--cr3")
+    assert main([command[0], str(path), *command[1:], *registers, "0x99999000"]) == 0
+    assert (f"kvmmu: {path} (raw), vCPU 0: CR3 0x99999000: the table lies in a hole of guest memory, where entries read as not "
+            "present\n") == capsys.readouterr().err
+    assert main([command[0], str(path), *command[1:], *registers, "0x1000"]) == 0
+    assert "" == capsys.readouterr().err
