@@ -89,12 +89,12 @@ cdef class LineParser:
         return p - first, REASONS.get(result)
 
 
-# A line that is not a row is passed over, unless every line shall be one. OUT p: behind it.
-cdef int skip_line(text_state *s, const uint8_t **p) noexcept nogil:
+# A line that is not a row is passed over, unless every line shall be one and it is not of the tracer itself. OUT p: behind it.
+cdef int skip_line(text_state *s, const uint8_t **p, bint of_tracer) noexcept nogil:
     cdef const uint8_t *following = next_line(p[0], s.end)
     if memchr(p[0], 0, following - p[0]) != NULL:
         return NO_TEXT
-    if s.strict:
+    if s.strict and not of_tracer:
         return BROKEN_LINE
     p[0] = following
     s.lines += 1
@@ -111,6 +111,19 @@ cdef class Lackey(LineParser):
         return parse_lackey(&self.state, p, rows)
 
 
+# True if Valgrind wrote a line: "==19857== ", "--19857-- " or "**19857** ", with a time before the PID if it was asked for.
+cdef bint is_valgrind_line(const uint8_t *q) noexcept nogil:
+    cdef uint8_t mark = q[0]
+    if (mark != b'=' and mark != b'-' and mark != b'*') or q[1] != mark:
+        return False
+    q += 2
+    if q[0] < b'0' or q[0] > b'9':
+        return False
+    while b'0' <= q[0] <= b'9' or q[0] == b':' or q[0] == b'.' or q[0] == b' ':
+        q += 1
+    return q[0] == mark and q[1] == mark
+
+
 cdef int parse_lackey(text_state *s, const uint8_t **p, row_sink *rows) noexcept nogil:
     cdef const uint8_t *q
     cdef uint64_t addr, size
@@ -123,7 +136,7 @@ cdef int parse_lackey(text_state *s, const uint8_t **p, row_sink *rows) noexcept
         elif q[0] == b'I' and q[1] == b' ' and q[2] == b' ':
             kind = b'I'
         else:
-            result = skip_line(s, p)
+            result = skip_line(s, p, is_valgrind_line(q))
             if result != PARSED:
                 return result
             continue
@@ -250,7 +263,7 @@ cdef int parse_execlog(text_state *s, const uint8_t **p, row_sink *rows) noexcep
     while p[0] < s.end and not is_full(rows):
         q = p[0]
         if q[0] < b'0' or q[0] > b'9':
-            result = skip_line(s, p)
+            result = skip_line(s, p, False)
             if result != PARSED:
                 return result
             continue

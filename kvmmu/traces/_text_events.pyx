@@ -119,7 +119,7 @@ cdef class PerfScript(Tasks):
                     self.put_sample(&s, rows)
                 else:
                     self.state.skipped += 1
-            elif self.state.strict:
+            elif self.state.strict and p[0][0] != b'#':         # perf's own
                 return BROKEN_LINE
             else:
                 self.state.skipped += 1
@@ -295,7 +295,7 @@ cdef class Ftrace(Tasks):
             if e.kind and e.has_vcpu:
                 map_set(&self.vcpus, e.tid, min(e.vcpu, <uint64_t>MAX_VCPU))
             if not e.kind & self.events:
-                if self.state.strict:
+                if self.state.strict and not is_header(p[0]):
                     return BROKEN_LINE
                 self.state.skipped += 1
             elif not e.has_address:
@@ -355,6 +355,17 @@ cdef int event_of(const word *w) noexcept nogil:
     if is_word(&name, "handle_mmio_page_fault", 22):
         return MMIO_PAGE_FAULT
     return 0
+
+
+# True if ftrace or trace-cmd wrote a line of its own: a comment, or the number of processors. The line ends with a line feed.
+cdef bint is_header(const uint8_t *p) noexcept nogil:
+    cdef const char *processors = "cpus="
+    cdef size_t i = 0
+    if p[0] == b'#':
+        return True
+    while i < 5 and p[i] == <uint8_t>processors[i]:
+        i += 1
+    return i == 5
 
 
 cdef void read_event(const uint8_t *p, event *e) noexcept nogil:

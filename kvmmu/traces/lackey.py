@@ -33,7 +33,8 @@ class LackeyFormat:
         fetch : bool
             Read instruction fetches too.
         strict : bool
-            Refuse lines that are not rows. They are passed over otherwise: Valgrind's own (`==123== ...`) and the program's.
+            Refuse lines that are neither rows nor Valgrind's own (`==123== ...`), which are passed over always. Otherwise lines
+            of the program are passed over, too.
         """
         def read(notes: Notes) -> Iterator[Columns]:
             with open_bytes(path) as stream:
