@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import Any, BinaryIO
 
-__all__ = ["NewFile", "StrPath", "check_output", "check_path", "kind_of", "open_regular", "read_regular", "writing"]
+__all__ = ["NewFile", "StrPath", "check_output", "check_path", "kind_of", "no_such", "open_regular", "read_regular", "writing"]
 
 StrPath = str | PathLike[str]
 
@@ -25,6 +25,14 @@ def kind_of(mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a special file")
+
+
+def no_such(path: StrPath, what: str) -> FileNotFoundError:
+    """Return the error of a path where there is nothing. IN what: should be there."""
+    if os.fspath(path) == "-":
+        return FileNotFoundError(f"-: standard input is not read; want the path of a {what}, a file that can be read more than "
+                                 "once. Write what comes from a pipe to a file first")
+    return FileNotFoundError(f"{os.fspath(path)}: no such {what}")
 
 
 def open_regular(path: StrPath, refusal: type[Exception]) -> BinaryIO:

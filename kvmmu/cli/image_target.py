@@ -6,6 +6,7 @@ from typing import Any
 
 import kvmmu
 from kvmmu.arch.faults import rule_text
+from kvmmu.arch.files import no_such
 from kvmmu.cli.parsing import add_phase, address
 from kvmmu.cli.sources import files_of, open_with_tables, path_of
 from kvmmu.images import Image, image_formats, is_image, open_image
@@ -52,7 +53,10 @@ def add_registers(command: argparse.ArgumentParser, group: Any) -> None:
 def image_of(args: argparse.Namespace) -> Image | None:
     """Open what the arguments name if it is an image; None for a recording or a trace. Damage is told on standard error."""
     path = args.recording
-    if path is None or not Path(path).is_file():        # others say what it is
+    if not Path(path).is_file():                        # others say what it is
+        there = path_of(args)
+        if not there.exists() and not is_recording(there):
+            raise no_such(path, "recording, trace or memory image")
         return None
     if args.format is None and not is_image(path) and _is_trace(path):
         return None

@@ -6,14 +6,14 @@ from typing import Any
 
 from kvmmu.cli.format_options import option_of, options_of
 from kvmmu.traces import ParquetTrace, Recording, Trace, bundled, is_parquet
+from kvmmu.traces._files import BUNDLED
 from kvmmu.traces.opening import find_format, formats
 from kvmmu.traces.recording import recording_files
 from kvmmu.traces.source import is_recording, open_source
 
-__all__ = ["BUNDLED", "WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of",
+__all__ = ["WHAT", "add_format", "files_of", "format_options", "open_any", "open_with_tables", "path_of",
            "toml_files"]
 
-BUNDLED = {"bundled": "recording", "bundled-lackey": "lackey"}
 WHAT = ("directory of a recording, a trace file in it, or a trace of any format (docs/formats.md), compressed or not; 'bundled' "
         "is the bundled recording, 'bundled-lackey' the bundled trace of a program")
 

@@ -1,5 +1,5 @@
 """Openers of memory images: dumps of virtual machines and of whole computers, told apart by what is in the file."""
-# Below: arch._bits, arch.arguments, arch.extras, arch.registers, memory, vm
+# Below: arch._bits, arch.arguments, arch.extras, arch.files, arch.registers, memory, vm
 # Order: _file, _unmapped, _flat, _vmcoreinfo, image, elfcore, kdump, raw, lime, avml, windows, vmware, reader,
 #     opening
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from warnings import warn
 
 from kvmmu.arch.arguments import check_name, check_path
+from kvmmu.arch.files import no_such
 from kvmmu.images._file import ImageError, StrPath
 from kvmmu.images.image import Image
 from kvmmu.images.reader import PhysicalReader, open_reader
@@ -64,7 +65,7 @@ def _all_formats() -> dict[str, Format]:
 def _head_of(path: Path) -> bytes:
     if not path.is_file():
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such image")
+            raise no_such(path, "image")
         raise ImageError(path, "is no regular file")
     with path.open("rb") as file:
         return file.read(_HEAD_BYTES)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmmu.arch.files import NewFile, writing
+from kvmmu.arch.files import NewFile, no_such, writing
 from kvmmu.replay.result import ReplayInterrupted, Report
 from kvmmu.traces import Chunk, Recording, RecordingError, Trace
 from kvmmu.traces._npz import StrPath, open_npz
@@ -81,6 +81,8 @@ def read_file(path: StrPath) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         arrays = open_npz(path)
     except RecordingError as error:
         raise CheckpointError(str(error)) from error
+    except FileNotFoundError:
+        raise no_such(path, "checkpoint") from None
     text = arrays.pop(_HEADER, None)
     if text is None or text.dtype != np.uint8 or text.ndim != 1 or text.size > _MOST_HEADER:
         raise CheckpointError(f"{os.fspath(path)}: no checkpoint: it has no header")

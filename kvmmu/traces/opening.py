@@ -11,6 +11,7 @@ import numpy as np
 
 from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.arch.arguments import check_path
+from kvmmu.traces._files import no_such_trace
 from kvmmu.traces._npz import StrPath
 from kvmmu.traces._sink import PageSet
 from kvmmu.traces.compressed import HEAD_BYTES, compression_of, open_bytes
@@ -128,7 +129,7 @@ def find_format(path: StrPath, format: str | None = None) -> Format:
         return known[format]
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such trace")
+        raise no_such_trace(path, "trace")
     head = _head_of(path)
     scores = {name: candidate.sniff(head, path) for name, candidate in known.items()}
     best = max(scores, key=lambda name: scores[name])
@@ -193,7 +194,7 @@ def open_trace(path: StrPath, format: str | None = None, **options: Any) -> Trac
     found = find_format(path, format)
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such trace")
+        raise no_such_trace(path, "trace")
     return found.open(path, **options)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from kvmmu.arch._bits import INVALID_GPA, Op
 from kvmmu.arch.arguments import check_bool, check_path, check_threads
 from kvmmu.traces._arrow import pyarrow
-from kvmmu.traces._files import NewFile, StrPath, open_regular
+from kvmmu.traces._files import NewFile, StrPath, no_such_trace, open_regular
 from kvmmu.traces._places import MAX_PAIRS, addresses_of, find_places
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
@@ -140,7 +140,7 @@ class ParquetTrace(Trace):
         try:
             open_regular(self.path, TraceError).close()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{self.path}: no such trace") from None
+            raise no_such_trace(self.path, "trace") from None
         file = self._open()
         try:
             header = self._read_header(file)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvmmu.arch.arguments import check_int, check_name, check_path
 from kvmmu.traces import _schema
-from kvmmu.traces._files import all_there, kind_of, open_regular
+from kvmmu.traces._files import all_there, kind_of, no_such_trace, open_regular
 from kvmmu.traces._npz import Arrays, RecordingError, StrPath, find_npz, open_npz
 
 PHASES = ("static", "dyn")
@@ -300,7 +300,7 @@ def _locate(path: Path, phase: str | None) -> tuple[Path, str | None]:
     if path.is_dir():
         return path, phase
     if find_npz(path) is None:
-        raise FileNotFoundError(f"{path}: no such recording")
+        raise no_such_trace(path, "recording")
     kind = kind_of(path.stat().st_mode) if path.exists() else None
     if kind is not None:
         raise RecordingError(f"{path}: is {kind}; allowed is a directory or {_TRACE_FILES}")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmmu.arch.arguments import check_path
-from kvmmu.traces._files import kind_of
+from kvmmu.traces._files import kind_of, no_such_trace
 from kvmmu.traces._npz import StrPath, find_npz
 from kvmmu.traces._recorded_rows import RecordedRows
 from kvmmu.traces.header import TraceError
@@ -60,7 +60,7 @@ def open_source(path: StrPath, format: str | None = None, phase: str | None = No
     if phase is not None and (path.exists() or is_parquet(path)):
         raise ValueError(f"phase {phase}: a trace has one phase")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such {'trace' if is_parquet(path) else 'recording or trace'}")
+        raise no_such_trace(path, "trace" if is_parquet(path) else "recording or trace")
     kind = None if path.is_dir() else kind_of(path.stat().st_mode)
     if kind is not None:
         raise TraceError(f"{path}: is {kind}; allowed is a regular file, or a directory")

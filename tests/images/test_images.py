@@ -400,7 +400,7 @@ def test_lzo_names_its_extra(tmp_path, guest, monkeypatch):
     monkeypatch.setitem(sys.modules, "lzo", None)
     data = bytearray(image_files.kdump(guest, ("plain",)))
     data[4 * PAGE + 12] = 2
-    with pytest.raises(ImportError, match=r"install kvmmu\[lzo\]"):
+    with pytest.raises(ImportError, match=r"-m pip install 'kvmmu\[lzo\]"):
         open_image(written(tmp_path, data)).memory.read(0, 1)
 
 

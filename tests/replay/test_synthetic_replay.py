@@ -393,7 +393,8 @@ def test_info_of_a_damaged_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("replay", "lost"), ["lost: no such recording or trace"]), (("info", "lost"), ["lost: no such recording or trace"]),
+    (("replay", "lost"), ["lost: no such recording or trace"]),
+    (("info", "lost"), ["lost: no such recording, trace or memory image"]),
     (("replay", "empty"), ["empty: is in no format that is known; it is empty", "lackey", "static_trace.npz"]),
     (("info", "garbage"), ["garbage: is in no format", "begins with fe ed fa", "champsim", "--format NAME"]),
     (("convert", "garbage", "out"), ["garbage: is in no format"]),
