@@ -5,14 +5,16 @@ import json
 from typing import Any
 
 from kvmmu.cli.image_info import print_image
-from kvmmu.cli.image_target import image_of
+from kvmmu.cli.image_target import image_hint, image_of
 from kvmmu.cli.output import BAD, OK
 from kvmmu.cli.parsing import Commands, add_phase, command
 from kvmmu.cli.sources import WHAT, add_format, format_options, path_of
 from kvmmu.cli.synthetic import size_text
 from kvmmu.images import Image, ImageError, image_formats, is_image
+from kvmmu.images.raw import why_not_raw
 from kvmmu.replay.terminal import printable, say, warn
 from kvmmu.report.tables import Table, show_tables
+from kvmmu.traces.opening import UnknownFormatError
 from kvmmu.traces.source import describe_source
 
 __all__ = ["add"]
@@ -39,10 +41,16 @@ def _info(args: argparse.Namespace) -> int:
             raise ValueError(f"--columns {args.columns}: an image has no columns")
         print_image(image, args.json)
         return OK
-    found = describe_source(path, phase=args.phase, **format_options(args, path))
+    try:
+        found = describe_source(path, phase=args.phase, **format_options(args, path))
+    except UnknownFormatError as error:
+        if image_hint(error) or path.is_dir():
+            raise
+        names = ", ".join(sorted(image_formats()))
+        raise ValueError(f"{error}. Formats of memory images: {names}; {why_not_raw(path)}") from error
     if args.json:
         say(json.dumps(found))
-    else:
+    elif found["damage"] is None or found["accesses"] or found["events"] or found["skipped"]:   # a table of zeros tells nothing
         show_tables(_tables(found))
     if found["damage"] is not None:
         warn(f"kvmmu: {found['damage']}")

@@ -13,6 +13,7 @@ from kvmmu.arch.arguments import check_name, check_path
 from kvmmu.arch.files import no_such
 from kvmmu.images._file import ImageError, StrPath
 from kvmmu.images.image import Image
+from kvmmu.images.raw import why_not_raw
 from kvmmu.images.reader import PhysicalReader, open_reader
 
 __all__ = ["GROUP", "Format", "find_image_format", "image_formats", "is_image", "open_image"]
@@ -141,7 +142,7 @@ def open_image(path: StrPath | PhysicalReader, format: str | None = None, **opti
         return known[format].open(path, **options)
     found = find_image_format(path)
     if found is None:
-        raise ImageError(path, _unknown(_head_of(Path(path)), sorted(known)), 0)
+        raise ImageError(path, _unknown(path, _head_of(Path(path)), sorted(known)), 0)
     _check_options(f"format {found.name!r}", found.open, options)
     return found.open(path, **options)
 
@@ -157,9 +158,10 @@ def _check_options(what: str, function: Callable[..., Image], options: dict[str,
             raise TypeError(f"{name}: is no option of {what}; allowed are {', '.join(allowed) or 'none'}")
 
 
-def _unknown(head: bytes, names: list[str]) -> str:
+def _unknown(path: StrPath, head: bytes, names: list[str]) -> str:
     for magic, compression in _COMPRESSED.items():
         if head.startswith(magic):
             return f"is compressed by {compression}; decompress it first: an image is mapped, not read"
     shown = f"it begins with {head[:_SHOWN].hex(' ')}" if head else "it is empty"
-    return f"is in no format that is known; {shown}. Formats that can be read: {', '.join(names)}. If it is one, say format=NAME"
+    return (f"is in no format that is known; {shown}. Formats that can be read: {', '.join(names)}; {why_not_raw(path)}. "
+            "If it is one of them, name it: format=NAME, --format NAME")

@@ -284,3 +284,48 @@ def test_page_tables_outside_the_image(capsys, tmp_path, command):
             "present\n") == capsys.readouterr().err
     assert main([command[0], str(path), *command[1:], *registers, "0x1000"]) == 0
     assert "" == capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "size", "reason"), [
+    ("odd.raw", 5000, "raw is a file of whole pages of 4,096 bytes, and this one has 5,000 bytes"),
+    ("small.xyz", 8192, "a raw file of fewer than 65,536 bytes is known by its name alone: .raw, .mem, "),
+    ("empty", 0, "raw is a file of whole pages that are not all 0")])
+def test_a_file_of_no_known_format(capsys, tmp_path, name, size, reason):
+    """The message has the formats of images, why it is not raw, and the option by name; `info` has those of traces, too."""
+    (tmp_path / name).write_bytes(np.random.default_rng(7).bytes(size))
+    for command in ("pt", "info", "diff"):
+        assert main([command, str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert "" == out
+        assert "avml, elf, kdump, lime, raw, vmware, windows; " + reason in err
+        assert "format=NAME, --format NAME" in err
+        assert (command == "info") == ("champsim, csv, drmemtrace" in err)
+
+
+def test_a_raw_file_that_ends_inside_a_page(capsys, tmp_path):
+    path = tmp_path / "odd.raw"
+    path.write_bytes(b"\x01" * 5000)
+    for command, *more in (("info",), ("pt", "--cr3", "0x1000"), ("read", "0x1380", "16", "--physical")):
+        assert main([command, str(path), *more, "--format", "raw"]) == 0
+        out, err = capsys.readouterr()
+        assert f"kvmmu: {path}: its 5,000 bytes are no whole pages: the rest of the last page reads as 0\n" in err
+    assert out.startswith("0000000000001380  01 01 01 01 01 01 01 01 00 00 ")
+    path.write_bytes(b"\x01" * 8192)
+    assert main(["info", str(path), "--format", "raw"]) == 0
+    assert "" == capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--columns", "addr=nowhere,op=kind"), ()])
+def test_info_of_a_trace_of_which_nothing_is_read(capsys, tmp_path, options):
+    """The message alone: a table of zeros says nothing. As JSON it has the message."""
+    path = tmp_path / ("t.csv" if options else "t.npy")
+    if options:
+        path.write_text("addr,op\n4096,R\n")
+    else:
+        np.save(path, np.zeros((3, 3), np.uint64))
+    message = ("addr shall be column 'nowhere'; there are addr, op" if options
+               else "has the shape (3, 3) of uint64; allowed is one dimension")
+    assert main(["info", str(path), *options]) == 2
+    assert ("", f"kvmmu: {path}: {message}\n") == tuple(capsys.readouterr())
+    assert main(["info", str(path), *options, "--json"]) == 2
+    assert f"{path}: {message}" == json.loads(capsys.readouterr().out)["damage"]
