@@ -17,6 +17,7 @@ from kvmmu.comparison.first_touches import FirstTouches
 from kvmmu.comparison.registers import NO_REGISTERS, Registers
 from kvmmu.comparison.spaces import MadeSpaces
 from kvmmu.replay._replay import AT_EVENT, RowLoop, new_row_loop
+from kvmmu.replay.progress import PAGES_PASS, WALKS_PASS, tell_stage
 from kvmmu.tables._page_set import PageSet
 from kvmmu.tlb.counters import TlbStats
 from kvmmu.tlb.processor import ProcessorTlbs, TlbOfHost
@@ -76,7 +77,13 @@ class MadePasses:
 
     def run(self) -> None:
         """Read the trace for its pages, make the tables, and read it again for the walks; Ctrl-C ends that one early."""
-        self._find_pages()
+        tell_stage(self._progress, PAGES_PASS)
+        try:
+            self._find_pages()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted while the trace was read for its pages (pass 1 of 2); "
+                                    "no walk had begun") from None
+        tell_stage(self._progress, WALKS_PASS)
         number = {space: i for i, space in enumerate(self.touched)}
         for page in self._pages:
             self.spaces[page] = MadeSpaces(self.touched, page)

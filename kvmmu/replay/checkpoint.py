@@ -283,19 +283,22 @@ class Checkpoints:
             with self.busy():
                 self._write(state)
 
-    def interruption(self, state: Callable[[], Saved | None], report: Report) -> ReplayInterrupted:
-        """Return the exception that ends a replay behind an interrupt; writes a checkpoint if the state is whole."""
+    def interruption(self, state: Callable[[], Saved | None], report: Report, done: str = "") -> ReplayInterrupted:
+        """Return the exception that ends a replay behind an interrupt; writes a checkpoint if the state is whole.
+
+        IN done: what the message says was done, if that are no accesses.
+        """
         if self._path is None:
-            return ReplayInterrupted(report)
+            return ReplayInterrupted(report, done=done)
         if self._resting:
             self._resting, self._pending = False, False
             try:
                 self._write(state)
             except OSError as error:
-                return ReplayInterrupted(report, None, f"; no checkpoint could be written: {error}")
+                return ReplayInterrupted(report, None, f"; no checkpoint could be written: {error}", done)
         if not os.path.exists(self._path):
-            return ReplayInterrupted(report)
-        return ReplayInterrupted(report, self._path, f"; {os.fspath(self._path)} is a checkpoint to resume from")
+            return ReplayInterrupted(report, done=done)
+        return ReplayInterrupted(report, self._path, f"; {os.fspath(self._path)} is a checkpoint to resume from", done)
 
     def _write(self, state: Callable[[], Saved | None]) -> None:
         assert self._path is not None

@@ -4,10 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kvmmu.replay.terminal import encodable, has_boxes, printable
 
-__all__ = ["progress_bar"]
+__all__ = ["PAGES_PASS", "WALKS_PASS", "progress_bar", "tell_stage"]
+
+# Stages of what reads a trace twice
+PAGES_PASS, WALKS_PASS = "pass 1 of 2, pages", "pass 2 of 2, walks"
 
 _PLAIN_SECONDS = 0.2                    # between two texts
 _PLAIN_WIDTH = 32
@@ -36,15 +40,14 @@ def progress_bar(description: str, resumes: bool = False) -> Iterator[Callable[[
         columns = (rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(),
                    rich.progress.TaskProgressColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
                    rich.progress.TimeRemainingColumn())
-        pace = _Pace(resumes)
         with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=None, rate="")
+            yield _Rich(bar, description, resumes)
 
-            def show(done: int, total: int) -> None:
-                if pace.begins_at(done):
-                    bar.reset(task, completed=done, total=total or None, rate="")
-                bar.update(task, completed=done, total=total or None, rate=pace.rate_text(done, time.perf_counter()))
-            yield show
+
+def tell_stage(progress: Callable[[int, int], object] | None, stage: str) -> None:
+    """Show a stage from here on, if this is what `progress_bar()` yields; numbers begin again."""
+    if isinstance(progress, _Bar):
+        progress.begin(stage)
 
 
 class _Pace:
@@ -53,6 +56,10 @@ class _Pace:
     def __init__(self, resumes: bool) -> None:
         self._waits = resumes
         self._done, self._started = 0, time.perf_counter()
+
+    def restart(self) -> None:
+        """Let the rate count from the next call on."""
+        self._waits = True
 
     def begins_at(self, done: int) -> bool:
         """Tell what was done; True if the rate counts from here on."""
@@ -70,12 +77,47 @@ class _Pace:
         return f"{rate / 1e6:,.1f} M/s" if rate > 0 else ""
 
 
-class _Plain:
+class _Bar:
+    """What `progress_bar()` yields on a terminal."""
+
+    def __init__(self, description: str, resumes: bool) -> None:
+        self.title = self.description = description
+        self.pace = _Pace(resumes)
+
+    def begin(self, stage: str) -> None:
+        """Begin a stage, whose numbers are not those of the one before."""
+        self.description = f"{self.title}, {stage}"
+        self.pace.restart()
+
+
+class _Rich(_Bar):
+    """A bar of rich. IN bar: a rich.progress.Progress."""
+
+    def __init__(self, bar: Any, description: str, resumes: bool) -> None:
+        super().__init__(description, resumes)
+        self._bar, self._task = bar, bar.add_task(description, total=None, rate="")
+
+    def begin(self, stage: str) -> None:
+        super().begin(stage)
+        self._bar.reset(self._task, total=None, description=self.description, rate="")
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.pace.begins_at(done):
+            self._bar.reset(self._task, completed=done, total=total or None, rate="")
+        rate = self.pace.rate_text(done, time.perf_counter())
+        self._bar.update(self._task, completed=done, total=total or None, rate=rate)
+
+
+class _Plain(_Bar):
     """One line that is written over and over."""
 
     def __init__(self, description: str, resumes: bool = False) -> None:
-        self.description, self.pace = description, _Pace(resumes)
+        super().__init__(description, resumes)
         self.shown = 0.0
+
+    def begin(self, stage: str) -> None:
+        super().begin(stage)
+        print(f"\r{self.description}: {'':<{_PLAIN_WIDTH}}", end="", file=sys.stderr, flush=True)
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()

@@ -239,8 +239,8 @@ class ReplayInterrupted(KeyboardInterrupt):
         The checkpoint from which another run can go on.
     """
 
-    def __init__(self, report: Report, checkpoint: str | PathLike[str] | None = None, note: str = "") -> None:
-        super().__init__(f"interrupted after {report.accesses:,} accesses{note}")
+    def __init__(self, report: Report, checkpoint: str | PathLike[str] | None = None, note: str = "", done: str = "") -> None:
+        super().__init__(f"interrupted {done or f'after {report.accesses:,} accesses'}{note}")
         self.report, self.checkpoint = report, checkpoint
 
 

@@ -14,6 +14,7 @@ from kvmmu.arch.arguments import check_bool, check_int
 from kvmmu.arch.registers import CpuModel
 from kvmmu.replay._replay import RowLoop, new_row_loop
 from kvmmu.replay.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint, restoring
+from kvmmu.replay.progress import PAGES_PASS, WALKS_PASS, tell_stage
 from kvmmu.replay.result import SyntheticReport, take_counts
 from kvmmu.replay.trace_memory import LIMIT_VARIABLE, check_pages, memory_limit, pages_at, put_pages
 from kvmmu.replay.trace_replay import with_file
@@ -96,7 +97,8 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
             run.all_chunks()
         return run.report(complete=True)
     except KeyboardInterrupt:
-        raise keeper.interruption(run.state, run.report(complete=False)) from None
+        done = f"after {run.done:,} rows were read for their pages (pass 1 of 2); no walk had begun" if run.reading else ""
+        raise keeper.interruption(run.state, run.report(complete=False), done) from None
     except TraceError as error:
         named = with_file(error, trace)
         named.report = run.report(complete=False)
@@ -145,7 +147,10 @@ class SyntheticRun:
                 self.keeper.tick(self.state)
             self._restore_walks()                       # of all rows
             return
+        if self.reading:
+            tell_stage(self.progress, PAGES_PASS)
         damage = self._all_pages() if self.reading else None
+        tell_stage(self.progress, WALKS_PASS)
         with self.keeper.busy():
             self._begin(self._make_tables())
             self._restore_walks()

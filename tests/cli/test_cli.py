@@ -19,7 +19,9 @@ from toy_recordings import NEEDS_ZSTD
 
 import kvmmu
 from kvmmu import cli
+from kvmmu.comparison.passes import MadePasses
 from kvmmu.replay import progress
+from kvmmu.replay.synthetic import SyntheticRun
 from kvmmu.traces import Recording, bundled, open_npz
 
 CLIPS = DATA / "linux"
@@ -168,10 +170,12 @@ def test_a_reader_that_leaves_is_no_mismatch(before, args):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_interrupt(capsys, monkeypatch):
     """Ctrl-C: 130, as shells have it, and one line."""
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
     monkeypatch.setattr("kvmmu.cli.replay.replay", interrupted)
     status, out, err = run(capsys, "replay", L4)
     assert (status, out, err) == (130, "", "kvmmu: interrupted\n")
@@ -425,6 +429,37 @@ def test_progress_shows_rate_and_time_left(capsys, monkeypatch, tables, total):
     else:
         assert "replaying x" in err
         assert "M/s" in err
+
+
+@pytest.mark.parametrize("bar", ["rich", "plain"])
+@pytest.mark.parametrize("command", ["replay", "compare"])
+def test_progress_tells_the_pass(capsys, monkeypatch, bar, command):
+    """A trace without page tables is read for its pages first: the bar says so."""
+    if bar == "plain":
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main([command, "bundled-lackey", "--json"]) == 0
+    err = capsys.readouterr().err
+    doing = {"replay": "replaying", "compare": "comparing"}[command]
+    if bar == "plain":
+        passes = [err.index(f"{doing} sort.lackey.xz, {words}: ") for words in ("pass 1 of 2, pages", "pass 2 of 2, walks")]
+        assert passes == sorted(passes)
+    else:
+        assert "sort.lackey.xz, pass 2 of 2, walks" in err
+
+
+@pytest.mark.parametrize("command", ["replay", "compare"])
+def test_an_interrupt_of_the_first_pass(capsys, monkeypatch, command):
+    """The message says that no walk had begun; there is nothing to report."""
+    monkeypatch.setattr(SyntheticRun, "_add_pages", interrupted)
+    monkeypatch.setattr(MadePasses, "_find_pages", interrupted)
+    status, out, err = run(capsys, command, "bundled-lackey")
+    assert (status, out) == (130, "")
+    read = "after 0 rows were read for their pages" if command == "replay" else "while the trace was read for its pages"
+    assert err == f"kvmmu: interrupted {read} (pass 1 of 2); no walk had begun\n"
 
 
 @pytest.mark.parametrize("bar", ["rich", "plain"])
