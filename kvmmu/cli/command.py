@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def _run(argv: Sequence[str] | None) -> int:
         raise
     if sys.stdout is None:
         raise StreamError("standard output is closed: there is nowhere to print to")
+    args.command_line = shlex.join(["kvmmu", *(sys.argv[1:] if argv is None else argv)])
     status = int(args.run(args))
     flush()
     return status

@@ -102,6 +102,6 @@ def _write(found: Comparison, args: argparse.Namespace) -> None:
     if args.parquet is not None:
         found.to_parquet(args.parquet)
     if args.html is not None:
-        found.to_html(args.html)
+        found.to_html(args.html, command=args.command_line)
     if args.plot is not None:
         found.plot(args.plot)

@@ -246,11 +246,22 @@ class Comparison:
 
         return plot_comparison(self.data(), path)
 
-    def to_html(self, path: str | PathLike[str] | None = None) -> str:
-        """Return the comparison as one HTML page that needs no network; save it if there is a path: whole, or not at all."""
+    def to_html(self, path: str | PathLike[str] | None = None, *, command: str = "") -> str:
+        """Return the comparison as one HTML page that needs no network; save it if there is a path: whole, or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like, optional
+        command : str
+            The command line that made it, which the page shows beside kvmmu's version and the date.
+        """
+        from datetime import UTC, datetime
+
+        from kvmmu import __version__
         from kvmmu.report.comparison_page import comparison_page
 
-        text = comparison_page(self.data())
+        made_by = f"Made by kvmmu {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{f': {command}' if command else '.'}"
+        text = comparison_page(self.data() | {"made_by": _encodable(made_by)})
         if path is not None:
             with writing(path) as part, open(part, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -268,6 +279,8 @@ class Comparison:
             "tables": _encodable(self.tables()), "regions": {page: rows.tolist() for page, rows in self.regions.items()},
             "exits_over_time": {_encodable(result.design.name): _over_time(result.host.position, result.host.count)
                                 for result in self.results if result.host.position.size},
+            "tlbs": {_encodable(result.design.tlb_name): repr(result.design.hierarchy).partition("(")[2].removesuffix(")")
+                     for result in self.results},
             "faults_over_time": {name: _over_time(positions, np.ones(positions.size, np.uint64))
                                  for name, positions in self.faults.items() if positions.size}}
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-__all__ = ["COLOURS", "KIND_NAMES", "PAGE_HEIGHTS", "cost_bars", "curves", "exits_over_time", "faults_over_time", "groups_of",
-           "kind_of", "refs_bars", "refs_shares"]
+__all__ = ["COLOURS", "KIND_NAMES", "PAGE_HEIGHTS", "Series", "cost_bars", "curves", "drawn", "exits_over_time",
+           "faults_over_time", "groups_of", "kind_of", "refs_bars", "refs_shares"]
 
 Points = list[list[float]]
 Series = list[tuple[str, Points]]
@@ -17,7 +17,7 @@ _MOST_SERIES = 8
 
 
 def alike(series: Series) -> Series:
-    """Return the series, those of the same points as one with all their names; the largest `_MOST_SERIES` of them."""
+    """Return the series, those of the same points as one with all their names."""
     found: list[tuple[list[str], Points]] = []
     for name, points in series:
         same = next((names for names, others in found if others == points), None)
@@ -25,11 +25,12 @@ def alike(series: Series) -> Series:
             found.append(([name], points))
         else:
             same.append(name)
-    return [(_names(names), points) for names, points in found[:_MOST_SERIES]]
+    return [(", ".join(names), points) for names, points in found]
 
 
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def drawn(series: Series) -> tuple[Series, list[str]]:
+    """Return the series that have a colour of their own, and the names of the others."""
+    return series[:_MOST_SERIES], [name for name, _ in series[_MOST_SERIES:]]
 
 
 def curves(data: dict[str, Any]) -> Series:

@@ -1,5 +1,6 @@
 """A comparison as one figure. Needs matplotlib."""
 
+import textwrap
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvmmu.report.comparison_data import (
     PAGE_HEIGHTS,
     cost_bars,
     curves,
+    drawn,
     exits_over_time,
     faults_over_time,
     groups_of,
@@ -23,6 +25,7 @@ __all__ = ["plot_comparison"]
 
 # Line styles for who sees no colours
 _STYLES = ("-", "--", ":", "-.", (0, (4, 4)), (0, (1, 3)), (0, (12, 3)), (0, (6, 2, 2, 2, 2, 2)))
+_LEGEND = 64                                    # letters of a line of a legend
 _ROW = 0.24                                     # inches per bar
 
 
@@ -92,16 +95,19 @@ def _bars(axes: Any, title: str, label: str, names: list[str], stacks: list[tupl
 
 
 def _lines(axes: Any, title: str, x_label: str, y_label: str, series: list[tuple[str, list[list[float]]]]) -> None:
-    for place, (name, points) in enumerate(series):
-        axes.step([point[0] for point in points], [point[1] for point in points], where="post", label=name,
-                  color=COLOURS[place % len(COLOURS)], linestyle=_STYLES[place % len(_STYLES)])
+    lines, rest = drawn(series)
+    for place, (name, points) in enumerate(lines):
+        axes.step([point[0] for point in points], [point[1] for point in points], where="post",
+                  label=textwrap.fill(name, _LEGEND), color=COLOURS[place % len(COLOURS)],
+                  linestyle=_STYLES[place % len(_STYLES)])
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if series:
-        axes.legend(fontsize=7)
+        note = f"not drawn: {len(rest)} more, which the HTML page names" if rest else None
+        axes.legend(fontsize=7, title=note, title_fontsize=7)
 
 
 def _map(axes: Any, page: str, groups: list[list[list[int]]], left_out: int, matplotlib: Any) -> None:

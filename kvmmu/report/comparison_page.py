@@ -9,8 +9,10 @@ from kvmmu.report.comparison_data import (
     COLOURS,
     KIND_NAMES,
     PAGE_HEIGHTS,
+    Series,
     cost_bars,
     curves,
+    drawn,
     exits_over_time,
     faults_over_time,
     groups_of,
@@ -18,11 +20,14 @@ from kvmmu.report.comparison_data import (
     refs_bars,
     refs_shares,
 )
+from kvmmu.report.comparison_terms import terms_html
 from kvmmu.report.svg_charts import bar_chart, legend, line_chart, map_chart
 from kvmmu.report.tables import Table
 
 __all__ = ["comparison_page", "table_of"]
 
+# Parts of the data that are not in the page's JSON
+_DRAWN = ("tables", "regions", "exits_over_time", "faults_over_time", "tlbs", "made_by")
 # The same colours, lighter, for a dark page
 _DARK = ("#56b4e9", "#ff9e4a", "#3fd0a4", "#e59ac4", "#f0e442", "#9ad0f5", "#c9a2ff", "#d0d0d0")
 _STYLE = """
@@ -44,6 +49,7 @@ figure { margin: 0; } figure > svg { width: 100%; height: auto; display: block; 
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg text.mono { font: 10.5px ui-monospace, monospace; }
 .grid { stroke: var(--line); } .axis { stroke: var(--faint); }
 .line { fill: none; stroke-width: 2; } .fill { stroke: none; }
+.terms { margin-top: 1.6rem; } dt { font-weight: 600; } dd { margin: 0 0 0.4rem; color: var(--faint); max-width: 46rem; }
 .legend { list-style: none; margin: 0.4rem 0 0; padding: 0; font-size: 0.85rem; }
 .legend svg { width: 30px; height: 12px; margin-right: 0.5rem; vertical-align: -1px; }
 SERIES
@@ -55,7 +61,7 @@ def comparison_page(data: dict[str, Any]) -> str:
     light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)) for colours in (COLOURS, _DARK))
     series = "\n".join(f".line.s{i} {{ stroke: var(--s{i}); }} .fill.s{i} {{ fill: var(--s{i}); }}" for i in range(len(COLOURS)))
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("SERIES", series)
-    plain = {key: value for key, value in data.items() if key not in ("tables", "regions", "exits_over_time", "faults_over_time")}
+    plain = {key: value for key, value in data.items() if key not in _DRAWN}
     text = json.dumps(plain).replace("<", "\\u003c")
     title = f"{data['name']}: {data['accesses']:,} accesses under {len(data['designs'])} designs"
     kinds = ", ".join(f"{count:,} {name}s" if name != "fetch" else f"{count:,} fetches" for name, count in data["kinds"].items())
@@ -64,7 +70,8 @@ def comparison_page(data: dict[str, Any]) -> str:
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
             f"<style>{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<p>{escape(kinds)}.</p>\n{stopped}"
-            f'<div class="scroll">{table}</div>\n<div class="charts">\n{_charts(data)}</div>\n'
+            f'<div class="scroll">{table}</div>\n<div class="charts">\n{_charts(data)}</div>\n{terms_html(data)}'
+            f'<p>{escape(data["made_by"])}</p>\n'
             f'<script type="application/json" id="comparison">{text}</script>\n</body>\n</html>\n')
 
 
@@ -95,29 +102,33 @@ def _charts(data: dict[str, Any]) -> str:
     parts.append(_figure("References of page walks", "Paging-structure entries that walks read, per 1,000 accesses.",
                          bar_chart("References per 1,000 accesses by design", "entries read per 1,000 accesses", names, stacks),
                          legend([label for label, _ in stacks], lines=False)))
-    lines = curves(data)
-    parts.append(_figure("Misses over TLB size", "Fully associative LRU TLBs of every size, from one pass (stack distances).",
-                         line_chart("Misses by number of TLB entries", "TLB entries (logarithmic)", "misses per 1,000 accesses",
-                                    lines, log_x=True, steps=True), legend([name for name, _ in lines])))
+    parts.append(_lines("Misses over TLB size", "Fully associative LRU TLBs of every size, from one pass (stack distances).",
+                        "Misses by number of TLB entries", "TLB entries (logarithmic)", "misses per 1,000 accesses", curves(data),
+                        log_x=True))
     lines = refs_shares(data)
     if lines:
-        parts.append(_figure("References per walk", "Share of the page walks that read at most so many entries, in both stages.",
-                             line_chart("Share of walks by entries read", "entries read by a walk", "walks, percent", lines,
-                                        steps=True), legend([name for name, _ in lines])))
+        parts.append(_lines("References per walk", "Share of the page walks that read at most so many entries, in both stages.",
+                            "Share of walks by entries read", "entries read by a walk", "walks, percent", lines))
     lines = exits_over_time(data)
     if lines:
-        parts.append(_figure("Exits over time", "Exits for the host's page tables until each access, the first touches of pages.",
-                             line_chart("Exits until each access", "accesses", "exits", lines, steps=True),
-                             legend([name for name, _ in lines])))
+        parts.append(_lines("Exits over time", "Exits for the host's page tables until each access, the first touches of pages.",
+                            "Exits until each access", "accesses", "exits", lines))
     lines = faults_over_time(data)
     if lines:
-        parts.append(_figure("Faults over time", "First touches of 4K pages are the faults of demand paging with such pages.",
-                             line_chart("Page faults until each access", "accesses", "page faults", lines, steps=True),
-                             legend([name for name, _ in lines])))
+        parts.append(_lines("Faults over time", "First touches of 4K pages are the faults of demand paging with such pages.",
+                            "Page faults until each access", "accesses", "page faults", lines))
     for page, regions in data["regions"].items():
         if regions:
             parts.append(_map(page, regions))
     return "".join(parts)
+
+
+def _lines(title: str, note: str, label: str, x_label: str, y_label: str, series: Series, *, log_x: bool = False) -> str:
+    """Return a figure of lines. Those that are alike are one line, with all their names; others than the first are named."""
+    lines, rest = drawn(series)
+    note += f" Not drawn are {len(rest)} more lines: {'; '.join(rest)}." if rest else ""
+    return _figure(title, note, line_chart(label, x_label, y_label, lines, log_x=log_x, steps=True),
+                   legend([name for name, _ in lines]))
 
 
 def _map(page: str, regions: list[list[int]]) -> str:

@@ -258,6 +258,7 @@ def test_data(tmp_path):
     assert parquet.read_table(tmp_path / "out.parquet").to_pydict() == found.columns()
     assert str(found) == found.table()
     assert "cycles by 'mine': made up" in found.table()
+    assert "cycles by 'estimate': Intel" in kvmmu.compare(some_trace(4), [Design()], cost="estimate").table()
 
 
 def test_curve():
@@ -391,6 +392,10 @@ def test_figure(tmp_path, capsys):
     for wanted in ("References of page walks", "Misses over TLB size", "References per walk", "Exits over time",
                    "Faults over time"):
         assert wanted in titles
+    legend = figure.axes[titles.index("References per walk")].get_legend()
+    names = " ".join(text.get_text().replace("\n", " ") for text in legend.get_texts())
+    assert " more" not in names
+    assert legend.get_title().get_text() == "not drawn: 1 more, which the HTML page names"
     assert all(axes.get_xlabel() for axes in figure.axes[:6])
     assert (tmp_path / "out.svg").stat().st_size > 10_000
     assert main(["compare", "bundled-lackey", "--plot", "out.bmp"]) == 2

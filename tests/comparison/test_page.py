@@ -12,7 +12,11 @@ import pytest
 
 import kvmmu
 from kvmmu import Design
-from kvmmu.report.comparison_data import alike, groups_of, kind_of
+from kvmmu.cli import main
+from kvmmu.comparison.design import HOSTS, PAGE_POLICIES
+from kvmmu.report.comparison_data import alike, drawn, groups_of, kind_of
+from kvmmu.report.comparison_page import comparison_page
+from kvmmu.report.comparison_terms import terms_html
 from kvmmu.report.svg_charts import line_chart, ticks
 from kvmmu.traces import Header, Trace, bundled
 
@@ -71,6 +75,59 @@ def test_page(found, tmp_path):
                   "Exits over time", "Faults over time", "Address space, 4k pages", "Address space, 2m pages"):
         assert title in reader.text
     assert found._repr_html_().count("<tr>") == len(found.results) + 1
+
+
+def test_terms(found):
+    """The page says what its words mean: each column, and the hosts, page policies and TLBs that are in it."""
+    reader = Reader()
+    reader.feed(found.to_html())
+    terms = set(reader.text[reader.text.index("Terms"):])
+    assert {"design", "later TLB hits", "page walks", "guest refs", "host refs", "refs per walk", "exits",
+            "cycles per access"} <= terms
+    assert {"host ept", "host shadow", "pages 4k", "pages 2m", "TLB skylake", "TLB zen3"} <= terms
+    assert not {"host native", "pages thp", "TLB zen4"} & terms
+    assert any("STLB 128x12" in text for text in terms)
+    unpriced = kvmmu.compare(bundled("lackey"), [Design(host=host, page=page) for host in HOSTS for page in ("4k", "thp")
+                                                 if not host.startswith("nested")])
+    reader = Reader()
+    reader.feed(unpriced.to_html())
+    assert "cycles per access" not in reader.text
+    assert "host native" in reader.text
+    assert "pages thp" in reader.text
+
+
+def test_every_host_and_page_policy_has_a_meaning():
+    data = {"designs": [{"host": host, "page": page} for host in HOSTS for page in PAGE_POLICIES], "tlbs": {}}
+    text = terms_html(data)
+    assert all(f"<dt>host {host}</dt>" in text for host in HOSTS)
+    assert all(f"<dt>pages {page}</dt>" in text for page in PAGE_POLICIES)
+
+
+def test_who_made_a_page(found, tmp_path, capsys):
+    """Version and date; the command line where there was one, as text."""
+    made = rf"<p>Made by kvmmu {re.escape(kvmmu.__version__)}, \d{{4}}-\d\d-\d\d \d\d:\d\d UTC"
+    assert re.search(made + r"\.</p>", found.to_html())
+    page = tmp_path / "a <b>.html"
+    assert main(["compare", "bundled-lackey", "--html", str(page)]) == 0
+    capsys.readouterr()
+    shown = re.escape(f": kvmmu compare bundled-lackey --html &#x27;{tmp_path}/a &lt;b&gt;.html&#x27;</p>")
+    assert re.search(made + shown, page.read_text(encoding="utf-8"))
+
+
+def test_no_design_is_hidden():
+    """Legends name all designs whose lines are one, and the lines beyond those that have a colour."""
+    rows = 4096 * np.arange(40, dtype=np.uint64)
+    trace = Trace(Header(registers=(), name="x"), [{
+        "op": np.zeros(40, np.uint8), "addr": rows, "access": np.zeros(40, np.uint8)}])
+    same = kvmmu.compare(trace, [Design(f"design {i}") for i in range(6)])
+    assert ", ".join(f"design {i}" for i in range(6)) in same.to_html()
+    data = same.data()
+    for i, design in enumerate(data["designs"] * 2):
+        data["designs"] = [*data["designs"][:i], design | {"name": f"line {i}", "walks_by_refs": [0, 1, i + 1]}]
+    assert len(data["designs"]) == 12
+    page = comparison_page(data | {"made_by": ""})
+    assert "Not drawn are 4 more lines: line 8; line 9; line 10; line 11." in page
+    assert drawn([(str(i), []) for i in range(9)]) == ([(str(i), []) for i in range(8)], ["8"])
 
 
 def test_names_are_text():
