@@ -34,6 +34,8 @@ def synthetic_tables(report: SyntheticReport) -> list[Table]:
         summary.insert(3, ("first-touch faults", f"{report.first_touch_faults:,}"))
     if report.mmio:
         summary.insert(1, ("accesses to MMIO", f"{report.mmio:,}"))
+    if report.unchecked_gpas:
+        summary.append(("recorded physical addresses", "not checked: the page tables are made"))
     if not report.complete:
         summary.insert(0, ("stopped early, after", f"{report.accesses:,} accesses"))
     summary += [(f"passed over: {printable(kind)}", f"{count:,}") for kind, count in report.skipped.items()]

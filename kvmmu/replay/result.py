@@ -193,6 +193,9 @@ class SyntheticReport(Report):
         Memory that those pages take.
     table_pages : int
         Page tables, of 4096 bytes each.
+    unchecked_gpas : bool
+        The trace tells guest-physical addresses (its first chunk does). They are not checked: the tables are not those of its
+        guest.
     """
 
     source: str = ""
@@ -207,6 +210,7 @@ class SyntheticReport(Report):
     mapped: dict[str, int] = field(default_factory=dict)
     mapped_bytes: int = 0
     table_pages: int = 0
+    unchecked_gpas: bool = False
 
     def _checked(self) -> str:
         faults = "" if self.first_touch_faults is None else f", {self.first_touch_faults:,} first-touch faults"
@@ -220,7 +224,7 @@ class SyntheticReport(Report):
         """Return plain data for JSON."""
         names = ("name", "source", "mode", "page", "frames", "complete", "accesses", "kinds", "mmio", "crossings",
                  "pages_touched", "page_sizes", "first_touch_faults", "walk_faults", "walks", "skipped", "seconds", "waited",
-                 "rate")
+                 "rate", "unchecked_gpas")
         return {name: getattr(self, name) for name in names} | {
             "refs": {"total": self.refs, "per_walk": self.refs_per_walk},
             "footprint": {"touched_bytes": self.touched_bytes, "mapped_bytes": self.mapped_bytes, "mapped": self.mapped,

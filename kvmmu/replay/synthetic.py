@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,10 @@ def replay_synthetic(trace: Trace, order: TablesToOrder, progress: Progress | No
         raise named from error.__cause__
 
 
+def _tells_gpas(chunk: Chunk) -> bool:
+    return len(chunk) > 0 and (chunk.all_known or bool((chunk.gpa != np.uint64(INVALID_GPA)).any()))
+
+
 class SyntheticRun:
     """One replay under way."""
 
@@ -131,6 +136,7 @@ class SyntheticRun:
         self.done = 0                                   # rows of this reading
         self.reading = order.pager is None              # for the pages alone, not walked
         self.first_rows: list[int] = []
+        self.tells_gpas: bool | None = None             # the first chunk does; None before it
         self.skipped = 0                                # rows of this reading that the state to go on from knows
         self.saved: Saved | None = None                 # that state, until the walks of it are taken up
         if keeper.saved is not None:
@@ -210,7 +216,7 @@ class SyntheticRun:
         if self.first_rows and found != self.first_rows:
             raise CheckpointError("the first rows of the trace are not those of the checkpoint: want the same options of its "
                                   "reader")
-        self.first_rows = found
+        self.first_rows, self.tells_gpas = found, _tells_gpas(chunk)
 
     def _plain(self, chunk: Chunk) -> Chunk:
         if self.unknown.size < len(chunk):
@@ -329,6 +335,7 @@ class SyntheticRun:
             return None
         plain: dict[str, Any] = {
             "reading": self.reading, "done": self.done, "rows": self.rows, "first_rows": self.first_rows, "waited": self.waited,
+            "tells_gpas": bool(self.tells_gpas),
             "seconds": time.perf_counter() - self.started}
         arrays: dict[str, NDArray[Any]] = {}
         if self.order.pager is None:
@@ -348,6 +355,8 @@ class SyntheticRun:
         self.first_rows, self.skipped = plain["first_rows"], check_int("done", plain["done"], 0, _MOST_ROWS)
         self.rows, self.started = check_int("rows", plain["rows"], 0, _MOST_ROWS), self.started - float(plain["seconds"])
         self.waited += float(plain["waited"])
+        if "tells_gpas" in plain:                       # checkpoints of before have none
+            self.tells_gpas = check_bool("tells_gpas", plain["tells_gpas"])
         if self.order.pager is None:
             if touched is None or touched.dtype != np.uint64 or touched.ndim != 1:
                 raise ValueError("touched: want page numbers")
@@ -399,11 +408,19 @@ class SyntheticRun:
         report.table_pages = self.table_pages
         if isinstance(self.trace, ForeignTrace):
             report.skipped = dict(self.trace.notes.skipped)
+        report.unchecked_gpas = self._has_gpas()
         if self.loop is not None:
             self._count(report, self.loop)
         report.tlb = None if self.tlbs is None else self.tlbs.stats()
         report.seconds = time.perf_counter() - self.started
         return report
+
+    def _has_gpas(self) -> bool:
+        """True if the first chunk tells guest-physical addresses. It is read here if this run began behind it."""
+        if self.tells_gpas is None and isinstance(self.trace, ParquetTrace):
+            with closing(self.trace.chunks()) as chunks:
+                self.tells_gpas = any(_tells_gpas(chunk) for chunk in islice(chunks, 1))
+        return bool(self.tells_gpas)
 
     def _count(self, report: SyntheticReport, loop: RowLoop) -> None:
         take_counts(report, loop, [_SIZE_NAMES[shift] for shift in self.shifts])

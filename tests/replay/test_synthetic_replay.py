@@ -383,6 +383,22 @@ def test_info_of_a_recording(capsys):
     assert (status, "200,000" in out) == (0, True)
 
 
+@pytest.mark.parametrize("gpas", [True, False])
+def test_recorded_physical_addresses_are_not_checked(capsys, tmp_path, gpas):
+    """The tables are made for the trace: the report says that addresses which the trace tells are not looked at."""
+    path = tmp_path / "g.csv"
+    path.write_text("where,k,frame\n" + "".join(f"{4096 * i},R,{i << 13 if gpas else ''}\n" for i in range(1, 50)))
+    status, out, _ = run(capsys, "replay", path, "--columns", "addr=where,op=k,gpa=frame")
+    assert (status, "recorded physical addresses" in out, "not checked" in out) == (0, gpas, gpas)
+    status, out, _ = run(capsys, "replay", path, "--columns", "addr=where,op=k,gpa=frame", "--json")
+    assert (status, json.loads(out)["unchecked_gpas"]) == (0, gpas)
+    status, out, _ = run(capsys, "replay", path, "--columns", "addr=where,op=k", "--pager", "--json")
+    assert (status, json.loads(out)["unchecked_gpas"]) == (0, False)
+    convert(open_trace(path, columns="addr=where,op=k,gpa=frame"), tmp_path / "g.parquet")
+    for options in ({}, {"scheduler": "threads"}):
+        assert gpas == kvmmu.replay(tmp_path / "g.parquet", **options).unchecked_gpas
+
+
 def test_info_of_a_damaged_file(capsys, tmp_path):
     (tmp_path / "cut.xz").write_bytes(bundled("lackey").read_bytes()[:50_000])
     status, out, err = run(capsys, "info", tmp_path / "cut.xz")
