@@ -16,7 +16,7 @@ from kvmmu.replay.machine_start import TDP_OF
 from kvmmu.replay.progress import progress_bar
 from kvmmu.replay.replay import replay
 from kvmmu.replay.result import ReplayInterrupted, Report, SyntheticReport
-from kvmmu.replay.terminal import say, warn
+from kvmmu.replay.terminal import printable, say, warn
 from kvmmu.report.machine import machine_tables
 from kvmmu.report.tables import replay_tables, show_tables
 from kvmmu.report.tlb import tlb_tables
@@ -94,7 +94,7 @@ def _replay(args: argparse.Namespace) -> int:
                                 **_machine(args))
         except (ReplayInterrupted, TraceError) as stop:
             if stop.report is not None and stop.report.accesses:
-                _show(stop.report, args.json)
+                _show(stop.report, args.json, path_of(args).name)
             if ended_by:
                 warn(f"kvmmu: {stop}")
                 flush()
@@ -103,7 +103,7 @@ def _replay(args: argparse.Namespace) -> int:
     if isinstance(report, SyntheticReport) and not report.accesses and report.skipped:
         passed_over = ", ".join(f"{count:,} {kind}" for kind, count in report.skipped.items())
         raise TraceError(f"{path_of(args)}: has no accesses in the format {report.source}; passed over: {passed_over}")
-    _show(report, args.json)
+    _show(report, args.json, path_of(args).name)
     return MISMATCH if report.mismatches else OK
 
 
@@ -173,11 +173,14 @@ def _vcpu_of_image(args: argparse.Namespace) -> Vcpu:
     return image_vcpu(args, image)[1]
 
 
-def _show(report: Report, as_json: bool) -> None:
+def _show(report: Report, as_json: bool, file: str) -> None:
+    """Print a report. IN file: name of the file, which may be a conversion of what the report names."""
     if as_json:
         say(json.dumps(report.to_dict()))
         return
     tables = synthetic_tables(report) if isinstance(report, SyntheticReport) else replay_tables(report)
+    if file != report.name and file.endswith(".parquet"):
+        tables[0] = (f"{printable(file)}: {tables[0][0]}", *tables[0][1:])
     if isinstance(report, MachineReport):
         tables += machine_tables(report)
     show_tables(tables if report.tlb is None else tables + tlb_tables(report.tlb))

@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
                    "has; a trace is not searched for addresses.",
                    "walk bundled 0x401000", "walk RECORDING 0xffffffff81000000 --access x --ctx 3",
                    "walk bundled 0x401000 --plot walk.png", "walk l4.parquet 0x401000 --json")
-    walk.add_argument("recording", metavar="RECORDING", help="recording, trace with page tables, or memory image; 'bundled' is "
-                                                             "the bundled recording")
+    walk.add_argument("recording", metavar="IMAGE", help="memory image, or a recording or trace that has page tables; 'bundled' "
+                                                         "is the bundled recording")
     walk.add_argument("gva", nargs="+", type=address, metavar="GVA", help="linear address, hexadecimal with 0x")
     add_phase(walk)
     add_image_options(walk)

@@ -78,7 +78,8 @@ def show_tables(tables: list[Table], file: TextIO | None = None) -> None:
             table.add_column(rich.text.Text(name), justify="right" if column else "left")
         for row in rows:
             table.add_row(*map(rich.text.Text, row))
-        console.print(rich.text.Text(title), table, sep="\n", highlight=False)
+        console.print(rich.text.Text(title), highlight=False, soft_wrap=True)       # a path is not cut in two
+        console.print(table, highlight=False)
     say(text.getvalue().removesuffix("\n"), file)
 
 

@@ -567,7 +567,7 @@ def test_convert_and_replay_by_the_command(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["verified"], report["mismatches"], report["phase"]) == (400_000, 0, "static")
     assert cli.main(["replay", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("l4, static phase, mode 4l")
+    assert capsys.readouterr().out.startswith("l4.parquet: l4, static phase, mode 4l")
 
 
 @pytest.mark.parametrize(("args", "words"), [
