@@ -16,7 +16,7 @@ from kvmmu import Access, Accesses, CpuModel, GuestMemory, Vcpu
 from kvmmu.traces import Op
 
 FOOTPRINTS = [12, 16, 18, 20, 22, 24, 26] if QUICK else [12, 14, 16, 18, 20, 22, 24, 26, 28, 30]
-MACHINE_FOOTPRINTS = [12, 16, 20, 22] if QUICK else [12, 14, 16, 18, 20, 22, 24, 25]
+MACHINE_FOOTPRINTS = [12, 16, 20, 22] if QUICK else [12, 14, 16, 18, 20, 22, 24]
 SLOTS = [1, 64, 4096] if QUICK else [1, 4, 16, 64, 256, 1024, 4096, 16384]
 BATCHES = [10 ** n for n in range(7 if QUICK else 8)]
 UNITS = ("B", "KiB", "MiB", "GiB")

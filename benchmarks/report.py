@@ -66,7 +66,7 @@ def groups_of(rows):
 def read(path):
     """(rows in the order of their groups, the whole file)."""
     run = json.loads(Path(path).read_text())
-    rows = [Row(benchmark["extra_info"]) for benchmark in run["benchmarks"]]
+    rows = [Row(info) for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]) if "group" in info]   # others failed
     order = groups_of(rows)
     return sorted(rows, key=lambda row: order.index(row.group)), run
 

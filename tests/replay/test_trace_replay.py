@@ -572,3 +572,47 @@ def test_arguments_are_checked_before_the_trace(given, words):
         kvmmu.replay(once, **given)
     with pytest.raises(ValueError, match="^(pager: the chunks of a Trace are read once|mode: 'machine' is for)"):
         kvmmu.replay(once, **{"mode": "machine"} if "mode" in given else {})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_write_above_one_of_many_tables(seed):
+    """More last tables than a walk remembers, then few pages again and again: a write above one counts for the next access."""
+    rng, regions = np.random.default_rng(seed), 90
+    mem = GuestMemory(128 << 12)
+    pml4, pdpt, directories, leaves = 1 << 12, 2 << 12, 3 << 12, (3 + regions) << 12
+    which = rng.integers(0, 6, 512 * regions)                           # leaf table of each entry of the directories
+    pages = np.arange(6 * 512, dtype=np.uint64) + np.uint64(100)        # behind the leaf tables
+
+    def entries(frames):
+        return (np.asarray(frames, np.uint64) << np.uint64(12) | np.uint64(0x67)).tobytes()
+
+    mem.write(pml4, entries([pdpt >> 12]))
+    mem.write(pdpt, entries(np.arange(regions) + 3))
+    mem.write(directories, entries(which + (leaves >> 12)))
+    mem.write(leaves, entries(pages))
+    vcpu = Vcpu(mem, cpu=CpuModel(maxphyaddr=40))
+    vcpu.set_regs(**LONG_MODE | {"cr3": pml4})
+    columns = {name: [] for name in ("op", "addr", "gpa", "value", "access", "size")}
+
+    def access(gva):
+        gva = np.asarray(gva, np.uint64)
+        frame = pages[512 * which[gva >> np.uint64(21)] + (gva >> np.uint64(12) & np.uint64(511)).astype(int)]
+        add(0, gva, frame << np.uint64(12) | gva & np.uint64(0xFFF), 0, 4, 1)
+
+    def add(*row):
+        for column, values in zip(columns.values(), row, strict=True):
+            column.append(np.broadcast_to(np.asarray(values, np.uint64), np.shape(row[1])))
+
+    access(rng.integers(0, regions << 30, 60_000))
+    hot = rng.integers(0, regions << 18, 40, np.uint64) << np.uint64(12)
+    access(hot[rng.integers(0, 40, 130_000)])
+    for gva in hot:
+        at = int(gva >> np.uint64(21))
+        which[at] = (which[at] + 1) % 6
+        add(Op.GUEST_WRITE, [directories + 8 * at], 0, int.from_bytes(entries([(leaves >> 12) + which[at]]), "little"), 0, 8)
+        access([gva])
+        access(hot)
+    kinds = {"op": np.uint8, "access": np.uint8, "size": np.uint8}
+    chunk = {name: np.concatenate(column).astype(kinds.get(name, np.uint64)) for name, column in columns.items()}
+    report = kvmmu.replay([chunk], vcpu)
+    assert (report.mismatches, report.verified) == (0, 190_000 + 40 * 41)

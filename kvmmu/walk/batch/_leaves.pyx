@@ -8,13 +8,15 @@ from kvmmu.arch._bits cimport ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIF
 from kvmmu.arch._format cimport access_info_of, kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
-    PSCE_ACCESSED_CLEAR_SHIFT, PSC_BITS, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels, kvmmu_leaf_block,
-    kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level, kvmmu_read_entry,
-    kvmmu_set_psce, kvmmu_use_tables,
+    KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, PSC_BITS, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels,
+    kvmmu_leaf_block, kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level,
+    kvmmu_read_entry, kvmmu_set_psce, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, asks_rights, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
-from kvmmu.walk.batch._psc cimport back_off, cached_walk, is_backing_off, psce_of, remember_table, reset_backoff, table_of
+from kvmmu.walk.batch._psc cimport (
+    back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_table, reset_backoff, table_of,
+)
 
 cdef enum:
     # Tables found from which on most are no longer cached when they are asked for again: as many as the cache has entries
@@ -28,6 +30,9 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
     cdef size_t lane
     if s.found > DESCENT_TABLES and s.descent.care and s.checker.level == PG_LEVEL_4K:
         lanes = kernels.descend[s.w.format](l, &s.descent, gva)
+        if s.touched is not NULL:
+            for lane in range(KVMMU_BLOCK_ROWS):
+                mark_word(s.touched, l.pte[lane])
     else:
         lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
     l.noncanonical = l.accessed_clear = 0

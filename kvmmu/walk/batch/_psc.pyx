@@ -109,7 +109,7 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.has_masks = False
     reset_backoff(&s.mask_backoff, 1)
     s.descent.care = 0
-    if second is NULL and touched is NULL and w.fmt is not NULL:
+    if second is NULL and w.fmt is not NULL:
         init_descent(s)
 
 

@@ -69,6 +69,7 @@ KVMMU_INLINE void descend_to_entry(int format, struct kvmmu_leaf_block *l, const
     const struct kvmmu_upper_walk *u = &d->upper[KVMMU_UPPER_SLOT(region, d->walk_id)];
     const int known = u->tag == (region | (uint64_t)d->walk_id << UPPER_ID_SHIFT);
     l->entry[i] = known ? u->table + (addr >> (KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M) - 3) & PT64_INDEX_MASK << 3) : d->nothing;
+    l->pte[i] = l->entry[i];
     rights[i] = u->rights;
     here[i] = known ? d->psce_here | (uint64_t)(u->readonly != 0) << PSCE_READONLY_SHIFT : 0;
     __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);

@@ -14,8 +14,8 @@
  * IN far: last entries are probably not in the cache of the CPU, and are prefetched. */
 typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, int far);
 /* Find tables of last entries by the upper walks of their regions and the entries of level 2. Returns the lanes whose table this does
- * not tell. OUT psce, entry, which is prefetched. Not of 32-bit tables, which are
- * few. */
+ * not tell. OUT psce, entry, which is prefetched; pte: where the entry of level 2
+ * lies. Not of 32-bit tables, which are few. */
 typedef uint64_t (*kvmmu_descend_fn)(struct kvmmu_leaf_block *, const struct kvmmu_descent *, const uint64_t *gva);
 /* Read the last entries, and compare them with the accept masks. Returns the lanes that are not accepted. OUT pte; gpa: of accepted
  * lanes; slow: lanes not accepted for an accessed or dirty bit alone; level (or NULL): of all; status, error_code (or NULL): as if
