@@ -64,9 +64,9 @@ def groups_of(rows):
 
 
 def read(path):
-    """(rows in the order of their groups, the whole file)."""
+    """(rows in the order of their groups, the whole file). Benchmarks that failed have none."""
     run = json.loads(Path(path).read_text())
-    rows = [Row(info) for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]) if "group" in info]   # others failed
+    rows = [Row(info) for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]) if "group" in info]
     order = groups_of(rows)
     return sorted(rows, key=lambda row: order.index(row.group)), run
 
