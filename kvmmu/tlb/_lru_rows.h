@@ -220,8 +220,8 @@ static void kvmmu_lru_ask_any(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *
         b->found[entry] = (uint8_t)(hit ? level : KVMMU_LRU_NOWHERE);
         b->waiting[waits] = (uint16_t)entry;
         waits += !hit;
-        if (b->one_class < 0)
-            r->hits[level][b->class[entry]] += (unsigned)hit;
+        if (b->one_class < 0 && hit)
+            r->hits[level][b->class[entry]]++;
     }
     b->waits = waits;
 }
@@ -282,7 +282,7 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
         b->waiting[waits] = (uint16_t)entry;
         waits += !hit;
         if (!alike)
-            hits[b->class[entry]] += hit;
+            hits[hit ? b->class[entry] : 0] += hit; /* rows without a page have no counter */
     }
     s->replaced += replaced;
     b->waits = waits;
