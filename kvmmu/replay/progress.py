@@ -78,7 +78,7 @@ class _Pace:
 
 
 class _Bar:
-    """What `progress_bar()` yields on a terminal."""
+    """The bar of `progress_bar()` on a terminal."""
 
     def __init__(self, description: str, resumes: bool) -> None:
         self.title = self.description = description

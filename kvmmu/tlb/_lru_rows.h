@@ -227,7 +227,7 @@ static void kvmmu_lru_ask_any(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *
 }
 
 #if KVMMU_LRU_AVX2
-/* What a level does with most keys of a block: it finds hardly any, or finds them first in their sets, or neither. */
+/* How most keys of a block fare at a level: it has hardly any of them, it has them first in their sets, or neither. */
 enum kvmmu_lru_habit { KVMMU_LRU_ANY, KVMMU_LRU_RARE, KVMMU_LRU_FRONT };
 
 KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_rows *r, struct kvmmu_lru_block *b, int level,
@@ -288,7 +288,7 @@ KVMMU_LRU_INLINE KVMMU_LRU_FOR_AVX2 void kvmmu_lru_ask_vectors(struct kvmmu_lru_
     b->waits = waits;
 }
 
-/* Whether most of a sample of the keys that wait are first in their sets, where nothing moves. */
+/* Return 1 if most of a sample of the keys that wait are first in their sets, where nothing moves. */
 static int kvmmu_lru_finds_first(const struct kvmmu_lru_rows *r, const struct kvmmu_lru_block *b, int level)
 {
     enum { SAMPLE = 16, ENOUGH = 11 }; /* tuned by hand */

@@ -1,4 +1,4 @@
-"""What is said where an optional package is missing."""
+"""The hint where an optional package is missing."""
 
 import sys
 from pathlib import Path

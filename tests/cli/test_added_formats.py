@@ -111,7 +111,7 @@ def test_exceptions_of_an_image_format(added, tmp_path):
 
 
 def test_an_error_of_the_file_is_told_as_it_is(added, tmp_path):
-    """What a format says by a TraceError needs no more words."""
+    """A TraceError of a format is told as it is."""
     (tmp_path / "run").write_text("numbers\ndamaged\n")
     done = added("replay", "run")
     assert (2, "kvmmu: run: line 3 is damaged\n") == (done.returncode, done.stderr)

@@ -77,9 +77,8 @@ cdef void init_descent(cached_walk *s) noexcept nogil:
     d.upper, d.walk_id, d.gva_mask, d.base = s.upper, s.rules.walk_id, s.checker.gva_mask, w.base_mask
     d.nothing = s.checker.nothing
     d.gpa, d.size, d.hva = slot.gpa, slot.size, hva - slot.gpa
-    d.psce = <uint64_t>PG_LEVEL_4K << PSCE_LEVEL_SHIFT | <uint64_t>1 << PSCE_TABLE_SHIFT | (
-        <uint64_t>slot.readonly << PSCE_READONLY_SHIFT)
-    d.psce_here = <uint64_t>PG_LEVEL_2M << PSCE_LEVEL_SHIFT
+    d.psce = psce_word(NULL, PG_LEVEL_4K, 0, False, slot.readonly, False)
+    d.psce_here = psce_word(NULL, PG_LEVEL_2M, 0, False, False, False)
     d.present_mask, d.page_size_mask = w.present_mask, w.page_size_mask
 
 

@@ -62,7 +62,7 @@ struct kvmmu_upper_walk {
     int write_refused; /* by the second stage, of the table */
 };
 
-/* What leads from upper walks to last entries, in one step: which entries of level 2 pass, and one slot that tables may lie in. */
+/* The rules of a step from upper walks to last entries: which entries of level 2 pass, and one slot that tables may lie in. */
 struct kvmmu_descent {
     const struct kvmmu_upper_walk *upper;
     uint32_t walk_id;
