@@ -74,20 +74,7 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
         uint64_t fault
         uint64_t slow
 
-    enum:
-        UPPER_BITS
-        UPPER_ID_SHIFT
-
-    cdef struct kvmmu_upper_walk:
-        uint64_t tag
-        uint64_t table
-        uint64_t rights
-        bint readonly
-        bint write_refused
-
     cdef struct kvmmu_descent:
-        const kvmmu_upper_walk *upper
-        uint32_t walk_id
         uint64_t gva_mask
         uint64_t base
         uint64_t want
@@ -97,17 +84,15 @@ cdef extern from "kvmmu/walk/batch/kernels/kernels.h" nogil:
         uint64_t size
         uint64_t hva
         uint64_t psce
-        uint64_t psce_here
         uint64_t present_mask
         uint64_t page_size_mask
 
-    uint64_t KVMMU_UPPER_SLOT(uint64_t region, uint32_t walk_id)
-
-    ctypedef uint64_t (*kvmmu_descend_fn)(kvmmu_leaf_block *, const kvmmu_descent *, const uint64_t *gva) noexcept
+    ctypedef uint64_t (*kvmmu_descend_fn)(kvmmu_leaf_block *, const kvmmu_descent *, const uint64_t *gva, bint far) noexcept
     ctypedef uint64_t (*kvmmu_find_fn)(kvmmu_leaf_block *, const kvmmu_leaf_checker *, const uint64_t *gva, bint far) noexcept
     ctypedef uint64_t (*kvmmu_accept_fn)(kvmmu_leaf_block *, const kvmmu_leaf_checker *, const uint64_t *gva,
                                          const uint8_t *access,
-                                         uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code) noexcept
+                                         uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code,
+                                         const uint64_t *ahead) noexcept
     ctypedef void (*kvmmu_check_fn)(kvmmu_leaf_block *, const kvmmu_leaf_rules *, uint64_t gva_mask, const uint64_t *gva,
                                     const uint8_t *access, uint64_t *gpa) noexcept
     ctypedef uint64_t (*kvmmu_recall_fn)(const kvmmu_memo_entry *, const uint64_t *gva, const uint8_t *access,

@@ -17,6 +17,9 @@ cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
     return <uint64_t>1 << lane
 
 
+# Look up where the last entries of 64 addresses lie. Returns the lanes that are not cached. IN far: as in `kernels/kernels.h`
+cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                          bint far) noexcept nogil
 # Find where the last entries of 64 addresses lie. OUT l.noncanonical, l.miss, l.accessed_clear. IN wanted: lanes that count;
 # far: as in `kernels/kernels.h`
 cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,

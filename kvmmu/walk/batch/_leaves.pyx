@@ -15,26 +15,59 @@ from kvmmu.walk.batch._kernels cimport (
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, asks_rights, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport (
-    back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_table, reset_backoff, table_of,
+    back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_psce, remember_table, reset_backoff, table_of,
 )
 
 cdef enum:
     # Tables found from which on most are no longer cached when they are asked for again: as many as the cache has entries
     DESCENT_TABLES = 1 << PSC_BITS
+    # Lanes that are not cached from which on they are looked up all at once, which costs as much as some walks. Tuned by hand
+    MANY_MISSES = 6
     MOST_FORMATS = 16               # of walks that are alike: there are fewer combinations of WP, SMEP, SMAP and so on in a trace
+
+
+cdef inline bint can_descend(const cached_walk *s) noexcept nogil:
+    return s.descent.care and s.checker.level == PG_LEVEL_4K
+
+
+cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                          bint far) noexcept nogil:
+    cdef uint64_t missed
+    cdef size_t lane
+    if s.found <= DESCENT_TABLES or not can_descend(s):
+        return kernels.find[s.w.format](l, &s.checker, gva, far)
+    kernels.find[s.w.format](l, &s.directories, gva, False)
+    missed = kernels.descend[s.w.format](l, &s.descent, gva, far)
+    if s.touched is not NULL:
+        for lane in range(KVMMU_BLOCK_ROWS):
+            mark_word(s.touched, l.pte[lane])
+    return missed
+
+
+cdef uint64_t descend_lanes(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                            uint64_t lanes) noexcept nogil:
+    """Find psce of lanes below tables of level 2 that are cached, and cache them. Returns the lanes left."""
+    cdef kvmmu_leaf_block below
+    cdef uint64_t known
+    cdef size_t lane
+    kernels.find[s.w.format](&below, &s.directories, gva, False)
+    known = lanes & ~kernels.descend[s.w.format](&below, &s.descent, gva, True)
+    lanes &= ~known
+    l.miss &= ~known
+    while known:
+        lane = kvmmu_first_bit(known)
+        known &= known - 1
+        mark_word(s.touched, below.pte[lane])
+        remember_psce(s, gva[lane] & s.checker.gva_mask, below.psce[lane])
+        l.psce[lane], l.entry[lane] = below.psce[lane], below.entry[lane]
+    return lanes
 
 
 cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,
                       bint far) noexcept nogil:
-    cdef uint64_t lanes, fresh, addr, psce
+    cdef uint64_t lanes = seek_leaves(kernels, s, l, gva, far), fresh, addr, psce
     cdef size_t lane
-    if s.found > DESCENT_TABLES and s.descent.care and s.checker.level == PG_LEVEL_4K:
-        lanes = kernels.descend[s.w.format](l, &s.descent, gva)
-        if s.touched is not NULL:
-            for lane in range(KVMMU_BLOCK_ROWS):
-                mark_word(s.touched, l.pte[lane])
-    else:
-        lanes = kernels.find[s.w.format](l, &s.checker, gva, far)
+    cdef bint descends = can_descend(s)
     l.noncanonical = l.accessed_clear = 0
     l.level = s.checker.level
     l.miss = lanes
@@ -57,6 +90,9 @@ cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_b
             l.miss &= ~lane_bit(lane)
             if (psce >> PSCE_ACCESSED_CLEAR_SHIFT) & 1:
                 l.accessed_clear |= lane_bit(lane)
+        if descends and kvmmu_count_bits(lanes) >= MANY_MISSES:         # now that a table of level 2 is known
+            lanes = descend_lanes(kernels, s, l, gva, lanes)
+        descends = False
     l.miss &= ~l.noncanonical
     # One behind the other: a processor that waits for the translation of one address has those of the others on the way
     while fresh:
@@ -155,7 +191,8 @@ cdef bint check_most_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_
         return True
     remaining = lanes
     if (s.has_masks or make_accept_masks(s, gva[kvmmu_first_bit(lanes)])) and l.level == s.checker.level:
-        remaining = (kernels.accept[s.w.format](l, &s.checker, gva, access, gpa, NULL, NULL, NULL) | l.accessed_clear) & lanes
+        remaining = kernels.accept[s.w.format](l, &s.checker, gva, access, gpa, NULL, NULL, NULL, NULL)
+        remaining = (remaining | l.accessed_clear) & lanes
     if kvmmu_count_bits(remaining) > MAX_REMAINING_IN_BLOCK:
         s.has_masks = False                                 # masks from another entry may accept more
         back_off(&s.mask_backoff)

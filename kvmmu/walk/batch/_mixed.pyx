@@ -56,7 +56,7 @@ cdef bint translate_mixed_block(batch *b, cached_walks *m, size_t first) noexcep
         return False
     find_leaves(b.kernels, &m.first, lanes, gva, ~others, False)
     remaining = b.kernels.accept[m.w.format](lanes, &m.first.checker, gva, access, out.gpa, out.level, out.status,
-                                             out.error_code)
+                                             out.error_code, NULL)
     remaining |= others | lanes.miss | lanes.noncanonical | lanes.accessed_clear
     if kvmmu_count_bits(remaining) > MAX_REMAINING_MIXED:
         return False

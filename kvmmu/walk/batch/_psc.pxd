@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._kernels cimport (
-    kvmmu_descent, kvmmu_leaf_checker, kvmmu_leaf_rules, kvmmu_memo_entry, kvmmu_psc_entry, kvmmu_upper_walk,
+    kvmmu_descent, kvmmu_leaf_checker, kvmmu_leaf_rules, kvmmu_memo_entry, kvmmu_psc_entry,
 )
 
 # A way that did not pay is left alone for a number of blocks, which doubles up to a limit.
@@ -27,7 +27,6 @@ cdef enum:
 # The memory of the cache of a batch, or of a thread's part of it.
 cdef struct walk_tables:
     kvmmu_psc_entry *psc[2]     # of the first stage, of the second; 1 << PSC_BITS each
-    kvmmu_upper_walk *upper[2]  # 1 << UPPER_BITS each
     kvmmu_memo_entry *memo
 
 # One stage of a walk of a batch, with what is cached of it.
@@ -36,8 +35,8 @@ cdef struct cached_walk:
     cached_walk *second         # the second stage under w, or NULL
     kvmmu_leaf_rules rules      # rules.walk_id tells its entries in the cache from those of other walks
     size_t found                # entries so far
-    kvmmu_upper_walk *upper
-    kvmmu_descent descent       # care 0: there is none
+    kvmmu_leaf_checker directories      # where tables of level 2 are cached, without masks
+    kvmmu_descent descent       # from them; care 0: there is none
     uint8_t *touched            # NULL, or the words of memory that entries depend on: mark_word()
     # of 64 rows: see `_leaves.pxd`
     kvmmu_leaf_checker checker
@@ -76,6 +75,8 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
                            uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil
 # Return the psce of addr, cached or found now; 0: it cannot be known. IN addr: masked, canonical
 cdef uint64_t psce_of(cached_walk *s, uint64_t addr) noexcept nogil
+# Cache the psce of addr
+cdef void remember_psce(cached_walk *s, uint64_t addr, uint64_t psce) noexcept nogil
 # Find the psce of addr anew, and cache it; 0: it cannot be known
 cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil
 

@@ -6,7 +6,7 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport get_guest_pgd, kvm_pagewalk, second_stage_access
 from kvmmu.arch._bits cimport (
-    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, EPT_MT_XWR_MASK, EPT_RWX_MASK, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K,
+    ACCESS_USER_MASK, ACCESS_WRITE_MASK, ACC_ALL, EPT_MT_XWR_MASK, EPT_RWX_MASK, PG_LEVEL_2M, PG_LEVEL_4K,
     PT32_INDEX_MASK, PT64_INDEX_MASK, PT_PRESENT_MASK,
 )
 from kvmmu.arch._gpte cimport (
@@ -17,10 +17,10 @@ from kvmmu.arch._gpte cimport (
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport gpa_to_hva, guest_slot, kvmmu_read64
 from kvmmu.walk.batch._kernels cimport (
-    KVMMU_UPPER_SLOT, MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
+    MEMO_BITS, MEMO_ID_BITS, PSCE_ACCESSED_CLEAR_SHIFT, PSCE_ACCESS_SHIFT, PSCE_HVA_MASK, PSCE_LEVEL_SHIFT,
     PSCE_READONLY_SHIFT, PSCE_TABLE_SHIFT, PSCE_WRITE_REFUSED_SHIFT, PSC_ADDR_MASK, PSC_BITS, PSC_TAG_ACCESSED_CLEAR,
-    PSC_WALK_ID_BITS, UPPER_BITS, UPPER_ID_SHIFT, kvmmu_addr_tag, kvmmu_descent, kvmmu_entry_hva, kvmmu_memo_entry,
-    kvmmu_psc_entry, kvmmu_psc_slot, kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_upper_walk, kvmmu_use_tables,
+    PSC_WALK_ID_BITS, kvmmu_addr_tag, kvmmu_descent, kvmmu_entry_hva, kvmmu_memo_entry, kvmmu_psc_entry, kvmmu_psc_slot,
+    kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
 from kvmmu.walk.batch._psc cimport cached_walk, mark_word, reset_backoff, walk_tables
@@ -44,10 +44,6 @@ cdef uint64_t table_of(const cached_walk *s, uint64_t psce, uint64_t addr) noexc
     if hva == <uint64_t><uintptr_t>NO_TABLE or level >= s.w.level:
         return 0
     return hva - entry_offset(format, addr, level)
-
-
-cdef inline kvmmu_upper_walk *upper_of(const cached_walk *s, uint64_t region) noexcept nogil:
-    return &s.upper[KVMMU_UPPER_SLOT(region, s.rules.walk_id)]
 
 
 cdef void enter_psce(kvmmu_psc_entry *p, uint64_t tag, uint64_t psce) noexcept nogil:
@@ -74,11 +70,10 @@ cdef void init_descent(cached_walk *s) noexcept nogil:
         d.care |= EPT_MT_XWR_MASK
     if d.want & w.fmt.rsvd_bits_mask[0][PG_LEVEL_2M - 1] or hva + slot.size > PSCE_HVA_MASK or w.format == KVMMU_FORMAT_32:
         d.care = 0
-    d.upper, d.walk_id, d.gva_mask, d.base = s.upper, s.rules.walk_id, s.checker.gva_mask, w.base_mask
+    d.gva_mask, d.base = s.checker.gva_mask, w.base_mask
     d.nothing = s.checker.nothing
     d.gpa, d.size, d.hva = slot.gpa, slot.size, hva - slot.gpa
     d.psce = psce_word(NULL, PG_LEVEL_4K, 0, False, slot.readonly, False)
-    d.psce_here = psce_word(NULL, PG_LEVEL_2M, 0, False, False, False)
     d.present_mask, d.page_size_mask = w.present_mask, w.page_size_mask
 
 
@@ -87,7 +82,6 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
-    s.upper = tables.upper[stage]
     s.rules.fmt = w.fmt
     s.rules.present_mask, s.rules.page_size_mask, s.rules.pse36_mask = w.present_mask, w.page_size_mask, w.pse36_mask
     s.rules.accessed_mask, s.rules.address_mask = w.accessed_mask, w.address_mask
@@ -107,6 +101,8 @@ cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *t
     s.checker.nothing = <uint64_t><uintptr_t>NO_TABLE
     s.has_masks = False
     reset_backoff(&s.mask_backoff, 1)
+    s.directories.psc, s.directories.gva_mask, s.directories.nothing = s.checker.psc, s.checker.gva_mask, s.checker.nothing
+    kvmmu_use_tables(w.format, &s.directories, walk_id, PG_LEVEL_2M)
     s.descent.care = 0
     if second is NULL and w.fmt is not NULL:
         init_descent(s)
@@ -154,16 +150,17 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
     cdef const kvm_pagewalk *w = s.w
     cdef int level = w.level
     cdef uint64_t pte = get_guest_pgd(w)
-    cdef uint64_t rights = ~<uint64_t>0, gpa, offset
+    cdef uint64_t rights = ~<uint64_t>0, upper_access = ACC_ALL, acc, psce = 0, gpa, offset
     cdef const uint8_t *hva
     cdef bint readonly = False, accessed_clear = False, write_refused = False
     cdef bint asks_second = w.ngpa is not NULL and not w.ngpa.table_access      # for every update of an entry
-    cdef uint64_t region = addr >> kvmmu_level_shift(w.format, PG_LEVEL_1G)
-    cdef kvmmu_upper_walk *u = upper_of(s, region)
-    cdef uint64_t upper_tag = region | <uint64_t>s.rules.walk_id << UPPER_ID_SHIFT
-    cdef bint is_known = u.tag == upper_tag
+    cdef uint64_t directory_tag = addr >> s.directories.tag_shift ^ s.directories.walk_tag
+    cdef kvmmu_psc_entry *directory = &s.directories.psc[kvmmu_psc_slot_of(&s.directories, addr)]
+    cdef bint is_known = directory.tag == directory_tag
     if is_known:
-        level, rights, readonly, write_refused = PG_LEVEL_2M, u.rights, u.readonly, u.write_refused
+        psce = directory.value
+        level, upper_access = PG_LEVEL_2M, psce >> PSCE_ACCESS_SHIFT & ACC_ALL
+        readonly, write_refused = (psce >> PSCE_READONLY_SHIFT) & 1, (psce >> PSCE_WRITE_REFUSED_SHIFT) & 1
     elif has_pdptrs(walker, level):
         if w.pdptes_in_memory:
             gpa = kvmmu_pdpte_gpa(pte, kvmmu_pdpte_index(addr))
@@ -183,24 +180,26 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
                 return psce_word(hva, level, ACC_ALL, False, True, False)
         level -= 1
     while True:
+        acc = gpte_access(walker, rights) & upper_access
         offset = gpte_index(walker, addr, level) * sizeof(walker.ptes[0])
         if is_known:
-            hva, is_known = <const uint8_t *><uintptr_t>u.table + offset, False
+            hva, is_known = <const uint8_t *><uintptr_t>(psce & PSCE_HVA_MASK) + offset, False
         else:
             gpa = (pte & w.base_mask) + offset
             if s.second is not NULL and not cached_table_gpa(s.second, gpa, &gpa, &write_refused):
                 return 0
             hva = gpa_to_hva(w.mem, gpa, &readonly)
             if hva is NULL:
-                return psce_word(<const uint8_t *>NO_TABLE, level, gpte_access(walker, rights), accessed_clear, True, False)
+                return psce_word(<const uint8_t *>NO_TABLE, level, acc, accessed_clear, True, False)
             if level == PG_LEVEL_2M and not accessed_clear:
-                u.tag, u.table, u.rights = upper_tag, <uint64_t><uintptr_t>(hva - offset), rights
-                u.readonly, u.write_refused = readonly, write_refused
+                psce = psce_word(hva - offset, level, acc, False, readonly, write_refused)
+                if psce:
+                    enter_psce(directory, directory_tag, psce | <uint64_t>1 << PSCE_TABLE_SHIFT)
         if level == PG_LEVEL_4K:
-            return psce_word(hva - offset, level, gpte_access(walker, rights), accessed_clear, readonly, write_refused)
+            return psce_word(hva - offset, level, acc, accessed_clear, readonly, write_refused)
         pte = read_gpte(walker, hva)
         if not pte & w.present_mask or is_rsvd_bits_set(walker, w.fmt, pte, level) or pte & w.page_size_mask:
-            return psce_word(hva, level, gpte_access(walker, rights), accessed_clear, readonly, write_refused)
+            return psce_word(hva, level, acc, accessed_clear, readonly, write_refused)
         mark_word(s.touched, <uint64_t><uintptr_t>hva)
         rights &= gpte_rights(walker, pte)
         if s.rules.accessed_mask & ~pte and (not readonly or asks_second):
@@ -213,12 +212,19 @@ cdef inline bint is_tagged(const kvmmu_psc_entry *p, uint64_t tag) noexcept nogi
     return (p.tag ^ tag) & ~PSC_TAG_ACCESSED_CLEAR == 0
 
 
+cdef void remember_psce(cached_walk *s, uint64_t addr, uint64_t psce) noexcept nogil:
+    cdef uint64_t addr_tag = kvmmu_addr_tag(s.w.format, addr)
+    cdef uint64_t tag = kvmmu_psc_tag(addr_tag, s.rules.walk_id)
+    cdef kvmmu_psc_entry *p = &s.checker.psc[kvmmu_psc_slot(addr_tag, s.rules.walk_id)]
+    s.found += not is_tagged(p, tag)
+    enter_psce(p, tag, psce)
+
+
 cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil:
     cdef guest_walker32 walker32
     cdef guest_walker64 walker64
     cdef guest_walkerEPT walkerEPT
-    cdef uint64_t psce, tag, addr_tag = kvmmu_addr_tag(s.w.format, addr)
-    cdef kvmmu_psc_entry *p
+    cdef uint64_t psce
     if s.w.format == KVMMU_FORMAT_32:
         psce = find_psce_generic(&walker32, s, addr)
     elif s.w.format == KVMMU_FORMAT_64:
@@ -226,10 +232,7 @@ cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil:
     else:
         psce = find_psce_generic(&walkerEPT, s, addr)
     if psce:
-        p = &s.checker.psc[kvmmu_psc_slot(addr_tag, s.rules.walk_id)]
-        tag = kvmmu_psc_tag(addr_tag, s.rules.walk_id)
-        s.found += not is_tagged(p, tag)
-        enter_psce(p, tag, psce)
+        remember_psce(s, addr, psce)
     return psce
 
 
@@ -245,7 +248,6 @@ cdef void forget_all(walk_tables *tables) noexcept nogil:
     cdef int stage
     for stage in range(2):
         memset(tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
-        memset(tables.upper[stage], 0, sizeof(kvmmu_upper_walk) << UPPER_BITS)
     memset(tables.memo, 0, sizeof(kvmmu_memo_entry) << MEMO_BITS)
 
 
@@ -260,8 +262,7 @@ cdef class WalkCache:
         check_maker(mark, "a WalkCache is made by a batch")
         for stage in range(2):
             self.tables.psc[stage] = <kvmmu_psc_entry *>calloc(1 << PSC_BITS, sizeof(kvmmu_psc_entry))
-            self.tables.upper[stage] = <kvmmu_upper_walk *>calloc(1 << UPPER_BITS, sizeof(kvmmu_upper_walk))
-            whole = whole and self.tables.psc[stage] is not NULL and self.tables.upper[stage] is not NULL
+            whole = whole and self.tables.psc[stage] is not NULL
         self.tables.memo = <kvmmu_memo_entry *>calloc(1 << MEMO_BITS, sizeof(kvmmu_memo_entry))
         if not whole or self.tables.memo is NULL:
             raise MemoryError
@@ -270,7 +271,6 @@ cdef class WalkCache:
     def __dealloc__(self):
         for stage in range(2):
             free(self.tables.psc[stage])
-            free(self.tables.upper[stage])
         free(self.tables.memo)
 
     cdef uint32_t take_walk_ids(self, uint64_t count) noexcept nogil:
@@ -281,7 +281,6 @@ cdef class WalkCache:
         if self.next_walk_id + count > (<uint64_t>1 << PSC_WALK_ID_BITS):
             for stage in range(2):
                 memset(self.tables.psc[stage], 0, sizeof(kvmmu_psc_entry) << PSC_BITS)
-                memset(self.tables.upper[stage], 0, sizeof(kvmmu_upper_walk) << UPPER_BITS)
             self.next_walk_id = 1
         first = self.next_walk_id
         self.next_walk_id = first + <uint32_t>count

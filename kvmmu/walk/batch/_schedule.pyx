@@ -21,7 +21,7 @@ from kvmmu.walk.batch._rows cimport (
 )
 
 cdef enum:
-    FEW_ROWS = 8                    # fewer are walked one by one: they share too little of the cache. As MIN_LANES of blocks
+    FEW_ROWS = 16                   # fewer are walked one by one: they share too little of the cache. Tuned by hand
     # Of 64 rows that the memo does not have so many or fewer are walked one by one; more make a block. Tuned by hand, between
     # MIN_LANES and MAX_REMAINING_IN_BLOCK.
     FEW_MISSES = 12

@@ -16,6 +16,7 @@ typedef uint64_t word64 __attribute__((aligned(1), may_alias));
 typedef uint32_t word32 __attribute__((aligned(1), may_alias));
 typedef uint64_t vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
 
+typedef int64_t signed_vec __attribute__((vector_size(8 * VEC_LANES), aligned(8), may_alias));
 typedef uint32_t half_vec __attribute__((vector_size(4 * 4), aligned(4), may_alias));
 typedef uint8_t byte_vec __attribute__((vector_size(4), aligned(1), may_alias));
 
@@ -56,58 +57,42 @@ KVMMU_INLINE uint64_t find_body(int format, struct kvmmu_leaf_block *l, const st
         l->entry[i] = (psce & PSCE_HVA_MASK) + (psce >> PSCE_TABLE_SHIFT ? addr >> s->entry_shift & offset_mask : 0);
         miss |= (uint64_t)!known << i;
         if (far)
-            __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+            kvmmu_prefetch(l->entry[i]);
     }
     return miss;
 }
 
-/* Point lane i at its entry of level 2. OUT rights, here: of its upper walk */
-KVMMU_INLINE void descend_to_entry(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, size_t i,
-                                   uint64_t *rights, uint64_t *here)
+KVMMU_INLINE uint64_t descend_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, int far)
 {
-    const uint64_t addr = gva[i] & d->gva_mask, region = addr >> KVMMU_LEVEL_SHIFT(format, PG_LEVEL_1G);
-    const struct kvmmu_upper_walk *u = &d->upper[KVMMU_UPPER_SLOT(region, d->walk_id)];
-    const int known = u->tag == (region | (uint64_t)d->walk_id << UPPER_ID_SHIFT);
-    l->entry[i] = known ? u->table + (addr >> (KVMMU_LEVEL_SHIFT(format, PG_LEVEL_2M) - 3) & PT64_INDEX_MASK << 3) : d->nothing;
-    l->pte[i] = l->entry[i];
-    rights[i] = u->rights;
-    here[i] = known ? d->psce_here | (uint64_t)(u->readonly != 0) << PSCE_READONLY_SHIFT : 0;
-    __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
-}
-
-/* Read the entry of level 2 of lane i. Returns 1 if it does not tell where the last entry is. */
-KVMMU_INLINE uint64_t descend_to_leaf(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, size_t i,
-                                      const uint64_t *rights, const uint64_t *here)
-{
-    const uint64_t pte = kvmmu_read_entry(format, l->entry[i]), gpa = pte & d->base;
-    const int passes = ((pte ^ d->want) & d->care) == 0 && gpa - d->gpa < d->size;
-    const int ends = here[i] && (!(pte & d->present_mask) || pte & d->page_size_mask);
-    const uint64_t acc = KVMMU_GPTE_ACCESS(format, rights[i] & (passes ? KVMMU_GPTE_RIGHTS(format, pte) : ~UINT64_C(0)));
-    const uint64_t hva = passes ? d->hva + gpa : ends ? l->entry[i] : d->nothing;
-    l->psce[i] = hva | (passes || ends ? acc << PSCE_ACCESS_SHIFT | (passes ? d->psce : here[i]) : 0);
-    l->entry[i] = hva + (passes ? KVMMU_TABLE_OFFSET(format, gva[i] & d->gva_mask) : 0);
-    __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
-    return !(passes || ends);
-}
-
-KVMMU_INLINE uint64_t descend_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva)
-{
-    enum { AHEAD = 16 }; /* lanes whose entries of level 2 are on the way */
-    uint64_t rights[KVMMU_BLOCK_ROWS], here[KVMMU_BLOCK_ROWS], miss = 0;
-    size_t i;
-    for (i = 0; i < AHEAD; i++)
-        descend_to_entry(format, l, d, gva, i, rights, here);
-    for (; i < KVMMU_BLOCK_ROWS; i++) {
-        descend_to_entry(format, l, d, gva, i, rights, here);
-        miss |= descend_to_leaf(format, l, d, gva, i - AHEAD, rights, here) << (i - AHEAD);
+    const uint64_t level_mask = PSCE_LEVEL_MASK << PSCE_LEVEL_SHIFT, sign = UINT64_C(1) << 63;
+    const struct kvmmu_descent own = *d;
+    vec bits = FIRST_BITS, miss = bits & 0;
+    for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
+        l->pte[i] = kvmmu_read_entry(format, l->entry[i]);
+        KVMMU_BY_ITSELF();
     }
-    for (i -= AHEAD; i < KVMMU_BLOCK_ROWS; i++)
-        miss |= descend_to_leaf(format, l, d, gva, i, rights, here) << i;
-    return miss;
+    EACH_VECTOR(i)
+    {
+        const vec upper = VEC(l->psce), entry = VEC(l->entry), pte = VEC(l->pte), gpa = pte & own.base, table = gpa + own.hva;
+        const vec in_slot = WHERE((signed_vec)((gpa - own.gpa) ^ sign) < (int64_t)(own.size ^ sign)); /* unsigned */
+        const vec leads = WHERE(((pte ^ own.want) & own.care) == 0) & in_slot;
+        const vec ends = ~WHERE((upper & level_mask) == 0) & (WHERE((pte & own.present_mask) == 0) | ~WHERE((pte & own.page_size_mask) == 0));
+        const vec acc = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) << PSCE_ACCESS_SHIFT & upper;
+        const vec here = SELECT(ends, (upper & ~(PSCE_HVA_MASK | sign)) | entry, own.nothing);
+        VEC(l->pte) = entry;
+        VEC(l->psce) = SELECT(leads, table | acc | own.psce, here);
+        VEC(l->entry) = SELECT(leads, table + KVMMU_TABLE_OFFSET(format, CVEC(gva) & own.gva_mask), here & PSCE_HVA_MASK);
+        miss |= ~(leads | ends) & bits;
+        bits <<= VEC_LANES;
+    }
+    if (far)
+        for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
+            kvmmu_prefetch(l->entry[i]);
+    return ONE_WORD(miss);
 }
 
 KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,
-                                uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+                                uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code, const uint64_t *ahead)
 {
     const uint64_t base = s->base;
     uint64_t remaining = 0, slow = 0;
@@ -116,6 +101,8 @@ KVMMU_INLINE uint64_t accept_body(int format, struct kvmmu_leaf_block *l, const 
     if (error_code)
         memset(error_code, 0, KVMMU_BLOCK_ROWS * sizeof *error_code);
     for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++) {
+        if (ahead)
+            kvmmu_prefetch(ahead[i]);
         const uint64_t psce = l->psce[i], pte = kvmmu_read_entry(format, l->entry[i]), kind = psce >> PSCE_TABLE_SHIFT ? LEAF_IN_TABLE : LEAF_LARGE;
         const uint64_t rights = KVMMU_GPTE_ACCESS(format, KVMMU_GPTE_RIGHTS(format, pte)) & psce >> PSCE_ACCESS_SHIFT &
                                 s->levels[psce >> PSCE_LEVEL_SHIFT & 15];
@@ -331,9 +318,9 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
         return far ? find(format, l, s, gva, 1) : find(format, l, s, gva, 0);                                                       \
     }                                                                                                                               \
     target static uint64_t accept_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva, const uint8_t *access,\
-                                       uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)                        \
+                                       uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code, const uint64_t *ahead) \
     {                                                                                                                               \
-        return accept(format, l, s, gva, access, gpa, level, status, error_code);                                                     \
+        return accept(format, l, s, gva, access, gpa, level, status, error_code, ahead);                                              \
     }                                                                                                                               \
     target static void check_##name(struct kvmmu_leaf_block *l, const struct kvmmu_leaf_rules *w, uint64_t gva_mask, const uint64_t *gva, \
                                     const uint8_t *access, uint64_t *gpa)                                                           \
@@ -342,9 +329,9 @@ KVMMU_INLINE uint64_t recall_body(const struct kvmmu_memo_entry *memo, const uin
     }
 
 #define KVMMU_DESCEND(format, name, target)                                                                                         \
-    target static uint64_t descend_##name(struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva)             \
+    target static uint64_t descend_##name(struct kvmmu_leaf_block *l, const struct kvmmu_descent *d, const uint64_t *gva, int far)    \
     {                                                                                                                               \
-        return descend_body(format, l, d, gva);                                                                                     \
+        return far ? descend_body(format, l, d, gva, 1) : descend_body(format, l, d, gva, 0);                                       \
     }
 
 #define KVMMU_KERNELS(name, target, find, accept, recall)                                                                      \

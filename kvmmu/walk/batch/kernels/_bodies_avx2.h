@@ -39,7 +39,7 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t find_words(int format, struct kvmmu_leaf_block 
     }
     if (far)
         for (size_t i = 0; i < KVMMU_BLOCK_ROWS; i++)
-            __builtin_prefetch((const void *)(uintptr_t)l->entry[i], 0, 3);
+            kvmmu_prefetch(l->entry[i]);
     return ~known_lanes;
 }
 
@@ -60,7 +60,8 @@ KVMMU_AVX2 KVMMU_INLINE __m256i kvmmu_rights_avx2(int format, __m256i low, __m25
 }
 
 KVMMU_AVX2 KVMMU_INLINE uint64_t accept_words(int format, struct kvmmu_leaf_block *l, const struct kvmmu_leaf_checker *s, const uint64_t *gva,
-                                           const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code)
+                                           const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code,
+                                           const uint64_t *ahead)
 {
     const int high = format == KVMMU_FORMAT_EPT ? 1 : 7; /* byte of an entry with a right that the lowest has not */
     const __m256i gva_mask = WORDS(s->gva_mask), zero = _mm256_setzero_si256();
@@ -80,6 +81,9 @@ KVMMU_AVX2 KVMMU_INLINE uint64_t accept_words(int format, struct kvmmu_leaf_bloc
             const __m256i addr = _mm256_and_si256(LOAD(gva + k), gva_mask), psce = LOAD(l->psce + k);
             const __m256i offset = PICK(offset_large, offset_table, psce);
             __m256i pte, wrong;
+            if (ahead)
+                _Pragma("GCC unroll 4") for (size_t n = k; n < k + 4; n++)
+                    kvmmu_prefetch(ahead[n]);
             if (format == KVMMU_FORMAT_32)
                 pte = _mm256_cvtepu32_epi64(_mm_setr_epi32(
                     (int)*(const word32 *)(uintptr_t)l->entry[k], (int)*(const word32 *)(uintptr_t)l->entry[k + 1],

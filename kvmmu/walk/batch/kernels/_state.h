@@ -48,24 +48,9 @@ struct kvmmu_memo_entry {
     uint64_t page;
 };
 
-/* The upper part of a walk that came to the table of level 2 without a clear accessed bit: it serves all addresses of a region of
- * 1 GiB. Kept for each region, so that a walk over very many tables reads the entry of level 2 alone. */
-#define UPPER_BITS 11 /* regions: 2 TiB, whose last tables take 4 GiB */
-#define UPPER_ID_SHIFT 40 /* beyond the regions of 64-bit addresses */
-#define KVMMU_UPPER_SLOT(region, walk_id) (((region) ^ (region) >> UPPER_BITS ^ (uint64_t)(walk_id) << 3) & ((UINT64_C(1) << UPPER_BITS) - 1))
-
-struct kvmmu_upper_walk {
-    uint64_t tag;   /* number of the region, and the walk id from UPPER_ID_SHIFT on; 0: free */
-    uint64_t table; /* address in the host of the table */
-    uint64_t rights;
-    int readonly;      /* of the table's memory */
-    int write_refused; /* by the second stage, of the table */
-};
-
-/* The rules of a step from upper walks to last entries: which entries of level 2 pass, and one slot that tables may lie in. */
+/* The rules of a step from entries of level 2, in tables that are cached, to last entries: which of them pass, and one slot that tables
+ * may lie in. */
 struct kvmmu_descent {
-    const struct kvmmu_upper_walk *upper;
-    uint32_t walk_id;
     uint64_t gva_mask;
     uint64_t base;         /* address bits of an entry */
     uint64_t want, care;   /* what an entry of level 2 holds in these bits that leads to a table, and has its accessed bit */
@@ -73,7 +58,6 @@ struct kvmmu_descent {
     uint64_t gpa, size;    /* of the slot */
     uint64_t hva;          /* where gpa 0 would be, if it were in the slot */
     uint64_t psce;         /* of a table in it, without its address and rights */
-    uint64_t psce_here;    /* of an entry of level 2 */
     uint64_t present_mask, page_size_mask;
 };
 

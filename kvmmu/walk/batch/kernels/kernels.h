@@ -13,15 +13,16 @@
 /* Look the upper levels up. OUT psce, entry. Returns the lanes whose entry is not cached, or has an accessed bit clear above it.
  * IN far: last entries are probably not in the cache of the CPU, and are prefetched. */
 typedef uint64_t (*kvmmu_find_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva, int far);
-/* Find tables of last entries by the upper walks of their regions and the entries of level 2. Returns the lanes whose table this does
- * not tell. OUT psce, entry, which is prefetched; pte: where the entry of level 2
- * lies. Not of 32-bit tables, which are few. */
-typedef uint64_t (*kvmmu_descend_fn)(struct kvmmu_leaf_block *, const struct kvmmu_descent *, const uint64_t *gva);
+/* Go from entries of level 2 to last entries. Returns the lanes for which an entry of level 2 does not tell the last one. IN psce, entry: of
+ * level 2, looked up by find(). OUT psce, entry; pte: where the entry of level 2 lies. Not of 32-bit tables, which are few. */
+typedef uint64_t (*kvmmu_descend_fn)(struct kvmmu_leaf_block *, const struct kvmmu_descent *, const uint64_t *gva, int far);
 /* Read the last entries, and compare them with the accept masks. Returns the lanes that are not accepted. OUT pte; gpa: of accepted
  * lanes; slow: lanes not accepted for an accessed or dirty bit alone; level (or NULL): of all; status, error_code (or NULL): as if
- * all were accepted. */
+ * all were accepted. IN ahead: NULL, or 64 addresses to prefetch meanwhile: as many misses as a CPU can have under way go on, which
+ * prefetches one behind the other would wait for. */
 typedef uint64_t (*kvmmu_accept_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_checker *, const uint64_t *gva,
-                                    const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code);
+                                    const uint8_t *access, uint64_t *gpa, uint8_t *level, uint8_t *status, uint32_t *error_code,
+                                    const uint64_t *ahead);
 /* Read the last entries, and check them by the whole rule, as check_leaf() does one. OUT pte, pte_access, access_info, error, fault,
  * slow; gpa: of lanes that pass. */
 typedef void (*kvmmu_check_fn)(struct kvmmu_leaf_block *, const struct kvmmu_leaf_rules *, uint64_t gva_mask, const uint64_t *gva,
