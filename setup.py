@@ -20,8 +20,8 @@ SAFE = ["arch._bits", "memory._maker", "walk.batch._arrays", "arch._roles", "mem
         "memory._callbacks", "walk._mappings", "embed._models", "embed._registers", "embed.c_api", "embed._tlb_fill",
         "memory._mapping", "memory._saved", "mmu.kvm._saved", "machine._saved", "machine._hw_record", "tlb._saved"]
 KERNEL = ["_walk", "memory._vmx_memory", "walk._setup", "walk._fast", "walk.batch._kernels", "walk.batch._leaf",
-          "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._mixed",
-          "walk.batch._schedule", "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks",
+          "walk.batch._psc", "walk.batch._leaves", "walk.batch._rows", "walk.batch._blocks", "walk.batch._uniform",
+          "walk.batch._mixed", "walk.batch._schedule", "walk.batch._job", "replay._recorded_faults", "replay._replay_blocks",
           "replay._replay_registers", "traces._rows", "traces._places",
           "tables._edit", "tables._builder", "tables._page_set", "tables._filler", "tlb._tlb", "tlb._structure", "tlb._recency",
           "tlb._counts", "tlb._details", "tlb._levels", "tlb._hierarchy", "tlb._stream", "machine._exits", "machine._access",

@@ -43,6 +43,17 @@ def bench_footprint(race, rng, shift):
     gc.collect()
 
 
+@pytest.mark.parametrize("shift", [shift for shift in FOOTPRINTS if shift <= 26])
+def bench_footprint_of_two_stages(race, rng, shift):
+    """The same of L2, behind EPT of 4K pages, which has as many leaf tables of its own."""
+    rows = ROWS // 2
+    batch = Batch(Guest((1 << shift) // 8, stage=("ept", "4K")), rng, rows)
+    race("Footprint", f"two stages, {size_text(1 << shift)} of leaf tables", TAKE, batch.translate, batch.take, batch.fresh,
+         rows=rows, between=batch.tables.chill, check=batch.check, x=1 << shift, rounds=3 if QUICK else min(ROUNDS, 7))
+    del batch
+    gc.collect()
+
+
 @pytest.mark.parametrize("shift", FOOTPRINTS)
 def bench_replay_footprint(race, rng, shift):
     """A trace in memory, walked in order on leaf tables of 2**shift bytes."""

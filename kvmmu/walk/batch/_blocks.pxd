@@ -1,9 +1,6 @@
-"""Rows of a batch 64 at a time, of one walk each.
+"""Rows of a batch 64 at a time, of one walk each. All rules are checked for them.
 
-Uniform blocks go from addresses to results in one step, in the caller's own columns. They pay where the accept masks accept
-most rows, and last entries are in the cache of the CPU. Rows that are not accepted are checked one by one.
-
-Other blocks pass three points, so that last entries are prefetched while the block before is checked:
+Blocks pass three points, so that last entries are prefetched while the block before is checked:
 
     start     the paging-structure cache tells where the last entries lie
     advance   the first stage is checked; without a second one the rows are written
@@ -17,10 +14,6 @@ from libc.stddef cimport size_t
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._rows cimport batch
 
-# True if each stage decides by itself what passes, and the order of rows does not matter
-cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil
-# Translate rows of one walk in uniform blocks, from first on, as far as they go. Returns how many rows
-cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil
 # Start a block of up to 64 rows of one walk, from first on; few rows are walked one by one
 cdef void enqueue_run(batch *b, const kvm_pagewalk *w, size_t first, size_t count) noexcept nogil
 # The same of rows that do not stand side by side

@@ -2,170 +2,29 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
 
-from kvmmu._walk cimport WALK_DIRECT, WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
+from kvmmu._walk cimport WALK_SECOND_STAGE, WALK_TABLES, kvm_pagewalk, second_stage_access, walk_result
 from kvmmu.arch._bits cimport (
     ACCESS_USER_MASK, ACC_ALL, ACC_USER_MASK, INVALID_GPA, PFERR_RSVD_MASK, ROLE_EXT_SHADOW_STACK_MASK,
-    STATUS_NON_CANONICAL, STATUS_OK,
-    STATUS_PAGE_FAULT,
+    STATUS_NON_CANONICAL, STATUS_OK, STATUS_PAGE_FAULT,
 )
-from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, access_info_of, explicit_access
+from kvmmu.arch._format cimport KVMMU_ACCESS_INFO_SHIFT, explicit_access
 from kvmmu.walk.batch._kernels cimport (
     KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_first_bit, kvmmu_leaf_block, kvmmu_psce_level,
 )
-from kvmmu.walk.batch._leaf cimport leaf_result, asks_rights
+from kvmmu.walk.batch._leaf cimport asks_rights
 from kvmmu.walk.batch._leaves cimport (
-    MAX_REMAINING_IN_BLOCK, check_leaves, find_leaves, lane_bit, make_accept_masks, seek_leaves, set_bits_of,
+    MAX_REMAINING_IN_BLOCK, are_far, check_leaves, find_leaves, lane_bit, set_bits_of,
 )
-from kvmmu.walk.batch._psc cimport back_off, cached_walk, find_psce, is_backing_off, mark_word, reset_backoff
+from kvmmu.walk.batch._psc cimport find_psce, mark_word
 from kvmmu.walk.batch._rows cimport (
-    BLOCKS, accesses_from, batch, block, cached_walks, cached_walks_of, check_row, columns_from, common_columns, fast_row,
-    of_one_context, order_shows, remember, walk_of, walk_row, write_more, write_row,
+    BLOCKS, accesses_from, batch, block, cached_walks_of, columns_from, common_columns, fast_row, remember, walk_row,
+    write_more, write_row,
 )
 
 cdef enum:
     MIN_LANES = 8                   # fewer rows are walked one by one: kernels do 64 rows, however few count. Tuned by hand
-    # Of 64 rows of a uniform block so many or fewer that are not accepted are checked one by one. Tuned by hand; fewer than
-    # MAX_REMAINING_IN_BLOCK, because each of them is written twice.
-    MAX_REMAINING_UNIFORM = 12
-    # Tables of last entries (of 4 KiB) up to which uniform blocks of two stages are used, which do not prefetch second stages:
-    # 8 MiB, a share of a last-level cache; and up to which no block prefetches: 384 KiB, a share of a second-level cache. Tuned
-    # by hand.
-    MAX_CACHED_TABLES_UNIFORM = 2048
-    MAX_CACHED_TABLES = 96
 
-
-# ---- uniform blocks ----------------------------------------------------------------------------------------------------
-
-cdef bint can_be_uniform(const kvm_pagewalk *w) noexcept nogil:
-    if order_shows(w):
-        return False
-    return w.kind == WALK_TABLES if w.ngpa is NULL else not asks_rights(w.ngpa)
-
-
-# 64 rows whose last entries of the first stage are looked up, while those of the rows before them are read.
-cdef struct uniform_block:
-    size_t first
-    const uint64_t *gva             # the caller's own, or
-    uint64_t own_gva[64]
-    kvmmu_leaf_block *lanes
-    uint64_t missed                 # lanes that are not cached
-
-
-cdef bint seek_uniform_block(batch *b, cached_walks *m, uniform_block *u, size_t first) noexcept nogil:
-    """Look up where the last entries of 64 rows lie. False: there are no accept masks. IN u: lanes. OUT u: the others"""
-    u.first, u.gva, u.missed = first, &b.gva[first], 0
-    if m.w.pre_processes:
-        b.kernels.pre_process(&m.w.linear, u.gva, accesses_from(b, first), u.own_gva)
-        u.gva = u.own_gva
-    if m.w.kind == WALK_TABLES:
-        if not m.first.has_masks and not make_accept_masks(&m.first, u.gva[0]):
-            return False
-        u.missed = seek_leaves(b.kernels, &m.first, u.lanes, u.gva, False)
-    return True
-
-
-cdef inline uint64_t accept_leaves(batch *b, cached_walk *s, const uint64_t *gva, const uint8_t *access, kvmmu_leaf_block *l,
-                                   const common_columns *out, const uint64_t *ahead) noexcept nogil:
-    """Return the rows that the accept masks of a stage do not accept."""
-    return b.kernels.accept[s.w.format](l, &s.checker, gva, access, out.gpa, out.level, out.status, out.error_code, ahead)
-
-
-cdef bint translate_uniform_block(batch *b, cached_walks *m, const uniform_block *u, const uint64_t *ahead) noexcept nogil:
-    """Translate 64 rows side by side in the caller's columns. False: nothing is done. IN ahead: as in `kernels/kernels.h`"""
-    cdef const kvm_pagewalk *w = m.w
-    cdef kvmmu_leaf_block *lanes = u.lanes
-    cdef const uint64_t *gva = u.gva
-    cdef const uint8_t *access = accesses_from(b, u.first)
-    cdef common_columns out = columns_from(b, u.first)
-    cdef leaf_result leaf
-    cdef uint64_t remaining = 0, slow, psce
-    cdef size_t lane
-    if out.gpa is NULL:
-        out.gpa = lanes.gpa
-    if w.kind == WALK_TABLES:
-        remaining = accept_leaves(b, &m.first, gva, access, lanes, &out, ahead)
-        if w.ngpa is not NULL:
-            gva = out.gpa
-    elif w.kind == WALK_DIRECT and out.level is not NULL:
-        memset(out.level, 0, KVMMU_BLOCK_ROWS)
-    if w.kind != WALK_SECOND_STAGE:
-        out.level = NULL                                        # of the first stage
-    if w.ngpa is not NULL and kvmmu_count_bits(remaining) <= MAX_REMAINING_UNIFORM:
-        if not m.second.has_masks and not make_accept_masks(&m.second, gva[kvmmu_first_bit(~remaining)]):
-            return False
-        seek_leaves(b.kernels, &m.second, lanes, gva, False)
-        remaining |= accept_leaves(b, &m.second, gva, access, lanes, &out, NULL)
-    if kvmmu_count_bits(remaining) > MAX_REMAINING_UNIFORM:
-        slow = lanes.slow
-        if w.ngpa is not NULL or kvmmu_count_bits(remaining & ~slow) > MAX_REMAINING_UNIFORM:
-            return False
-        for lane in range(KVMMU_BLOCK_ROWS):                     # their addresses are right already
-            lanes.access_info[lane] = access_info_of(w.fmt, access[lane])
-        remaining = (remaining & ~slow) | set_bits_of(&m.first, lanes, slow)
-    while remaining:
-        lane = kvmmu_first_bit(remaining)
-        remaining &= remaining - 1
-        psce = lanes.psce[lane]
-        if w.ngpa is not NULL or psce == m.first.checker.nothing:
-            fast_row(b, u.first + lane)
-        elif check_row(b, m, u.first + lane, psce, lanes.entry[lane], gva[lane] & w.gva_mask, explicit_access(access[lane]),
-                       &leaf):
-            write_row(b, u.first + lane, leaf.gpa, STATUS_OK, 0, <uint8_t>kvmmu_psce_level(psce))
-    return True
-
-
-cdef inline bint is_uniform(const batch *b, size_t first, size_t row, size_t stop) noexcept nogil:
-    """True if there are 64 rows from one on, of the context of another row."""
-    return stop - row >= KVMMU_BLOCK_ROWS and (b.ctx is NULL or (b.ctx[row] == b.ctx[first] and of_one_context(&b.ctx[row])))
-
-
-cdef inline bint keeps_second_near(const cached_walks *m) noexcept nogil:
-    """True if few last entries of a second stage are missing from the cache of the CPU: uniform blocks do not prefetch those."""
-    return m.w.ngpa is NULL or (m.first.found <= MAX_CACHED_TABLES_UNIFORM and m.second.found <= MAX_CACHED_TABLES_UNIFORM)
-
-
-cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil:
-    cdef uniform_block blocks[2]
-    cdef uniform_block *u = &blocks[0]
-    cdef uniform_block *following = &blocks[1]
-    cdef size_t row = first
-    cdef const uint64_t *ahead
-    cdef cached_walks *m
-    cdef bint more = True
-    if b.more or not is_uniform(b, first, first, stop):
-        return 0
-    m = cached_walks_of(b, walk_of(b, first), True)
-    if not m.begun or is_backing_off(&m.uniform_backoff) or not keeps_second_near(m):
-        return 0
-    u.lanes, following.lanes = &b.blocks[b.next_block].a, &b.blocks[b.next_block].b     # of the block that is free
-    if not can_be_uniform(m.w) or not seek_uniform_block(b, m, u, first):
-        back_off(&m.uniform_backoff)
-        return 0
-    while more and keeps_second_near(m):
-        if kvmmu_count_bits(u.missed) > MAX_REMAINING_UNIFORM:
-            back_off(&m.uniform_backoff)
-            break
-        more = is_uniform(b, first, row + KVMMU_BLOCK_ROWS, stop)
-        ahead = NULL
-        if more and m.first.found > MAX_CACHED_TABLES:
-            seek_uniform_block(b, m, following, row + KVMMU_BLOCK_ROWS)
-            ahead = following.lanes.entry
-        if not translate_uniform_block(b, m, u, ahead):
-            m.first.has_masks = m.second.has_masks = False
-            back_off(&m.uniform_backoff)
-            break
-        reset_backoff(&m.uniform_backoff, 0)
-        row += KVMMU_BLOCK_ROWS
-        if ahead is not NULL:
-            u, following = following, u
-        elif more:
-            seek_uniform_block(b, m, u, row)
-    return row - first
-
-
-# ---- blocks in three points ----------------------------------------------------------------------------------------------
 
 cdef inline size_t row_of(const block *k, size_t lane) noexcept nogil:
     return k.base + lane if k.contiguous else k.rows[lane]
@@ -188,7 +47,7 @@ cdef void start_block(batch *b, block *k) noexcept nogil:
     k.bits_deferred = k.failed = k.unknown = 0
     k.held = 0 if k.count == KVMMU_BLOCK_ROWS else ~<uint64_t>0 << k.count
     if w.kind == WALK_TABLES:
-        find_leaves(b.kernels, &k.cached.first, &k.a, k.gva, ~k.held, k.cached.first.found > MAX_CACHED_TABLES)
+        find_leaves(b.kernels, &k.cached.first, &k.a, k.gva, ~k.held, are_far(&k.cached.first))
         return
     for lane in range(KVMMU_BLOCK_ROWS):
         k.a.gpa[lane] = k.gva[lane] & w.gva_mask
@@ -362,8 +221,7 @@ cdef void start_second(batch *b, block *k) noexcept nogil:
         for lane in range(KVMMU_BLOCK_ROWS):
             if k.a.gpa[lane] & n.ngpa_rsvd_mask:
                 k.unknown |= lane_bit(lane) & ~(k.failed | k.held)
-    find_leaves(b.kernels, &k.cached.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown),
-                k.cached.second.found > MAX_CACHED_TABLES)
+    find_leaves(b.kernels, &k.cached.second, &k.b, k.a.gpa, ~(k.held | k.failed | k.unknown), are_far(&k.cached.second))
 
 
 cdef void finish_block(batch *b, block *k) noexcept nogil:

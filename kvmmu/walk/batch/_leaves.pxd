@@ -11,10 +11,17 @@ cdef enum:
     # Of 64 lanes so many or fewer that are not accepted are checked one by one; for more, the whole rule for all 64 is taken.
     # Tuned by hand.
     MAX_REMAINING_IN_BLOCK = 16
+    # Tables of last entries up to which these are not prefetched: 384 KiB, a share of a second-level cache. Tuned by hand
+    MAX_NEAR_TABLES = 96
 
 
 cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
     return <uint64_t>1 << lane
+
+
+cdef inline bint are_far(const cached_walk *s) noexcept nogil:
+    """True if last entries are probably not in the cache of the CPU."""
+    return s.found > MAX_NEAR_TABLES
 
 
 # Look up where the last entries of 64 addresses lie. Returns the lanes that are not cached. IN far: as in `kernels/kernels.h`

@@ -20,7 +20,7 @@ from kvmmu.walk.batch._psc cimport (
 
 cdef enum:
     # Tables found from which on most are no longer cached when they are asked for again: as many as the cache has entries
-    DESCENT_TABLES = 1 << PSC_BITS
+    DESCENT_TABLES = 5 << PSC_BITS - 3
     # Lanes that are not cached from which on they are looked up all at once, which costs as much as some walks. Tuned by hand
     MANY_MISSES = 6
     MOST_FORMATS = 16               # of walks that are alike: there are fewer combinations of WP, SMEP, SMAP and so on in a trace

@@ -4,7 +4,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.walk.batch._blocks cimport can_be_uniform
 from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS, kvmmu_count_bits, kvmmu_first_bit, kvmmu_leaf_block
 from kvmmu.walk.batch._leaves cimport find_leaves, make_common_masks
 from kvmmu.walk.batch._psc cimport back_off, is_backing_off, reset_backoff
@@ -12,6 +11,7 @@ from kvmmu.walk.batch._rows cimport (
     accesses_from, batch, cached_walks, columns_from, common_columns, context_of, fast_row, mixed_walks_of, of_one_context,
     order_shows, walk_of,
 )
+from kvmmu.walk.batch._uniform cimport can_be_uniform
 
 cdef enum:
     # Of 64 rows so many or fewer that are not accepted, or are of other tables, are translated one by one. They cost as much as

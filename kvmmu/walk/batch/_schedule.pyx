@@ -9,7 +9,7 @@ from kvmmu._walk cimport WALK_TABLES
 from kvmmu.arch._gpte cimport KVMMU_FORMAT_32
 from kvmmu.memory._maker cimport check_maker, maker
 from kvmmu.memory._memory cimport kvmmu_keep_copies
-from kvmmu.walk.batch._blocks cimport drain_blocks, enqueue_rows, enqueue_run, translate_uniform_blocks
+from kvmmu.walk.batch._blocks cimport drain_blocks, enqueue_rows, enqueue_run
 from kvmmu.walk.batch._kernels cimport (
     KVMMU_BLOCK_ALIGNMENT, KVMMU_BLOCK_ROWS, kernels_in_use, kvmmu_count_bits, kvmmu_first_bit,
 )
@@ -19,6 +19,7 @@ from kvmmu.walk.batch._rows cimport (
     BLOCKS, CACHED_WALKS, DEFERRED_CONTEXTS, accesses_from, batch, block, cached_walks, columns_from,
     common_columns, deferred_rows, fast_row, of_one_context, order_shows, recall_row, walk_of, walk_row,
 )
+from kvmmu.walk.batch._uniform cimport translate_uniform_blocks
 
 cdef enum:
     FEW_ROWS = 16                   # fewer are walked one by one: they share too little of the cache. Tuned by hand
