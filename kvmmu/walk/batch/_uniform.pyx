@@ -93,7 +93,7 @@ cdef bint finish(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ah
     cdef const kvm_pagewalk *w = m.w
     cdef const uint8_t *access = accesses_from(b, u.first)
     cdef leaf_result leaf
-    cdef uint64_t passed, slow, psce
+    cdef uint64_t passed, slow, lanes, psce
     cdef size_t lane
     if w.ngpa is not NULL:
         passed = ~accept(b, &m.second, u.b, u.ngpa, access, &u.out, ahead)
@@ -105,10 +105,14 @@ cdef bint finish(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ah
     if not are_few(u.remaining & ~slow):
         m.first.has_masks = m.second.has_masks = False
         return False
-    if slow and (w.ngpa is not NULL or not are_few(u.remaining)):        # their addresses are right already
-        for lane in range(KVMMU_BLOCK_ROWS):
+    if slow:                                                    # their addresses are right already
+        u.remaining &= ~slow
+        lanes = slow
+        while lanes:
+            lane = kvmmu_first_bit(lanes)
+            lanes &= lanes - 1
             u.a.access_info[lane] = access_info_of(w.fmt, access[lane])
-        u.remaining = (u.remaining & ~slow) | set_bits_of(&m.first, u.a, slow)
+        u.remaining |= set_bits_of(&m.first, u.a, slow)
     while u.remaining:
         lane = kvmmu_first_bit(u.remaining)
         u.remaining &= u.remaining - 1
