@@ -18,7 +18,7 @@ from kvmmu.replay._replay_blocks cimport (
 )
 from kvmmu.tlb._stream cimport STREAM_ROWS, TlbStream, stream_hold, stream_insert
 from kvmmu.walk.batch._rows cimport batch, context_of
-from kvmmu.walk.batch._schedule cimport begin_batch, depends_on, new_workspace, translate_rows
+from kvmmu.walk.batch._schedule cimport begin_batch, forget_word, new_workspace, translate_rows
 
 
 cdef class BlockWalker:
@@ -266,6 +266,6 @@ cdef class BlockWalker:
             return WRITE_TO_HOLE
         memcpy(hva, &value, size)
         self.counters.writes = self.counters.writes + 1
-        if self.begun and depends_on(&self.rows_under_way, hva):
-            self.begun = False
+        if self.begun:
+            self.begun = forget_word(&self.rows_under_way, hva)
         return WRITTEN

@@ -16,7 +16,7 @@ from kvmmu.walk.batch._leaf cimport asks_rights
 from kvmmu.walk.batch._leaves cimport (
     MAX_REMAINING_IN_BLOCK, are_far, check_leaves, find_leaves, lane_bit, set_bits_of,
 )
-from kvmmu.walk.batch._psc cimport find_psce, mark_word
+from kvmmu.walk.batch._psc cimport find_psce
 from kvmmu.walk.batch._rows cimport (
     BLOCKS, accesses_from, batch, block, cached_walks_of, columns_from, common_columns, fast_row, remember, walk_row,
     write_more, write_row,
@@ -120,10 +120,8 @@ cdef void write_passed(batch *b, block *k, const uint64_t *gpa) noexcept nogil:
         if b.more:
             write_more_of(b, k, lane, STATUS_OK, gpa[lane])
         if b.recalls:
-            mark_word(b.touched, k.a.entry[lane])
-            if k.w.ngpa is not NULL:
-                mark_word(b.touched, k.b.entry[lane])
-            remember(b, row_of(k, lane), gpa[lane], level_of(k, lane))
+            remember(b, row_of(k, lane), gpa[lane], level_of(k, lane), k.a.entry[lane],
+                     0 if k.w.ngpa is NULL else k.b.entry[lane])
 
 
 cdef inline uint64_t *room_for(const batch *b, block *k, kvmmu_leaf_block *l) noexcept nogil:

@@ -15,7 +15,8 @@ from kvmmu.walk.batch._kernels cimport (
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, asks_rights, set_leaf_bits
 from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
 from kvmmu.walk.batch._psc cimport (
-    back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_psce, remember_table, reset_backoff, table_of,
+    MANY_DEPEND, back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_psce, remember_table, reset_backoff,
+    table_of,
 )
 
 cdef enum:
@@ -30,6 +31,12 @@ cdef inline bint can_descend(const cached_walk *s) noexcept nogil:
     return s.descent.care and s.checker.level == PG_LEVEL_4K
 
 
+cdef inline void mark_descent(const cached_walk *s, const kvmmu_leaf_block *l, size_t lane) noexcept nogil:
+    """Mark the entry of level 2 that led to the table of a lane."""
+    if kvmmu_psce_level(l.psce[lane]) == PG_LEVEL_4K:
+        mark_word(s.touched, l.pte[lane], MANY_DEPEND)
+
+
 cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
                           bint far) noexcept nogil:
     cdef uint64_t missed
@@ -40,7 +47,7 @@ cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_le
     missed = kernels.descend[s.w.format](l, &s.descent, gva, far)
     if s.touched is not NULL:
         for lane in range(KVMMU_BLOCK_ROWS):
-            mark_word(s.touched, l.pte[lane])
+            mark_descent(s, l, lane)
     return missed
 
 
@@ -57,7 +64,7 @@ cdef uint64_t descend_lanes(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_
     while known:
         lane = kvmmu_first_bit(known)
         known &= known - 1
-        mark_word(s.touched, below.pte[lane])
+        mark_descent(s, &below, lane)
         remember_psce(s, gva[lane] & s.checker.gva_mask, below.psce[lane])
         l.psce[lane], l.entry[lane] = below.psce[lane], below.entry[lane]
     return lanes

@@ -9,7 +9,7 @@ Entries live as long as a batch. Within it the tables change by accessed and dir
 with a clear accessed bit in its upper part says so, and the rows that would set the bit are walked one by one.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.walk.batch._kernels cimport (
@@ -29,6 +29,18 @@ cdef struct walk_tables:
     kvmmu_psc_entry *psc[2]     # of the first stage, of the second; 1 << PSC_BITS each
     kvmmu_memo_entry *memo
 
+# The words of memory that cached entries depend on, as a filter: a clear bit means that none depends on the words of this bit.
+# Words of last entries have the one translation in the memo that depends on them, so that a write to them forgets it alone.
+cdef enum:
+    TOUCHED_BITS = 15               # 4 KiB stay in the first-level cache, and 2,000 words set 6% of the bits
+    TOUCHED_BYTES = 1 << (TOUCHED_BITS - 3)
+    MANY_DEPEND = 0xFFFF            # no slot of the memo
+
+cdef struct touched_words:
+    uint8_t bits[TOUCHED_BYTES]
+    # of a set bit: the slot of the memo whose entry alone depends on its words; MANY_DEPEND: others, or not only the memo
+    uint16_t dependent[8 * TOUCHED_BYTES]
+
 # One stage of a walk of a batch, with what is cached of it.
 cdef struct cached_walk:
     const kvm_pagewalk *w
@@ -37,7 +49,7 @@ cdef struct cached_walk:
     size_t found                # entries so far
     kvmmu_leaf_checker directories      # where tables of level 2 are cached, without masks
     kvmmu_descent descent       # from them; care 0: there is none
-    uint8_t *touched            # NULL, or the words of memory that entries depend on: mark_word()
+    touched_words *touched      # NULL, or the words of memory that entries depend on
     # of 64 rows: see `_leaves.pxd`
     kvmmu_leaf_checker checker
     bint has_masks              # the accept masks are made
@@ -72,7 +84,7 @@ cdef inline void back_off(backoff *p) noexcept nogil:
 # IN second: the second stage under w, or NULL; stage: which table of the cache it uses, 0 or 1; shadow_stacks: some accesses are
 # to shadow stacks
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
-                           uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil
+                           uint32_t walk_id, bint set_ad, bint shadow_stacks, touched_words *touched) noexcept nogil
 # Return the psce of addr, cached or found now; 0: it cannot be known. IN addr: masked, canonical
 cdef uint64_t psce_of(cached_walk *s, uint64_t addr) noexcept nogil
 # Cache the psce of addr
@@ -81,26 +93,23 @@ cdef void remember_psce(cached_walk *s, uint64_t addr, uint64_t psce) noexcept n
 cdef uint64_t find_psce(cached_walk *s, uint64_t addr) noexcept nogil
 
 
-# A filter over the words of memory that cached entries depend on. A clear bit means: none depends on the words of this bit.
-cdef enum:
-    TOUCHED_SHIFT = 64 - 15     # 4 KiB stay in the first-level cache, and 2,000 words set 6% of the bits
-    TOUCHED_BYTES = 1 << 12
-
-
 cdef inline uint64_t touched_bit(uint64_t hva) noexcept nogil:
-    return ((hva >> 3) * <uint64_t>0x9E3779B97F4A7C15ULL) >> TOUCHED_SHIFT
+    return ((hva >> 3) * <uint64_t>0x9E3779B97F4A7C15ULL) >> (64 - TOUCHED_BITS)
 
 
-cdef inline void mark_word(uint8_t *touched, uint64_t hva) noexcept nogil:
-    """Note a word of at most 8 bytes, aligned to its size."""
+cdef inline bint is_marked(const touched_words *t, uint64_t bit) noexcept nogil:
+    return (t.bits[bit >> 3] >> (bit & 7)) & 1
+
+
+cdef inline void mark_word(touched_words *t, uint64_t hva, uint16_t dependent) noexcept nogil:
+    """Note a word of at most 8 bytes, aligned to its size. IN dependent: as in touched_words"""
     cdef uint64_t bit = touched_bit(hva)
-    if touched is not NULL:
-        touched[bit >> 3] |= <uint8_t>(1 << (bit & 7))
-
-
-cdef inline bint is_marked(const uint8_t *touched, uint64_t hva) noexcept nogil:
-    cdef uint64_t bit = touched_bit(hva)
-    return (touched[bit >> 3] >> (bit & 7)) & 1
+    if t is NULL:
+        return
+    if is_marked(t, bit) and t.dependent[bit] != dependent:
+        dependent = MANY_DEPEND
+    t.dependent[bit] = dependent
+    t.bits[bit >> 3] |= <uint8_t>(1 << (bit & 7))
 
 
 # Empty the tables.

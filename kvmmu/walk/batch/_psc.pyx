@@ -23,7 +23,7 @@ from kvmmu.walk.batch._kernels cimport (
     kvmmu_psc_slot_of, kvmmu_psc_tag, kvmmu_psce_level, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_OK, check_leaf, leaf_result
-from kvmmu.walk.batch._psc cimport cached_walk, mark_word, reset_backoff, walk_tables
+from kvmmu.walk.batch._psc cimport MANY_DEPEND, cached_walk, mark_word, reset_backoff, touched_words, walk_tables
 
 cdef uint64_t[512] NO_TABLE             # read where a table lies in a hole: zeros are not present in any format
 
@@ -78,7 +78,7 @@ cdef void init_descent(cached_walk *s) noexcept nogil:
 
 
 cdef void init_cached_walk(cached_walk *s, const kvm_pagewalk *w, walk_tables *tables, int stage, cached_walk *second,
-                           uint32_t walk_id, bint set_ad, bint shadow_stacks, uint8_t *touched) noexcept nogil:
+                           uint32_t walk_id, bint set_ad, bint shadow_stacks, touched_words *touched) noexcept nogil:
     s.touched = touched
     s.w, s.second = w, second
     s.found = 0
@@ -125,7 +125,7 @@ cdef bint cached_table_gpa(const cached_walk *second, uint64_t ngpa, uint64_t *g
     entry = kvmmu_entry_hva(n.format, psce, ngpa)
     if check_leaf(&second.rules, psce, entry, ngpa, n.fmt.access_info[access], &leaf) != LEAF_OK:
         return False
-    mark_word(second.touched, entry)
+    mark_word(second.touched, entry, MANY_DEPEND)
     gpa[0] = leaf.gpa
     if not n.table_access:
         access = second_stage_access(n, <uint32_t>ACCESS_WRITE_MASK, False, 0)
@@ -170,7 +170,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
             if hva is NULL:
                 return 0
             pte = kvmmu_read64(hva)
-            mark_word(s.touched, <uint64_t><uintptr_t>hva)
+            mark_word(s.touched, <uint64_t><uintptr_t>hva, MANY_DEPEND)
             if not kvmmu_is_good_pdpte(pte, w.pdpte_rsvd_mask):
                 return 0
         else:
@@ -200,7 +200,7 @@ cdef inline uint64_t find_psce_generic(const guest_walker *walker, cached_walk *
         pte = read_gpte(walker, hva)
         if not pte & w.present_mask or is_rsvd_bits_set(walker, w.fmt, pte, level) or pte & w.page_size_mask:
             return psce_word(hva, level, acc, accessed_clear, readonly, write_refused)
-        mark_word(s.touched, <uint64_t><uintptr_t>hva)
+        mark_word(s.touched, <uint64_t><uintptr_t>hva, MANY_DEPEND)
         rights &= gpte_rights(walker, pte)
         if s.rules.accessed_mask & ~pte and (not readonly or asks_second):
             accessed_clear = True

@@ -11,7 +11,7 @@ from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.memory._memory cimport kvmmu_load32, kvmmu_load64
 from kvmmu.walk.batch._kernels cimport KVMMU_BLOCK_ROWS, kvmmu_kernels, kvmmu_leaf_block, kvmmu_memo_entry
 from kvmmu.walk.batch._leaf cimport leaf_result
-from kvmmu.walk.batch._psc cimport backoff, cached_walk, walk_tables
+from kvmmu.walk.batch._psc cimport backoff, cached_walk, touched_words, walk_tables
 
 # A column that is copied from a walk_result.
 cdef struct more_column:
@@ -114,7 +114,7 @@ cdef struct batch:
     const kvmmu_kernels *kernels
     walk_tables *tables
     kvmmu_memo_entry *memo          # of tables
-    uint8_t *touched                # NULL, or the words of memory that something cached depends on; see mark_word()
+    touched_words *touched          # NULL, or the words of memory that something cached depends on
     block *blocks                   # BLOCKS
     size_t next_block
     deferred_rows *deferred         # DEFERRED_CONTEXTS, by context modulo that
@@ -122,11 +122,13 @@ cdef struct batch:
     cached_walks *cached            # CACHED_WALKS, of the walks used last
     size_t last_cached, next_cached
     backoff mixed_backoff           # from blocks of several contexts
+    backoff walk_backoff            # from walking rows that the memo does not have one by one, where there are many
 
 # Write the columns of row i beside gpa, status, error_code and level
 cdef void write_more(const batch_columns *out, size_t i, const walk_result *r) noexcept nogil
-# Put a translation of row i, which passes, into the memo
-cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil
+# Put a translation of row i, which passes, into the memo. IN first, second: where its last entries of both stages lie; 0: no word
+# that may change
+cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level, uint64_t first, uint64_t second) noexcept nogil
 # Write row i if the memo has its translation.
 cdef bint recall_row(const batch *b, size_t i) noexcept nogil
 # Write row i by the scalar walk

@@ -47,16 +47,22 @@ cdef inline bint memo_takes(uint32_t access, const kvm_pagewalk *w) noexcept nog
     return not access & <uint32_t>(ACCESS_SHADOW_STACK_MASK | ACCESS_PROBE_MASK) and not w.pre_processes     # no tag if IMPLICIT
 
 
-cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level) noexcept nogil:
+cdef void remember(batch *b, size_t i, uint64_t gpa, uint8_t level, uint64_t first, uint64_t second) noexcept nogil:
     cdef uint64_t page = b.gva[i] >> PAGE_SHIFT, memo_id = b.memo_id, tag
     cdef uint32_t access = b.access[i * b.access_stride]
     cdef uint64_t passes = <uint64_t>1 << (explicit_access(access) >> PERMISSIONS_INDEX_SHIFT & PERMISSIONS_COUNT - 1)
+    cdef uint64_t slot
     cdef kvmmu_memo_entry *e
     if gpa >= GPA_LIMIT or not memo_takes(access, walk_of(b, i)):
         return
     if b.ctx is not NULL:
         memo_id += context_of(b, i)
-    e = &b.memo[kvmmu_memo_slot(page, memo_id)]
+    slot = kvmmu_memo_slot(page, memo_id)
+    if first:
+        mark_word(b.touched, first, <uint16_t>slot)
+    if second:
+        mark_word(b.touched, second, <uint16_t>slot)
+    e = &b.memo[slot]
     tag = page << MEMO_ID_BITS | memo_id
     if e.tag == tag:
         e.page |= passes
@@ -93,7 +99,7 @@ cdef void walk_row(batch *b, size_t i) noexcept nogil:
     if b.more:
         write_more(b.out, i, &r)
     if b.recalls and r.status == STATUS_OK and b.touched is NULL:           # which words it read is not known
-        remember(b, i, r.gpa, r.level)
+        remember(b, i, r.gpa, r.level, 0, 0)
 
 
 cdef cached_walks *next_cached_walks(batch *b) noexcept nogil:
@@ -210,6 +216,4 @@ cdef void fast_row(batch *b, size_t i) noexcept nogil:
             level = <uint8_t>kvmmu_psce_level(psce)
     write_row(b, i, leaf.gpa, STATUS_OK, 0, level)
     if b.recalls:
-        mark_word(b.touched, entries[0])
-        mark_word(b.touched, entries[1])
-        remember(b, i, leaf.gpa, level)
+        remember(b, i, leaf.gpa, level, entries[0], entries[1])

@@ -14,7 +14,9 @@ from kvmmu.walk.batch._kernels cimport (
     KVMMU_BLOCK_ALIGNMENT, KVMMU_BLOCK_ROWS, kernels_in_use, kvmmu_count_bits, kvmmu_first_bit,
 )
 from kvmmu.walk.batch._mixed cimport translate_mixed_blocks
-from kvmmu.walk.batch._psc cimport TOUCHED_BYTES, is_marked, new_walk_cache, reset_backoff
+from kvmmu.walk.batch._psc cimport (
+    MANY_DEPEND, back_off, is_backing_off, is_marked, new_walk_cache, reset_backoff, touched_bit, touched_words,
+)
 from kvmmu.walk.batch._rows cimport (
     BLOCKS, CACHED_WALKS, DEFERRED_CONTEXTS, accesses_from, batch, block, cached_walks, columns_from,
     common_columns, deferred_rows, fast_row, of_one_context, order_shows, recall_row, walk_of, walk_row,
@@ -26,6 +28,8 @@ cdef enum:
     # Of 64 rows that the memo does not have so many or fewer are walked one by one; more make a block. Tuned by hand, between
     # MIN_LANES and MAX_REMAINING_IN_BLOCK.
     FEW_MISSES = 12
+    # More are looked up again after each walk, until so many have been walked: often they are of one page or two. Tuned by hand
+    FEW_WALKS = 8
     # Rows of a batch from which on the memo is tried. A trial costs as much as 500 rows, and batches of 8 pages, which the memo
     # serves best, take the same time with it and without at 2,000 rows.
     MEMO_ROWS = 2048
@@ -114,13 +118,28 @@ cdef void enqueue_some(batch *b, size_t start, uint64_t some) noexcept nogil:
     enqueue_rows(b, walk_of(b, rows[first]), &rows[first], count - first)
 
 
+cdef uint64_t walk_missing(batch *b, size_t start, uint64_t misses, size_t most) noexcept nogil:
+    """Translate the rows from start on whose bit is set, in order, until so many had to be walked. Returns the bits left."""
+    cdef size_t row, walked = 0
+    while misses:
+        row = start + kvmmu_first_bit(misses)
+        if not recall_row(b, row):                  # none before it was of its page
+            if walked == most:
+                break
+            fast_row(b, row)
+            walked += 1
+        misses &= misses - 1
+    b.missed += walked
+    return misses
+
+
 cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     """Translate 64 rows from start on by the memo, those that it does not have in blocks or one by one."""
     cdef uint64_t room[64]
     cdef common_columns out = columns_from(b, start)
     cdef const uint32_t *ctx = b.ctx
     cdef uint64_t misses, memo_id = b.memo_id
-    cdef size_t row
+    cdef bint few
     if out.gpa is NULL:
         out.gpa = room
     if ctx is not NULL:
@@ -133,15 +152,16 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
     b.tried += 1
     if not misses:
         return
-    b.missed += kvmmu_count_bits(misses)
-    if kvmmu_count_bits(misses) > FEW_MISSES:
+    few = kvmmu_count_bits(misses) <= FEW_MISSES
+    if few or not is_backing_off(&b.walk_backoff):
+        misses = walk_missing(b, start, misses, KVMMU_BLOCK_ROWS if few else FEW_WALKS)
+        if not few and misses:
+            back_off(&b.walk_backoff)
+        elif not few:
+            reset_backoff(&b.walk_backoff, 1)
+    if misses:
+        b.missed += kvmmu_count_bits(misses)
         enqueue_some(b, start, misses)
-        return
-    while misses:
-        row = start + kvmmu_first_bit(misses)
-        misses &= misses - 1
-        if not recall_row(b, row):
-            fast_row(b, row)
 
 
 cdef void consider_recall(batch *b) noexcept nogil:
@@ -182,7 +202,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
     b.touched = NULL
     if watch:
         b.touched = work.touched
-        memset(b.touched, 0, TOUCHED_BYTES)
+        memset(b.touched.bits, 0, sizeof(b.touched.bits))
     b.count = count
     b.last_context = <uint32_t>(count - 1)
     b.walk_id = b.memo_id = 0
@@ -191,6 +211,7 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
         b.cached[i].w = NULL
     b.tried = b.missed = b.recall_after = b.next_block = 0
     reset_backoff(&b.mixed_backoff, 0)
+    reset_backoff(&b.walk_backoff, 1)
     b.recall_backoff = FIRST_REST
     if rows >= FEW_ROWS:
         b.walk_id = work.cache.take_walk_ids(2 * count)
@@ -202,8 +223,14 @@ cdef void begin_batch(batch *b, Workspace work, uint64_t count, size_t rows, bin
         memset(b.same_access, b.access[0], sizeof(b.same_access))
 
 
-cdef bint depends_on(const batch *b, const uint8_t *hva) noexcept nogil:
-    return b.touched is NULL or is_marked(b.touched, <uint64_t><uintptr_t>hva)
+cdef bint forget_word(batch *b, const uint8_t *hva) noexcept nogil:
+    cdef uint64_t bit = touched_bit(<uint64_t><uintptr_t>hva)
+    if not is_marked(b.touched, bit):
+        return True
+    if b.touched.dependent[bit] == MANY_DEPEND:
+        return False
+    b.memo[b.touched.dependent[bit]].tag = 0
+    return True
 
 
 cdef void translate_rows(batch *b, size_t start, size_t stop) noexcept nogil:
@@ -251,7 +278,7 @@ cdef class Workspace:
         self.blocks = <block *>((<uintptr_t>self.block_memory + KVMMU_BLOCK_ALIGNMENT - 1) & ~(KVMMU_BLOCK_ALIGNMENT - 1))
         self.cached = <cached_walks *>calloc(CACHED_WALKS, sizeof(cached_walks))
         self.deferred = <deferred_rows *>calloc(DEFERRED_CONTEXTS, sizeof(deferred_rows))
-        self.touched = <uint8_t *>calloc(TOUCHED_BYTES, 1)
+        self.touched = <touched_words *>calloc(1, sizeof(touched_words))
         if self.block_memory is NULL or self.cached is NULL or self.deferred is NULL or self.touched is NULL:
             raise MemoryError
 
