@@ -13,7 +13,7 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
-    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_KIND_MASK, OP_MEMORY, OP_MMIO_SHIFT, OP_NPT_FAULT,
+    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_MEMORY, OP_NPT_FAULT,
     OP_PAGE_FAULT, OP_RESTART, OP_SET_CPL_AC, PAGE_SHIFT,
 )
 from kvmmu.memory._maker cimport maker
@@ -21,7 +21,9 @@ from kvmmu.memory._memory cimport SlotTable, kvmmu_keep_copies
 from kvmmu.replay._recorded_faults cimport (
     FAULT_CODES, count_fault, fault_count, fault_counts, reproduces_npt_fault, reproduces_page_fault,
 )
-from kvmmu.replay._replay_blocks cimport BLOCK, LEVELS, MOST_EXPLAINED, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_counters
+from kvmmu.replay._replay_blocks cimport (
+    BLOCK, LEVELS, MOST_EXPLAINED, STRETCH, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_rows,
+)
 from kvmmu.replay._replay_registers cimport NO_SET, ReplayRegisters, new_registers
 from kvmmu.tlb._stream cimport stream_begin, stream_run
 from kvmmu.traces._recorded_rows cimport RecordedRows, row_columns
@@ -43,19 +45,10 @@ cdef enum:
     STOP_MISMATCHES
     STOP_MALFORMED                  # an error of the caller's: an event without its columns, a write of no size
 
-END, AT_ROW, AT_EVENT, AT_MISMATCHES = int(STOP_END), int(STOP_ROW), int(STOP_EVENT), int(STOP_MISMATCHES)
+cdef enum:
+    NEAR_WRITE = 32                 # rows before a write that make no block of their own
 
-# The rows at hand.
-cdef struct replay_rows:
-    size_t n
-    const uint8_t *op
-    const uint64_t *addr
-    const uint8_t *access
-    const uint64_t *gpa
-    const uint8_t *size             # these three: NULL where there is no such column
-    const uint16_t *vcpu
-    const uint64_t *value
-    bint all_known                  # each access has a recorded address
+END, AT_ROW, AT_EVENT, AT_MISMATCHES = int(STOP_END), int(STOP_ROW), int(STOP_EVENT), int(STOP_MISMATCHES)
 
 # Rows of a recording, decoded.
 cdef struct decoded_rows:
@@ -339,7 +332,7 @@ cdef inline uint32_t vcpu_of(RowLoop loop, size_t i) noexcept nogil:
 cdef int run_rows(RowLoop loop, SlotTable table, size_t stop) noexcept nogil:
     """Go on up to row `stop`; returns why it has stopped there or before."""
     cdef const replay_rows *rows = &loop.rows
-    cdef size_t end
+    cdef size_t end, limit
     cdef int done
     while not loop.bad_count and not loop.broken:
         if loop.at == rows.n and not next_rows(loop):
@@ -347,8 +340,11 @@ cdef int run_rows(RowLoop loop, SlotTable table, size_t stop) noexcept nogil:
         if loop.base + loop.at >= stop:
             return STOP_ROW
         if rows.op[loop.at] < OP_EVENT:
-            end = end_of_accesses(loop, min(rows.n, stop - loop.base))
-            walk_accesses(loop, end)
+            limit = min(rows.n, stop - loop.base)
+            end = loop.at + walk_among_writes(loop, limit)
+            if end == loop.at:
+                end = end_of_accesses(loop, limit)
+                walk_accesses(loop, end)
             loop.at = end
             continue
         done = STOP_EVENT
@@ -381,9 +377,7 @@ cdef size_t end_of_accesses(RowLoop loop, size_t limit) noexcept nogil:
     """Return the first event from the next row on, at most a block away; counts the accesses up to there by kind."""
     cdef size_t start = loop.at, i = start, k
     cdef const uint8_t *op = loop.rows.op
-    cdef uint32_t stores = 0, fetches = 0, mmio = 0
     cdef uint8_t seen
-    cdef replay_counters *c = &loop.counters
     limit = min(limit, start + BLOCK)
     while i + 64 <= limit:
         seen = 0
@@ -394,17 +388,23 @@ cdef size_t end_of_accesses(RowLoop loop, size_t limit) noexcept nogil:
         i += 64
     while i < limit and op[i] < OP_EVENT:
         i += 1
-    for k in range(start, i):
-        stores += op[k] & 1
-    for k in range(start, i):
-        fetches += (op[k] & OP_KIND_MASK) >> 1
-    for k in range(start, i):
-        mmio += (op[k] >> OP_MMIO_SHIFT) & 1
-    c.kinds[0] += i - start - stores - fetches
-    c.kinds[1] += stores
-    c.kinds[2] += fetches
-    c.mmio += mmio
+    loop.count_kinds(&op[start], i - start)
     return i
+
+
+cdef size_t walk_among_writes(RowLoop loop, size_t limit) noexcept nogil:
+    """Walk accesses from the next row on and do the writes among them, if one is near. Returns how many rows are done."""
+    cdef const replay_rows *rows = &loop.rows
+    cdef const uint64_t *kinds = loop.counters.kinds
+    cdef size_t i = loop.at, near = min(limit, i + NEAR_WRITE)
+    while i < near and rows.op[i] < OP_EVENT:
+        i += 1
+    if i == near or rows.op[i] != OP_GUEST_WRITE or rows.value is NULL or rows.size is NULL:
+        return 0
+    if loop.stream is not NULL or loop.crosses or not (rows.vcpu is NULL or loop.registers.vcpus == 1):
+        return 0
+    return loop.walk_stretch(loop.registers.walks, sets_of_one(loop, STRETCH), rows, loop.at, limit,
+                             kinds[0] + kinds[1] + kinds[2], loop.registers.count)
 
 
 cdef void walk_accesses(RowLoop loop, size_t end) noexcept nogil:

@@ -7,18 +7,21 @@ from libc.string cimport memcpy, memset
 
 from kvmmu._walk cimport kvm_pagewalk, walk_result
 from kvmmu.arch._bits cimport (
-    GPA_LIMIT, INVALID_GPA, PAGE_OFFSET_MASK, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK,
-    STATUS_PAGE_FAULT,
+    GPA_LIMIT, INVALID_GPA, OP_EVENT, OP_GUEST_WRITE, OP_KIND_MASK, OP_MMIO_SHIFT, PAGE_OFFSET_MASK, PAGE_SIZE, PG_LEVEL_1G,
+    PG_LEVEL_2M, PG_LEVEL_4K, PG_LEVEL_NONE, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.memory._maker cimport check_maker
-from kvmmu.memory._memory cimport gpa_to_hva
+from kvmmu.memory._memory cimport gpa_to_hva, kvmmu_keep_copies
 from kvmmu.replay._replay_blocks cimport (
-    BLOCK, ERROR_CODES, LEVELS, STATUSES, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN,
-    block_result, mismatch, replay_counters,
+    BLOCK, ERROR_CODES, LEVELS, STATUSES, STRETCH, WRITE_MALFORMED, WRITE_SIZE_MAX, WRITE_TO_HOLE, WRITTEN,
+    block_result, guest_write, mismatch, replay_counters, replay_rows, stretch,
 )
 from kvmmu.tlb._stream cimport STREAM_ROWS, TlbStream, stream_hold, stream_insert
-from kvmmu.walk.batch._rows cimport batch, context_of
-from kvmmu.walk.batch._schedule cimport begin_batch, forget_word, new_workspace, translate_rows
+from kvmmu.walk.batch._kernels cimport kvmmu_first_bit
+from kvmmu.walk.batch._rows cimport batch, context_of, order_shows
+from kvmmu.walk.batch._schedule cimport (
+    begin_batch, consider_recall, depends_on, forget_word, new_workspace, recall_rows, translate_rows, walk_missing,
+)
 
 
 cdef class BlockWalker:
@@ -157,19 +160,28 @@ cdef class BlockWalker:
 
     cdef void walk_block(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
                          const uint64_t *truth, uint64_t first, size_t n, uint64_t count, bint all_known) noexcept nogil:
-        cdef block_result *r = &self.result
-        cdef replay_counters *c = &self.counters
-        cdef uint64_t wrong = 0, ends = 0
-        cdef uint32_t level_4k = 0, level_2m = 0, level_1g = 0, level_none = 0
-        cdef size_t i
-        self.columns.status = NULL if all_known else r.status
-        self.columns.error_code = NULL if all_known else r.error_code
+        self.take_rows(walks, ctx, gva, access, count, all_known)
+        translate_rows(&self.rows_under_way, 0, n)
+        self.count_rows(truth, first, n, all_known)
+
+    cdef void take_rows(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
+                        uint64_t count, bint all_known) noexcept nogil:
+        """Make these the rows under way; begin the batch if it has not begun."""
+        self.columns.status = NULL if all_known else self.result.status
+        self.columns.error_code = NULL if all_known else self.result.error_code
         self.rows_under_way.walks, self.rows_under_way.ctx = walks, ctx
         self.rows_under_way.gva, self.rows_under_way.access = gva, access
         if not self.begun:
             begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
             self.begun = True
-        translate_rows(&self.rows_under_way, 0, n)
+
+    cdef void count_rows(self, const uint64_t *truth, uint64_t first, size_t n, bint all_known) noexcept nogil:
+        """Count the results of the rows under way."""
+        cdef block_result *r = &self.result
+        cdef replay_counters *c = &self.counters
+        cdef uint64_t wrong = 0, ends = 0
+        cdef uint32_t level_4k = 0, level_2m = 0, level_1g = 0, level_none = 0
+        cdef size_t i
         for i in range(n):                                  # a walk that fails ends at INVALID_GPA
             wrong |= r.gpa[i] ^ truth[i]
             ends |= r.gpa[i]
@@ -219,6 +231,21 @@ cdef class BlockWalker:
             if r.status[i] != STATUS_OK and r.level[i] < LEVELS:
                 c.levels[r.level[i]] -= 1
 
+    cdef void count_kinds(self, const uint8_t *op, size_t n) noexcept nogil:
+        cdef replay_counters *c = &self.counters
+        cdef uint32_t stores = 0, fetches = 0, mmio = 0
+        cdef size_t k
+        for k in range(n):
+            stores += op[k] & 1
+        for k in range(n):
+            fetches += (op[k] & OP_KIND_MASK) >> 1
+        for k in range(n):
+            mmio += (op[k] >> OP_MMIO_SHIFT) & 1
+        c.kinds[0] += n - stores - fetches
+        c.kinds[1] += stores
+        c.kinds[2] += fetches
+        c.mmio += mmio
+
     cdef void walk_next_pages(self, const uint64_t *gva, const uint8_t *access, const uint8_t *size, const int *shifts,
                               size_t n) noexcept nogil:
         cdef block_result *r = &self.result
@@ -256,16 +283,101 @@ cdef class BlockWalker:
             if r.status[i] == STATUS_PAGE_FAULT:
                 c.error_codes[r.error_code[i] & (ERROR_CODES - 1)] += 1
 
+    # ---- accesses and writes -----------------------------------------------------------------------------------------------
+
+    cdef size_t walk_stretch(self, const kvm_pagewalk *walks, const uint32_t *ctx, const replay_rows *rows, size_t start,
+                             size_t limit, uint64_t first, uint64_t count) noexcept nogil:
+        cdef stretch *s = &self.between
+        cdef batch *b = &self.rows_under_way
+        cdef size_t n
+        cdef uint64_t misses
+        if not self.begun or not b.recalls or order_shows(walks if ctx is NULL else &walks[ctx[0]]):
+            return 0
+        self.gather_stretch(walks, rows, start, limit)
+        if not s.writes:
+            return 0
+        self.take_rows(walks, ctx, s.gva, s.access, count, rows.all_known)
+        # No write goes to a word that something in the memo depends on: what it has now holds before them and after them.
+        misses = recall_rows(b, 0)
+        n = self.finish_stretch(misses & ~<uint64_t>0 >> (STRETCH - s.accesses), count)
+        if n:
+            self.count_kinds(s.op, n)
+            self.count_rows(s.truth, first, n, rows.all_known)
+        return n + s.writes
+
+    cdef void gather_stretch(self, const kvm_pagewalk *w, const replay_rows *rows, size_t start, size_t limit) noexcept nogil:
+        """Gather accesses and writes, up to a write that cannot be done or to a word that something cached depends on."""
+        cdef stretch *s = &self.between
+        cdef size_t n = 0, writes = 0, i
+        for i in range(start, limit):
+            if rows.op[i] < OP_EVENT:
+                s.op[n], s.gva[n], s.access[n], s.truth[n] = rows.op[i], rows.addr[i], rows.access[i], rows.gpa[i]
+                s.writes_before[n] = <uint8_t>writes
+                n += 1
+                if n == STRETCH:
+                    break
+            else:
+                if rows.op[i] != OP_GUEST_WRITE or writes == STRETCH or find_write(
+                        w, rows.addr[i], rows.value[i], rows.size[i], &s.write[writes]) != WRITTEN:
+                    break
+                if depends_on(&self.rows_under_way, s.write[writes].hva):
+                    break
+                writes += 1
+        s.accesses, s.writes = n, writes
+
+    cdef size_t finish_stretch(self, uint64_t misses, uint64_t count) noexcept nogil:
+        """Walk the accesses whose bit is set, and do the writes, in order. Returns how many accesses are done.
+
+        A mismatch that is to be explained needs the tables as they are before the next write: the stretch ends before it, and it
+        is walked again, in a block.
+        """
+        cdef stretch *s = &self.between
+        cdef const block_result *r = &self.result
+        cdef uint64_t open = misses
+        cdef size_t n = s.accesses, done = 0, i
+        if self.explain:
+            for i in range(n):
+                open |= <uint64_t>(r.gpa[i] != s.truth[i]) << i
+        while open:
+            i = kvmmu_first_bit(open)
+            open &= open - 1
+            while done < s.writes_before[i]:
+                self.do_write(&s.write[done])
+                done += 1
+            if misses >> i & 1:
+                if not self.begun:
+                    begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
+                    self.begun = True
+                walk_missing(&self.rows_under_way, 0, <uint64_t>1 << i, 1)
+            if self.explain and r.gpa[i] != s.truth[i] and s.truth[i] != INVALID_GPA:
+                n, s.writes = i, done
+                break
+        while done < s.writes:
+            self.do_write(&s.write[done])
+            done += 1
+        consider_recall(&self.rows_under_way)
+        return n
+
     cdef int write_guest(self, const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size) noexcept nogil:
-        cdef bint readonly = False
-        cdef uint8_t *hva
-        if size - 1 >= WRITE_SIZE_MAX or (size | gpa) & (size - 1):
-            return WRITE_MALFORMED
-        hva = gpa_to_hva(w.mem, gpa, &readonly)
-        if hva is NULL or readonly:
-            return WRITE_TO_HOLE
-        memcpy(hva, &value, size)
+        cdef guest_write write
+        cdef int written = find_write(w, gpa, value, size, &write)
+        if written == WRITTEN:
+            self.do_write(&write)
+        return written
+
+    cdef void do_write(self, const guest_write *write) noexcept nogil:
+        memcpy(write.hva, &write.value, write.size)
         self.counters.writes = self.counters.writes + 1
         if self.begun:
-            self.begun = forget_word(&self.rows_under_way, hva)
-        return WRITTEN
+            self.begun = forget_word(&self.rows_under_way, write.hva)
+
+
+cdef inline int find_write(const kvm_pagewalk *w, uint64_t gpa, uint64_t value, size_t size, guest_write *out) noexcept nogil:
+    """Find where a write goes: WRITTEN, if it can be done."""
+    cdef bint readonly = False
+    out.gpa, out.value, out.size = gpa, value, size
+    kvmmu_keep_copies()                         # what is checked is what is done, whoever writes to the columns
+    if out.size - 1 >= WRITE_SIZE_MAX or (out.size | out.gpa) & (out.size - 1):
+        return WRITE_MALFORMED
+    out.hva = gpa_to_hva(w.mem, out.gpa, &readonly)
+    return WRITE_TO_HOLE if out.hva is NULL or readonly else WRITTEN

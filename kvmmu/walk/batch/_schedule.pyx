@@ -133,13 +133,11 @@ cdef uint64_t walk_missing(batch *b, size_t start, uint64_t misses, size_t most)
     return misses
 
 
-cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
-    """Translate 64 rows from start on by the memo, those that it does not have in blocks or one by one."""
+cdef uint64_t recall_rows(batch *b, size_t start) noexcept nogil:
     cdef uint64_t room[64]
     cdef common_columns out = columns_from(b, start)
     cdef const uint32_t *ctx = b.ctx
-    cdef uint64_t misses, memo_id = b.memo_id
-    cdef bint few
+    cdef uint64_t memo_id = b.memo_id
     if out.gpa is NULL:
         out.gpa = room
     if ctx is not NULL:
@@ -147,12 +145,17 @@ cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
         if of_one_context(ctx):
             memo_id += ctx[0]
             ctx = NULL
-    misses = b.kernels.recall(b.memo, &b.gva[start], accesses_from(b, start), ctx, memo_id, out.gpa, out.level, out.status,
-                              out.error_code)
     b.tried += 1
+    return b.kernels.recall(b.memo, &b.gva[start], accesses_from(b, start), ctx, memo_id, out.gpa, out.level, out.status,
+                            out.error_code)
+
+
+cdef void recall_chunk(batch *b, size_t start) noexcept nogil:
+    """Translate 64 rows from start on by the memo, those that it does not have in blocks or one by one."""
+    cdef uint64_t misses = recall_rows(b, start)
+    cdef bint few = kvmmu_count_bits(misses) <= FEW_MISSES
     if not misses:
         return
-    few = kvmmu_count_bits(misses) <= FEW_MISSES
     if few or not is_backing_off(&b.walk_backoff):
         misses = walk_missing(b, start, misses, KVMMU_BLOCK_ROWS if few else FEW_WALKS)
         if not few and misses:
