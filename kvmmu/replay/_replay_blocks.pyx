@@ -17,7 +17,7 @@ from kvmmu.replay._replay_blocks cimport (
     block_result, guest_write, mismatch, replay_counters, replay_rows, stretch,
 )
 from kvmmu.tlb._stream cimport STREAM_ROWS, TlbStream, stream_hold, stream_insert
-from kvmmu.walk.batch._kernels cimport kvmmu_first_bit
+from kvmmu.walk.batch._kernels cimport kvmmu_count_bits, kvmmu_first_bit
 from kvmmu.walk.batch._rows cimport batch, context_of, order_shows
 from kvmmu.walk.batch._schedule cimport (
     begin_batch, consider_recall, depends_on, forget_word, new_workspace, recall_rows, translate_rows, walk_missing,
@@ -298,8 +298,9 @@ cdef class BlockWalker:
             return 0
         self.take_rows(walks, ctx, s.gva, s.access, count, rows.all_known)
         # No write goes to a word that something in the memo depends on: what it has now holds before them and after them.
-        misses = recall_rows(b, 0)
-        n = self.finish_stretch(misses & ~<uint64_t>0 >> (STRETCH - s.accesses), count)
+        misses = recall_rows(b, 0) & ~<uint64_t>0 >> (STRETCH - s.accesses)
+        b.missed += kvmmu_count_bits(misses)
+        n = self.finish_stretch(misses, count)
         if n:
             self.count_kinds(s.op, n)
             self.count_rows(s.truth, first, n, rows.all_known)
