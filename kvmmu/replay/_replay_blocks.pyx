@@ -294,7 +294,7 @@ cdef class BlockWalker:
         if not self.begun or not b.recalls or order_shows(walks if ctx is NULL else &walks[ctx[0]]):
             return 0
         self.gather_stretch(walks, rows, start, limit)
-        if not s.writes:
+        if not s.writes or not s.accesses:              # none, if somebody writes to the columns
             return 0
         self.take_rows(walks, ctx, s.gva, s.access, count, rows.all_known)
         # No write goes to a word that something in the memo depends on: what it has now holds before them and after them.
