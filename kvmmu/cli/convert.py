@@ -35,9 +35,10 @@ def add(commands: Commands) -> None:
                             help="of a recording: write the accesses N times, each time from the same registers and, in a dyn "
                                  "phase, memory")
     conversion.add_argument("--layout", choices=LAYOUTS, default="places",
-                            help="places: replayed faster; plain: the columns addr and gpa, for other tools; default: places")
+                            help="places: replayed faster; plain: the columns op, addr, access and gpa, for other tools; "
+                                 "default: places")
     conversion.add_argument("--compression", choices=COMPRESSIONS, default="lz4",
-                            help="lz4 (default) decodes two to three times as fast as zstd, which takes half the space")
+                            help="lz4 (default) decodes two to three times as fast as zstd, which takes two thirds of the space")
     conversion.add_argument("--json", action="store_true", help="print one JSON object")
 
 

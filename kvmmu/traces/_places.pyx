@@ -1,80 +1,109 @@
-"""Addresses of rows as places: numbers of pairs (linear page, guest-physical address of its first byte), and offsets in the page.
+"""Accesses as places: numbers of uses of a page, and offsets in the page.
 
-A row group of a trace has few pairs and many rows. `find_places()` makes the pairs of given addresses, `addresses_of()` the
-addresses of given places.
+A use is a linear page, the guest-physical address of its first byte, an op and an access byte. A row group of a trace has few
+uses and many rows. `find_places()` makes the uses of given rows, `addresses_of()` and `kinds_of()` the rows of given places.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 import numpy as np
 
 from kvmmu.arch._bits cimport INVALID_GPA, PAGE_SHIFT, PAGE_SIZE
 
-MAX_PAIRS = MAX_PAIR + 1
+MAX_USES = MAX_USE + 1
 
 cdef enum:
-    MAX_PAIR = (1 << 20) - 1
+    MAX_USE = (1 << 20) - 1
     OFFSET_MASK = PAGE_SIZE - 1
-    FIRST_SLOTS = 1 << 12           # of the table that finds pairs; it grows when half of it is taken
+    FIRST_SLOTS = 1 << 12           # of the table that finds uses; it grows when half of it is taken
 
 
-def find_places(const uint64_t[::1] addr not None, const uint64_t[::1] gpa not None):
-    """Return the places of addresses, and their pairs.
+# Of the use of a page.
+cdef struct page_use:
+    uint64_t page
+    uint64_t frame
+    uint64_t kind                   # access byte in bits 15:8, op in bits 7:0
+
+
+def find_places(const uint8_t[::1] op not None, const uint64_t[::1] addr not None, const uint8_t[::1] access not None,
+                const uint64_t[::1] gpa not None):
+    """Return the places of rows, and the uses of pages that they name.
 
     Parameters
     ----------
+    op, access : ndarray of uint8, shape (n,)
     addr, gpa : ndarray of uint64, shape (n,)
-        n is at most `MAX_PAIRS`. gpa is INVALID_GPA where there is none.
+        n is at most `MAX_USES`. gpa is INVALID_GPA where there is none.
 
     Returns
     -------
     place : ndarray of uint32, shape (n,)
-        Number of the pair in bits 31:12, offset in the page in bits 11:0.
-    page, frame : ndarray of uint64, shape (pairs,)
+        Number of the use in bits 31:12, offset in the page in bits 11:0.
+    page, frame : ndarray of uint64, shape (uses,)
         What is added to an offset, modulo 2^64, to make the addresses: of a page, as a rule. INVALID_GPA: there is no gpa.
+    page_op, page_access : ndarray of uint8, shape (uses,)
     """
-    cdef size_t n = addr.shape[0], pairs = 0
-    if <size_t>gpa.shape[0] != n or n > MAX_PAIRS:
-        raise ValueError(f"gpa: want as many rows as addr has, at most {MAX_PAIRS}; got {gpa.shape[0]} and {n}")
-    place, page, frame = np.empty(n, np.uint32), np.empty(n, np.uint64), np.empty(n, np.uint64)
+    cdef size_t n = addr.shape[0], count = 0
+    cdef page_use *uses
+    for name, rows in (("op", op.shape[0]), ("access", access.shape[0]), ("gpa", gpa.shape[0])):
+        if rows != n or n > MAX_USES:
+            raise ValueError(f"{name}: want as many rows as addr has, at most {MAX_USES}; got {rows} and {n}")
+    place = np.empty(n, np.uint32)
     cdef uint32_t[::1] places = place
-    cdef uint64_t[::1] pages = page, frames = frame
-    if n:
-        with nogil:
-            pairs = find(&addr[0], &gpa[0], n, &places[0], &pages[0], &frames[0])
-        if pairs == 0:
-            raise MemoryError
-    return place, page[:pairs].copy(), frame[:pairs].copy()
+    uses = <page_use *>malloc(max(n, 1) * sizeof(page_use))
+    if uses is NULL:
+        raise MemoryError
+    try:
+        if n:
+            with nogil:
+                count = find(&op[0], &addr[0], &access[0], &gpa[0], n, &places[0], uses)
+            if count == 0:
+                raise MemoryError
+        found = np.empty((count, 3), np.uint64)
+        if count:
+            memcpy(<void *><size_t>found.ctypes.data, uses, count * sizeof(page_use))
+    finally:
+        free(uses)
+    page, frame, kind = found.T
+    return place, page.copy(), frame.copy(), kind.astype(np.uint8), (kind >> np.uint64(8)).astype(np.uint8)
 
 
-cdef inline size_t slot_of(uint64_t page, uint64_t frame, size_t slots) noexcept nogil:
-    cdef uint64_t mixed = (page >> PAGE_SHIFT) * <uint64_t>0x9E3779B97F4A7C15 ^ frame * <uint64_t>0xC2B2AE3D27D4EB4F
+cdef inline size_t slot_of(const page_use *use, size_t slots) noexcept nogil:
+    cdef uint64_t mixed = ((use.page >> PAGE_SHIFT) * <uint64_t>0x9E3779B97F4A7C15 ^ use.frame * <uint64_t>0xC2B2AE3D27D4EB4F
+                           ^ use.kind * <uint64_t>0x165667B19E3779F9)
     return (mixed ^ mixed >> 29) & (slots - 1)
 
 
-cdef size_t find(const uint64_t *addr, const uint64_t *gpa, size_t n, uint32_t *place, uint64_t *page,
-                 uint64_t *frame) noexcept nogil:
-    """Return the number of pairs; 0 if there is no memory."""
-    cdef size_t slots = FIRST_SLOTS, pairs = 0, i, j, at, last = 0
-    cdef uint32_t *table = <uint32_t *>calloc(slots, sizeof(uint32_t))        # one more than the number of a pair; 0: none
+cdef inline bint same(const page_use *use, const page_use *other) noexcept nogil:
+    return use.page == other.page and use.frame == other.frame and use.kind == other.kind
+
+
+cdef size_t find(const uint8_t *op, const uint64_t *addr, const uint8_t *access, const uint64_t *gpa, size_t n, uint32_t *place,
+                 page_use *uses) noexcept nogil:
+    """Return the number of uses; 0 if there is no memory."""
+    cdef size_t slots = FIRST_SLOTS, count = 0, i, j, at, last = 0
+    cdef uint32_t *table = <uint32_t *>calloc(slots, sizeof(uint32_t))        # one more than the number of a use; 0: none
     cdef uint32_t *grown
-    cdef uint64_t offset, first, base
+    cdef page_use use
+    cdef uint64_t offset
     if table is NULL:
         return 0
     for i in range(n):
         offset = addr[i] & OFFSET_MASK
-        first = addr[i] - offset
-        base = gpa[i] if gpa[i] == INVALID_GPA else gpa[i] - offset
-        if base == INVALID_GPA and gpa[i] != INVALID_GPA:                     # would be read as none: a pair for this very byte
-            offset, first, base = 0, addr[i], gpa[i]
-        if not (pairs and page[last] == first and frame[last] == base):
-            at = slot_of(first, base, slots)
-            while table[at] and not (page[table[at] - 1] == first and frame[table[at] - 1] == base):
+        use.page = addr[i] - offset
+        use.frame = gpa[i] if gpa[i] == INVALID_GPA else gpa[i] - offset
+        use.kind = <uint64_t>access[i] << 8 | op[i]
+        if use.frame == INVALID_GPA and gpa[i] != INVALID_GPA:                # would be read as none: a use of this very byte
+            offset, use.page, use.frame = 0, addr[i], gpa[i]
+        if not (count and same(&use, &uses[last])):
+            at = slot_of(&use, slots)
+            while table[at] and not same(&use, &uses[table[at] - 1]):
                 at = (at + 1) & (slots - 1)
             if table[at] == 0:
-                if 2 * pairs >= slots:
+                if 2 * count >= slots:
                     grown = <uint32_t *>calloc(2 * slots, sizeof(uint32_t))
                     if grown is NULL:
                         free(table)
@@ -82,21 +111,21 @@ cdef size_t find(const uint64_t *addr, const uint64_t *gpa, size_t n, uint32_t *
                     slots *= 2
                     free(table)
                     table = grown
-                    for j in range(pairs):
-                        at = slot_of(page[j], frame[j], slots)
+                    for j in range(count):
+                        at = slot_of(&uses[j], slots)
                         while table[at]:
                             at = (at + 1) & (slots - 1)
                         table[at] = <uint32_t>(j + 1)
-                    at = slot_of(first, base, slots)
+                    at = slot_of(&use, slots)
                     while table[at]:
                         at = (at + 1) & (slots - 1)
-                page[pairs], frame[pairs] = first, base
-                pairs += 1
-                table[at] = <uint32_t>pairs
+                uses[count] = use
+                count += 1
+                table[at] = <uint32_t>count
             last = table[at] - 1
         place[i] = <uint32_t>(last << PAGE_SHIFT | offset)
     free(table)
-    return pairs
+    return count
 
 
 def addresses_of(const uint32_t[::1] place not None, const uint64_t[::1] page not None, const uint64_t[::1] frame not None,
@@ -106,34 +135,62 @@ def addresses_of(const uint32_t[::1] place not None, const uint64_t[::1] page no
     Parameters
     ----------
     place : ndarray of uint32, shape (n,)
-    page, frame : ndarray of uint64, shape (pairs,)
+    page, frame : ndarray of uint64, shape (uses,)
     addr, gpa : ndarray of uint64, shape (n,)
         Where they go.
 
     Raises
     ------
     ValueError
-        A place names a pair that is not there; the message has its row. Or an array of another length.
+        A place names a use that is not there; the message has its row. Or an array of another length.
     """
-    cdef size_t n = place.shape[0], pairs = page.shape[0], i
+    cdef size_t n = place.shape[0], uses = page.shape[0], used, i
     cdef bint all_known = True
-    cdef uint32_t highest = 0
-    for name, rows, wanted in (("frame", frame.shape[0], pairs), ("addr", addr.shape[0], n), ("gpa", gpa.shape[0], n)):
-        if rows != wanted:
-            raise ValueError(f"{name}: want {wanted} rows, got {rows}")
+    for name, rows, wanted in (("frame", frame.shape[0], uses), ("addr", addr.shape[0], n), ("gpa", gpa.shape[0], n)):
+        check_rows(name, rows, wanted)
+    used = used_of(place, uses)
     if n == 0:
         return
-    for i in range(n):
-        highest = max(highest, place[i])
-    if (highest >> PAGE_SHIFT) >= pairs:
-        for i in range(n):
-            if (place[i] >> PAGE_SHIFT) >= pairs:
-                raise ValueError(f"row {i}: place is {place[i]:#x}, of page {place[i] >> PAGE_SHIFT}; allowed is one of the "
-                                 f"{pairs} pages of the row group")
-    for i in range((highest >> PAGE_SHIFT) + 1):
-        all_known &= frame[i] != INVALID_GPA
     with nogil:
+        for i in range(used):
+            all_known &= frame[i] != INVALID_GPA
         expand(&place[0], &page[0], &frame[0], n, all_known, &addr[0], &gpa[0])
+
+
+def kinds_of(const uint32_t[::1] place not None, const uint8_t[::1] page_op not None, const uint8_t[::1] page_access not None,
+             uint8_t[::1] op not None, uint8_t[::1] access not None):
+    """Make op and access of places: what `find_places()` was given. As `addresses_of()`."""
+    cdef size_t n = place.shape[0], uses = page_op.shape[0]
+    for name, rows, wanted in (("page_access", page_access.shape[0], uses), ("op", op.shape[0], n),
+                               ("access", access.shape[0], n)):
+        check_rows(name, rows, wanted)
+    used_of(place, uses)
+    if n:
+        with nogil:
+            expand_kinds(&place[0], &page_op[0], &page_access[0], n, &op[0], &access[0])
+
+
+cdef int check_rows(str name, size_t rows, size_t wanted) except -1:
+    if rows != wanted:
+        raise ValueError(f"{name}: want {wanted} rows, got {rows}")
+    return 0
+
+
+cdef size_t used_of(const uint32_t[::1] place, size_t uses) except? 0:
+    """Return how many of the uses places may name: all up to the highest that they do name."""
+    cdef size_t n = place.shape[0], i
+    cdef uint32_t highest = 0
+    with nogil:
+        for i in range(n):
+            highest = max(highest, place[i])
+    if n == 0:
+        return 0
+    if (highest >> PAGE_SHIFT) >= uses:
+        for i in range(n):
+            if (place[i] >> PAGE_SHIFT) >= uses:
+                raise ValueError(f"row {i}: place is {place[i]:#x}, of page {place[i] >> PAGE_SHIFT}; allowed is one of the "
+                                 f"{uses} pages of the row group")
+    return (highest >> PAGE_SHIFT) + 1
 
 
 cdef void expand(const uint32_t *place, const uint64_t *page, const uint64_t *frame, size_t n, bint all_known,
@@ -144,3 +201,11 @@ cdef void expand(const uint32_t *place, const uint64_t *page, const uint64_t *fr
         offset, base = place[i] & OFFSET_MASK, frame[place[i] >> PAGE_SHIFT]
         addr[i] = page[place[i] >> PAGE_SHIFT] + offset
         gpa[i] = base + offset if all_known or base != INVALID_GPA else <uint64_t>INVALID_GPA
+
+
+cdef void expand_kinds(const uint32_t *place, const uint8_t *page_op, const uint8_t *page_access, size_t n,
+                       uint8_t *op, uint8_t *access) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        op[i] = page_op[place[i] >> PAGE_SHIFT]
+        access[i] = page_access[place[i] >> PAGE_SHIFT]

@@ -128,7 +128,7 @@ def convert(source: Recording | Trace, out: StrPath, *, repeat: int = 1, compres
         How often the accesses of a recording come.
     compression : {"lz4", "zstd", "snappy", "none"}
     layout : {"places", "plain"}
-        As for `ParquetWriter`: "plain" has the columns `addr` and `gpa`, for other tools.
+        As for `ParquetWriter`: "plain" has the columns `op`, `addr`, `access` and `gpa`, for other tools.
     progress : callable, optional
         Called with (accesses written, accesses in all; 0 if unknown).
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from kvmmu.arch._bits import INVALID_GPA, Op
+from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, Op
 from kvmmu.arch.arguments import check_bool, check_path, check_threads
 from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile, StrPath, no_such_trace, open_regular
-from kvmmu.traces._places import MAX_PAIRS, addresses_of, find_places
+from kvmmu.traces._places import MAX_USES, addresses_of, find_places, kinds_of
+from kvmmu.traces._rows import scan
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
 from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
 
@@ -30,13 +31,16 @@ ROW_GROUP = 1 << 18                     # rows; a group's columns fit into the s
 _MAGIC = b"PAR1"
 _WHOLE_GROUP = 1 << 22                  # larger row groups are decoded in batches, so that memory stays bounded
 _BYTES_PER_ROW, _BYTES_BESIDE = 32, 1 << 20            # of a column, decompressed: what any encoding takes, and more
-_DICTIONARY = ["addr", "page", "frame", "vcpu", "value", "gpa", "ip"]   # the others decode faster plain
+# The others decode faster plain.
+_DICTIONARY = ["addr", "page", "frame", "page_op", "page_access", "vcpu", "value", "gpa", "ip"]
 
-# The two forms of `addr` and `gpa` in a file: as they are, or as places. A place is a row of the row group that has `page` and
-# `frame`, and an offset.
+# The two forms of `op`, `addr`, `access` and `gpa` in a file: as they are, or as places. A place is an offset in a page, and a
+# row of the row group that has the use of the page. Older files have places of `addr` and `gpa` alone.
 LAYOUTS = ("places", "plain")
-_PLACES = {"place": "uint32", "page": "uint64", "frame": "uint64"}
-_PLACED = ("addr", "gpa")
+_USES = {"page": "uint64", "frame": "uint64", "page_op": "uint8", "page_access": "uint8"}
+_PLACED = ("op", "addr", "access", "gpa")
+_OLD_USES, _OLD_PLACED = ("page", "frame"), ("addr", "gpa")
+_KNOWN = {"place": "uint32"} | _USES | COLUMNS
 
 
 class NoTraceError(TraceError):
@@ -47,7 +51,7 @@ def schema(layout: str = "plain") -> Any:
     """Return the Arrow schema of a trace, without header."""
     pa = pyarrow()
     columns = COLUMNS if layout == "plain" else (
-        {"op": "uint8"} | _PLACES | {name: dtype for name, dtype in COLUMNS.items() if name not in _PLACED})
+        {name: dtype for name, dtype in _KNOWN.items() if name not in _PLACED})
     nullable = NULLABLE if layout == "plain" else ("ip",)
     return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in nullable) for name, dtype in columns.items()])
 
@@ -183,20 +187,23 @@ class ParquetTrace(Trace):
             if field.name in columns:
                 raise TraceError(f"{self.path}: column {field.name!r} is there twice")
             columns[field.name] = place
-        self._placed = "place" in columns
-        known = COLUMNS | _PLACES if self._placed else COLUMNS
+        self._uses: tuple[str, ...] = ()                                    # what places name, and the columns that it makes
+        self._placed: tuple[str, ...] = ()
+        if "place" in columns:
+            old = "op" in columns and "page_op" not in columns
+            self._uses, self._placed = (_OLD_USES, _OLD_PLACED) if old else (tuple(_USES), _PLACED)
+        self._known = {name: dtype for name, dtype in _KNOWN.items()        # others are somebody's own
+                       if name in COLUMNS or self._uses and (name == "place" or name in self._uses)}
         for field in found:
-            if field.name in known and field.type != getattr(self._pa, known[field.name])():
-                raise TraceError(f"{self.path}: column {field.name!r} is {field.type}; allowed is {known[field.name]}")
-        needed = [name for name in NEEDED if name not in _PLACED] + list(_PLACES) if self._placed else NEEDED
-        for name in needed:
+            if field.name in self._known and field.type != getattr(self._pa, self._known[field.name])():
+                raise TraceError(f"{self.path}: column {field.name!r} is {field.type}; allowed is {self._known[field.name]}")
+        for name in [*(name for name in NEEDED if name not in self._placed), *self._uses]:
             if name not in columns:
                 raise TraceError(f"{self.path}: column {name!r} is missing; there are {', '.join(columns)}")
-        for name in _PLACED if self._placed else ():
+        for name in self._placed:
             if name in columns:
                 raise TraceError(f"{self.path}: column {name!r} is there beside places; allowed is one of them")
-        self._names = [name for name in COLUMNS if name in columns or self._placed and name in _PLACED]
-        self._known = known                                                 # others are somebody's own
+        self._names = [name for name in COLUMNS if name in columns or name in self._placed]
         try:
             return Header.from_json(text)
         except TraceError as error:
@@ -242,8 +249,8 @@ class ParquetTrace(Trace):
     def _check_sizes(self, group: int) -> None:
         """Refuse a row group whose columns, decompressed, are larger than its rows can make them."""
         rows = self._metadata.row_group(group)
-        if self._placed and rows.num_rows > MAX_PAIRS:
-            raise TraceError(f"has {rows.num_rows:,} rows; allowed with places are {MAX_PAIRS:,}")
+        if self._placed and rows.num_rows > MAX_USES:
+            raise TraceError(f"has {rows.num_rows:,} rows; allowed with places are {MAX_USES:,}")
         allowed = rows.num_rows * _BYTES_PER_ROW + _BYTES_BESIDE
         for place in range(rows.num_columns):
             column = rows.column(place)
@@ -256,25 +263,38 @@ class ParquetTrace(Trace):
         names = self._names
         if self._lean:
             names = [name for name in names if name not in self._unneeded]
-        columns = self._columns(group, names)
-        if len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
+        columns, clean = self._guarded(group, lambda: self._decoded(group, names))
+        if not clean and len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
             of_events = ("size", "value") if (columns["op"] == Op.GUEST_WRITE).any() else ("value",)
-            columns |= self._columns(group, [name for name in of_events if name in self._names and name not in columns])
-        return [self._guarded(group, lambda: Chunk.checked(columns, self.header, self._starts[group]))]
+            if more := [name for name in of_events if name in self._names and name not in columns]:
+                columns |= self._guarded(group, lambda: self._stored(group, more))
+        return [self._guarded(group, lambda: Chunk._checked(columns, self.header, self._starts[group], clean))]
 
-    def _columns(self, group: int, names: list[str]) -> dict[str, Any]:
-        return self._guarded(group, lambda: self._decoded(group, names)) if names else {}
+    def _stored(self, group: int, names: list[str]) -> dict[str, Any]:
+        return batch_columns(self._file().read_row_group(group, columns=names, use_threads=False), self._known)
 
-    def _decoded(self, group: int, names: list[str]) -> dict[str, Any]:
-        if not self._placed or "addr" not in names:
-            return batch_columns(self._file().read_row_group(group, columns=names, use_threads=False))
-        names = [name for name in names if name not in _PLACED] + list(_PLACES)
-        columns = batch_columns(self._file().read_row_group(group, columns=names, use_threads=False), self._known)
-        place, page, frame = (columns.pop(name) for name in _PLACES)
+    def _decoded(self, group: int, names: list[str]) -> tuple[dict[str, Any], bool]:
+        """Return columns, and whether it is known of what their places name that `scan()` finds nothing in the rows."""
+        if not self._placed:
+            return self._stored(group, names), False
+        columns = self._stored(group, ["place", *(name for name in names if name not in self._placed)])
+        place = columns.pop("place")
+        uses = self._used(group, (int(place.max()) >> PAGE_SHIFT) + 1 if place.size else 0)
         # PyArrow's allocator, which keeps pages: those of new arrays would be cleared by the kernel each time
-        addr, gpa = (np.frombuffer(self._pa.allocate_buffer(8 * place.size), np.uint64) for _ in _PLACED)
-        addresses_of(place, page, frame, addr, gpa)
-        return columns | {"addr": addr, "gpa": gpa}
+        columns |= {name: np.frombuffer(self._pa.allocate_buffer(place.size * np.dtype(COLUMNS[name]).itemsize), COLUMNS[name])
+                    for name in self._placed}
+        addresses_of(place, uses["page"], uses["frame"], columns["addr"], columns["gpa"])
+        if "page_op" not in uses:
+            return columns, False
+        kinds_of(place, uses["page_op"], uses["page_access"], columns["op"], columns["access"])
+        has_events, broken, *_ = scan(uses["page_op"], uses["page_access"], None)
+        return columns, not has_events and not broken and int(uses["frame"].max(initial=0)) <= GPA_LIMIT - PAGE_SIZE
+
+    def _used(self, group: int, count: int) -> dict[str, Any]:
+        """Return what places name: of the columns the first rows alone, which are decoded until there are as many."""
+        batches = self._file().iter_batches(max(count, 1), row_groups=[group], columns=list(self._uses), use_threads=False)
+        batch = next(batches, None)
+        return batch_columns(batch, self._known) if batch else {name: np.empty(0, self._known[name]) for name in self._uses}
 
     def _batches(self, group: int, names: list[str]) -> Iterator[Chunk]:
         """Yield a large row group, a part at a time."""
@@ -322,9 +342,10 @@ class ParquetWriter:
     header : Header
         Its totals are counted here.
     compression : {"lz4", "zstd", "snappy", "none"}
-        lz4 decodes two to three times as fast as zstd and takes twice the space.
+        lz4 decodes two to three times as fast as zstd and takes half as much space again.
     layout : {"places", "plain"}
-        How `addr` and `gpa` are stored: "places" is decoded faster, "plain" are the columns as they are, for other tools.
+        How `op`, `addr`, `access` and `gpa` are stored: "places" is decoded faster, "plain" are the columns as they are, for
+        other tools.
     inputs : iterable of str or path-like
         Files that `path` shall not be, under any name.
 
@@ -419,9 +440,9 @@ class ParquetWriter:
             columns |= {"addr": addr, "gpa": pa.array(gpa, mask=unknown),
                         "value": pa.nulls(rows, pa.uint64()) if events is None else pa.array(value, mask=~events)}
         else:
-            place, page, frame = find_places(addr, gpa)
-            columns |= {"place": place} | {name: np.pad(pairs, (0, rows - pairs.size), "edge")          # one run behind them
-                                           for name, pairs in (("page", page), ("frame", frame))}
+            found: tuple[Any, ...] = find_places(op, addr, chunk.access[part], gpa)
+            columns |= {"place": found[0]} | {name: np.pad(column, (0, rows - column.size), "edge")     # one run behind them
+                                              for name, column in zip(_USES, found[1:], strict=True)}
         return pa.Table.from_arrays([pa.array(columns[name]) for name in self._schema.names], schema=self._schema)
 
     def close(self) -> None:

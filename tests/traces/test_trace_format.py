@@ -32,6 +32,32 @@ REGS = RegisterSet(cr0=0x80050033, cr3=0x1000, cr4=0x20, efer=0xD01)
 WORDS = st.integers(0, 2**64 - 1)
 
 
+def of_old_places(table):
+    """A table of places as earlier versions wrote it: with places of the addresses alone."""
+    place = table["place"].to_numpy()
+    page, frame, op, access = (table[name].to_numpy()[place >> 12] for name in ("page", "frame", "page_op", "page_access"))
+    pairs, number = np.unique(np.stack([page, frame], 1), axis=0, return_inverse=True)
+    pairs = np.pad(pairs, ((0, len(table) - len(pairs)), (0, 0)), "edge")
+    made = {"op": op, "place": (number.ravel() << 12 | place & 4095).astype(np.uint32), "page": pairs[:, 0], "frame": pairs[:, 1],
+            "access": access}
+    names = ["size", "vcpu", "value", "ip"]
+    return pa.table(made | {name: table[name] for name in names}, schema=pa.schema(
+        [pa.field(name, pa.from_numpy_dtype(column.dtype), nullable=False) for name, column in made.items()]
+        + [table.schema.field(name) for name in names])).replace_schema_metadata(table.schema.metadata)
+
+
+def write_old_places(path):
+    """Write the file anew, as earlier versions did."""
+    file = pq.ParquetFile(path)
+    tables = [of_old_places(file.read_row_group(group)) for group in range(file.num_row_groups)]
+    metadata = file.metadata.metadata
+    file.close()
+    schema = of_old_places(pq.read_table(path)[:0]).schema.with_metadata(metadata)
+    with pq.ParquetWriter(path, schema, compression="lz4", write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(metadata))
+
+
 # -- round trips --------------------------------------------------------------------------------------------------------
 
 ASKED = {0: 0, 1: int(Access.WRITE), 2: int(Access.FETCH)}
@@ -78,13 +104,15 @@ def many():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(ACCESS_ROWS, EVENT_ROWS), max_size=40), st.integers(1, 40), st.sampled_from(["lz4", "zstd", "none"]),
-       st.sampled_from(LAYOUTS))
+       st.sampled_from([*LAYOUTS, "old places"]))
 def test_rows_come_back_as_they_were_written(tmp_path_factory, rows, part, compression, layout):
     """Every column of every kind of row, nulls included, in any division into writes; lean or not."""
     path = tmp_path_factory.mktemp("round") / "trace.parquet"
-    with ParquetWriter(path, many(), compression=compression, layout=layout) as writer:
+    with ParquetWriter(path, many(), compression=compression, layout=layout.removeprefix("old ")) as writer:
         for start in range(0, len(rows), part):
             writer.write(columns_of(rows[start:start + part]))
+    if layout == "old places":
+        write_old_places(path)
     for lean in (False, True):
         trace = ParquetTrace(path, lean=lean)
         chunks = list(trace.chunks())
@@ -137,15 +165,31 @@ def test_addresses_in_either_layout(pages, tmp_path):
         assert not all(chunk.all_known for chunk in chunks)
 
 
+OLD_PLACES = ROOT / "tests" / "data" / "formats" / "old-places.parquet"
+
+
+def test_a_file_of_an_earlier_version():
+    """As it was written when places were of the addresses alone: 1,000 loads, 200 stores, and two writes of tables."""
+    table = pq.read_table(OLD_PLACES)
+    assert table.schema.names == ["op", "place", "page", "frame", "access", "size", "vcpu", "value", "ip"]
+    report = kvmmu.replay(OLD_PLACES)
+    assert (report.accesses, report.table_writes, report.verified, report.complete) == (1200, 2, 1200, True)
+
+
 def test_places_are_what_the_document_says(tmp_path):
     """Read by PyArrow and NumPy alone."""
     rng = np.random.default_rng(1)
-    addr = rng.integers(0, 1 << 20, 10_000, np.uint64)
-    table = pq.read_table(written(tmp_path / "places", addr, addr ^ np.uint64(1 << 30)))
-    assert table.schema.names == ["op", "place", "page", "frame", "access", "size", "vcpu", "value", "ip"]
-    place, page, frame = (table[name].to_numpy() for name in ("place", "page", "frame"))
+    addr, op = rng.integers(0, 1 << 20, 10_000, np.uint64), rng.integers(0, 3, 10_000, np.uint8)
+    access = np.array([4, 6, 20], np.uint8)[op] ^ rng.choice(np.array([0, 4], np.uint8), op.size)
+    with ParquetWriter(tmp_path / "places", Header(registers=(REGS,))) as writer:
+        writer.write(op=op, addr=addr, access=access, gpa=addr ^ np.uint64(1 << 30))
+    table = pq.read_table(tmp_path / "places")
+    assert table.schema.names == ["place", "page", "frame", "page_op", "page_access", "size", "vcpu", "value", "ip"]
+    place, page, frame, page_op, page_access = (column.to_numpy() for column in table.columns[:5])
     assert (page[place >> 12] + (place & 4095) == addr).all()
     assert (frame[place >> 12] + (place & 4095) == addr ^ np.uint64(1 << 30)).all()
+    assert (page_op[place >> 12] == op).all()
+    assert (page_access[place >> 12] == access).all()
     plain = pq.read_table(written(tmp_path / "plain", addr, addr, "plain"))
     assert plain.schema.names == [*DTYPES, "ip"]
     assert (plain["addr"].to_numpy() == addr).all()
@@ -153,21 +197,67 @@ def test_places_are_what_the_document_says(tmp_path):
         ParquetWriter(tmp_path / "x", many(), layout="other")
 
 
+def changed(table, name, values):
+    """A table with other values in a column; None: nulls."""
+    field = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), pa.field(name, field.type), pa.array(values, field.type))
+
+
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda t: t.set_column(1, t.schema.field("place"), pa.array(np.full(len(t), 0xFFFFF000, np.uint32))),
+    (lambda t: changed(t, "place", np.full(len(t), 0xFFFFF000, np.uint32)),
      "row 0: place is 0xfffff000, of page 1048575; allowed is one of the 100 pages"),
-    (lambda t: t.set_column(1, "place", pa.array(np.zeros(len(t), np.uint64))), "column 'place' is uint64; allowed is uint32"),
-    (lambda t: t.set_column(1, pa.field("place", pa.uint32()), pa.array([None] * len(t), pa.uint32())), "100 nulls"),
-    (lambda t: t.set_column(2, pa.field("page", pa.uint64()), pa.array([None] * len(t), pa.uint64())), "100 nulls"),
+    (lambda t: t.set_column(0, "place", pa.array(np.zeros(len(t), np.uint64))), "column 'place' is uint64; allowed is uint32"),
+    (lambda t: changed(t, "place", [None] * len(t)), "100 nulls"),
+    (lambda t: changed(t, "page", [None] * len(t)), "100 nulls"),
+    (lambda t: changed(t, "page_access", [None] * len(t)), "100 nulls"),
     (lambda t: t.drop_columns(["frame"]), "column 'frame' is missing"),
-    (lambda t: t.append_column("gpa", pa.array(np.zeros(len(t), np.uint64))), "column 'gpa' is there beside places")])
+    (lambda t: t.drop_columns(["page_op"]), "column 'page_op' is missing"),
+    (lambda t: t.drop_columns(["page_access"]), "column 'page_access' is missing"),
+    (lambda t: t.append_column("gpa", pa.array(np.zeros(len(t), np.uint64))), "column 'gpa' is there beside places"),
+    (lambda t: t.append_column("op", pa.array(np.zeros(len(t), np.uint8))), "column 'op' is there beside places"),
+    # what a use of a page says is judged in the rows that have it
+    (lambda t: changed(t, "page_op", [0] * 7 + [3] * 93), "row group 0: row 7: op is 3"),
+    (lambda t: changed(t, "page_op", [0] * 9 + [1] * 91), "row group 0: row 9: access is 0 (0x0); allowed is WRITE"),
+    (lambda t: changed(t, "page_access", [0] * 5 + [64] * 95), "row group 0: row 5: access is 64"),
+    (lambda t: changed(t, "page_op", [0] * 4 + [16] * 96), "row group 0: row 4: access is 4 (0x4); allowed is 0 in an event"),
+    (lambda t: changed(t, "frame", [0] * 8 + [(1 << 52) - 4095] * 92), "row group 0: row 8: gpa is 4503599627370496"),
+    (lambda t: changed(t, "size", [1] * 3 + [0] * 97), "row group 0: row 3: size is 0")])
 def test_places_that_are_refused(change, words, tmp_path):
-    addr = np.arange(100, dtype=np.uint64) << np.uint64(12)
-    table = pq.read_table(written(tmp_path / "whole", addr, np.zeros(100, np.uint64)))
-    changed = change(table)
-    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), tmp_path / "changed.parquet")
+    addr = (np.arange(100, dtype=np.uint64) << np.uint64(12)) + np.uint64(4095)
+    access = np.zeros(100, np.uint8)
+    if "in an event" in words:
+        access[:] = 4
+    with ParquetWriter(tmp_path / "whole", Header(registers=(REGS,))) as writer:
+        writer.write(op=np.zeros(100, np.uint8), addr=addr, access=access, gpa=np.full(100, 4095, np.uint64))
+    table = pq.read_table(tmp_path / "whole")
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), tmp_path / "changed.parquet")
     with pytest.raises(TraceError, match=re.escape(words)):
-        list(ParquetTrace(tmp_path / "changed.parquet").chunks())
+        list(ParquetTrace(tmp_path / "changed.parquet", lean=False).chunks())
+
+
+def test_uses_of_pages_that_no_row_has(tmp_path):
+    """They are not judged: they may be nulls, no op, no address."""
+    addr = np.arange(100, dtype=np.uint64) << np.uint64(12)
+    table = pq.read_table(written(tmp_path / "whole", addr, addr))
+    rows = np.arange(100)
+    table = changed(table, "place", np.where(rows % 9 == 4, 30, rows % 9) << 12)
+    table = changed(table, "page_op", np.where(rows == 4, 255, 0))
+    table = changed(table, "page_access", [value if row < 31 else None for row, value in enumerate(np.where(rows == 4, 255, 0))])
+    table = changed(table, "frame", np.where(rows == 4, np.uint64(INVALID_GPA), addr))
+    pq.write_table(table, tmp_path / "other.parquet")
+    chunk, = ParquetTrace(tmp_path / "other.parquet").chunks()
+    assert (chunk.gpa >> np.uint64(12)).tolist() == np.where(rows % 9 == 4, 30, rows % 9).tolist()
+    assert (chunk.has_events, chunk.all_known, chunk.op.any(), chunk.access.any()) == (False, True, False, False)
+
+
+def test_row_groups_without_rows(tmp_path):
+    """Those before the first row are passed over."""
+    table = pq.read_table(written(tmp_path / "whole", np.arange(5, dtype=np.uint64), np.arange(5, dtype=np.uint64)))
+    with pq.ParquetWriter(tmp_path / "gaps.parquet", table.schema) as writer:
+        for part in (table[:0], table, table[:0]):
+            writer.write_table(part)
+    assert pq.ParquetFile(tmp_path / "gaps.parquet").num_row_groups == 3
+    assert [len(chunk) for chunk in ParquetTrace(tmp_path / "gaps.parquet").chunks()] == [5, 0]
 
 
 def test_a_row_group_too_large_for_places(tmp_path):
