@@ -22,3 +22,7 @@ cdef bint reproduces_page_fault(const kvm_pagewalk *w, uint64_t gva, uint64_t co
 cdef bint reproduces_npt_fault(const kvm_pagewalk *n, uint64_t gpa, uint64_t info) noexcept nogil
 # Count a fault; False if there is no room for its code
 cdef bint count_fault(fault_counts *counts, int op, uint64_t code) noexcept nogil
+# Return the counts that are not 0 by (op, code)
+cdef dict faults_found(fault_counts *faults)
+# Take up counts that faults_found() returned
+cdef int restore_faults(fault_counts *faults, counts) except -1

@@ -1,11 +1,12 @@
 """Recorded page faults held against the walk; see `_recorded_faults.pxd`."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk, translate_nested_gpa, walk_result
 from kvmmu.arch._bits cimport (
-    ACC_ALL, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, PFERR_GUEST_FINAL_MASK,
-    STATUS_NESTED_PAGE_FAULT, STATUS_OK, STATUS_PAGE_FAULT,
+    ACC_ALL, ACCESS_AC_MASK, ACCESS_FETCH_MASK, ACCESS_USER_MASK, ACCESS_WRITE_MASK, OP_NPT_FAULT, OP_PAGE_FAULT,
+    PFERR_GUEST_FINAL_MASK, STATUS_NESTED_PAGE_FAULT, STATUS_OK, STATUS_PAGE_FAULT,
 )
 from kvmmu.replay._recorded_faults cimport FAULT_CODES, fault_count, fault_counts
 
@@ -52,3 +53,18 @@ cdef bint count_fault(fault_counts *counts, int op, uint64_t code) noexcept nogi
             f.count += 1
             return True
     return False
+
+
+cdef dict faults_found(fault_counts *faults):
+    cdef fault_count *of_code = faults.of_code
+    cdef int i
+    return {(int(of_code[i].op), int(of_code[i].code)): int(of_code[i].count) for i in range(FAULT_CODES) if of_code[i].count}
+
+
+cdef int restore_faults(fault_counts *faults, counts) except -1:
+    memset(faults, 0, sizeof(fault_counts))
+    for place, ((op, code), count) in enumerate(counts.items()):
+        if place == FAULT_CODES or op not in (OP_PAGE_FAULT, OP_NPT_FAULT) or count < 1:
+            raise ValueError(f"{count} faults of code {code}: they are of no replay like this")
+        faults.of_code[place] = fault_count(op=op, code=code, count=count)
+    return 0

@@ -1,7 +1,7 @@
 """The loop of replay: rows in, each access walked and each event carried out, in order.
 
-Rows come as the columns of a chunk, or from a recording that decodes itself a block at a time. The loop stops for its caller at
-events that it has not carried out before, at mismatches that are to be explained, and at the end.
+Rows come as the columns of a chunk, or from a recording or places that are decoded a block at a time. The loop stops for its
+caller at events that it has not carried out before, at mismatches that are to be explained, and at the end.
 """
 
 import numpy as np
@@ -13,24 +13,26 @@ from libc.string cimport memset
 
 from kvmmu._walk cimport kvm_pagewalk
 from kvmmu.arch._bits cimport (
-    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_MEMORY, OP_NPT_FAULT,
-    OP_PAGE_FAULT, OP_RESTART, OP_SET_CPL_AC, PAGE_SHIFT,
+    OP_EVENT, OP_GUEST_WRITE, OP_HOST_INVALIDATE, OP_INVLPG, OP_INVPCID, OP_MEMORY, OP_NPT_FAULT, OP_PAGE_FAULT, OP_RESTART,
+    OP_SET_CPL_AC, PAGE_SHIFT,
 )
 from kvmmu.memory._maker cimport maker
 from kvmmu.memory._memory cimport SlotTable, kvmmu_keep_copies
 from kvmmu.replay._recorded_faults cimport (
-    FAULT_CODES, count_fault, fault_count, fault_counts, reproduces_npt_fault, reproduces_page_fault,
+    count_fault, fault_counts, faults_found, reproduces_npt_fault, reproduces_page_fault, restore_faults,
 )
 from kvmmu.replay._replay_blocks cimport (
     BLOCK, LEVELS, MOST_EXPLAINED, STRETCH, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_rows,
 )
 from kvmmu.replay._replay_registers cimport NO_SET, ReplayRegisters, new_registers
 from kvmmu.tlb._stream cimport stream_begin, stream_run
+from kvmmu.traces._places cimport PlacedRows
 from kvmmu.traces._recorded_rows cimport RecordedRows, row_columns
 from kvmmu.walk._register_sets cimport RegisterSets
 from kvmmu.walk.batch._arrays cimport aligned, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
 
+from kvmmu.traces.stream import PLACED, PlacedChunk
 from kvmmu.walk.results import check_array
 
 _COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access": np.dtype(np.uint8), "gpa": np.dtype(np.uint64),
@@ -50,7 +52,7 @@ cdef enum:
 
 END, AT_ROW, AT_EVENT, AT_MISMATCHES = int(STOP_END), int(STOP_ROW), int(STOP_EVENT), int(STOP_MISMATCHES)
 
-# Rows of a recording, decoded.
+# Rows of a recording or of places, decoded.
 cdef struct decoded_rows:
     uint8_t op[BLOCK]
     uint64_t addr[BLOCK]
@@ -79,6 +81,8 @@ cdef class RowLoop(BlockWalker):
     cdef size_t base                # rows of this load() before those at hand
     cdef size_t at                  # the next of the rows at hand
     cdef RecordedRows source        # more rows, decoded into `decoded`; or None
+    cdef PlacedRows placed          # likewise
+    cdef replay_rows of_placed      # the other columns of all its rows
     cdef decoded_rows *decoded
     cdef bint crosses               # rows that reach into the next page are walked there, too
     cdef int shifts[LEVELS]         # of the pages of leaves
@@ -113,10 +117,7 @@ cdef class RowLoop(BlockWalker):
     @property
     def fault_counts(self):
         """Recorded faults that the walk reproduced, or that were only counted, by (op, error code or exit information)."""
-        cdef const fault_count *of_code = self.faults.of_code
-        cdef int i
-        return {(int(of_code[i].op), int(of_code[i].code)): int(of_code[i].count)
-                for i in range(FAULT_CODES) if of_code[i].count}
+        return faults_found(&self.faults)
 
     @property
     def event(self):
@@ -174,6 +175,8 @@ cdef class RowLoop(BlockWalker):
     def load(self, chunk, size_t first=0):
         """Take the rows of a chunk: its columns `op`, `addr`, `access`, `gpa`, and `size`, `vcpu`, `value` or None.
 
+        Of a PlacedChunk the first four are decoded a block at a time.
+
         Parameters
         ----------
         chunk : Chunk
@@ -188,19 +191,22 @@ cdef class RowLoop(BlockWalker):
         """
         cdef replay_rows rows
         cdef Py_ssize_t n = -1
+        cdef PlacedRows placed = chunk.places if isinstance(chunk, PlacedChunk) else None
         self.check_idle()
         self.rows.n = self.base = self.at = 0
-        self.source = None
+        self.source = self.placed = None
         kept = []
-        arrays = {}
+        arrays = dict.fromkeys(PLACED)
         for name, dtype in _COLUMN_TYPES.items():
+            if placed is not None and name in PLACED:
+                continue
             array = getattr(chunk, name)
             if array is not None or name not in _MAY_BE_NONE:
                 check_array(name, array, dtype)
                 array = aligned(exact_column(array), dtype.itemsize)
                 kept.append(array)
             arrays[name] = array
-        lengths = {len(array) for array in kept}
+        lengths = {len(column) for column in [*kept, *([] if placed is None else [placed])]}
         if len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} rows, want one length")
         n, = lengths
@@ -220,8 +226,11 @@ cdef class RowLoop(BlockWalker):
             raise ValueError(f"first: row {first} is not within the {n} rows")
         if self.fed is not None:
             self.fed.use_ips(chunk.ip, n)
-        rows.n, rows.all_known = n, chunk.all_known
-        self.rows, self.kept, self.at = rows, kept, first
+        rows.n, rows.all_known = n if placed is None else 0, chunk.all_known
+        self.rows, self.kept, self.at = rows, kept, first if placed is None else 0
+        if placed is not None:
+            self.use_decoded()
+            self.base, self.placed, self.of_placed = first, placed, rows
 
     def load_recording(self, RecordedRows source not None):
         """Take the rows of a recording, of which the loop decodes a block at a time. They are of the first vCPU."""
@@ -230,25 +239,27 @@ cdef class RowLoop(BlockWalker):
         self.check_vcpus(&self.rows, 0, 1)
         if self.crosses:
             raise ValueError("a recording has recorded addresses, where rows are walked in both pages")
+        self.use_decoded()
+        self.rows.size, self.rows.value = self.decoded.size, self.decoded.value
+        self.rows.vcpu, self.rows.all_known = NULL, True
+        if self.fed is not None:
+            self.fed.use_ips(None, 0)
+        self.kept, self.source, self.placed = [], source, None
+
+    cdef int use_decoded(self) except -1:
+        """Let the columns of the rows at hand be those that rows are decoded to."""
         if self.decoded is NULL:
             self.decoded = <decoded_rows *>calloc(1, sizeof(decoded_rows))
             if self.decoded is NULL:
                 raise MemoryError
         self.rows.op, self.rows.addr, self.rows.access = self.decoded.op, self.decoded.addr, self.decoded.access
-        self.rows.gpa, self.rows.size, self.rows.value = self.decoded.gpa, self.decoded.size, self.decoded.value
-        self.rows.vcpu, self.rows.all_known = NULL, True
-        if self.fed is not None:
-            self.fed.use_ips(None, 0)
-        self.kept, self.source = [], source
+        self.rows.gpa = self.decoded.gpa
+        return 0
 
     def restore_faults(self, counts):
         """Take up counts of recorded faults that `fault_counts` returned, in place of none."""
         self.check_idle()
-        memset(&self.faults, 0, sizeof(self.faults))
-        for place, ((op, code), count) in enumerate(counts.items()):
-            if place == FAULT_CODES or op not in (OP_PAGE_FAULT, OP_NPT_FAULT) or count < 1:
-                raise ValueError(f"{count} faults of code {code}: they are of no replay like this")
-            self.faults.of_code[place] = fault_count(op=op, code=code, count=count)
+        restore_faults(&self.faults, counts)
 
     def skip(self, size_t row):
         """Pass over the rows of a recording up to one, which is there; they are decoded alone. False if it is not."""
@@ -359,15 +370,22 @@ cdef int run_rows(RowLoop loop, SlotTable table, size_t stop) noexcept nogil:
 
 
 cdef bint next_rows(RowLoop loop) noexcept nogil:
-    """Decode the next rows of a recording."""
+    """Decode the next rows of a recording or of places."""
+    cdef replay_rows *whole = &loop.of_placed
+    cdef decoded_rows *d = loop.decoded
     cdef row_columns out
-    if loop.source is None:
+    if loop.source is None and loop.placed is None:
         return False
-    out.op, out.addr, out.access = loop.decoded.op, loop.decoded.addr, loop.decoded.access
-    out.gpa, out.size, out.value = loop.decoded.gpa, loop.decoded.size, loop.decoded.value
     loop.base += loop.rows.n
     loop.at = 0
-    loop.rows.n = loop.source.fill(&out, BLOCK)
+    if loop.source is not None:
+        out.op, out.addr, out.access, out.gpa, out.size, out.value = d.op, d.addr, d.access, d.gpa, d.size, d.value
+        loop.rows.n = loop.source.fill(&out, BLOCK)
+    else:
+        loop.rows.n = loop.placed.fill(loop.base, BLOCK, d.op, d.addr, d.access, d.gpa)
+        loop.rows.size = whole.size if whole.size is NULL else whole.size + loop.base
+        loop.rows.vcpu = whole.vcpu if whole.vcpu is NULL else whole.vcpu + loop.base
+        loop.rows.value = whole.value if whole.value is NULL else whole.value + loop.base
     return loop.rows.n != 0
 
 

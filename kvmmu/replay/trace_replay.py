@@ -81,7 +81,7 @@ def replay_trace(trace: Trace, vcpu: Vcpu | None = None, progress: Progress | No
 
 def _chunks(trace: Trace, run: RowRun) -> Generator[Chunk]:
     """Yield the chunks of a trace, but for those that were done before the state that it goes on from, where they can be told."""
-    with closing(trace.chunks()) as chunks:
+    with closing(trace._chunks_from(0, placed=True) if type(trace) is ParquetTrace else trace.chunks()) as chunks:
         for chunk in chunks:
             yield chunk
             if isinstance(trace, ParquetTrace) and run.rows < run.skipped:
@@ -90,7 +90,7 @@ def _chunks(trace: Trace, run: RowRun) -> Generator[Chunk]:
             return
     assert isinstance(trace, ParquetTrace)
     run.rows = trace._group_start(run.skipped)
-    with closing(trace._chunks_from(run.rows)) as chunks:
+    with closing(trace._chunks_from(run.rows, placed=True)) as chunks:
         yield from chunks
 
 

@@ -1,23 +1,28 @@
 """Accesses as places: numbers of uses of a page, and offsets in the page.
 
 A use is a linear page, the guest-physical address of its first byte, an op and an access byte. A row group of a trace has few
-uses and many rows. `find_places()` makes the uses of given rows, `addresses_of()` and `kinds_of()` the rows of given places.
+uses and many rows. `find_places()` makes the uses of given rows, `PlacedRows` the rows of given places. `addresses_of()` is for
+those places of older files, of addresses alone.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 import numpy as np
 
-from kvmmu.arch._bits cimport INVALID_GPA, PAGE_SHIFT, PAGE_SIZE
+from kvmmu.arch._bits cimport GPA_LIMIT, INVALID_GPA, OP_EVENT, PAGE_SHIFT, PAGE_SIZE
+
+from kvmmu.traces._rows import scan
 
 MAX_USES = MAX_USE + 1
 
 cdef enum:
     MAX_USE = (1 << 20) - 1
     OFFSET_MASK = PAGE_SIZE - 1
+    OP_MASK = 0xFF                  # of a kind
+    FEW = 512                       # rows that are done at a time
     FIRST_SLOTS = 1 << 12           # of the table that finds uses; it grows when half of it is taken
 
 
@@ -157,17 +162,108 @@ def addresses_of(const uint32_t[::1] place not None, const uint64_t[::1] page no
         expand(&place[0], &page[0], &frame[0], n, all_known, &addr[0], &gpa[0])
 
 
-def kinds_of(const uint32_t[::1] place not None, const uint8_t[::1] page_op not None, const uint8_t[::1] page_access not None,
-             uint8_t[::1] op not None, uint8_t[::1] access not None):
-    """Make op and access of places: what `find_places()` was given. As `addresses_of()`."""
-    cdef size_t n = place.shape[0], uses = page_op.shape[0]
-    for name, rows, wanted in (("page_access", page_access.shape[0], uses), ("op", op.shape[0], n),
-                               ("access", access.shape[0], n)):
-        check_rows(name, rows, wanted)
-    used_of(place, uses)
-    if n:
+cdef class PlacedRows:
+    """Rows that are places, and the uses of pages that these name.
+
+    Parameters
+    ----------
+    place : ndarray of uint32, shape (n,)
+    page, frame : ndarray of uint64, shape (uses,)
+    page_op, page_access : ndarray of uint8, shape (uses,)
+        As `find_places()` returns them.
+
+    Attributes
+    ----------
+    all_known : bool
+        No use is without a frame.
+    legal : bool
+        Whatever the places, op and access of a row are what the format allows, and accesses have recorded addresses.
+
+    Raises
+    ------
+    ValueError
+        As `addresses_of()`.
+    """
+
+    def __cinit__(self, const uint32_t[::1] place not None, const uint64_t[::1] page not None, const uint64_t[::1] frame not None,
+                  page_op, page_access):
+        cdef size_t uses = page.shape[0], i
+        cdef uint64_t highest = 0, of_accesses = 0
+        for name, rows in (("frame", frame.shape[0]), ("page_op", len(page_op)), ("page_access", len(page_access))):
+            check_rows(name, rows, uses)
+        used_of(place, uses)
+        self.place, self.page, self.frame = place, page, frame
+        self.kind = page_op | page_access.astype(np.uint16) << np.uint16(8)
+        self.has_events, broken, *_ = scan(page_op, page_access, None)
+        for i in range(uses):
+            highest = max(highest, frame[i])
+            if (self.kind[i] & OP_MASK) < OP_EVENT:
+                of_accesses = max(of_accesses, frame[i])
+        self.all_known = highest != INVALID_GPA
+        self.legal = not broken and of_accesses <= GPA_LIMIT - PAGE_SIZE
+
+    def __len__(self):
+        return self.place.shape[0]
+
+    def events(self):
+        """Return the numbers of the rows that are events, and their op and addr."""
+        cdef size_t n = self.place.shape[0] if self.has_events else 0, count = 0, start = 0, stop, i
+        cdef const uint32_t *place
+        cdef const uint8_t[::1] is_event = ((np.asarray(self.kind) & OP_MASK) >= OP_EVENT).view(np.uint8)
+        cdef const uint8_t *of_use
+        cdef uint32_t[::1] rows
+        cdef uint8_t seen
+        found = rows = np.empty(n, np.uint32)           # memory that nobody writes is none
+        if n:
+            place, of_use = &self.place[0], &is_event[0]
         with nogil:
-            expand_kinds(&place[0], &page_op[0], &page_access[0], n, &op[0], &access[0])
+            while start < n:
+                stop, seen = min(start + FEW, n), 0
+                for i in range(start, stop):
+                    seen |= of_use[place[i] >> PAGE_SHIFT]
+                if seen:
+                    for i in range(start, stop):
+                        if of_use[place[i] >> PAGE_SHIFT]:
+                            rows[count] = <uint32_t>i
+                            count += 1
+                start = stop
+        found = found[:count].copy()
+        places = np.asarray(self.place)[found]
+        uses = places >> PAGE_SHIFT
+        return found, np.asarray(self.kind)[uses].astype(np.uint8), np.asarray(self.page)[uses] + (places & OFFSET_MASK)
+
+    def put(self, uint8_t[::1] op not None, uint64_t[::1] addr not None, uint8_t[::1] access not None,
+            uint64_t[::1] gpa not None):
+        """Write the columns of all rows: what `find_places()` was given."""
+        cdef size_t n = self.place.shape[0]
+        for name, rows in (("op", op.shape[0]), ("addr", addr.shape[0]), ("access", access.shape[0]), ("gpa", gpa.shape[0])):
+            check_rows(name, rows, n)
+        if n:
+            with nogil:
+                self.fill(0, n, &op[0], &addr[0], &access[0], &gpa[0])
+
+    cdef size_t fill(self, size_t first, size_t most, uint8_t *op, uint64_t *addr, uint8_t *access, uint64_t *gpa) noexcept nogil:
+        cdef size_t rows = self.place.shape[0], n, start = 0, count, i
+        cdef const uint32_t *place
+        cdef const uint64_t *page
+        cdef const uint64_t *frame
+        cdef const uint16_t *kind
+        cdef uint16_t kinds[FEW]
+        if first >= rows:
+            return 0
+        n = min(rows - first, most)
+        place, page, frame, kind = &self.place[first], &self.page[0], &self.frame[0], &self.kind[0]
+        while start < n:
+            count = min(n - start, <size_t>FEW)
+            expand(&place[start], page, frame, count, self.all_known, &addr[start], &gpa[start])
+            for i in range(count):
+                kinds[i] = kind[place[start + i] >> PAGE_SHIFT]
+            for i in range(count):
+                op[start + i] = <uint8_t>kinds[i]
+            for i in range(count):
+                access[start + i] = <uint8_t>(kinds[i] >> 8)
+            start += count
+        return n
 
 
 cdef int check_rows(str name, size_t rows, size_t wanted) except -1:
@@ -179,12 +275,10 @@ cdef int check_rows(str name, size_t rows, size_t wanted) except -1:
 cdef size_t used_of(const uint32_t[::1] place, size_t uses) except? 0:
     """Return how many of the uses places may name: all up to the highest that they do name."""
     cdef size_t n = place.shape[0], i
-    cdef uint32_t highest = 0
-    with nogil:
-        for i in range(n):
-            highest = max(highest, place[i])
+    cdef uint32_t highest
     if n == 0:
         return 0
+    highest = np.asarray(place).max()
     if (highest >> PAGE_SHIFT) >= uses:
         for i in range(n):
             if (place[i] >> PAGE_SHIFT) >= uses:
@@ -201,11 +295,3 @@ cdef void expand(const uint32_t *place, const uint64_t *page, const uint64_t *fr
         offset, base = place[i] & OFFSET_MASK, frame[place[i] >> PAGE_SHIFT]
         addr[i] = page[place[i] >> PAGE_SHIFT] + offset
         gpa[i] = base + offset if all_known or base != INVALID_GPA else <uint64_t>INVALID_GPA
-
-
-cdef void expand_kinds(const uint32_t *place, const uint8_t *page_op, const uint8_t *page_access, size_t n,
-                       uint8_t *op, uint8_t *access) noexcept nogil:
-    cdef size_t i
-    for i in range(n):
-        op[i] = page_op[place[i] >> PAGE_SHIFT]
-        access[i] = page_access[place[i] >> PAGE_SHIFT]

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, PAGE_SHIFT, PAGE_SIZE, Op
+from kvmmu.arch._bits import INVALID_GPA, PAGE_SHIFT, Op
 from kvmmu.arch.arguments import check_bool, check_path, check_threads
 from kvmmu.traces._arrow import pyarrow
 from kvmmu.traces._files import NewFile, StrPath, no_such_trace, open_regular
-from kvmmu.traces._places import MAX_USES, addresses_of, find_places, kinds_of
-from kvmmu.traces._rows import scan
+from kvmmu.traces._places import MAX_USES, PlacedRows, addresses_of, find_places
 from kvmmu.traces.header import Header, TraceError, checksum, with_totals
-from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, Chunk, Trace, columns_of, count_accesses
+from kvmmu.traces.stream import COLUMNS, NEEDED, NULLABLE, PLACED, Chunk, PlacedChunk, Trace, columns_of, count_accesses
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -38,7 +37,6 @@ _DICTIONARY = ["addr", "page", "frame", "page_op", "page_access", "vcpu", "value
 # row of the row group that has the use of the page. Older files have places of `addr` and `gpa` alone.
 LAYOUTS = ("places", "plain")
 _USES = {"page": "uint64", "frame": "uint64", "page_op": "uint8", "page_access": "uint8"}
-_PLACED = ("op", "addr", "access", "gpa")
 _OLD_USES, _OLD_PLACED = ("page", "frame"), ("addr", "gpa")
 _KNOWN = {"place": "uint32"} | _USES | COLUMNS
 
@@ -51,7 +49,7 @@ def schema(layout: str = "plain") -> Any:
     """Return the Arrow schema of a trace, without header."""
     pa = pyarrow()
     columns = COLUMNS if layout == "plain" else (
-        {name: dtype for name, dtype in _KNOWN.items() if name not in _PLACED})
+        {name: dtype for name, dtype in _KNOWN.items() if name not in PLACED})
     nullable = NULLABLE if layout == "plain" else ("ip",)
     return pa.schema([pa.field(name, getattr(pa, dtype)(), nullable=name in nullable) for name, dtype in columns.items()])
 
@@ -191,7 +189,7 @@ class ParquetTrace(Trace):
         self._placed: tuple[str, ...] = ()
         if "place" in columns:
             old = "op" in columns and "page_op" not in columns
-            self._uses, self._placed = (_OLD_USES, _OLD_PLACED) if old else (tuple(_USES), _PLACED)
+            self._uses, self._placed = (_OLD_USES, _OLD_PLACED) if old else (tuple(_USES), PLACED)
         self._known = {name: dtype for name, dtype in _KNOWN.items()        # others are somebody's own
                        if name in COLUMNS or self._uses and (name == "place" or name in self._uses)}
         for field in found:
@@ -217,8 +215,9 @@ class ParquetTrace(Trace):
         """Return the chunks, checked and in order. Closing the iterator ends the decoding threads."""
         return self._chunks_from(0)
 
-    def _chunks_from(self, start: int, stop: int | None = None) -> Generator[Chunk]:
-        """Yield the chunks of the rows from `start` to `stop`, which lie between row groups."""
+    def _chunks_from(self, start: int, stop: int | None = None, placed: bool = False) -> Generator[Chunk]:
+        """Yield the chunks of the rows from `start` to `stop`, which lie between row groups. IN placed: as PlacedChunks, if they
+        can be."""
         ahead = self._decoders + 1
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(self._decoders, "kvmmu-decode") as pool:
@@ -232,7 +231,7 @@ class ParquetTrace(Trace):
                             yield from pending.popleft().result()
                         yield from self._batches(group, self._names)
                         continue
-                    pending.append(pool.submit(self._whole_group, group))
+                    pending.append(pool.submit(self._whole_group, group, placed))
                     if len(pending) > ahead:
                         yield from pending.popleft().result()
                 while pending:
@@ -258,37 +257,59 @@ class ParquetTrace(Trace):
                 raise TraceError(f"column {column.path_in_schema!r} takes {column.total_uncompressed_size:,} bytes for "
                                  f"{rows.num_rows:,} rows; allowed are {allowed:,}")
 
-    def _whole_group(self, group: int) -> list[Chunk]:
+    def _whole_group(self, group: int, placed: bool = False) -> list[Chunk]:
         self._guarded(group, lambda: self._check_sizes(group))
         names = self._names
         if self._lean:
             names = [name for name in names if name not in self._unneeded]
-        columns, clean = self._guarded(group, lambda: self._decoded(group, names))
-        if not clean and len(names) < len(self._names) and (columns["op"] >= Op.MOV_CR3).any():
-            of_events = ("size", "value") if (columns["op"] == Op.GUEST_WRITE).any() else ("value",)
-            if more := [name for name in of_events if name in self._names and name not in columns]:
-                columns |= self._guarded(group, lambda: self._stored(group, more))
+        columns, places = self._guarded(group, lambda: self._decoded(group, names))
+        if places is not None:
+            chunk = self._guarded(group, lambda: self._placed_chunk(group, dict(columns), places)) if placed else None
+            if chunk is not None:
+                return [chunk]
+            places.put(**(made := self._columns(len(places))))
+            columns |= made
+        clean = places is not None and places.legal and not places.has_events
+        if not clean and (columns["op"] >= Op.MOV_CR3).any():
+            columns |= self._guarded(group, lambda: self._of_events(group, columns["op"], columns))
         return [self._guarded(group, lambda: Chunk._checked(columns, self.header, self._starts[group], clean))]
 
-    def _stored(self, group: int, names: list[str]) -> dict[str, Any]:
-        return batch_columns(self._file().read_row_group(group, columns=names, use_threads=False), self._known)
+    def _of_events(self, group: int, op: Any, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return what events have and `columns` lack. IN op: theirs."""
+        wanted = ["size", "value"] if (op == Op.GUEST_WRITE).any() else ["value"]
+        names = [name for name in wanted if name in self._names and name not in columns]
+        return self._stored(group, names) if names else {}
 
-    def _decoded(self, group: int, names: list[str]) -> tuple[dict[str, Any], bool]:
-        """Return columns, and whether it is known of what their places name that `scan()` finds nothing in the rows."""
+    def _placed_chunk(self, group: int, columns: dict[str, Any], places: PlacedRows) -> PlacedChunk | None:
+        """Return a row group as its places; None if rows are to be judged one by one, or have columns that no PlacedChunk has."""
+        if not places.legal:
+            return None
+        rows, op, addr = places.events()
+        if rows.size:
+            columns |= self._of_events(group, op, columns)
+        return PlacedChunk.of(places, columns, self.header, rows, op, addr)
+
+    def _decoded(self, group: int, names: list[str]) -> tuple[dict[str, Any], PlacedRows | None]:
+        """Return columns, and the rows that the others are made of, if they are places."""
         if not self._placed:
-            return self._stored(group, names), False
+            return self._stored(group, names), None
         columns = self._stored(group, ["place", *(name for name in names if name not in self._placed)])
         place = columns.pop("place")
         uses = self._used(group, (int(place.max()) >> PAGE_SHIFT) + 1 if place.size else 0)
+        if "page_op" in uses:
+            return columns, PlacedRows(place, **uses)
+        made = self._columns(place.size)
+        addresses_of(place, **uses, **made)
+        return columns | made, None
+
+    def _columns(self, rows: int) -> dict[str, Any]:
+        """Return room for the columns that places make."""
         # PyArrow's allocator, which keeps pages: those of new arrays would be cleared by the kernel each time
-        columns |= {name: np.frombuffer(self._pa.allocate_buffer(place.size * np.dtype(COLUMNS[name]).itemsize), COLUMNS[name])
-                    for name in self._placed}
-        addresses_of(place, uses["page"], uses["frame"], columns["addr"], columns["gpa"])
-        if "page_op" not in uses:
-            return columns, False
-        kinds_of(place, uses["page_op"], uses["page_access"], columns["op"], columns["access"])
-        has_events, broken, *_ = scan(uses["page_op"], uses["page_access"], None)
-        return columns, not has_events and not broken and int(uses["frame"].max(initial=0)) <= GPA_LIMIT - PAGE_SIZE
+        dtypes = {name: np.dtype(COLUMNS[name]) for name in self._placed}
+        return {name: np.frombuffer(self._pa.allocate_buffer(rows * dtype.itemsize), dtype) for name, dtype in dtypes.items()}
+
+    def _stored(self, group: int, names: list[str]) -> dict[str, Any]:
+        return batch_columns(self._file().read_row_group(group, columns=names, use_threads=False), self._known)
 
     def _used(self, group: int, count: int) -> dict[str, Any]:
         """Return what places name: of the columns the first rows alone, which are decoded until there are as many."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvmmu.arch._bits import GPA_LIMIT, INVALID_GPA, PAGE_SIZE, Access, Op
 from kvmmu.arch.arguments import check_word
+from kvmmu.traces._places import PlacedRows
 from kvmmu.traces._rows import scan
 from kvmmu.traces.header import Header, TraceError
 
@@ -22,6 +23,7 @@ COLUMNS = {"op": "uint8", "addr": "uint64", "access": "uint8", "size": "uint8", 
            "gpa": "uint64", "ip": "uint64"}
 NULLABLE = ("value", "gpa", "ip")
 NEEDED = ("op", "addr", "access")
+PLACED = ("op", "addr", "access", "gpa")            # what places make
 
 _U8 = np.uint8
 _KIND = _U8(3)
@@ -105,6 +107,58 @@ class Chunk:
     def is_checked(self, header: Header) -> bool:
         """True if `checked()` made this very chunk for a trace with this header. A replace() is to be checked again."""
         return getattr(self, "_checked_with", None) is header
+
+
+class PlacedChunk(Chunk):
+    """Rows that are places, checked; accesses have recorded addresses. Their columns are made when somebody asks for them."""
+
+    places: PlacedRows
+
+    @classmethod
+    def of(cls, places: PlacedRows, columns: Mapping[str, Any], header: Header,
+           rows: NDArray[np.uint32], op: NDArray[np.uint8], addr: NDArray[np.uint64]) -> Self | None:
+        """Return a chunk; None if its rows are to be judged one by one, or have columns that it does not keep.
+
+        Parameters
+        ----------
+        places : PlacedRows
+            Legal.
+        columns : mapping of str to ndarray
+            The others: size, vcpu, value.
+        rows, op, addr : ndarray
+            The events.
+        """
+        size, vcpu, value = (columns.get(name) for name in ("size", "vcpu", "value"))
+        vcpus = 1 if vcpu is None else int(vcpu.max(initial=0)) + 1
+        if columns.keys() - {"size", "vcpu", "value"} or vcpus > header.vcpus or size is not None and not size.all():
+            return None
+        if rows.size:
+            if value is None or isinstance(value, np.ma.MaskedArray):
+                return None
+            size = np.ones(len(places), np.uint8) if size is None else size
+            try:
+                Chunk.checked({"op": op, "addr": addr, "access": np.zeros(rows.size, np.uint8), "size": size[rows],
+                               "value": value[rows]}, header)
+            except TraceError:                          # which is to tell the number of the row
+                return None
+        chunk = cls.__new__(cls)
+        told = {"places": places, "size": size, "vcpu": vcpu, "value": value, "has_events": rows.size > 0, "all_known": True,
+                "vcpus": vcpus}
+        for name, found in told.items():
+            object.__setattr__(chunk, name, found)
+        return chunk
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in PLACED:
+            raise AttributeError(f"a PlacedChunk has no {name!r}")
+        columns = {made: np.empty(len(self), COLUMNS[made]) for made in PLACED}
+        self.places.put(**columns)
+        for made, column in columns.items():
+            object.__setattr__(self, made, column)
+        return columns[name]
 
 
 class _RowCheck:
