@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 import kvmmu
 from kvmmu.traces import Chunk, ParquetTrace, Recording, Trace, bundled, convert
+from kvmmu.traces._places import find_places
 from kvmmu.traces.conversion import recording_chunks, recording_header
 from kvmmu.traces.parquet import COMPRESSIONS, ROW_GROUP
 
@@ -46,6 +47,10 @@ def columns_table(recording, rounds, path):
     """Bytes and ns per row of each column under each encoding and compression."""
     columns = recording.columns()
     named = {"op": columns["kind"], "access": recording.access_bytes(), "addr": columns["gva"], "gpa": columns["gpa"]}
+    places = [find_places(*(named[name][first:first + ROW_GROUP] for name in ("op", "addr", "access", "gpa")))
+              for first in range(0, len(recording), ROW_GROUP)]
+    print(f"{np.mean([page.size for _, page, *_ in places]):.0f} uses of pages in a row group")
+    named["place"] = np.concatenate([place for place, *_ in places])
     print(f"{'column':8} {'encoding':18} {'compression':12} {'B/row':>6} {'ns/row':>7}")
     for name, column in named.items():
         for encoding, options in ENCODINGS.items():

@@ -255,15 +255,26 @@ cdef class PlacedRows:
         place, page, frame, kind = &self.place[first], &self.page[0], &self.frame[0], &self.kind[0]
         while start < n:
             count = min(n - start, <size_t>FEW)
-            expand(&place[start], page, frame, count, self.all_known, &addr[start], &gpa[start])
-            for i in range(count):
-                kinds[i] = kind[place[start + i] >> PAGE_SHIFT]
+            expand_uses(&place[start], page, frame, kind, count, self.all_known, &addr[start], &gpa[start], kinds)
             for i in range(count):
                 op[start + i] = <uint8_t>kinds[i]
             for i in range(count):
                 access[start + i] = <uint8_t>(kinds[i] >> 8)
             start += count
         return n
+
+
+cdef inline void expand_uses(const uint32_t *place, const uint64_t *page, const uint64_t *frame, const uint16_t *kind, size_t n,
+                             bint all_known, uint64_t *addr, uint64_t *gpa, uint16_t *kinds) noexcept nogil:
+    cdef uint64_t offset, base
+    cdef size_t i
+    cdef uint32_t use
+    for i in range(n):
+        use, offset = place[i] >> PAGE_SHIFT, place[i] & OFFSET_MASK
+        base = frame[use]
+        addr[i] = page[use] + offset
+        gpa[i] = base + offset if all_known or base != INVALID_GPA else <uint64_t>INVALID_GPA
+        kinds[i] = kind[use]
 
 
 cdef int check_rows(str name, size_t rows, size_t wanted) except -1:
