@@ -22,7 +22,7 @@ from kvmmu.replay._recorded_faults cimport (
     count_fault, fault_counts, faults_found, reproduces_npt_fault, reproduces_page_fault, restore_faults,
 )
 from kvmmu.replay._replay_blocks cimport (
-    BLOCK, LEVELS, MOST_EXPLAINED, STRETCH, WRITE_MALFORMED, WRITTEN, BlockWalker, replay_rows,
+    BLOCK, LEVELS, MOST_EXPLAINED, NEAR_WRITE, STRETCH, WRITE_MALFORMED, WRITTEN, BlockWalker, decoded_rows, replay_rows,
 )
 from kvmmu.replay._replay_registers cimport NO_SET, ReplayRegisters, new_registers
 from kvmmu.tlb._stream cimport stream_begin, stream_run
@@ -32,7 +32,7 @@ from kvmmu.walk._register_sets cimport RegisterSets
 from kvmmu.walk.batch._arrays cimport aligned, column_of, exact_column
 from kvmmu.walk.pagewalk cimport PageWalk
 
-from kvmmu.traces.stream import PLACED, PlacedChunk
+from kvmmu.traces.stream import PLACED as _PLACED, PlacedChunk
 from kvmmu.walk.results import check_array
 
 _COLUMN_TYPES = {"op": np.dtype(np.uint8), "addr": np.dtype(np.uint64), "access": np.dtype(np.uint8), "gpa": np.dtype(np.uint64),
@@ -47,19 +47,7 @@ cdef enum:
     STOP_MISMATCHES
     STOP_MALFORMED                  # an error of the caller's: an event without its columns, a write of no size
 
-cdef enum:
-    NEAR_WRITE = 32                 # rows before a write that make no block of their own
-
 END, AT_ROW, AT_EVENT, AT_MISMATCHES = int(STOP_END), int(STOP_ROW), int(STOP_EVENT), int(STOP_MISMATCHES)
-
-# Rows of a recording or of places, decoded.
-cdef struct decoded_rows:
-    uint8_t op[BLOCK]
-    uint64_t addr[BLOCK]
-    uint8_t access[BLOCK]
-    uint64_t gpa[BLOCK]
-    uint8_t size[BLOCK]
-    uint64_t value[BLOCK]
 
 
 cdef class RowLoop(BlockWalker):
@@ -196,9 +184,9 @@ cdef class RowLoop(BlockWalker):
         self.rows.n = self.base = self.at = 0
         self.source = self.placed = None
         kept = []
-        arrays = dict.fromkeys(PLACED)
+        arrays = dict.fromkeys(_PLACED)
         for name, dtype in _COLUMN_TYPES.items():
-            if placed is not None and name in PLACED:
+            if placed is not None and name in _PLACED:
                 continue
             array = getattr(chunk, name)
             if array is not None or name not in _MAY_BE_NONE:

@@ -22,6 +22,7 @@ cdef enum:
     WRITE_SIZE_MAX = 8
     MOST_EXPLAINED = 64
     STRETCH = 64                    # accesses that are recalled at once, and writes among them
+    NEAR_WRITE = 32                 # rows before a write that make no block of their own
 
 # The outcome of a write.
 cdef enum:
@@ -40,6 +41,15 @@ cdef struct replay_rows:
     const uint16_t *vcpu
     const uint64_t *value
     bint all_known                  # each access has a recorded address
+
+# Rows of a recording or of places, decoded.
+cdef struct decoded_rows:
+    uint8_t op[BLOCK]
+    uint64_t addr[BLOCK]
+    uint8_t access[BLOCK]
+    uint64_t gpa[BLOCK]
+    uint8_t size[BLOCK]
+    uint64_t value[BLOCK]
 
 # A write to guest memory that can be done.
 cdef struct guest_write:
