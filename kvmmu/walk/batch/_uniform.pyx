@@ -55,7 +55,7 @@ cdef inline uint64_t accept(batch *b, cached_walk *s, kvmmu_leaf_block *l, const
     return b.kernels.accept[s.w.format](l, &s.checker, addr, access, out.gpa, out.level, out.status, out.error_code, ahead)
 
 
-cdef bint seek(batch *b, cached_walks *m, uniform_block *u, size_t first) noexcept nogil:
+cdef inline bint seek(batch *b, cached_walks *m, uniform_block *u, size_t first) noexcept nogil:
     """Do the first step of the rows from one on. False: they are no uniform block."""
     u.first, u.gva, u.out, u.remaining = first, &b.gva[first], columns_from(b, first), 0
     if u.out.gpa is NULL:
@@ -88,7 +88,7 @@ cdef bint reach(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ahe
         are_few(seek_leaves(b.kernels, &m.second, u.b, u.ngpa, False)))
 
 
-cdef bint finish(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ahead) noexcept nogil:
+cdef inline bint finish(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ahead) noexcept nogil:
     """Do the last step. False: as seek()"""
     cdef const kvm_pagewalk *w = m.w
     cdef const uint8_t *access = accesses_from(b, u.first)
@@ -135,43 +135,65 @@ cdef inline bint are_of_context(const batch *b, size_t first, size_t row) noexce
     return b.ctx is NULL or (b.ctx[row] == b.ctx[first] and of_one_context(&b.ctx[row]))
 
 
-cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil:
+cdef size_t translate_in_turn(batch *b, cached_walks *m, size_t first, size_t end, bint *fits) noexcept nogil:
+    """Translate up to so many blocks, one after the other. Returns how many. OUT fits: False: the next one is no uniform block"""
+    cdef uniform_block u
+    cdef size_t n = 0
+    u.a, u.b = &b.blocks[0].a, &b.blocks[0].b
+    while n < end and are_of_context(b, first, first + n * KVMMU_BLOCK_ROWS) and not leads(m):
+        if not seek(b, m, &u, first + n * KVMMU_BLOCK_ROWS) or (m.w.ngpa is not NULL and not reach(b, m, &u, NULL)) or (
+                not finish(b, m, &u, NULL)):
+            fits[0] = False
+            break
+        n += 1
+    return n
+
+
+cdef size_t translate_ahead(batch *b, cached_walks *m, size_t first, size_t end, bint *fits) noexcept nogil:
+    """The same with the steps of blocks one behind the other."""
     cdef uniform_block blocks[BLOCKS]
-    cdef size_t turn = 0, end = (stop - first) // KVMMU_BLOCK_ROWS, steps, lead, i       # in blocks; lead: from step to step
+    cdef size_t turn = 0, steps = 1 if m.w.ngpa is NULL else 2, i              # steps: after the first one
     cdef const uint64_t *ahead
+    for i in range(<size_t>BLOCKS):
+        blocks[i].a, blocks[i].b = &b.blocks[i].a, &b.blocks[i].b
+    while turn < end + steps:
+        ahead = NULL
+        if turn < end:
+            i = first + turn * KVMMU_BLOCK_ROWS
+            if not are_of_context(b, first, i):
+                end = turn
+            elif not seek(b, m, &blocks[turn % BLOCKS], i):
+                end, fits[0] = turn, False
+            elif m.w.kind == WALK_TABLES:
+                ahead = blocks[turn % BLOCKS].a.entry
+        i = turn - 1                                            # none: beyond the end
+        if steps == 2 and i < end:
+            if not reach(b, m, &blocks[i % BLOCKS], ahead):
+                end, fits[0] = i, False
+            ahead = blocks[i % BLOCKS].b.entry
+        i = turn - steps
+        if i < end and not finish(b, m, &blocks[i % BLOCKS], ahead):
+            end, fits[0] = i, False
+        turn += 1
+    return end
+
+
+cdef size_t translate_uniform_blocks(batch *b, size_t first, size_t stop) noexcept nogil:
+    cdef size_t blocks = (stop - first) // KVMMU_BLOCK_ROWS
     cdef bint fits = True
     cdef cached_walks *m
-    if b.more or not end or not are_of_context(b, first, first):
+    if b.more or not blocks or not are_of_context(b, first, first):
         return 0
     m = cached_walks_of(b, walk_of(b, first), True)
     if not m.begun or not can_be_uniform(m.w) or is_backing_off(&m.uniform_backoff):
         return 0
     drain_blocks(b)
-    for i in range(<size_t>BLOCKS):
-        blocks[i].a, blocks[i].b = &b.blocks[i].a, &b.blocks[i].b
-    steps = 1 if m.w.ngpa is NULL else 2                        # after the first one
-    lead = leads(m)
-    while turn < end + steps * lead:
-        ahead = NULL
-        if turn < end:
-            i = first + turn * KVMMU_BLOCK_ROWS
-            if not are_of_context(b, first, i) or lead != leads(m):
-                end = turn
-            elif not seek(b, m, &blocks[turn % BLOCKS], i):
-                end, fits = turn, False
-            elif lead and m.w.kind == WALK_TABLES:
-                ahead = blocks[turn % BLOCKS].a.entry
-        i = turn - lead                                         # none: beyond the end
-        if steps == 2 and i < end:
-            if not reach(b, m, &blocks[i % BLOCKS], ahead):
-                end, fits = i, False
-            ahead = blocks[i % BLOCKS].b.entry if lead else NULL
-        i = turn - steps * lead
-        if i < end and not finish(b, m, &blocks[i % BLOCKS], ahead):
-            end, fits = i, False
-        turn += 1
-    if end:
+    if leads(m):
+        blocks = translate_ahead(b, m, first, blocks, &fits)
+    else:
+        blocks = translate_in_turn(b, m, first, blocks, &fits)
+    if blocks:
         reset_backoff(&m.uniform_backoff, 0)
     if not fits:
         back_off(&m.uniform_backoff)
-    return end * KVMMU_BLOCK_ROWS
+    return blocks * KVMMU_BLOCK_ROWS
