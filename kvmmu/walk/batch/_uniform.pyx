@@ -84,7 +84,7 @@ cdef bint reach(batch *b, cached_walks *m, uniform_block *u, const uint64_t *ahe
             return False
     elif m.w.kind == WALK_DIRECT and out.level is not NULL:
         memset(out.level, 0, KVMMU_BLOCK_ROWS)
-    return (m.second.has_masks or make_accept_masks(&m.second, u.ngpa[kvmmu_first_bit(~u.remaining)])) and (
+    return (m.second.has_masks or make_accept_masks(&m.second, u.ngpa[kvmmu_first_bit(~u.remaining | u.a.slow)])) and (
         are_few(seek_leaves(b.kernels, &m.second, u.b, u.ngpa, False)))
 
 

@@ -4,6 +4,9 @@
 Each case is compared with the same rows walked one by one: columns, and memory afterwards.
 """
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 from batch_machines import (
@@ -18,10 +21,11 @@ from batch_machines import (
     second_tables,
     sign_extended,
 )
-from builders import mode_regs
+from builders import PAGE, mode_regs
+from children import outcome
 from machines import ACCESSES, PKE, SMAP, SMEP
 
-from kvmmu import CpuModel, Ept, Npt, Regs
+from kvmmu import CpuModel, Ept, GuestMemory, Npt, Regs, Translation, Vcpu
 from kvmmu.walk.batch._kernels import instruction_sets, use_instruction_set
 
 ROWS, LEAVES, UPPERS = 2500, 6, 4           # tables of level 1 and 2
@@ -217,3 +221,27 @@ def test_contexts_that_read_the_same_tables(mode, what):
         use_instruction_set(name)
         for access in (4, random_access(rng, ROWS, "any"), rng.choice(np.array(ACCESSES[:4], np.uint8), ROWS)):
             compare(machine, rows, access, ctx, fields=COLUMNS[:4], why=f"{what}, {name}", any_order=True)
+
+
+def test_nothing_is_read_behind_a_column_of_cold_rows():
+    """Uniform blocks of two stages whose rows all lack their accessed bit in the first one, before a page that cannot be read."""
+    rows = 128
+    mem, frames = GuestMemory(4 << 20), np.arange(512, dtype=np.uint64) << np.uint64(12)
+    for table, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x100000, 0x101107), (0x101000, 0x102107),
+                         (0x102000, 0x103107)):
+        mem.write_u64(table, entry)
+    mem.write(0x4000, np.where(frames < 64 * PAGE, 0, frames | np.uint64(7)).tobytes())     # a block not present, then cold ones
+    mem.write(0x103000, (frames | np.uint64(EPT_AD | 0x37)).tobytes())
+    vcpu = Vcpu(mem, cpu=CPU)
+    vcpu.enter_nested(Ept(0x10005E), **mode_regs("4l", 0x1000))
+    area = mmap.mmap(-1, 2 * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    out = Translation(gpa=np.frombuffer(area, np.uint64, rows, PAGE - 8 * rows), status=np.zeros(rows, np.uint8))
+
+    def translate():
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + PAGE), PAGE, 0) == 0
+        vcpu.gva_walk.translate(frames[:rows], 0, fields=("gpa", "status"), out=out)
+        assert out.status.tolist() == [1] * 64 + [0] * 64
+        assert np.array_equal(out.gpa[64:], frames[64:rows])
+
+    assert outcome(translate) == (0, "ok NoneType")
