@@ -30,6 +30,7 @@ from kvmmu.mmu.kvm._state cimport Kvm
 from kvmmu.tlb._tlb cimport Tlb
 from kvmmu.walk._arguments cimport check_scalar_access, check_scalar_gva, check_scalar_word
 from kvmmu.walk._vcpu_arch cimport rflags_ac
+from kvmmu.walk.batch._arrays cimport check_apart, stretch
 from kvmmu.walk.pagewalk cimport PageWalk
 
 from kvmmu.walk.results import Accesses, check_access, check_array
@@ -137,11 +138,12 @@ cdef class Machine:
             raise ValueError(f"arrays: want {n} rows in each column")
         out.gpa, out.hpa, out.status = &gpa[0], &hpa[0], &status[0]
         out.error_code, out.ret, out.exits = &error_code[0], &ret[0], &exits[0]
+        check_columns_apart(&out, n)
         cdef uintptr_t rows = gva.ctypes.data, accesses = access.ctypes.data
-        if is_cleared(rows, n * sizeof(uint64_t), &out, n):
+        if is_written(rows, n * sizeof(uint64_t), &out, n):
             gva = gva.copy()
             rows = gva.ctypes.data
-        if is_cleared(accesses, access.size, &out, n):
+        if is_written(accesses, access.size, &out, n):
             access = access.copy()
             accesses = access.ctypes.data
         self.run(<const uint64_t *>rows, <const uint8_t *>accesses, 1 if access.size > 1 else 0, n, &out,
@@ -309,10 +311,24 @@ cdef bint share_bytes(uintptr_t one, size_t n, const void *other, size_t m) noex
     return one < <uintptr_t>other + m and <uintptr_t>other < one + n
 
 
-cdef bint is_cleared(uintptr_t data, size_t size, const access_columns *out, size_t rows) noexcept:
-    """True if an argument shares memory with a column that machine_run() clears before it comes to its rows."""
+cdef bint is_written(uintptr_t data, size_t size, const access_columns *out, size_t rows) noexcept:
+    """True if an argument shares memory with a column, which machine_run() writes before it has read all rows."""
     return (share_bytes(data, size, out.status, rows) or share_bytes(data, size, out.ret, rows) or
-            share_bytes(data, size, out.exits, rows) or share_bytes(data, size, out.error_code, rows * sizeof(uint32_t)))
+            share_bytes(data, size, out.exits, rows) or share_bytes(data, size, out.error_code, rows * sizeof(uint32_t)) or
+            share_bytes(data, size, out.gpa, rows * sizeof(uint64_t)) or
+            share_bytes(data, size, out.hpa, rows * sizeof(uint64_t)))
+
+
+cdef int check_columns_apart(const access_columns *out, Py_ssize_t rows) except -1:
+    """Raise ValueError if two columns share memory."""
+    cdef stretch s[6]
+    s[0].start, s[1].start, s[2].start = <uintptr_t>out.gpa, <uintptr_t>out.hpa, <uintptr_t>out.error_code
+    s[3].start, s[4].start, s[5].start = <uintptr_t>out.status, <uintptr_t>out.ret, <uintptr_t>out.exits
+    s[0].bytes = s[1].bytes = rows * sizeof(uint64_t)
+    s[2].bytes = rows * sizeof(uint32_t)
+    s[3].bytes = s[4].bytes = s[5].bytes = rows
+    check_apart(s, 6, 6, ("gpa", "hpa", "error_code", "status", "ret", "exits"))
+    return 0
 
 
 cdef uint8_t NO_DATA[1]

@@ -361,6 +361,11 @@ class TlbHierarchy:
             if not isinstance(column, np.ndarray) or column.dtype != np.uint8 or column.shape != rows.shape or (
                     not column.flags.c_contiguous or not column.flags.writeable):
                 raise ValueError(f"out[{name!r}]: want a writable contiguous array of uint8 of {rows.size} rows")
+        if out:
+            written = list(out.values())
+            if len(written) == 2 and np.may_share_memory(written[0], written[1]):
+                raise ValueError("out['level'] and out['refs'] share memory: what is written to the one changes the other")
+            rows, bits, leaf, kept, ips = (_apart(column, written) for column in (rows, bits, leaf, kept, ips))
         self._core.run(rows, bits, leaf, kept, out.get("level"), out.get("refs"), ip=ips)
 
     def stats(self) -> TlbStats:
@@ -426,6 +431,12 @@ def _presets() -> "Traversable":
     from importlib.resources import files  # brings tempfile and random
 
     return files("kvmmu") / "data" / "tlb"
+
+
+def _apart(column: Any, written: list[NDArray[np.uint8]]) -> Any:
+    """Return a column, or a copy if it shares memory with one that is written while it is read."""
+    shared = column is not None and any(np.may_share_memory(column, other) for other in written)
+    return column.copy() if shared else column
 
 
 def _byte_column(name: str, values: ArrayLike, rows: int) -> NDArray[np.uint8]:

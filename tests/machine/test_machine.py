@@ -812,6 +812,29 @@ def test_columns_that_share_memory_with_the_accesses(column):
     np.testing.assert_array_equal(second.gpa, out.gpa)
 
 
+@pytest.mark.parametrize("column", ["gpa", "hpa"])
+@pytest.mark.parametrize("rows_on", [-1, 0, 1])
+def test_columns_that_share_memory_with_the_addresses(column, rows_on):
+    """An address is read before an earlier row is written where it stands."""
+    _, vcpu = machine(maps=((0x1000, 0x3000), (0x3000, 0x4000, "p"), (0x4000, 0x1000)))
+    gva = np.resize(np.array([0x1000, 0x3000, 0x4000], np.uint64), 600)
+    expected, out, room = vcpu.access(gva), Accesses.empty(600), np.zeros(602, np.uint64)
+    room[1:601] = gva
+    setattr(out, column, room[1 + rows_on:601 + rows_on])
+    vcpu.access(room[1:601], out=out)
+    for name in ("gpa", "hpa", "status"):
+        np.testing.assert_array_equal(getattr(expected, name), getattr(out, name))
+
+
+@pytest.mark.parametrize(("one", "other"), [("gpa", "hpa"), ("status", "ret"), ("ret", "exits")])
+def test_columns_that_share_memory_with_each_other(one, other):
+    _, vcpu = machine()
+    out = Accesses.empty(3)
+    setattr(out, other, getattr(out, one))
+    with pytest.raises(ValueError, match=f"out.{one} and out.{other} share memory"):
+        vcpu.access(np.array([0x1000, 0x2000, 0x3000], np.uint64), out=out)
+
+
 # ---- tracepoints and refusals --------------------------------------------------------------------------------------------
 
 def test_tracepoints_tell_the_fault_in_order():

@@ -283,6 +283,32 @@ def test_out_is_checked():
         two_levels().access([1], out={"hit": np.empty(1, np.uint8)})
 
 
+@pytest.mark.parametrize("how", ["level over access", "level over leaf", "refs over leaf", "level a row behind access",
+                                 "refs over gva"])
+def test_out_that_shares_memory_with_an_argument(how):
+    """What is read, for counters and for details, is what was passed."""
+    rng = np.random.default_rng(3)
+    gva = rng.integers(0, 40, 3000, np.uint64) << np.uint64(12)
+    room = np.zeros(3001, np.uint8)
+    access, leaf = room[:3000], np.ones(3000, np.uint8)
+    access[:] = rng.choice(np.array([0, 2, 4, 16], np.uint8), 3000)
+    wanted, found = (TlbHierarchy([TlbLevel("i", 4, 2, kinds="fetch"), TlbLevel("d", 4, 2, kinds=("load", "store"))],
+                                  details=True) for _ in range(2))
+    wanted.access(gva.copy(), access.copy(), leaf.copy())
+    found.access(gva, access, leaf, out={
+        "level over access": {"level": access}, "level over leaf": {"level": leaf}, "refs over leaf": {"refs": leaf},
+        "level a row behind access": {"level": room[1:]}, "refs over gva": {"refs": gva.view(np.uint8)[8:3008]}}[how])
+    assert found.stats().hits.tolist() == wanted.stats().hits.tolist()
+    assert found.stats().details.misses.tolist() == wanted.stats().details.misses.tolist()
+    assert found.stats().details.pages.tolist() == wanted.stats().details.pages.tolist()
+
+
+def test_out_twice_the_same_memory():
+    column = np.empty(3, np.uint8)
+    with pytest.raises(ValueError, match="share memory"):
+        two_levels().access([1, 2, 3], out={"level": column, "refs": column})
+
+
 def test_toml(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('seed = 3\n[[level]]\nname = "d"\nsets = 3\nways = 2\npages = ["4k"]\n'
