@@ -4,7 +4,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmmu._walk cimport kvm_pagewalk
-from kvmmu.walk.batch._kernels cimport kvmmu_kernels, kvmmu_leaf_block
+from kvmmu.arch._bits cimport PG_LEVEL_4K
+from kvmmu.walk.batch._kernels cimport PSC_BITS, kvmmu_kernels, kvmmu_leaf_block
 from kvmmu.walk.batch._psc cimport cached_walk
 
 cdef enum:
@@ -13,6 +14,8 @@ cdef enum:
     MAX_REMAINING_IN_BLOCK = 16
     # Tables of last entries up to which these are not prefetched: 384 KiB, a share of a second-level cache. Tuned by hand
     MAX_NEAR_TABLES = 96
+    # Tables found from which on most are no longer cached when they are asked for again
+    DESCENT_TABLES = 5 << PSC_BITS - 3
 
 
 cdef inline uint64_t lane_bit(size_t lane) noexcept nogil:
@@ -24,9 +27,25 @@ cdef inline bint are_far(const cached_walk *s) noexcept nogil:
     return s.found > MAX_NEAR_TABLES
 
 
-# Look up where the last entries of 64 addresses lie. Returns the lanes that are not cached. IN far: as in `kernels/kernels.h`
-cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
-                          bint far) noexcept nogil
+cdef inline bint can_descend(const cached_walk *s) noexcept nogil:
+    """True if entries of level 2 tell where most last entries are."""
+    return s.descent.care and s.checker.level == PG_LEVEL_4K
+
+
+# Look up where last entries lie by tables of level 2, as seek_leaves() does
+cdef uint64_t descend(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                      bint far) noexcept nogil
+
+
+cdef inline uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                                 bint far) noexcept nogil:
+    """Look up where the last entries of 64 addresses lie. Returns the lanes that are not cached. IN far: as in
+    `kernels/kernels.h`"""
+    if s.found <= DESCENT_TABLES or not can_descend(s):
+        return kernels.find[s.w.format](l, &s.checker, gva, far)
+    return descend(kernels, s, l, gva, far)
+
+
 # Find where the last entries of 64 addresses lie. OUT l.noncanonical, l.miss, l.accessed_clear. IN wanted: lanes that count;
 # far: as in `kernels/kernels.h`
 cdef void find_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva, uint64_t wanted,

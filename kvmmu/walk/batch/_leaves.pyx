@@ -8,27 +8,21 @@ from kvmmu.arch._bits cimport ACC_ALL, PERMISSIONS_COUNT, PERMISSIONS_INDEX_SHIF
 from kvmmu.arch._format cimport access_info_of, kvm_page_format
 from kvmmu.arch._gpte cimport kvmmu_is_canonical
 from kvmmu.walk.batch._kernels cimport (
-    KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, PSC_BITS, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels,
+    KVMMU_BLOCK_ROWS, PSCE_ACCESSED_CLEAR_SHIFT, kvmmu_count_bits, kvmmu_entry_hva, kvmmu_first_bit, kvmmu_kernels,
     kvmmu_leaf_block, kvmmu_leaf_rules, kvmmu_make_accept_masks, kvmmu_narrow_accept_masks, kvmmu_prefetch, kvmmu_psce_level,
     kvmmu_read_entry, kvmmu_set_psce, kvmmu_use_tables,
 )
 from kvmmu.walk.batch._leaf cimport LEAF_FAULT, LEAF_SLOW, check_leaf, leaf_result, asks_rights, set_leaf_bits
-from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, lane_bit
+from kvmmu.walk.batch._leaves cimport MAX_REMAINING_IN_BLOCK, can_descend, lane_bit, seek_leaves
 from kvmmu.walk.batch._psc cimport (
     MANY_DEPEND, back_off, cached_walk, is_backing_off, mark_word, psce_of, remember_psce, remember_table, reset_backoff,
     table_of,
 )
 
 cdef enum:
-    # Tables found from which on most are no longer cached when they are asked for again: as many as the cache has entries
-    DESCENT_TABLES = 5 << PSC_BITS - 3
     # Lanes that are not cached from which on they are looked up all at once, which costs as much as some walks. Tuned by hand
     MANY_MISSES = 6
     MOST_FORMATS = 16               # of walks that are alike: there are fewer combinations of WP, SMEP, SMAP and so on in a trace
-
-
-cdef inline bint can_descend(const cached_walk *s) noexcept nogil:
-    return s.descent.care and s.checker.level == PG_LEVEL_4K
 
 
 cdef inline void mark_descent(const cached_walk *s, const kvmmu_leaf_block *l, size_t lane) noexcept nogil:
@@ -37,12 +31,10 @@ cdef inline void mark_descent(const cached_walk *s, const kvmmu_leaf_block *l, s
         mark_word(s.touched, l.pte[lane], MANY_DEPEND)
 
 
-cdef uint64_t seek_leaves(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
-                          bint far) noexcept nogil:
+cdef uint64_t descend(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_leaf_block *l, const uint64_t *gva,
+                      bint far) noexcept nogil:
     cdef uint64_t missed
     cdef size_t lane
-    if s.found <= DESCENT_TABLES or not can_descend(s):
-        return kernels.find[s.w.format](l, &s.checker, gva, far)
     kernels.find[s.w.format](l, &s.directories, gva, False)
     missed = kernels.descend[s.w.format](l, &s.descent, gva, far)
     if s.touched is not NULL:
