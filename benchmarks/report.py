@@ -162,9 +162,10 @@ def draw(rows, folder):
             axes.set_xticks([1, *(row.x for row in chosen)])
         else:
             kinds = sorted({row.kind for row in chosen})
-            for kind in kinds:
-                some = [row for row in chosen if row.kind == kind]
+            lines = [[row for row in chosen if row.kind == kind] for kind in kinds]
+            for kind, some in zip(kinds, lines, strict=True):
                 axes.plot([row.x for row in some], [row.ours for row in some], "o-", label=f"kvmmu{kind and ', '}{kind}")
+            some = max(lines, key=len)
             axes.plot([row.x for row in some], [row.theirs for row in some], "s--", label=some[0].against)
             axes.set(ylabel="ns per translation", xscale="log", yscale="log")
             if label == LEAF_TABLES:
