@@ -305,7 +305,8 @@ class TlbHierarchy:
         self._core.remove_all()
 
     def _flush_space(self, space: int, with_global: bool) -> None:
-        for (other, _), tag in list(self._tags.items()):         # other threads may add some meanwhile
+        # other threads may add some meanwhile, but for a copy, which is one step
+        for (other, _), tag in self._tags.copy().items():
             if other == space:
                 self._core.remove_tag(tag, False)
         if with_global and space in self._globals:
@@ -382,7 +383,7 @@ class TlbHierarchy:
 
     def _saved(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return all that was entered and counted: plain data for JSON, and arrays. What is in force is not part of it."""
-        return {"tags": [list(tag) for tag in self._tags], "globals": list(self._globals)}, save_levels(self._core)
+        return {"tags": [list(tag) for tag in self._tags.copy()], "globals": list(self._globals)}, save_levels(self._core)
 
     def _restore(self, plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `_saved()` of a hierarchy of the same shape returned; `use()` is to be called behind it.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLB hierarchies against a model in plain Python, by hand, and their configuration."""
 
+import gc
 import os
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -394,19 +396,45 @@ def test_the_compiled_levels_check_their_shape(arguments):
         TlbLevels(*arguments, 0)
 
 
-def test_spaces_are_flushed_while_others_come_into_use():
-    tlb, stop = TlbHierarchy([TlbLevel("a", 4, 2)]), threading.Event()
+@pytest.fixture
+def threads_change_in_collections():
+    """Each collection of garbage, and there are many, lets another thread run: no step of many allocations is one step."""
+    def yield_thread(_phase, _info):
+        time.sleep(0)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(yield_thread)
+    gc.set_threshold(20, 10, 1000)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(yield_thread)
+
+
+def use_spaces_while(tlb, act, spaces):
+    """Have a thread use spaces that are new, and act until it has."""
+    stop = threading.Event()
 
     def use():
-        for space in range(20_000):
+        for space in range(spaces):
             tlb.use(space)
         stop.set()
 
     thread = threading.Thread(target=use)
     thread.start()
     while not stop.is_set():
-        tlb.flush_space(1)
+        act()
     thread.join()
+
+
+def test_spaces_are_flushed_while_others_come_into_use():
+    tlb = TlbHierarchy([TlbLevel("a", 4, 2)])
+    use_spaces_while(tlb, lambda: tlb.flush_space(1), 20_000)
+
+
+@pytest.mark.usefixtures("threads_change_in_collections")
+def test_a_hierarchy_is_saved_while_spaces_come_into_use():
+    tlb = TlbHierarchy([TlbLevel("a", 4, 2)])
+    use_spaces_while(tlb, tlb._saved, 3000)
 
 
 # What CPUID tells: leaf 18H of Intel's processors, 80000005H, 80000006H and 80000019H of AMD's. (level, entries)
