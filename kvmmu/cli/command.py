@@ -1,6 +1,7 @@
 """The kvmmu command: its parser, and the exit status of what goes wrong."""
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     That is 0, 1 on a mismatch, 2 on bad arguments, input or output, 3 on a bug, 130 on Ctrl-C. Help, and arguments that argparse
     refuses, leave by SystemExit with 0 or 2.
     """
+    deadly = 0
     try:
         return _run(argv)
     except KeyboardInterrupt as stop:
@@ -39,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()
         warn(f"kvmmu: {error}")
     except Deadly as stop:
-        os.kill(os.getpid(), stop.number)               # as if nobody had caught it
-        return 128 + stop.number
+        deadly = stop.number
     except MemoryError as error:
         warn(f"kvmmu: out of memory{f': {error}' if str(error) else ''}")
     except OSError as error:
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return BUG
         warn(f"kvmmu: {raised_by_format(error) or error}")
+    if deadly:
+        gc.collect()                                    # temporary files go with what the exception held, which is gone now
+        os.kill(os.getpid(), deadly)                    # as if nobody had caught it
+        return 128 + deadly
     return BAD
 
 

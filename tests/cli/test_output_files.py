@@ -247,6 +247,30 @@ def test_two_writers_of_one_file(tmp_path):
     assert report.verified == report.accesses
 
 
+def test_a_signal_while_the_temporary_file_is_made_leaves_nothing(tmp_path):
+    """It comes when the file is there, and nobody but the exception knows of it."""
+    code = f"""
+import os, signal
+from kvmmu.arch import files
+close = os.close
+
+def killed(descriptor):
+    os.close = close
+    close(descriptor)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def make(self, folder, make=files.NewFile._make):
+    os.close = killed
+    make(self, folder)
+
+files.NewFile._make = make
+{COMMAND}"""
+    process = subprocess.run([sys.executable, "-Pc", code, "convert", CLIPS / "l4", tmp_path / "out.parquet"], env=ENVIRONMENT,
+                             text=True, capture_output=True, timeout=60, check=False)
+    assert names(tmp_path) == []
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGTERM, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signals_leave_nothing(tmp_path, number):
     """The temporary file is removed; the exit status is that of the signal."""
