@@ -38,6 +38,7 @@ from kvmmu.walk.results import Accesses, check_access, check_array
 cdef extern from "Python.h":
     object PyType_GenericAlloc(PyTypeObject *type, Py_ssize_t items)
 
+cdef tuple COLUMNS = ("gpa", "hpa", "error_code", "status", "ret", "exits")         # of access_columns
 cdef uint64_t RUN_NANOSECONDS = 50_000_000          # between two checks for signals: Ctrl-C seems immediate, at no cost
 
 
@@ -132,18 +133,20 @@ cdef class Machine:
         cdef uint8_t[::1] status = arrays["status"], ret = arrays["ret"], exits = arrays["exits"]
         cdef uint32_t[::1] error_code = arrays["error_code"]
         cdef access_columns out
+        cdef stretch columns[6]
         if n == 0:
             return
         if n > min(gpa.shape[0], hpa.shape[0], status.shape[0], ret.shape[0], exits.shape[0], error_code.shape[0]):
             raise ValueError(f"arrays: want {n} rows in each column")
         out.gpa, out.hpa, out.status = &gpa[0], &hpa[0], &status[0]
         out.error_code, out.ret, out.exits = &error_code[0], &ret[0], &exits[0]
-        check_columns_apart(&out, n)
+        columns_of(&out, n, columns)
+        check_apart(columns, 6, 6, COLUMNS)
         cdef uintptr_t rows = gva.ctypes.data, accesses = access.ctypes.data
-        if is_written(rows, n * sizeof(uint64_t), &out, n):
+        if is_written(rows, n * sizeof(uint64_t), columns):
             gva = gva.copy()
             rows = gva.ctypes.data
-        if is_written(accesses, access.size, &out, n):
+        if is_written(accesses, access.size, columns):
             access = access.copy()
             accesses = access.ctypes.data
         self.run(<const uint64_t *>rows, <const uint8_t *>accesses, 1 if access.size > 1 else 0, n, &out,
@@ -307,28 +310,22 @@ cdef class Machine:
                 for i in range(<uint16_t>(self.m.pml.index + 1), PML_ENTITY_NUM)}
 
 
-cdef bint share_bytes(uintptr_t one, size_t n, const void *other, size_t m) noexcept:
-    return one < <uintptr_t>other + m and <uintptr_t>other < one + n
-
-
-cdef bint is_written(uintptr_t data, size_t size, const access_columns *out, size_t rows) noexcept:
-    """True if an argument shares memory with a column, which machine_run() writes before it has read all rows."""
-    return (share_bytes(data, size, out.status, rows) or share_bytes(data, size, out.ret, rows) or
-            share_bytes(data, size, out.exits, rows) or share_bytes(data, size, out.error_code, rows * sizeof(uint32_t)) or
-            share_bytes(data, size, out.gpa, rows * sizeof(uint64_t)) or
-            share_bytes(data, size, out.hpa, rows * sizeof(uint64_t)))
-
-
-cdef int check_columns_apart(const access_columns *out, Py_ssize_t rows) except -1:
-    """Raise ValueError if two columns share memory."""
-    cdef stretch s[6]
+cdef void columns_of(const access_columns *out, Py_ssize_t rows, stretch *s) noexcept:
+    """OUT s: where the columns are, in the order of COLUMNS"""
     s[0].start, s[1].start, s[2].start = <uintptr_t>out.gpa, <uintptr_t>out.hpa, <uintptr_t>out.error_code
     s[3].start, s[4].start, s[5].start = <uintptr_t>out.status, <uintptr_t>out.ret, <uintptr_t>out.exits
     s[0].bytes = s[1].bytes = rows * sizeof(uint64_t)
     s[2].bytes = rows * sizeof(uint32_t)
     s[3].bytes = s[4].bytes = s[5].bytes = rows
-    check_apart(s, 6, 6, ("gpa", "hpa", "error_code", "status", "ret", "exits"))
-    return 0
+
+
+cdef bint is_written(uintptr_t data, size_t size, const stretch *s) noexcept:
+    """True if an argument shares memory with a column, which machine_run() writes before it has read all rows."""
+    cdef int i
+    for i in range(6):
+        if data < s[i].start + <uintptr_t>s[i].bytes and s[i].start < data + size:
+            return True
+    return False
 
 
 cdef uint8_t NO_DATA[1]

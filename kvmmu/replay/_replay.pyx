@@ -183,7 +183,7 @@ cdef class RowLoop(BlockWalker):
         self.check_idle()
         self.rows.n = self.base = self.at = 0
         self.source = self.placed = None
-        kept = []
+        kept = [] if placed is None else [placed]
         arrays = dict.fromkeys(_PLACED)
         for name, dtype in _COLUMN_TYPES.items():
             if placed is not None and name in _PLACED:
@@ -194,7 +194,7 @@ cdef class RowLoop(BlockWalker):
                 array = aligned(exact_column(array), dtype.itemsize)
                 kept.append(array)
             arrays[name] = array
-        lengths = {len(column) for column in [*kept, *([] if placed is None else [placed])]}
+        lengths = {len(column) for column in kept}
         if len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} rows, want one length")
         n, = lengths
@@ -403,11 +403,12 @@ cdef size_t walk_among_writes(RowLoop loop, size_t limit) noexcept nogil:
     cdef const replay_rows *rows = &loop.rows
     cdef const uint64_t *kinds = loop.counters.kinds
     cdef size_t i = loop.at, near = min(limit, i + NEAR_WRITE)
+    if rows.value is NULL or rows.size is NULL or loop.stream is not NULL or loop.crosses or not (
+            rows.vcpu is NULL or loop.registers.vcpus == 1):
+        return 0
     while i < near and rows.op[i] < OP_EVENT:
         i += 1
-    if i == near or rows.op[i] != OP_GUEST_WRITE or rows.value is NULL or rows.size is NULL:
-        return 0
-    if loop.stream is not NULL or loop.crosses or not (rows.vcpu is NULL or loop.registers.vcpus == 1):
+    if i == near or rows.op[i] != OP_GUEST_WRITE:
         return 0
     return loop.walk_stretch(loop.registers.walks, sets_of_one(loop, STRETCH), rows, loop.at, limit,
                              kinds[0] + kinds[1] + kinds[2], loop.registers.count)

@@ -62,7 +62,7 @@ cdef struct guest_write:
 cdef struct stretch:
     size_t accesses
     size_t writes
-    uint8_t op[STRETCH]             # these six: of accesses
+    uint8_t op[STRETCH]             # these five: of accesses
     uint64_t gva[STRETCH]
     uint8_t access[STRETCH]
     uint64_t truth[STRETCH]
@@ -132,6 +132,7 @@ cdef class BlockWalker:
     cdef void gather_stretch(self, const kvm_pagewalk *w, const replay_rows *rows, size_t start, size_t limit) noexcept nogil
     cdef size_t finish_stretch(self, uint64_t misses, uint64_t count) noexcept nogil
     # Parts of both
+    cdef void begin(self, uint64_t count) noexcept nogil
     cdef void take_rows(self, const kvm_pagewalk *walks, const uint32_t *ctx, const uint64_t *gva, const uint8_t *access,
                         uint64_t count, bint all_known) noexcept nogil
     cdef void count_rows(self, const uint64_t *truth, uint64_t first, size_t n, bint all_known) noexcept nogil

@@ -171,6 +171,10 @@ cdef class BlockWalker:
         self.columns.error_code = NULL if all_known else self.result.error_code
         self.rows_under_way.walks, self.rows_under_way.ctx = walks, ctx
         self.rows_under_way.gva, self.rows_under_way.access = gva, access
+        self.begin(count)
+
+    cdef void begin(self, uint64_t count) noexcept nogil:
+        """Begin the batch if it has not begun."""
         if not self.begun:
             begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
             self.begun = True
@@ -346,9 +350,7 @@ cdef class BlockWalker:
                 self.do_write(&s.write[done])
                 done += 1
             if misses >> i & 1:
-                if not self.begun:
-                    begin_batch(&self.rows_under_way, self.work, count, BLOCK, True)
-                    self.begun = True
+                self.begin(count)
                 walk_missing(&self.rows_under_way, 0, <uint64_t>1 << i, 1)
             if self.explain and r.gpa[i] != s.truth[i] and s.truth[i] != INVALID_GPA:
                 n, s.writes = i, done

@@ -159,7 +159,7 @@ def addresses_of(const uint32_t[::1] place not None, const uint64_t[::1] page no
     with nogil:
         for i in range(used):
             all_known &= frame[i] != INVALID_GPA
-        expand(&place[0], &page[0], &frame[0], n, all_known, &addr[0], &gpa[0])
+        expand(&place[0], &page[0], &frame[0], NULL, n, all_known, &addr[0], &gpa[0], NULL)
 
 
 cdef class PlacedRows:
@@ -255,7 +255,7 @@ cdef class PlacedRows:
         place, page, frame, kind = &self.place[first], &self.page[0], &self.frame[0], &self.kind[0]
         while start < n:
             count = min(n - start, <size_t>FEW)
-            expand_uses(&place[start], page, frame, kind, count, self.all_known, &addr[start], &gpa[start], kinds)
+            expand(&place[start], page, frame, kind, count, self.all_known, &addr[start], &gpa[start], kinds)
             for i in range(count):
                 op[start + i] = <uint8_t>kinds[i]
             for i in range(count):
@@ -264,8 +264,9 @@ cdef class PlacedRows:
         return n
 
 
-cdef inline void expand_uses(const uint32_t *place, const uint64_t *page, const uint64_t *frame, const uint16_t *kind, size_t n,
-                             bint all_known, uint64_t *addr, uint64_t *gpa, uint16_t *kinds) noexcept nogil:
+cdef inline void expand(const uint32_t *place, const uint64_t *page, const uint64_t *frame, const uint16_t *kind, size_t n,
+                        bint all_known, uint64_t *addr, uint64_t *gpa, uint16_t *kinds) noexcept nogil:
+    """Write the addresses of places, and their kinds. IN kind, kinds: NULL: they have none"""
     cdef uint64_t offset, base
     cdef size_t i
     cdef uint32_t use
@@ -274,7 +275,8 @@ cdef inline void expand_uses(const uint32_t *place, const uint64_t *page, const 
         base = frame[use]
         addr[i] = page[use] + offset
         gpa[i] = base + offset if all_known or base != INVALID_GPA else <uint64_t>INVALID_GPA
-        kinds[i] = kind[use]
+        if kinds is not NULL:
+            kinds[i] = kind[use]
 
 
 cdef int check_rows(str name, size_t rows, size_t wanted) except -1:
@@ -296,13 +298,3 @@ cdef size_t used_of(const uint32_t[::1] place, size_t uses) except? 0:
                 raise ValueError(f"row {i}: place is {place[i]:#x}, of page {place[i] >> PAGE_SHIFT}; allowed is one of the "
                                  f"{uses} pages of the row group")
     return (highest >> PAGE_SHIFT) + 1
-
-
-cdef void expand(const uint32_t *place, const uint64_t *page, const uint64_t *frame, size_t n, bint all_known,
-                 uint64_t *addr, uint64_t *gpa) noexcept nogil:
-    cdef size_t i
-    cdef uint64_t offset, base
-    for i in range(n):
-        offset, base = place[i] & OFFSET_MASK, frame[place[i] >> PAGE_SHIFT]
-        addr[i] = page[place[i] >> PAGE_SHIFT] + offset
-        gpa[i] = base + offset if all_known or base != INVALID_GPA else <uint64_t>INVALID_GPA

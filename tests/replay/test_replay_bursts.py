@@ -14,13 +14,13 @@ import pytest
 from batch_machines import Image, second_tables
 from builders import PAGE, PageTables
 from machines import snapshot
+from replay_counts import count_walk, op_of
 
 import kvmmu
 from kvmmu import CpuModel, Ept, Npt, Regs, Status, Vcpu
 from kvmmu.traces import Header, Op, RegisterSet, Stage, Trace, TraceError
 
 ROUNDS = int(os.environ.get("KVMMU_EQUALITY_ROUNDS", "1"))
-NAMES = ("paging off", "4K", "2M", "1G")
 CPU = {"maxphyaddr": 40}
 UNRELATED, SPARE, READONLY, HOLE = 0xF0000, 0xA0000, 0xF8000, 0x3000000
 DATA = 0x200000                         # up to 4 MiB, which a second stage maps, each page to itself
@@ -75,20 +75,15 @@ class Guest:
         access = int(rng.choice(ACCESSES)) if access is None else access
         gva += int(rng.integers(PAGE))
         t = self.walk.translate(np.array([gva], np.uint64), access, regs=self.context, fields=FIELDS)
-        ok, reached = t.status[0] == Status.OK, int(t.gpa[0]) if t.status[0] == Status.OK else None
+        reached = int(t.gpa[0]) if t.status[0] == Status.OK else None
         if rng.random() < self.wrong:
             reached = (reached or 0) ^ 0x5000
             self.mismatches += 1
         else:
             if rng.random() < 0.1:
                 reached = None
-            if ok:
-                self.sizes[NAMES[t.level[0]]] += 1
-            elif t.status[0] == Status.PAGE_FAULT:
-                self.faults[hex(t.error_code[0])] += 1
-            else:
-                self.faults[Status(t.status[0]).name] += 1
-        self.rows.append((Op.STORE if access & 2 else Op.FETCH if access & 16 else Op.LOAD, gva, access, 1, 0, reached))
+            count_walk(t, self.sizes, self.faults)
+        self.rows.append((op_of(access), gva, access, 1, 0, reached))
 
     def write(self, gpa, value, size=None):
         """A row that stores the low bytes of a value."""

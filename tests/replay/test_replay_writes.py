@@ -13,6 +13,7 @@ import pytest
 from batch_machines import GUEST_FRAMES, Image, dense_tables, mutated, random_controls, random_rows, second_tables
 from builders import LEVELS, index_of
 from machines import ACCESSES, snapshot
+from replay_counts import count_walk, op_of
 
 import kvmmu
 from kvmmu import CpuModel, Ept, Npt, Status, Vcpu
@@ -22,7 +23,6 @@ pytest.importorskip("pyarrow", reason="PyArrow is not installed (extra arrow)")
 
 ROUNDS = int(os.environ.get("KVMMU_EQUALITY_ROUNDS", "1"))
 MODES = ("32", "pae", "4l", "5l")
-NAMES = ("paging off", "4K", "2M", "1G")
 UNRELATED = 0xF0
 CPU = {"maxphyaddr": 40}
 
@@ -73,16 +73,9 @@ class World:
         """A row, and what the scalar walk says."""
         t = self.walk.translate(np.array([gva], np.uint64), access, regs=self.contexts[self.current[vcpu]],
                                 fields=("gpa", "status", "error_code", "level"))
-        ok = t.status[0] == Status.OK
-        known = ok and self.rng.random() < 0.8
-        op = Op.STORE if access & 2 else Op.FETCH if access & 16 else Op.LOAD
-        self.rows.append((op, gva, access, 1, vcpu, 0, int(t.gpa[0]) if known else None))
-        if ok:
-            self.sizes[NAMES[t.level[0]]] += 1
-        elif t.status[0] == Status.PAGE_FAULT:
-            self.faults[hex(t.error_code[0])] += 1
-        else:
-            self.faults[Status(t.status[0]).name] += 1
+        known = t.status[0] == Status.OK and self.rng.random() < 0.8
+        self.rows.append((op_of(access), gva, access, 1, vcpu, 0, int(t.gpa[0]) if known else None))
+        count_walk(t, self.sizes, self.faults)
 
     def write(self, gva):
         """Store into a table: most often an entry that a recent walk used or might have."""

@@ -288,7 +288,7 @@ def test_out_is_checked():
 @pytest.mark.parametrize("how", ["level over access", "level over leaf", "refs over leaf", "level a row behind access",
                                  "refs over gva"])
 def test_out_that_shares_memory_with_an_argument(how):
-    """What is read, for counters and for details, is what was passed."""
+    """Counters and details are those of the arguments as they were passed."""
     rng = np.random.default_rng(3)
     gva = rng.integers(0, 40, 3000, np.uint64) << np.uint64(12)
     room = np.zeros(3001, np.uint8)

@@ -50,7 +50,7 @@ cdef uint64_t descend_lanes(const kvmmu_kernels *kernels, cached_walk *s, kvmmu_
     cdef uint64_t known
     cdef size_t lane
     kernels.find[s.w.format](&below, &s.directories, gva, False)
-    known = lanes & ~kernels.descend[s.w.format](&below, &s.descent, gva, True)
+    known = lanes & ~kernels.descend[s.w.format](&below, &s.descent, gva, False)
     lanes &= ~known
     l.miss &= ~known
     while known:

@@ -27,7 +27,7 @@ cdef enum:
     # room in the cache of the CPU, too. Tuned by hand.
     MAX_NEAR_TABLES_OF_TWO = 1024
 
-# 64 rows, and how far they are.
+# 64 rows under way.
 cdef struct uniform_block:
     size_t first
     const uint64_t *gva             # linear addresses: the caller's own, or
